@@ -1,0 +1,1 @@
+"""flm_jax: train a Tele-FLM-style decoder and grow it."""

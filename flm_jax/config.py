@@ -1,0 +1,345 @@
+"""Configurations as frozen, validated dataclasses: the model, the data, a stage, a whole chain.
+
+`configs/` and `experiments/` speak ml_collections; `from_mapping` turns what they hold into these.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from flm_jax.errors import UserError
+
+T = TypeVar("T")
+
+COMPUTE_DTYPES = ("float32", "bfloat16", "float64")
+REMAT_POLICIES = ("none", "dots", "full")
+SCHEDULES = ("constant", "cosine", "wsd")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def _require_positive(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value > 0, f"{type(config).__name__}.{name} is {value}; it must be above 0")
+
+
+def _require_choice(config: Any, name: str, choices: tuple[str, ...]) -> None:
+    value = getattr(config, name)
+    _require(
+        value in choices,
+        f"{type(config).__name__}.{name} is {value!r}; choose one of {', '.join(choices)}",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """Tele-FLM's decoder: Llama's block plus two µP multipliers (arXiv 2404.16645, section 3.1).
+
+    Raises UserError if the sizes do not fit each other.
+    """
+
+    vocab_size: int
+    num_layers: int
+    d_model: int  # axis `embed`
+    num_heads: int
+    head_dim: int  # fixed across growth: RoPE's frequencies depend on it
+    d_ff: int  # axis `mlp`
+    num_kv_heads: int = 0  # 0: as many as query heads (Tele-FLM); else divides num_heads
+    rope_theta: float = 10_000.0
+    rms_norm_eps: float = 1e-5
+    # µP. Tele-FLM's `mup_scale_factor` is d_model / mup_base_width.
+    mup_base_width: int = 0  # 0: d_model itself, that is: no width scaling
+    input_mult: float = 1.0
+    output_mult: float = 1.0
+    matrix_init_std: float = 0.02  # at the base width; scaled by sqrt(base width / d_model)
+    vector_init_std: float = 0.02  # embedding and head, at every width
+    depth_scaled_init: bool = False  # residual writers also divided by sqrt(2 * num_layers)
+    # How it is computed; no effect on which function it is.
+    dtype: str = "float32"  # of activations; parameters are float32 (float64 with "float64")
+    remat: str = "none"
+    scan_unroll: int = 1  # layers per step of the scan over layers
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            self, "vocab_size", "num_layers", "d_model", "num_heads", "head_dim", "d_ff",
+            "rope_theta", "rms_norm_eps", "input_mult", "output_mult",
+            "matrix_init_std", "vector_init_std", "scan_unroll",
+        )  # fmt: skip
+        _require_choice(self, "dtype", COMPUTE_DTYPES)
+        _require_choice(self, "remat", REMAT_POLICIES)
+        _require(
+            self.num_heads % self.kv_heads == 0,
+            f"TransformerConfig.num_heads is {self.num_heads}, not a multiple of num_kv_heads "
+            f"{self.kv_heads}; change one so that every key/value head serves equally many queries",
+        )
+        _require(
+            self.head_dim % 2 == 0,
+            f"TransformerConfig.head_dim is {self.head_dim}; RoPE rotates pairs, so make it even",
+        )
+        _require(
+            self.mup_base_width >= 0,
+            f"TransformerConfig.mup_base_width is {self.mup_base_width}; give 0 (off) or a width",
+        )
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def queries_per_kv(self) -> int:
+        return self.num_heads // self.kv_heads
+
+    @property
+    def width_mult(self) -> float:
+        """Width over the width where hyper-parameters were found: Tele-FLM's `mup_scale_factor`."""
+        return self.d_model / (self.mup_base_width or self.d_model)
+
+    @property
+    def logit_mult(self) -> float:
+        """What the head's output is multiplied by: `output_mult / mup_scale_factor`."""
+        return self.output_mult / self.width_mult
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """A seqio task, a vocabulary and the shape of its sequences."""
+
+    task: str = "python_stdlib"  # a registered seqio task; text_files and jsonl_files read `path`
+    path: str = ""  # file or folder of the user's own text
+    text_field: str = "text"  # field of a JSONL row
+    vocabulary: str = "bytes"  # "bytes", or the path of a SentencePiece model
+    sequence_length: int = 256  # tokens
+    seed: int = 0
+    shuffle_tokens: int = 1 << 24  # size of the shuffle buffer, in tokens
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "sequence_length", "shuffle_tokens")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with µP groups. Betas as in FLM-101B (arXiv 2309.03852); Tele-FLM states none."""
+
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # decoupled, of a vector-like parameter; norm gains are not decayed
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("b1", "b2"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"OptimizerConfig.{name} is {value}; it must be in [0, 1)")
+        _require_positive(self, "eps", "clip_norm")
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleConfig:
+    """The learning rate's shape over the chain's steps; a stage's peaks multiply it.
+
+    `cosine` falls from 1 to `final_ratio` over `total_steps`; `wsd` (warm-up, stable, decay) stays
+    at 1 and falls linearly over the last `decay_steps`; `constant` stays at 1.
+    """
+
+    kind: str = "wsd"
+    warmup_steps: int = 100
+    total_steps: int = 0  # 0: the sum of the stages' steps
+    decay_steps: int = 0  # of wsd
+    final_ratio: float = 0.1
+
+    def __post_init__(self) -> None:
+        _require_choice(self, "kind", SCHEDULES)
+        _require(
+            0 <= self.final_ratio <= 1,
+            f"ScheduleConfig.final_ratio is {self.final_ratio}; it must be in [0, 1]",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class GrowthConfig:
+    """How a stage grows out of the one before it. Ignored in the first stage."""
+
+    recipe: str = "msg"
+    ramp_steps: int = 100  # run-time masks rise linearly from 1/ramp_steps to 1
+    rewarmup_steps: int = 20  # the learning rate rises again from `rewarmup_ratio` to 1
+    rewarmup_ratio: float = 0.1
+    calibration_sequences: int = 8  # sequences that the receipt and the layer distances are taken on
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "ramp_steps", "calibration_sequences")
+        _require(
+            self.rewarmup_steps >= 0,
+            f"GrowthConfig.rewarmup_steps is {self.rewarmup_steps}; it must be 0 or above",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class StageConfig:
+    """One size of the chain and how long it trains."""
+
+    name: str
+    model: TransformerConfig
+    steps: int
+    batch_size: int  # sequences in one optimizer step
+    learning_rate: float  # peak, of vector-like parameters (embedding, gains, head)
+    matrix_learning_rate: float  # peak, of matrix-like parameters at the µP base width
+    accumulate: int = 1  # microbatches that one optimizer step is cut into
+    growth: GrowthConfig = GrowthConfig()
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            self, "steps", "batch_size", "accumulate", "learning_rate", "matrix_learning_rate"
+        )
+        _require(
+            self.name.replace("-", "").replace("_", "").isalnum(),
+            f"StageConfig.name is {self.name!r}; use letters, digits, - and _: it names a folder",
+        )
+        _require(
+            self.batch_size % self.accumulate == 0,
+            f"stage {self.name}: batch_size {self.batch_size} is not a multiple of accumulate "
+            f"{self.accumulate}; change one",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Validation: always the same first sequences of the validation split."""
+
+    sequences: int = 96
+    batch_size: int = 8
+    every_steps: int = 200
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    every_steps: int = 200
+    keep: int = 2  # latest checkpoints kept in a stage; a stage's last one is always kept
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; data = 0 takes what the other axes leave."""
+
+    data: int = 0
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class ExperimentConfig:
+    """A chain of stages, each grown out of the one before."""
+
+    stages: tuple[StageConfig, ...]
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    mesh: MeshConfig = MeshConfig()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(len(self.stages) > 0, "ExperimentConfig.stages is empty; give at least one stage")
+        names = [stage.name for stage in self.stages]
+        _require(
+            len(set(names)) == len(names),
+            f"ExperimentConfig.stages has names {names}; give each stage a name of its own",
+        )
+
+    @property
+    def total_steps(self) -> int:
+        return sum(stage.steps for stage in self.stages)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The config as plain dicts, lists and scalars."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def digest(config: Any) -> str:
+    """SHA-256 of the config's canonical JSON: equal for equal configs, on every machine."""
+    text = json.dumps(to_dict(config), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def differences(old: Any, new: Any, path: str = "config") -> list[str]:
+    """The fields in which two `to_dict` results differ, as 'config.seed: 0 -> 1'."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found: list[str] = []
+        for key in dict.fromkeys([*old, *new]):
+            found += differences(old.get(key), new.get(key), f"{path}.{key}")
+        return found
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [d for i, pair in enumerate(zip(old, new, strict=True))
+                for d in differences(*pair, f"{path}[{i}]")]  # fmt: skip
+    return [] if old == new else [f"{path}: {old!r} -> {new!r}"]
+
+
+def from_mapping(cls: type[T], values: Mapping[str, Any], path: str = "config") -> T:
+    """Builds a config dataclass from nested mappings, checking every name and type.
+
+    Args:
+      cls: a dataclass of this module.
+      values: field -> value; nested dataclasses as mappings, tuples as sequences.
+      path: what to call `values` in an error.
+
+    Raises:
+      UserError: an unknown, missing or mistyped field, with its full name.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    for name in values:
+        if name not in hints:
+            close = difflib.get_close_matches(name, hints, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(hints)}"
+            raise UserError(f"{path}.{name}: {cls.__name__} has no such field; {hint}")
+    missing = [
+        f.name
+        for f in fields
+        if f.name not in values
+        and f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise UserError(f"{path}: {cls.__name__} needs {', '.join(missing)}; add to the config")
+    return cls(**{k: _convert(hints[k], v, f"{path}.{k}") for k, v in values.items()})
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise UserError(f"{path} is {value!r}; it must be a group of {hint.__name__}'s fields")
+        return from_mapping(hint, value, path)  # type: ignore[arg-type]
+    if typing.get_origin(hint) is tuple:
+        (item, _) = typing.get_args(hint)
+        return tuple(_convert(item, v, f"{path}[{i}]") for i, v in enumerate(value))
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        raise UserError(
+            f"{path} is {value!r} of type {type(value).__name__}; it must be {hint.__name__}"
+        )
+    return value
+
+
+def experiment(values: Mapping[str, Any]) -> ExperimentConfig:
+    """The experiment that a config file describes.
+
+    A file holds either `stages` (a chain), or `model` and `stage`, the model's size and the other
+    fields of `StageConfig` (one size).
+    """
+    values = dict(values)
+    if "model" in values:
+        stage = {**values.pop("stage", {}), "model": values.pop("model")}
+        values["stages"] = [stage]
+    return from_mapping(ExperimentConfig, values)

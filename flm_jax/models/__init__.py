@@ -1,0 +1,5 @@
+"""The decoder. The only place that imports flax.linen."""
+
+from flm_jax.models.transformer import Transformer
+
+__all__ = ["Transformer"]

@@ -1,0 +1,168 @@
+"""One pre-norm decoder layer: RMSNorm, rotary grouped-query attention, SwiGLU.
+
+Shapes: B batch, T length, D embed, F mlp, K key/value heads, G queries per key/value head,
+H head size.
+
+Every layer takes `masks`: axis -> [size] values in [0, 1], present only for axes that are growing
+under a run-time mask (Masked Structural Growth, arXiv 2305.02869, adapted to pre-norm). A masked
+slot is hidden from its readers: inside the norms for `embed`, after attention for heads, after the
+gating for `mlp`, on a layer's branches for `layers`. At 0 the model is the smaller one exactly; at
+1 it is the plain one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from flm_jax import mup
+from flm_jax.axes import Param, Role
+from flm_jax.config import TransformerConfig
+from flm_jax.models.attention import attention
+
+Masks = Mapping[str, jax.Array]
+
+
+def parameter_dtype(config: TransformerConfig) -> Any:
+    """Master weights are float32; float64 only for exactness checks."""
+    return jnp.dtype("float64" if config.dtype == "float64" else "float32")
+
+
+def create(
+    module: nn.Module, table: Mapping[str, Param], config: TransformerConfig
+) -> dict[str, jax.Array]:
+    """Creates the module's parameters as the axis table says, cast to the compute dtype.
+
+    A stacked parameter is created one layer at a time: `nn.scan` adds the `layers` axis.
+    """
+    created = {}
+    for name, param in table.items():
+        shape = tuple(
+            size
+            for size, role in zip(param.shape(config), param.roles, strict=True)
+            if role is not Role.STACK
+        )
+        value = module.param(
+            name, mup.initializer(param, config), shape, parameter_dtype(config)
+        )
+        created[name] = value.astype(config.dtype)
+    return created
+
+
+def rms_norm(
+    x_BTD: jax.Array, gain_D: jax.Array, eps: float, mask_D: jax.Array | None = None
+) -> jax.Array:
+    """gain * x / sqrt(mean(x^2) + eps), statistics in float32 or wider.
+
+    With a mask the mean is weighted by it and the output multiplied by it: masked coordinates
+    neither count nor show.
+    """
+    x2_BTD = jnp.square(x_BTD.astype(jnp.promote_types(x_BTD.dtype, jnp.float32)))
+    if mask_D is None:
+        mean_square_BT1 = jnp.mean(x2_BTD, axis=-1, keepdims=True)
+    else:
+        mask_D = mask_D.astype(x2_BTD.dtype)
+        mean_square_BT1 = (x2_BTD @ mask_D)[..., None] / mask_D.sum()
+        gain_D = gain_D * mask_D.astype(gain_D.dtype)
+    scale_BT1 = jax.lax.rsqrt(mean_square_BT1 + jnp.asarray(eps, x2_BTD.dtype))
+    return x_BTD * scale_BT1.astype(x_BTD.dtype) * gain_D[None, None]
+
+
+def rotary_angles(positions_BT: jax.Array, config: TransformerConfig) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine [B, T, H/2] of position * theta^(-2i/H), float32 or wider."""
+    dtype = jnp.promote_types(config.dtype, jnp.float32)
+    half = config.head_dim // 2
+    inverse_frequency_i = config.rope_theta ** (-jnp.arange(half, dtype=dtype) / half)
+    angle_BTi = positions_BT.astype(dtype)[..., None] * inverse_frequency_i[None, None]
+    return jnp.cos(angle_BTi), jnp.sin(angle_BTi)
+
+
+def rotate(x_BTNH: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotary embedding on the last axis, first half against second half (Llama's layout)."""
+    cos_BT1i, sin_BT1i = (a[:, :, None].astype(x_BTNH.dtype) for a in angles)
+    a, b = jnp.split(x_BTNH, 2, axis=-1)
+    return jnp.concatenate([a * cos_BT1i - b * sin_BT1i, b * cos_BT1i + a * sin_BT1i], axis=-1)
+
+
+class Attention(nn.Module):
+    config: TransformerConfig
+    table: Mapping[str, Param]
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        segment_ids_BT: jax.Array,
+        angles: tuple[jax.Array, jax.Array],
+        masks: Masks,
+    ) -> jax.Array:
+        w = create(self, self.table, self.config)
+        B, T, _ = x_BTD.shape
+        y_BTD = rms_norm(x_BTD, w["norm"], self.config.rms_norm_eps, masks.get("embed"))
+        q_BTKGH = jnp.einsum("BTD,DKGH->BTKGH", y_BTD, w["query"])
+        k_BTKH = rotate(jnp.einsum("BTD,DKH->BTKH", y_BTD, w["key"]), angles)
+        v_BTKH = jnp.einsum("BTD,DKH->BTKH", y_BTD, w["value"])
+        K, G, H = q_BTKGH.shape[2:]
+        q_BTKGH = rotate(q_BTKGH.reshape(B, T, K * G, H), angles).reshape(B, T, K, G, H)
+        out_BTKGH = attention(q_BTKGH, k_BTKH, v_BTKH, segment_ids_BT)
+        if "kv_heads" in masks:
+            out_BTKGH *= masks["kv_heads"].astype(out_BTKGH.dtype)[None, None, :, None, None]
+        if "q_per_kv" in masks:
+            out_BTKGH *= masks["q_per_kv"].astype(out_BTKGH.dtype)[None, None, None, :, None]
+        return jnp.einsum("BTKGH,KGHD->BTD", out_BTKGH, w["out"])
+
+
+class MLP(nn.Module):
+    config: TransformerConfig
+    table: Mapping[str, Param]
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, masks: Masks) -> jax.Array:
+        w = create(self, self.table, self.config)
+        y_BTD = rms_norm(x_BTD, w["norm"], self.config.rms_norm_eps, masks.get("embed"))
+        a_BTF = jax.nn.silu(y_BTD @ w["gate"]) * (y_BTD @ w["up"])
+        if "mlp" in masks:
+            a_BTF *= masks["mlp"].astype(a_BTF.dtype)[None, None]
+        return a_BTF @ w["down"]
+
+
+class Layer(nn.Module):
+    """x + attention, then + MLP. Under `nn.scan`, x is the carry."""
+
+    config: TransformerConfig
+    table: Mapping[str, Any]
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        layer_mask: jax.Array | None,
+        segment_ids_BT: jax.Array,
+        angles: tuple[jax.Array, jax.Array],
+        masks: Masks,
+    ) -> tuple[jax.Array, None]:
+        def masked(branch_BTD: jax.Array) -> jax.Array:
+            if layer_mask is None:
+                return branch_BTD
+            return branch_BTD * layer_mask.astype(branch_BTD.dtype)
+
+        attend = Attention(self.config, self.table["attention"], name="attention")
+        feed_forward = MLP(self.config, self.table["mlp"], name="mlp")
+        h_BTD = x_BTD + masked(attend(x_BTD, segment_ids_BT, angles, masks))
+        out_BTD = h_BTD + masked(feed_forward(h_BTD, masks))
+        self.sow("intermediates", "distance", relative_distance(x_BTD, out_BTD, segment_ids_BT))
+        return out_BTD, None
+
+
+def relative_distance(
+    x_BTD: jax.Array, out_BTD: jax.Array, segment_ids_BT: jax.Array
+) -> jax.Array:
+    """Mean over real tokens of ||out - x|| / ||x||: how far a layer is from the identity."""
+    x_BTD, out_BTD = (a.astype(jnp.promote_types(a.dtype, jnp.float32)) for a in (x_BTD, out_BTD))
+    ratio_BT = jnp.linalg.norm(out_BTD - x_BTD, axis=-1) / jnp.linalg.norm(x_BTD, axis=-1)
+    real_BT = (segment_ids_BT > 0).astype(ratio_BT.dtype)
+    return jnp.sum(ratio_BT * real_BT) / jnp.sum(real_BT)

@@ -1,0 +1,81 @@
+"""The Tele-FLM decoder (arXiv 2404.16645, section 3.1): Llama's block and two µP multipliers.
+
+Letters in names are shapes, here and in the files beside this one:
+  B batch   T length   S keys   D embed   F mlp   V vocab   L layers
+  K key/value heads   G query heads per key/value head   H head size
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from flm_jax.axes import PARAMS, Param
+from flm_jax.config import TransformerConfig
+from flm_jax.models import layers as nn_layers
+
+_REMAT_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Transformer(nn.Module):
+    """Tokens to logits. `Transformer(config).apply({"params": params}, tokens)`."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        segment_ids_BT: jax.Array | None = None,
+        positions_BT: jax.Array | None = None,
+        masks: nn_layers.Masks | None = None,
+    ) -> jax.Array:
+        """Logits [B, T, V], float32 (float64 with dtype float64).
+
+        Args:
+          tokens_BT: int32 token ids.
+          segment_ids_BT: which packed document a token is of, 0 for padding; None: all the same.
+          positions_BT: position inside the document; None: 0 .. T-1.
+          masks: axis -> [size], run-time growth masks (see `layers.py`); None: the plain model.
+        """
+        config = self.config
+        table = {name: p for name, p in PARAMS.items() if isinstance(p, Param)}
+        w = nn_layers.create(self, table, config)
+        if segment_ids_BT is None:
+            segment_ids_BT = jnp.ones_like(tokens_BT)
+        if positions_BT is None:
+            positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None], tokens_BT.shape)
+        masks = dict(masks or {})
+        layer_mask_L = masks.pop("layers", None)
+
+        x_BTD = w["embedding"][tokens_BT] * jnp.asarray(config.input_mult, config.dtype)
+        angles = nn_layers.rotary_angles(positions_BT, config)
+        x_BTD, _ = self._layers()(x_BTD, layer_mask_L, segment_ids_BT, angles, masks)
+        x_BTD = nn_layers.rms_norm(
+            x_BTD, w["final_norm"], config.rms_norm_eps, masks.get("embed")
+        )
+        stats = jnp.promote_types(config.dtype, jnp.float32)
+        logits_BTV = jnp.einsum("BTD,DV->BTV", x_BTD, w["head"], preferred_element_type=stats)
+        return logits_BTV * jnp.asarray(config.logit_mult, stats)
+
+    def _layers(self) -> Any:
+        """All layers as one scanned module: parameters and layer mask are stacked on axis 0."""
+        config = self.config
+        layer: Any = nn_layers.Layer
+        if config.remat != "none":
+            layer = nn.remat(layer, policy=_REMAT_POLICIES[config.remat], prevent_cse=False)
+        scanned = nn.scan(
+            layer,
+            variable_axes={"params": 0, "intermediates": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            length=config.num_layers,
+            unroll=config.scan_unroll,
+        )
+        return scanned(config, PARAMS["layers"], name="layers")
