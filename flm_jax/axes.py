@@ -114,8 +114,8 @@ def multiplier_of(param: Param, config: TransformerConfig) -> float:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of a nested dict shaped like `PARAMS`, as ('layers/mlp/up', leaf), in order."""
-    for name, value in tree.items():
+    """The leaves of a nested dict shaped like `PARAMS`, as ("layers/mlp/up", leaf), sorted."""
+    for name, value in sorted(tree.items()):
         path = f"{prefix}{name}"
         if isinstance(value, Mapping):
             yield from flatten(value, f"{path}/")

@@ -255,6 +255,12 @@ class ExperimentConfig:
             len(set(names)) == len(names),
             f"ExperimentConfig.stages has names {names}; give each stage a name of its own",
         )
+        for stage in self.stages[1:]:
+            _require(
+                stage.growth.ramp_steps <= stage.steps,
+                f"stage {stage.name}: growth.ramp_steps is {stage.growth.ramp_steps}, more than its "
+                f"steps {stage.steps}; the masks must reach 1 before the stage ends",
+            )
 
     @property
     def total_steps(self) -> int:
@@ -266,9 +272,9 @@ def to_dict(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def digest(config: Any) -> str:
-    """SHA-256 of the config's canonical JSON: equal for equal configs, on every machine."""
-    text = json.dumps(to_dict(config), sort_keys=True, separators=(",", ":"))
+def digest(values: dict[str, Any]) -> str:
+    """SHA-256 of the canonical JSON of a `to_dict`: equal for equal configs, on every machine."""
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 

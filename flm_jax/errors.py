@@ -10,4 +10,4 @@ class UserError(ValueError):
 
 
 class RunStopped(Exception):
-    """A signal asked the run to stop; its state is on disk and the same command goes on from there."""
+    """A signal stopped the run; its state is on disk, and the same command goes on from there."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from flm_jax.precision import wide
+
 
 def attention(
     q_BTKGH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segment_ids_BT: jax.Array
@@ -19,7 +21,7 @@ def attention(
     """
     scale = q_BTKGH.shape[-1] ** -0.5
     T = q_BTKGH.shape[1]
-    stats = jnp.promote_types(q_BTKGH.dtype, jnp.float32)
+    stats = wide(q_BTKGH.dtype)
     scores_BKGTS = jnp.einsum(
         "BTKGH,BSKH->BKGTS", q_BTKGH * jnp.asarray(scale, q_BTKGH.dtype), k_BSKH,
         preferred_element_type=stats,

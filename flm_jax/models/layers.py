@@ -23,13 +23,9 @@ from flm_jax import mup
 from flm_jax.axes import Param, Role
 from flm_jax.config import TransformerConfig
 from flm_jax.models.attention import attention
+from flm_jax.precision import wide
 
 Masks = Mapping[str, jax.Array]
-
-
-def parameter_dtype(config: TransformerConfig) -> Any:
-    """Master weights are float32; float64 only for exactness checks."""
-    return jnp.dtype("float64" if config.dtype == "float64" else "float32")
 
 
 def create(
@@ -46,9 +42,7 @@ def create(
             for size, role in zip(param.shape(config), param.roles, strict=True)
             if role is not Role.STACK
         )
-        value = module.param(
-            name, mup.initializer(param, config), shape, parameter_dtype(config)
-        )
+        value = module.param(name, mup.initializer(param, config), shape, wide(config.dtype))
         created[name] = value.astype(config.dtype)
     return created
 
@@ -61,7 +55,7 @@ def rms_norm(
     With a mask the mean is weighted by it and the output multiplied by it: masked coordinates
     neither count nor show.
     """
-    x2_BTD = jnp.square(x_BTD.astype(jnp.promote_types(x_BTD.dtype, jnp.float32)))
+    x2_BTD = jnp.square(x_BTD.astype(wide(x_BTD.dtype)))
     if mask_D is None:
         mean_square_BT1 = jnp.mean(x2_BTD, axis=-1, keepdims=True)
     else:
@@ -72,9 +66,11 @@ def rms_norm(
     return x_BTD * scale_BT1.astype(x_BTD.dtype) * gain_D[None, None]
 
 
-def rotary_angles(positions_BT: jax.Array, config: TransformerConfig) -> tuple[jax.Array, jax.Array]:
+def rotary_angles(
+    positions_BT: jax.Array, config: TransformerConfig
+) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine [B, T, H/2] of position * theta^(-2i/H), float32 or wider."""
-    dtype = jnp.promote_types(config.dtype, jnp.float32)
+    dtype = wide(config.dtype)
     half = config.head_dim // 2
     inverse_frequency_i = config.rope_theta ** (-jnp.arange(half, dtype=dtype) / half)
     angle_BTi = positions_BT.astype(dtype)[..., None] * inverse_frequency_i[None, None]
@@ -162,7 +158,7 @@ def relative_distance(
     x_BTD: jax.Array, out_BTD: jax.Array, segment_ids_BT: jax.Array
 ) -> jax.Array:
     """Mean over real tokens of ||out - x|| / ||x||: how far a layer is from the identity."""
-    x_BTD, out_BTD = (a.astype(jnp.promote_types(a.dtype, jnp.float32)) for a in (x_BTD, out_BTD))
+    x_BTD, out_BTD = (a.astype(wide(a.dtype)) for a in (x_BTD, out_BTD))
     ratio_BT = jnp.linalg.norm(out_BTD - x_BTD, axis=-1) / jnp.linalg.norm(x_BTD, axis=-1)
     real_BT = (segment_ids_BT > 0).astype(ratio_BT.dtype)
     return jnp.sum(ratio_BT * real_BT) / jnp.sum(real_BT)

@@ -16,6 +16,7 @@ from flax import linen as nn
 from flm_jax.axes import PARAMS, Param
 from flm_jax.config import TransformerConfig
 from flm_jax.models import layers as nn_layers
+from flm_jax.precision import wide
 
 _REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -60,7 +61,7 @@ class Transformer(nn.Module):
         x_BTD = nn_layers.rms_norm(
             x_BTD, w["final_norm"], config.rms_norm_eps, masks.get("embed")
         )
-        stats = jnp.promote_types(config.dtype, jnp.float32)
+        stats = wide(config.dtype)
         logits_BTV = jnp.einsum("BTD,DV->BTV", x_BTD, w["head"], preferred_element_type=stats)
         return logits_BTV * jnp.asarray(config.logit_mult, stats)
 

@@ -1,0 +1,92 @@
+"""Grow a byte-level decoder twice on the Python standard library's source: 0.85M, 1.6M, 17M.
+
+  make demo
+  python -m experiments.grow --config=configs/demo.py --workdir=runs/demo
+
+Two CPU cores, about 8 minutes. `:smoke` is the same chain with a few steps of tiny models, for
+tests: under a minute.
+
+The sizes mirror Tele-FLM's 52B -> 102B -> 1T: parameters x1.9 then x10, hidden x1.25 then x2,
+depth x1.25 then x1.75, head size fixed. µP's base width is the first stage's, so matrix-like
+learning rates fall as the model widens. What to expect: validation bits per byte falls from stage
+to stage, and does not move at either growth.
+"""
+
+import ml_collections
+
+from configs import common
+from flm_jax.config import (
+    CheckpointConfig,
+    DataConfig,
+    EvalConfig,
+    ExperimentConfig,
+    GrowthConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    StageConfig,
+    TransformerConfig,
+)
+
+HEAD_DIM = 32
+
+
+def _model(layers: int, hidden: int, ffn: int) -> TransformerConfig:
+    return TransformerConfig(
+        vocab_size=260,  # 256 bytes, 3 special tokens, 1 unused
+        num_layers=layers,
+        d_model=hidden,
+        num_heads=hidden // HEAD_DIM,
+        head_dim=HEAD_DIM,
+        d_ff=ffn,
+        mup_base_width=128,
+        matrix_init_std=0.06,
+        vector_init_std=0.06,
+        depth_scaled_init=True,
+        scan_unroll=layers,
+    )
+
+
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+    if variant not in ("", "smoke"):
+        raise common.unknown_variant(variant, ("smoke",))
+    stages = (
+        StageConfig(
+            name="small",
+            model=_model(4, 128, 336),
+            steps=1100,
+            batch_size=4,
+            learning_rate=2.5e-3,
+            matrix_learning_rate=2.5e-3,
+        ),
+        StageConfig(
+            name="medium",
+            model=_model(5, 160, 416),
+            steps=500,
+            batch_size=4,
+            learning_rate=2e-3,
+            matrix_learning_rate=2.5e-3,
+            growth=GrowthConfig(ramp_steps=100, rewarmup_steps=20),
+        ),
+        StageConfig(
+            name="large",
+            model=_model(9, 320, 1536),
+            steps=240,
+            batch_size=2,
+            learning_rate=4e-4,
+            matrix_learning_rate=1e-3,
+            growth=GrowthConfig(ramp_steps=80, rewarmup_steps=20),
+        ),
+    )
+    config = ExperimentConfig(
+        stages=stages,
+        data=DataConfig(sequence_length=256),
+        optimizer=OptimizerConfig(weight_decay=0.1),
+        schedule=ScheduleConfig(kind="wsd", warmup_steps=50, decay_steps=120),
+        eval=EvalConfig(sequences=96, batch_size=8, every_steps=200),
+        checkpoint=CheckpointConfig(every_steps=100, keep=2),
+    )
+    return common.to_config_dict(_smoke(config) if variant == "smoke" else config)
+
+
+def _smoke(config: ExperimentConfig) -> ExperimentConfig:
+    return config

@@ -1,0 +1,57 @@
+"""Bits per byte: comparable between vocabularies, unlike loss per token."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from flm_jax import sharding
+from flm_jax.config import TransformerConfig
+from flm_jax.growth import Plan
+from flm_jax.train import summed_loss
+
+
+@functools.partial(jax.jit, static_argnames=("config", "plan"))
+def _nats(
+    params: Any,
+    batch: dict[str, jax.Array],
+    config: TransformerConfig,
+    plan: Plan | None,
+    mask_value: jax.Array | None,
+) -> jax.Array:
+    masks = None if plan is None or mask_value is None else plan.masks(mask_value)
+    return summed_loss(params, batch, config, masks)[0]
+
+
+def bits_per_byte(
+    params: Any,
+    config: TransformerConfig,
+    batches: Iterable[dict[str, np.ndarray]],
+    token_bytes: np.ndarray,
+    mesh: Mesh,
+    plan: Plan | None = None,
+    mask_value: float | None = None,
+) -> float:
+    """Negative log2-likelihood of the batches over the bytes that their targets stand for.
+
+    Args:
+      params: of `config`.
+      config: the model's.
+      batches: packed batches as `flm_jax.data` makes them.
+      token_bytes: int [vocabulary], bytes that a token stands for.
+      mesh: where to compute.
+      plan, mask_value: evaluate behind the plan's masks at this value; None: the plain model.
+    """
+    nats, count = 0.0, 0
+    value = None if mask_value is None else np.float32(mask_value)
+    for batch in batches:
+        placed = sharding.place_batch(batch, mesh)
+        nats += float(_nats(params, placed, config, plan if value is not None else None, value))
+        count += int((token_bytes[batch["targets"]] * (batch["weights"] > 0)).sum())
+    return nats / math.log(2) / count

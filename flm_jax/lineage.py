@@ -1,0 +1,147 @@
+"""A run's folder: which files it has, what they say, and that they belong to this config.
+
+Every file is written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from flm_jax import config as config_lib
+from flm_jax.config import ExperimentConfig
+from flm_jax.errors import UserError
+
+VERSION = 1
+
+
+def write_atomically(path: pathlib.Path, text: str) -> None:
+    """Writes a file so that a reader, or a kill, sees the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    write_atomically(path, json.dumps(value, indent=1) + "\n")
+
+
+class MetricsFile:
+    """One JSON object a line, each with a `step`; rewound when a run resumes before its end."""
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+
+    def rows(self, kind: str | None = None) -> list[dict[str, Any]]:
+        """Complete rows, of one `kind` (train or eval) if given. A torn last line is left out."""
+        if not self.path.exists():
+            return []
+        found = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                found.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return [row for row in found if kind is None or row["kind"] == kind]
+
+    def rewind(self, step: int) -> None:
+        """Forgets what lies after `step`: the steps that the run does again."""
+        kept = [json.dumps(row) + "\n" for row in self.rows() if row["step"] <= step]
+        write_atomically(self.path, "".join(kept))
+
+    def append(self, kind: str, step: int, **values: Any) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+
+
+class StageFolder:
+    """`DIR/stages/<index>-<name>/`."""
+
+    def __init__(self, run: RunFolder, index: int, name: str):
+        self.path = run.path / "stages" / f"{index}-{name}"
+        self.checkpoints = self.path / "checkpoints"
+        self.config = self.path / "config.json"
+        self.plan = self.path / "plan.json"
+        self.receipt = self.path / "receipt.json"
+        self.metrics = MetricsFile(self.path / "metrics.jsonl")
+
+
+class RunFolder:
+    """A run folder, opened for one experiment.
+
+    Raises UserError, and changes nothing, if the folder cannot be written, holds other files, or
+    is another run's.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = pathlib.Path(path)
+        self.lineage = self.path / "lineage.json"
+        self.tensorboard = self.path / "tensorboard"
+        self.report = self.path / "report"
+
+    def stage(self, index: int, name: str) -> StageFolder:
+        return StageFolder(self, index, name)
+
+    def open(self) -> None:
+        """Creates the folder, or checks that it is a run's and can be written."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / ".write-test"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UserError(
+                f"workdir {self.path} cannot be written ({error.strerror}); give a folder you own"
+            ) from error
+        if any(self.path.iterdir()) and not (self.path / "stages").is_dir():
+            raise UserError(
+                f"workdir {self.path} holds files but no run; give an empty or new folder"
+            )
+
+    def check_stage(self, folder: StageFolder, identity: Mapping[str, Any]) -> None:
+        """Raises UserError if the stage was begun with another config; names what differs."""
+        if not folder.config.exists():
+            return
+        found = config_lib.differences(json.loads(folder.config.read_text()), dict(identity))
+        if found:
+            more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+            raise UserError(
+                f"{folder.config}: the run was begun with another value: {found[0]}{more}; "
+                "restore the value, or give another --workdir"
+            )
+
+    def stages(self) -> list[dict[str, Any]]:
+        """The finished stages, from lineage.json. Raises UserError on another version."""
+        if not self.lineage.exists():
+            return []
+        data = json.loads(self.lineage.read_text(encoding="utf-8"))
+        if data.get("version") != VERSION:
+            raise UserError(
+                f"{self.lineage}: version {data.get('version')}, but this code reads version "
+                f"{VERSION}; use the code that wrote it"
+            )
+        return data["stages"]
+
+    def add_stage(self, entry: dict[str, Any]) -> None:
+        earlier = [s for s in self.stages() if s["index"] < entry["index"]]
+        write_json(self.lineage, {"version": VERSION, "stages": [*earlier, entry]})
+
+
+def identity(config: ExperimentConfig, index: int, fingerprint: str) -> dict[str, Any]:
+    """What decides a stage's numbers: its own config, what all stages share, and the data.
+
+    The mesh, evaluation and checkpoint settings may change when a run goes on.
+    """
+    shared = config_lib.to_dict(config)
+    for name in ("stages", "mesh", "eval", "checkpoint"):
+        del shared[name]
+    shared["schedule"]["total_steps"] = config.schedule.total_steps or config.total_steps
+    stage = config_lib.to_dict(config.stages[index])
+    return {**shared, "stage": stage, "data_fingerprint": fingerprint}

@@ -1,0 +1,32 @@
+"""Training curves for TensorBoard, through clu."""
+
+from __future__ import annotations
+
+import pathlib
+from types import TracebackType
+
+
+class TensorBoard:
+    """A context manager; clu and TensorFlow are imported when it is entered."""
+
+    def __init__(self, directory: pathlib.Path):
+        self._directory = directory
+
+    def __enter__(self) -> TensorBoard:
+        from clu import metric_writers
+
+        self._writer = metric_writers.AsyncWriter(
+            metric_writers.SummaryWriter(str(self._directory))
+        )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._writer.close()
+
+    def write(self, step: int, **scalars: float) -> None:
+        self._writer.write_scalars(step, scalars)

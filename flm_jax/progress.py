@@ -1,0 +1,68 @@
+"""What a person sees while a run trains: a live bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import rich.console
+import rich.progress
+
+PLAIN_SECONDS = 10.0
+
+
+class Progress:
+    """Shows loss, tokens/s, mask value and time left of one stage; a context manager.
+
+    Writes to standard error. `clock` is for tests.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        start: int,
+        end: int,
+        clock: Callable[[], float] = time.monotonic,
+        console: rich.console.Console | None = None,
+    ):
+        self._console = console or rich.console.Console(stderr=True)
+        self._clock, self._name, self._end = clock, name, end
+        self._first, self._began, self._last_line = start, clock(), clock()
+        self._bar = rich.progress.Progress(
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.BarColumn(),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.TextColumn("{task.fields[status]}"),
+            rich.progress.TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task(name, total=end, completed=start, status="")
+
+    def __enter__(self) -> Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def update(self, step: int, loss: float, tokens: int, mask: float | None) -> None:
+        """After `step`, with `tokens` trained since this display began."""
+        now = self._clock()
+        seconds = max(now - self._began, 1e-9)
+        ramp = "" if mask is None else f"  mask {mask:.2f}"
+        status = f"loss {loss:.3f}  {tokens / seconds:,.0f} tokens/s{ramp}"
+        self._bar.update(self._task, completed=step, status=status)
+        if not self._console.is_terminal and (
+            now - self._last_line >= PLAIN_SECONDS or step == self._end
+        ):
+            self._last_line = now
+            left = seconds / max(step - self._first, 1) * (self._end - step)
+            self._console.print(
+                f"{self._name}  step {step}/{self._end}  {status}  {left:.0f} s left",
+                highlight=False,
+            )
+
+    def note(self, text: str) -> None:
+        """A line of its own, above the bar."""
+        self._console.print(text, highlight=False)

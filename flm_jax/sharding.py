@@ -1,0 +1,74 @@
+"""Mesh, and the place of every array on it, from the axis table.
+
+Axis -> mesh axis: `embed` is split over fsdp; `mlp`, `kv_heads` and `vocab` over tensor; the batch
+over data and fsdp. Everything else is replicated.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from flm_jax import axes
+from flm_jax.config import MeshConfig, TransformerConfig
+from flm_jax.errors import UserError
+
+RULES = {"embed": "fsdp", "mlp": "tensor", "kv_heads": "tensor", "vocab": "tensor"}
+BATCH = PartitionSpec(("data", "fsdp"))
+
+
+def make_mesh(config: MeshConfig) -> Mesh:
+    """The mesh (data, fsdp, tensor) over all devices.
+
+    Raises UserError if the axes do not multiply to the number of devices.
+    """
+    devices = jax.device_count()
+    rest = config.fsdp * config.tensor
+    data = config.data or devices // rest
+    if data * rest != devices:
+        raise UserError(
+            f"config.mesh is data {data} x fsdp {config.fsdp} x tensor {config.tensor} = "
+            f"{data * rest} devices, but there are {devices}; change it, or set data to 0"
+        )
+    shape, names = (data, config.fsdp, config.tensor), ("data", "fsdp", "tensor")
+    return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * 3)
+
+
+def param_spec(param: axes.Param) -> PartitionSpec:
+    return PartitionSpec(*(RULES.get(axis) for axis in param.axes))
+
+
+def check_divisible(config: TransformerConfig, mesh: Mesh) -> None:
+    """Raises UserError, naming parameter, axis and both numbers, if an axis does not divide."""
+    sizes = axes.axis_sizes(config)
+    for path, param in axes.TABLE.items():
+        for axis in param.axes:
+            parts = mesh.shape[RULES[axis]] if axis in RULES else 1
+            if sizes[axis] % parts:
+                raise UserError(
+                    f"parameter {path!r}: axis {axis!r} of size {sizes[axis]} cannot be split "
+                    f"over {parts} devices of mesh axis {RULES[axis]!r}; change one of them"
+                )
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """A NamedSharding for every leaf: by the table where it is shaped like a parameter.
+
+    Parameters, their gradients and their moments are nested dicts as in `axes.PARAMS`, so the
+    dictionary keys on the way to a leaf are its name in the table; other leaves are replicated.
+    """
+
+    def place(path: tuple[Any, ...], _: Any) -> NamedSharding:
+        name = "/".join(k.key for k in path if isinstance(k, jax.tree_util.DictKey))
+        param = axes.TABLE.get(name)
+        return NamedSharding(mesh, param_spec(param) if param else PartitionSpec())
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def place_batch(batch: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
+    """This process's rows of the global batch, as arrays split over the mesh."""
+    sharding = NamedSharding(mesh, BATCH)
+    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}

@@ -1,0 +1,27 @@
+"""Stopping on request: Ctrl-C and SIGTERM end a run at its next step, with a checkpoint."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopRequest:
+    """`requested` turns from '' to the signal's name. A second signal acts as if unhandled."""
+
+    def __init__(self) -> None:
+        self.requested = ""
+
+    def __enter__(self) -> StopRequest:
+        self._before = {s: signal.signal(s, self._handle) for s in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.requested = signal.Signals(number).name
+        signal.signal(number, self._before[signal.Signals(number)])

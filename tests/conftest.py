@@ -1,0 +1,8 @@
+import os
+
+os.environ["JAX_PLATFORMS"]="cpu"
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")

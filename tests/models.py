@@ -1,0 +1,114 @@
+"""Small configs, parameters away from their defaults, and an independent model, for the tests."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flm_jax import axes, growth, mup, train
+from flm_jax.config import TransformerConfig
+from flm_jax.precision import wide
+
+SMALL = TransformerConfig(
+    vocab_size=23,
+    num_layers=2,
+    d_model=12,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=6,
+    d_ff=20,
+    mup_base_width=8,
+    input_mult=1.3,
+    output_mult=0.7,
+    matrix_init_std=0.3,
+    vector_init_std=0.5,
+    rms_norm_eps=1e-2,
+    dtype="float64",
+)
+
+
+def changed(config: TransformerConfig, **values) -> TransformerConfig:
+    return dataclasses.replace(config, **values)
+
+
+# Compiled once per config: op by op, small models spend their time in dispatch and compilation.
+logits_of = jax.jit(train.logits_of, static_argnums=0)
+gradients = jax.jit(train.gradients, static_argnums=(2, 4))
+grow = jax.jit(growth.grow, static_argnums=1)
+
+
+def random_params(config: TransformerConfig, seed: int):
+    """Normal entries at the config's scales, norm gains in [0.5, 1.5]: ones hide bugs.
+
+    Drawn by numpy, which compiles nothing.
+    """
+    rng = np.random.default_rng(seed)
+    leaves = {}
+    for path, param in axes.TABLE.items():
+        shape, std = param.shape(config), mup.init_std(param, config)
+        values = rng.normal(0, std, shape) if std else rng.uniform(0.5, 1.5, shape)
+        leaves[path] = jnp.asarray(values, wide(config.dtype))
+    return axes.unflatten(leaves)
+
+
+def packed_batch(config: TransformerConfig, seed: int = 0, batch: int = 2, length: int = 9):
+    """Random tokens; each row holds two documents and a padded end."""
+    rng = np.random.default_rng(seed)
+    first = length // 2
+    segments = np.array([1] * first + [2] * (length - first - 1) + [0])
+    positions = np.concatenate([np.arange(first), np.arange(length - first - 1), [0]])
+    tokens = rng.integers(0, config.vocab_size, (batch, length))
+    return {
+        "tokens": jnp.asarray(tokens, jnp.int32),
+        "targets": jnp.asarray(np.roll(tokens, -1, 1), jnp.int32),
+        "segment_ids": jnp.asarray(np.tile(segments, (batch, 1)), jnp.int32),
+        "positions": jnp.asarray(np.tile(positions, (batch, 1)), jnp.int32),
+        "weights": jnp.asarray(np.tile(segments > 0, (batch, 1)), jnp.float32),
+    }
+
+
+def numpy_logits(config: TransformerConfig, params, tokens, segments, positions):
+    """The model written again in plain numpy, one token, head and layer at a time."""
+    p = {path: np.asarray(v, np.float64) for path, v in axes.flatten(params)}
+    half = config.head_dim // 2
+    frequency = 1.0 / config.rope_theta ** (np.arange(half) * 2 / config.head_dim)
+
+    def norm(x, gain):
+        return gain * x / np.sqrt(np.mean(x**2) + config.rms_norm_eps)
+
+    def rope(x, position):
+        out = np.empty_like(x)
+        for i in range(half):
+            c, s = np.cos(position * frequency[i]), np.sin(position * frequency[i])
+            out[i] = x[i] * c - x[i + half] * s
+            out[i + half] = x[i + half] * c + x[i] * s
+        return out
+
+    logits = np.zeros((*tokens.shape, config.vocab_size))
+    for b in range(tokens.shape[0]):
+        x = [p["embedding"][t] * config.input_mult for t in tokens[b]]
+        for layer in range(config.num_layers):
+            w = {k.removeprefix("layers/"): v[layer] for k, v in p.items() if "layers/" in k}
+            y = [norm(h, w["attention/norm"]) for h in x]
+            for t in range(len(x)):
+                for k in range(config.kv_heads):
+                    visible = [s for s in range(t + 1) if segments[b][s] == segments[b][t]]
+                    keys = [rope(y[s] @ w["attention/key"][:, k], positions[b][s]) for s in visible]
+                    values = [y[s] @ w["attention/value"][:, k] for s in visible]
+                    for g in range(config.queries_per_kv):
+                        q = rope(y[t] @ w["attention/query"][:, k, g], positions[b][t])
+                        scores = np.array([q @ key for key in keys]) / np.sqrt(config.head_dim)
+                        probs = np.exp(scores - scores.max())
+                        probs /= probs.sum()
+                        mixed = sum(a * v for a, v in zip(probs, values, strict=True))
+                        x[t] = x[t] + mixed @ w["attention/out"][k, g]
+            for t, h in enumerate(x):
+                y_t = norm(h, w["mlp/norm"])
+                gate = y_t @ w["mlp/gate"]
+                x[t] = h + (gate / (1 + np.exp(-gate)) * (y_t @ w["mlp/up"])) @ w["mlp/down"]
+        for t, h in enumerate(x):
+            scale = config.output_mult / (config.d_model / config.mup_base_width)
+            logits[b, t] = norm(h, p["final_norm"]) @ p["head"] * scale
+    return logits

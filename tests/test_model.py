@@ -1,0 +1,115 @@
+"""The decoder: against an independent numpy model, and its packing through gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flm_jax import axes
+from flm_jax.models import Transformer
+from tests.models import (
+    SMALL,
+    changed,
+    gradients,
+    logits_of,
+    numpy_logits,
+    packed_batch,
+    random_params,
+)
+
+KV_HEADS = pytest.mark.parametrize(
+    "kv_heads", [4, 2, 1], ids=["multi-head", "grouped", "multi-query"]
+)
+
+
+@KV_HEADS
+def test_logits_equal_the_numpy_model(kv_heads):
+    with jax.enable_x64(True):
+        config = changed(SMALL, num_kv_heads=kv_heads)
+        params = random_params(config, 1)
+        batch = packed_batch(config)
+        got = np.asarray(logits_of(config, params, batch))
+        args = [np.asarray(batch[k]) for k in ("tokens", "segment_ids", "positions")]
+        want = numpy_logits(config, params, *args)
+        real = args[1] > 0
+        np.testing.assert_allclose(got[real], want[real], atol=1e-12)
+        # The oracle sees what it should: without the segments it differs.
+        unpacked = numpy_logits(config, params, args[0], np.ones_like(args[1]), args[2])
+        assert np.abs(got[real] - unpacked[real]).max() > 1e-3
+
+
+def _token_gradients(config, params, batch, row, position, segment_ids):
+    """Size of d(logits at one position)/d(embedding of each input position)."""
+    length = batch["tokens"].shape[1]
+    # Distinct tokens, so that row i of the embedding's gradient belongs to position i alone.
+    tokens = jnp.arange(length, dtype=jnp.int32)[None]
+
+    def probe(p):
+        logits = Transformer(config).apply(
+            {"params": p}, tokens, segment_ids, batch["positions"][row : row + 1]
+        )
+        return jnp.sum(jnp.sin(logits[0, position]))
+
+    grads = jax.grad(probe)(params)["embedding"]
+    return np.abs(np.asarray(grads[:length])).max(axis=1)
+
+
+def test_attention_is_causal_and_stays_in_its_document():
+    """Three criteria: no gradient from later tokens, none from other documents, some from all
+    earlier tokens of the same document."""
+    with jax.enable_x64(True):
+        params = random_params(SMALL, 2)
+        batch = packed_batch(SMALL, batch=1)
+        segments = np.asarray(batch["segment_ids"][0])
+        for position in np.flatnonzero(segments > 0):
+            got = _token_gradients(SMALL, params, batch, 0, position, batch["segment_ids"])
+            visible = (segments == segments[position]) & (np.arange(len(segments)) <= position)
+            assert (got[~visible] == 0).all()
+            assert (got[visible] > 1e-8).all()
+        # Twin: as one document, the earlier document is seen.
+        one = jnp.ones_like(batch["segment_ids"])
+        leaked = _token_gradients(SMALL, params, batch, 0, 6, one)
+        assert leaked[0] > 1e-8
+
+
+@pytest.mark.parametrize("options", [{"remat": "full"}, {"remat": "dots"}, {"scan_unroll": 2}])
+def test_how_it_is_computed_does_not_change_what(options):
+    with jax.enable_x64(True):
+        params = random_params(SMALL, 3)
+        batch = packed_batch(SMALL)
+        loss, grads, _ = gradients(params, batch, SMALL)
+        other_loss, other_grads, _ = gradients(params, batch, changed(SMALL, **options))
+        np.testing.assert_allclose(loss, other_loss, rtol=1e-12)
+        for (path, a), (_, b) in zip(axes.flatten(grads), axes.flatten(other_grads), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-12, err_msg=path)
+
+
+def test_bfloat16_computes_logits_in_float32_near_the_exact_ones():
+    config = changed(SMALL, dtype="bfloat16")
+    params = random_params(config, 4)
+    batch = packed_batch(config)
+    logits = logits_of(config, params, batch)
+    assert logits.dtype == jnp.float32
+    assert all(leaf.dtype == jnp.float32 for _, leaf in axes.flatten(params))
+    exact = logits_of(changed(config, dtype="float32"), params, batch)
+    error = float(jnp.sqrt(jnp.mean(jnp.square(logits - exact))))
+    scale = float(jnp.sqrt(jnp.mean(jnp.square(exact))))
+    assert 2**-12 < error / scale < 2**-5  # bfloat16 rounds to 2^-9; a few dozen roundings
+
+
+def test_accumulated_gradient_is_that_of_the_whole_batch():
+    """Rows with different numbers of targets: a mean of means would be wrong."""
+    with jax.enable_x64(True):
+        params = random_params(SMALL, 5)
+        batch = packed_batch(SMALL, batch=4)
+        batch["weights"] = batch["weights"].at[0, :5].set(0)
+        loss, grads, tokens = gradients(params, batch, SMALL)
+        loss2, grads2, tokens2 = gradients(params, batch, SMALL, accumulate=2)
+        assert tokens == tokens2
+        np.testing.assert_allclose(loss, loss2, rtol=1e-12)
+        for (path, a), (_, b) in zip(axes.flatten(grads), axes.flatten(grads2), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-13, err_msg=path)
+        halves = [
+            gradients(params, {k: v[i : i + 2] for k, v in batch.items()}, SMALL)[0] for i in (0, 2)
+        ]
+        assert abs(float(sum(halves) / 2 - loss)) > 1e-4
