@@ -30,6 +30,7 @@ setuptools.setup(
         "rich",
         "sentencepiece",
         "seqio",
+        "tensorboard",  # clu's summary writer imports it
         "tensorflow-cpu",
         "tensorstore",
     ],

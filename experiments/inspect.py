@@ -1,0 +1,93 @@
+"""Prints a run's lineage as a tree, and compares two of its stages.
+
+  python -m experiments.inspect runs/demo
+  python -m experiments.inspect runs/demo --compare=0,2
+  python -m experiments.inspect runs/demo --json
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import rich.console
+import rich.table
+import rich.tree
+from absl import flags
+
+from experiments import cli
+from flm_jax import config as config_lib
+from flm_jax.errors import UserError
+from flm_jax.lineage import RunFolder
+
+COMPARE = flags.DEFINE_list("compare", [], "Two stage indices, as 0,2.")
+
+
+def _pick(stages: Sequence[dict[str, Any]], wanted: str) -> dict[str, Any]:
+    for stage in stages:
+        if wanted in (str(stage["index"]), stage["name"]):
+            return stage
+    names = ", ".join(f"{s['index']} ({s['name']})" for s in stages)
+    raise UserError(f"--compare: no finished stage {wanted!r}; the run has {names}")
+
+
+def _tree(folder: RunFolder, stages: Sequence[dict[str, Any]]) -> rich.tree.Tree:
+    root = node = rich.tree.Tree(str(folder.path))
+    for s in stages:
+        text = (
+            f"[bold]{s['index']} {s['name']}[/]  {s['params']:,} parameters  "
+            f"{s['steps']:,} steps  {s['eval']['bpb_start']:.4f} -> "
+            f"{s['eval']['bpb_end']:.4f} bits per byte"
+        )
+        node = node.add(text)
+        if receipt := s["receipt"]:
+            change = receipt["max_abs_logit_diff"] / receipt["logit_scale"]
+            node.add(
+                f"grown by {receipt['operator']} ({receipt['exactness']}): logits moved by "
+                f"{change:.1e} of their scale, plan {s['plan_digest'][:12]}"
+            )
+        node.add(f"{s['checkpoint']}  parameters {s['params_digest'][:12]}")
+    return root
+
+
+def _differences(folder: RunFolder, one: dict[str, Any], two: dict[str, Any]) -> list[str]:
+    configs = [
+        json.loads(folder.stage(s["index"], s["name"]).config.read_text()) for s in (one, two)
+    ]
+    return config_lib.differences(*configs)
+
+
+def _comparison(one: dict[str, Any], two: dict[str, Any]) -> rich.table.Table:
+    table = rich.table.Table("", one["name"], two["name"], "ratio")
+    for key in ("params", "steps", "tokens", "flops", "wall_s"):
+        a, b = one[key], two[key]
+        table.add_row(key, f"{a:,.4g}", f"{b:,.4g}", f"{b / a:.3g}")
+    for key in ("bpb_start", "bpb_end"):
+        a, b = one["eval"][key], two["eval"][key]
+        table.add_row(key, f"{a:.4f}", f"{b:.4f}", f"{b / a:.3f}")
+    return table
+
+
+def main(arguments: list[str]) -> dict[str, Any]:
+    if len(arguments) != 1:
+        raise UserError("give one run folder: python -m experiments.inspect DIR")
+    folder = RunFolder(arguments[0])
+    stages = folder.stages()
+    if not stages:
+        raise UserError(f"{folder.path} has no finished stage (no lineage.json); train one first")
+    console = rich.console.Console(stderr=cli.json_wanted())
+    console.print(_tree(folder, stages))
+    result: dict[str, Any] = {"stages": list(stages)}
+    if COMPARE.value:
+        if len(COMPARE.value) != 2:
+            raise UserError(f"--compare={','.join(COMPARE.value)}: give two stages, as 0,2")
+        one, two = (_pick(stages, wanted) for wanted in COMPARE.value)
+        found = _differences(folder, one, two)
+        console.print(_comparison(one, two), *found, sep="\n")
+        result["compare"] = {"stages": [one["index"], two["index"]], "config": found}
+    return result
+
+
+if __name__ == "__main__":
+    cli.run(main, needs_config=False)

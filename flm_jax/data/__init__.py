@@ -1,0 +1,62 @@
+"""Text as packed batches of tokens: seqio tasks behind an iterator whose place can be saved.
+
+The only package that loads seqio and TensorFlow. They take seconds to load, so that happens when a
+function is called, not when this package is imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from flm_jax.config import DataConfig
+
+if TYPE_CHECKING:
+    from flm_jax.data.pipeline import BatchIterator, Corpus
+
+__all__ = ["BatchIterator", "Corpus", "open_corpus", "train_sentencepiece"]
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+
+
+def open_corpus(config: DataConfig) -> Corpus:
+    """Opens the documents and the vocabulary that `config` names.
+
+    Raises:
+      UserError: the task, the path, a document or the vocabulary is missing or malformed.
+    """
+    return _pipeline().open_corpus(config)
+
+
+def train_sentencepiece(config: DataConfig, vocab_size: int, output_path: str) -> None:
+    """Trains a SentencePiece model on the training split and writes it to `output_path`.
+
+    The model keeps text as it is: see `flm_jax.data.pipeline.train_sentencepiece`.
+
+    Raises:
+      UserError: the data cannot be opened, or `vocab_size` does not fit it.
+    """
+    _pipeline().train_sentencepiece(config, vocab_size, output_path)
+
+
+def _pipeline() -> ModuleType:
+    with _silent_stderr():
+        from flm_jax.data import pipeline
+    return pipeline
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """TensorFlow's C++ writes about missing CUDA while it loads, whatever the log level."""
+    saved = os.dup(2)
+    try:
+        with open(os.devnull, "w") as devnull:
+            os.dup2(devnull.fileno(), 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)

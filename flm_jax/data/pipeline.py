@@ -1,0 +1,368 @@
+"""Documents -> windows of tokens -> packed batches, with a place that can be saved and restored.
+
+Letters in array names: B sequences of a batch, T tokens of a sequence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import sentencepiece
+import seqio
+import tensorflow as tf
+
+from flm_jax.config import DataConfig
+from flm_jax.data import tasks
+from flm_jax.errors import UserError
+
+Batch = dict[str, np.ndarray]
+
+# Documents that are concatenated before they are cut into windows.
+GROUP_DOCUMENTS = 256
+# What SentencePiece writes for a space in its pieces.
+SPACE = "\u2581"
+# The stream depends on these, so a saved place holds only where they are equal.
+STREAM_IDENTITY = ("seed", "sequence_length", "fingerprint")
+
+
+class Corpus:
+    """Opened documents and their vocabulary. Made by `open_corpus`.
+
+    Attributes:
+      config: what it was opened from.
+      vocab_size: number of tokens, special ones included.
+      token_bytes: int32 [vocab_size], UTF-8 bytes that each token stands for, 0 for special ones.
+        Over a document they add up to its length in bytes, for the byte vocabulary and for models
+        by `train_sentencepiece`. (SentencePiece itself reads U+2581 as a space, and counts 1.)
+      fingerprint: SHA-256, hex, of documents and vocabulary.
+      num_documents: per split, None where the task does not know.
+      num_bytes: per split, empty where the task does not know.
+    """
+
+    def __init__(self, config: DataConfig) -> None:
+        if config.seed < 0:
+            raise UserError(f"DataConfig.seed is {config.seed}; it must be 0 or more")
+        self.config = config
+        self.task = tasks.make_task(config)
+        self.vocabulary = self.task.output_features["targets"].vocabulary
+        self.vocab_size = int(self.vocabulary.vocab_size)
+        self.token_bytes = _token_bytes(self.vocabulary)
+        parts = (tasks.fingerprint(self.task), tasks.vocabulary_digest(self.vocabulary))
+        self.fingerprint = hashlib.sha256(" ".join(parts).encode()).hexdigest()
+        splits = ("train", "validation")
+        self.num_documents = {s: _num_documents(self.task, s) for s in splits}
+        self.num_bytes: dict[str, int] = {}
+        source = getattr(self.task, "source", None)  # a mixture has none
+        if isinstance(source, tasks.DocumentSource):
+            self.num_bytes = {s: sum(len(d.text) for d in source.documents[s]) for s in splits}
+
+    def train(self, batch_size: int, host_index: int = 0, host_count: int = 1) -> BatchIterator:
+        """The endless training stream, from its start.
+
+        Args:
+          batch_size: sequences per global batch.
+          host_index, host_count: this host gets its equal share of each global batch's rows.
+
+        Raises:
+          UserError: the global batch cannot be shared equally.
+        """
+        return BatchIterator(self, batch_size, host_index, host_count)
+
+    def validation(self, batch_size: int, num_sequences: int) -> list[Batch]:
+        """The first `num_sequences` of the validation split (or all, if fewer), never shuffled.
+
+        All batches have `batch_size` rows; rows that are missing from the last have weight 0.
+        """
+        _require_positive(batch_size=batch_size, num_sequences=num_sequences)
+        windows = _windows(self.documents("validation"), self.config.sequence_length)
+        batches = windows.take(num_sequences).batch(batch_size).map(_features)
+        return [_pad_rows(batch, batch_size) for batch in batches.as_numpy_iterator()]
+
+    def documents(self, split: str, shuffle_seed: int | None = None) -> tf.data.Dataset:
+        """One pass over the split: int32 [tokens] per document, shuffled only with a seed."""
+        try:
+            dataset = self.task.get_dataset(
+                sequence_length=None,
+                split=split,
+                shuffle=shuffle_seed is not None,
+                seed=shuffle_seed or 0,
+                num_epochs=1,
+                try_in_mem_cache=False,  # each pass is a new dataset: nothing would hit the cache
+            )
+        except ValueError as error:
+            raise UserError(f"DataConfig.task is {self.config.task!r}: {error}") from error
+        return dataset.map(lambda example: tf.cast(example["targets"], tf.int32))
+
+    def epoch(self, epoch: int) -> tf.data.Dataset:
+        """All windows of one epoch, in its order: `targets` and `positions`, int32 [T]."""
+        config = self.config
+        seed = int(np.random.SeedSequence((config.seed, epoch)).generate_state(1)[0])
+        windows = _windows(self.documents("train", seed), config.sequence_length)
+        buffer = max(1, config.shuffle_tokens // config.sequence_length)
+        return windows.shuffle(buffer, seed=seed, reshuffle_each_iteration=False)
+
+
+def open_corpus(config: DataConfig) -> Corpus:
+    """Opens the documents and the vocabulary that `config` names.
+
+    Raises:
+      UserError: the task, the path, a document or the vocabulary is missing or malformed.
+    """
+    return Corpus(config)
+
+
+class BatchIterator:
+    """An endless stream of packed batches; its place is a small dict that JSON can hold.
+
+    A batch is a dict of numpy arrays [B, T], B being this host's share of the global batch:
+      targets: int32, the tokens to predict, each document's EOS included; 0 for padding.
+      tokens: int32, `targets` shifted right in each segment; 0 at its start and for padding.
+      segment_ids: int32, 1, 2, .. for each document in the window; 0 for padding.
+      positions: int32, from 0 in each segment; 0 for padding.
+      weights: float32, 1 for a target; 0 for padding.
+
+    A document that a window boundary cuts starts a new segment, at position 0, in its next window.
+    """
+
+    def __init__(self, corpus: Corpus, batch_size: int, host_index: int, host_count: int) -> None:
+        _require_positive(batch_size=batch_size, host_count=host_count)
+        if batch_size % host_count:
+            raise UserError(
+                f"batch_size is {batch_size} and host_count {host_count}; make batch_size a "
+                "multiple of host_count"
+            )
+        if not 0 <= host_index < host_count:
+            raise UserError(
+                f"host_index is {host_index} and host_count {host_count}; it must be from 0 to "
+                "host_count - 1"
+            )
+        share = batch_size // host_count
+        self._corpus = corpus
+        self._batch_size = batch_size
+        self._host_rows = slice(host_index * share, (host_index + 1) * share)
+        self._identity = {
+            "seed": corpus.config.seed,
+            "sequence_length": corpus.config.sequence_length,
+            "fingerprint": corpus.fingerprint,
+        }
+        self._epoch, self._offset, self._sequences = 0, 0, 0
+        self._stream: Iterator[Batch] | None = None  # of this epoch, from `_offset` when opened
+        self._rows: Batch | None = None  # read from the stream, not handed out yet
+
+    def __iter__(self) -> BatchIterator:
+        return self
+
+    def __next__(self) -> Batch:
+        parts: list[Batch] = []
+        missing = self._batch_size
+        while missing:
+            rows = self._next_rows()
+            taken = min(missing, _num_rows(rows))
+            parts.append({name: x[:taken] for name, x in rows.items()})
+            self._rows = {name: x[taken:] for name, x in rows.items()}
+            self._offset += taken
+            missing -= taken
+        self._sequences += self._batch_size
+        return {
+            name: np.concatenate([part[name] for part in parts])[self._host_rows]
+            for name in parts[0]
+        }
+
+    def _next_rows(self) -> Batch:
+        """Rows of the stream that were not handed out yet, one or more; opens the next epoch."""
+        if self._rows is not None and _num_rows(self._rows):
+            return self._rows
+        if self._stream is None:
+            self._stream = self._open_stream()
+        rows = next(self._stream, None)
+        if rows is None:
+            if self._offset == 0:
+                raise UserError(
+                    f"DataConfig.task is {self._corpus.config.task!r}, whose training split is "
+                    "empty; add documents"
+                )
+            self._epoch, self._offset = self._epoch + 1, 0
+            self._stream = self._open_stream()
+            return self._next_rows()
+        return rows
+
+    def _open_stream(self) -> Iterator[Batch]:
+        windows = self._corpus.epoch(self._epoch).skip(self._offset)
+        batches = windows.batch(self._batch_size).map(_features).prefetch(tf.data.AUTOTUNE)
+        return batches.as_numpy_iterator()
+
+    def get_state(self) -> dict[str, Any]:
+        """The place after the batches handed out so far, as JSON values."""
+        return {
+            "epoch": self._epoch,
+            "offset": self._offset,  # sequences of this epoch
+            "sequences": self._sequences,  # of all epochs
+            **self._identity,
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes to the place of `get_state`: the next batch is the one that followed it.
+
+        Holds in any process, for any batch size and number of hosts. Skipped sequences of the
+        epoch are read and tokenised again.
+
+        Raises:
+          UserError: the state is of another seed, sequence length or corpus.
+        """
+        for name in STREAM_IDENTITY:
+            if state.get(name) != self._identity[name]:
+                raise UserError(
+                    f"{name} of the saved data state is {state.get(name)!r}, of this corpus "
+                    f"{self._identity[name]!r}; resume with the data that the run began with, or "
+                    "start a new run"
+                )
+        self._epoch, self._offset = state["epoch"], state["offset"]
+        self._sequences = state["sequences"]
+        self._stream, self._rows = None, None
+
+
+def train_sentencepiece(
+    config: DataConfig, vocab_size: int, output_path: str, max_bytes: int = 1 << 28
+) -> None:
+    """Trains a BPE SentencePiece model on the training split and writes it to `output_path`.
+
+    Text comes back from its tokens as it was: no normalisation, no dummy prefix, whitespace kept,
+    bytes for what the vocabulary lacks. Ids 0, 1, 2 are padding, end of sequence, unknown. The
+    same documents give the same model.
+
+    Args:
+      config: the data; its own vocabulary is not used.
+      vocab_size: number of tokens, the 3 special and 256 byte tokens included.
+      output_path: the model's file; folders are made.
+      max_bytes: documents after this many bytes are left out.
+
+    Raises:
+      UserError: the data cannot be opened, or `vocab_size` does not fit it.
+    """
+    vocabulary_config = dataclasses.replace(config, vocabulary="bytes")
+    documents = open_corpus(vocabulary_config).documents("train")
+
+    def texts() -> Iterator[str]:
+        total = 0
+        for tokens in documents.as_numpy_iterator():
+            data = _text_of_bytes(tokens)
+            total += len(data)
+            if total > max_bytes:
+                return
+            yield data.decode("utf-8")
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=texts(),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type="bpe",
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,  # indentation
+            byte_fallback=True,
+            max_sentence_length=1 << 30,  # a sentence is a document; longer ones are dropped
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise UserError(
+            f"vocab_size is {vocab_size}, which SentencePiece cannot train on this data: {error}"
+        ) from error
+    path = pathlib.Path(output_path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(model.getvalue())
+    partial.replace(path)
+
+
+def _require_positive(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise UserError(f"{name} is {value}; it must be 1 or more")
+
+
+def _num_rows(batch: Batch) -> int:
+    return len(batch["targets"])
+
+
+def _pad_rows(batch: Batch, rows: int) -> Batch:
+    return {
+        name: np.pad(x, ((0, rows - len(x)), (0, 0))) if len(x) < rows else x
+        for name, x in batch.items()
+    }
+
+
+def _text_of_bytes(tokens: np.ndarray) -> bytes:
+    """UTF-8 of byte tokens (seqio: byte + 3); special tokens are left out."""
+    return (tokens[tokens >= 3] - 3).astype(np.uint8).tobytes()
+
+
+def _num_documents(task: seqio.Task | seqio.Mixture, split: str) -> int | None:
+    counts = [part.num_input_examples(split) for part in seqio.get_subtasks(task)]
+    return None if None in counts else sum(counts)
+
+
+def _token_bytes(vocabulary: seqio.Vocabulary) -> np.ndarray:
+    sizes = np.zeros(vocabulary.vocab_size, np.int32)
+    if isinstance(vocabulary, seqio.ByteVocabulary):
+        sizes[3 : 3 + 256] = 1
+        return sizes
+    model = vocabulary.tokenizer
+    for token in range(vocabulary.vocab_size):
+        if model.is_byte(token):
+            sizes[token] = 1
+        elif not (model.is_control(token) or model.is_unknown(token) or model.is_unused(token)):
+            sizes[token] = len(model.id_to_piece(token).replace(SPACE, " ").encode())
+    return sizes
+
+
+def _windows(documents: tf.data.Dataset, sequence_length: int) -> tf.data.Dataset:
+    """Groups of documents, concatenated and cut: `targets` and `positions`, int32 [T].
+
+    Positions count from 0 in each segment, and are -1 for padding, which only the last window of a
+    group has.
+    """
+
+    def cut(group: tf.RaggedTensor) -> dict[str, tf.Tensor]:
+        starts = tf.gather(group.row_starts(), group.value_rowids())
+        total = tf.size(group.values)
+        in_document = tf.range(total) - tf.cast(starts, tf.int32)
+        padding = [[0, -total % sequence_length]]
+        shape = [-1, sequence_length]
+        targets = tf.reshape(tf.pad(group.values, padding), shape)
+        in_document = tf.reshape(tf.pad(in_document, padding, constant_values=-1), shape)
+        # A document that began before the window would be further on than the window is.
+        return {
+            "targets": targets,
+            "positions": tf.minimum(in_document, tf.range(sequence_length)),
+        }
+
+    groups = documents.ragged_batch(GROUP_DOCUMENTS)
+    return groups.map(cut, num_parallel_calls=tf.data.AUTOTUNE).unbatch()
+
+
+def _features(windows: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+    """The model's features of a batch of windows, all [B, T]; see `BatchIterator`."""
+    targets, positions = windows["targets"], windows["positions"]
+    inside = positions >= 0
+    segment_ids = tf.cumsum(tf.cast(positions == 0, tf.int32), axis=1)
+    shifted = tf.pad(targets[:, :-1], [[0, 0], [1, 0]])
+    return {
+        "tokens": tf.where(positions > 0, shifted, 0),
+        "targets": targets,
+        "segment_ids": tf.where(inside, segment_ids, 0),
+        "positions": tf.maximum(positions, 0),
+        "weights": tf.cast(inside, tf.float32),
+    }

@@ -1,0 +1,343 @@
+"""seqio tasks: the Python standard library, the user's own files, C4, or any registered task.
+
+Each task yields one example per document with a feature `targets`: its tokens, then EOS. Documents
+of files are held in memory; for more text than fits there, register a seqio task.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+import sysconfig
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import seqio
+import tensorflow as tf
+
+from flm_jax.config import DataConfig
+from flm_jax.errors import UserError
+
+VALIDATION_FRACTION = 0.04
+C4 = "c4/en:3.1.0"
+# Folders of the standard library that hold tests or what was installed beside it.
+NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+
+# JAX owns the accelerators.
+tf.config.set_visible_devices([], "GPU")
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """One text."""
+
+    name: str
+    text: bytes  # UTF-8
+    split_hash: str  # hex; decides between training and validation
+
+
+class DocumentSource(seqio.DataSource):
+    """Documents held in memory; shuffling permutes the whole split.
+
+    No Python runs inside the tf.data graph: a process that exits with such a graph half read hangs.
+    """
+
+    def __init__(self, documents: Mapping[str, Sequence[Document]]) -> None:
+        self.documents = documents
+        self._texts = {
+            split: tf.constant([row.text for row in rows]) for split, rows in documents.items()
+        }
+        super().__init__(
+            splits=tuple(documents),
+            num_input_examples={split: len(rows) for split, rows in documents.items()},
+            performs_internal_shuffling=True,
+        )
+
+    @property
+    def supports_arbitrary_sharding(self) -> bool:
+        return False
+
+    def list_shards(self, split: str) -> list[str]:
+        return [split]
+
+    def get_dataset(
+        self,
+        split: str = "train",
+        shuffle: bool = True,
+        seed: int | None = None,
+        shard_info: seqio.ShardInfo | None = None,
+    ) -> tf.data.Dataset:
+        if shard_info and shard_info.num_shards > 1:
+            raise ValueError("DocumentSource has one shard")
+        texts = self._texts[split]
+        order = np.arange(len(texts))
+        if shuffle:
+            order = np.random.default_rng(seed).permutation(order)
+        dataset = tf.data.Dataset.from_tensor_slices(order)
+        return dataset.map(lambda i: {"targets": tf.gather(texts, i)})
+
+
+def make_vocabulary(config: DataConfig) -> seqio.Vocabulary:
+    """The vocabulary that `config.vocabulary` names.
+
+    Raises:
+      UserError: the SentencePiece model is missing, malformed or without an end-of-sequence token.
+    """
+    if config.vocabulary == "bytes":
+        return seqio.ByteVocabulary()
+    where = f"DataConfig.vocabulary is {config.vocabulary!r}"
+    path = pathlib.Path(config.vocabulary).expanduser()
+    if not path.is_file():
+        raise UserError(
+            f"{where}, but no such file exists; give 'bytes', or the path of a SentencePiece model "
+            "(python -m experiments.train_vocabulary makes one)"
+        )
+    vocabulary = seqio.SentencePieceVocabulary(str(path))
+    try:
+        vocabulary.load_model()
+    # protobuf's DecodeError is no RuntimeError.
+    except Exception as error:
+        raise UserError(f"{where}, which is not a SentencePiece model: {error}") from error
+    if vocabulary.eos_id < 0:
+        raise UserError(f"{where}, a model without an end-of-sequence token; train it with eos_id")
+    return vocabulary
+
+
+def make_task(config: DataConfig) -> seqio.Task | seqio.Mixture:
+    """The task that `config.task` names, with a feature `targets` of int tokens.
+
+    A task or mixture from seqio's registry brings its own vocabulary, which must be the one that
+    `config.vocabulary` names. Its source must be able to shuffle by a seed.
+
+    Raises:
+      UserError: no such task, no such data, or the task has another vocabulary or no split
+        `train` or `validation`.
+    """
+    if config.path and config.task not in READS_PATH:
+        raise UserError(
+            f"DataConfig.path is {config.path!r}, but task {config.task!r} reads no path; set task "
+            f"to {' or '.join(READS_PATH)}, or leave path empty"
+        )
+    vocabulary = make_vocabulary(config)
+    if config.task in READS_PATH:
+        return _document_task(config.task, READS_PATH[config.task](config), vocabulary)
+    if config.task == "python_stdlib":
+        return _document_task(config.task, _stdlib_documents(), vocabulary)
+    if config.task == "c4":
+        task = _c4_task(vocabulary)
+    elif config.task in (*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()):
+        task = seqio.get_mixture_or_task(config.task)
+    else:
+        known = ["python_stdlib", *READS_PATH, "c4", *seqio.TaskRegistry.names()]
+        raise UserError(
+            f"DataConfig.task is {config.task!r}; choose one of {', '.join(known)}, or register a "
+            "seqio task of that name first"
+        )
+    for part in seqio.get_subtasks(task):
+        _check_task(config, part, vocabulary)
+    return task
+
+
+def _check_task(config: DataConfig, task: seqio.Task, vocabulary: seqio.Vocabulary) -> None:
+    if isinstance(task.source, seqio.TfdsDataSource):
+        builder = task.source.tfds_dataset.builder
+        if not builder.is_prepared():
+            raise UserError(
+                f"DataConfig.task is {config.task!r}, but TFDS has no data in {builder.data_dir}; "
+                "prepare it there with TFDS, or set TFDS_DATA_DIR to where it is"
+            )
+    missing = {"train", "validation"} - set(task.splits)
+    if missing:
+        raise UserError(
+            f"DataConfig.task is {config.task!r}: task {task.name!r} has splits "
+            f"{sorted(task.splits)}; it needs train and validation"
+        )
+    if "targets" not in task.output_features:
+        raise UserError(
+            f"DataConfig.task is {config.task!r}: task {task.name!r} has features "
+            f"{sorted(task.output_features)}; it needs one named targets"
+        )
+    own = task.output_features["targets"].vocabulary
+    if vocabulary_digest(own) != vocabulary_digest(vocabulary):
+        raise UserError(
+            f"DataConfig.vocabulary is {config.vocabulary!r}, but task {task.name!r} has {own}; "
+            "name the task's vocabulary"
+        )
+
+
+def vocabulary_digest(vocabulary: seqio.Vocabulary) -> str:
+    """Equal for vocabularies that give the same tokens."""
+    if isinstance(vocabulary, seqio.SentencePieceVocabulary):
+        return hashlib.sha256(vocabulary.sp_model).hexdigest()
+    return str(vocabulary) if not isinstance(vocabulary, seqio.ByteVocabulary) else "bytes"
+
+
+def fingerprint(task: seqio.Task | seqio.Mixture) -> str:
+    """SHA-256, hex, of what the task reads.
+
+    Of the name and content of every document for tasks over files; of name, version and splits for
+    TFDS; of name, source and number of examples for other registered tasks.
+    """
+    if isinstance(task, seqio.Mixture):
+        parts: Any = [(part.name, task.get_rate(part), fingerprint(part)) for part in task.tasks]
+    elif isinstance(task.source, DocumentSource):
+        documents = [d for rows in task.source.documents.values() for d in rows]
+        parts = sorted((d.name, _sha256(d.text)) for d in documents)
+    elif isinstance(task.source, seqio.TfdsDataSource):
+        info = task.source.tfds_dataset.info
+        parts = [info.full_name]
+        parts += [(s, task.source.num_input_examples(s)) for s in sorted(task.source.splits)]
+    else:
+        parts = [task.name, repr(task.source)]
+        parts += [(s, task.source.num_input_examples(s)) for s in sorted(task.source.splits)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _document_task(
+    name: str, documents: list[Document], vocabulary: seqio.Vocabulary
+) -> seqio.Task:
+    return seqio.Task(
+        name,
+        source=DocumentSource(_split(name, documents)),
+        preprocessors=[
+            functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False),
+            seqio.preprocessors.append_eos,
+        ],
+        output_features={"targets": seqio.Feature(vocabulary)},
+        shuffle_buffer_size=None,  # the source permutes all documents
+    )
+
+
+def _c4_task(vocabulary: seqio.Vocabulary) -> seqio.Task:
+    return seqio.Task(
+        "c4",
+        source=seqio.TfdsDataSource(C4, splits=("train", "validation"), read_only=True),
+        preprocessors=[
+            seqio.map_over_dataset(lambda row: {"targets": row["text"]}),
+            functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False),
+            seqio.preprocessors.append_eos,
+        ],
+        output_features={"targets": seqio.Feature(vocabulary)},
+    )
+
+
+def _split(task: str, documents: list[Document]) -> dict[str, list[Document]]:
+    """About 4% of the documents, by hash, for validation, but at least one."""
+    hashes = {document.split_hash for document in documents}
+    if len(hashes) < 2:
+        raise UserError(
+            f"DataConfig.task is {task!r} and found {len(hashes)} different documents; it needs 2 "
+            "or more, so that training and validation each have one: add documents, or cut a long "
+            "one into several"
+        )
+    bound = f"{int(VALIDATION_FRACTION * 16**8):08x}"
+    validation = {h for h in hashes if h < bound} or {min(hashes)}
+    documents = sorted(documents, key=lambda document: document.name)
+    return {
+        "train": [d for d in documents if d.split_hash not in validation],
+        "validation": [d for d in documents if d.split_hash in validation],
+    }
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _is_utf8(data: bytes) -> bool:
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _text_document(name: str, text: bytes) -> Document:
+    return Document(name, text, _sha256(name.encode()))
+
+
+def _stdlib_documents() -> list[Document]:
+    root = pathlib.Path(sysconfig.get_path("stdlib"))
+    documents = []
+    for path in root.rglob("*.py"):
+        relative = path.relative_to(root)
+        if NOT_STDLIB.isdisjoint(relative.parts):
+            data = path.read_bytes()
+            if data and _is_utf8(data):
+                documents.append(_text_document(relative.as_posix(), data))
+    return documents
+
+
+def _files(config: DataConfig, pattern: str) -> list[tuple[pathlib.Path, str]]:
+    """(path, name) of the files under `config.path` that are not empty or hidden, sorted."""
+    where = f"DataConfig.path is {config.path!r}"
+    root = pathlib.Path(config.path).expanduser()
+    if not config.path or not root.exists():
+        raise UserError(
+            f"{where}, but task {config.task!r} needs an existing file or folder there; give its "
+            "path"
+        )
+    if root.is_file():
+        return [(root, root.name)]
+    files = [
+        (path, path.relative_to(root).as_posix())
+        for path in root.rglob(pattern)
+        if path.is_file()
+        and path.stat().st_size > 0
+        and not any(part.startswith(".") for part in path.relative_to(root).parts)
+    ]
+    if not files:
+        raise UserError(
+            f"{where}, a folder without any file {pattern} that holds text; add files, or give "
+            "another path"
+        )
+    return sorted(files, key=lambda file: file[1])
+
+
+def _text_documents(config: DataConfig) -> list[Document]:
+    documents = []
+    for path, name in _files(config, "*"):
+        data = path.read_bytes()
+        if not _is_utf8(data):
+            raise UserError(
+                f"DataConfig.path is {config.path!r}, where {path} is not UTF-8 text; convert or "
+                "remove it"
+            )
+        documents.append(_text_document(name, data))
+    return documents
+
+
+def _row_text(row: bytes, text_field: str) -> bytes:
+    """The text of one JSONL row. Raises ValueError if it has none."""
+    values = json.loads(row)
+    if not isinstance(values, dict) or not isinstance(values.get(text_field), str):
+        raise ValueError(f"no text in a field named {text_field!r}")
+    return values[text_field].encode("utf-8")
+
+
+def _jsonl_documents(config: DataConfig) -> list[Document]:
+    documents = []
+    for path, name in _files(config, "*.jsonl"):
+        with path.open("rb") as file:
+            for number, row in enumerate(file, start=1):
+                if not row.strip():
+                    continue
+                try:
+                    text = _row_text(row, config.text_field)
+                except ValueError as error:
+                    raise UserError(
+                        f"{path}, line {number}: {error}; DataConfig.text_field is "
+                        f"{config.text_field!r}: every row must be a JSON object with text there"
+                    ) from error
+                if text:
+                    documents.append(Document(f"{name}:{number}", text, _sha256(text)))
+    return documents
+
+
+READS_PATH: dict[str, Callable[[DataConfig], list[Document]]] = {
+    "text_files": _text_documents,
+    "jsonl_files": _jsonl_documents,
+}
