@@ -12,6 +12,8 @@ learning rates fall as the model widens. What to expect: validation bits per byt
 to stage, and does not move at either growth.
 """
 
+import dataclasses
+
 import ml_collections
 
 from configs import common
@@ -42,7 +44,6 @@ def _model(layers: int, hidden: int, ffn: int) -> TransformerConfig:
         matrix_init_std=0.06,
         vector_init_std=0.06,
         depth_scaled_init=True,
-        scan_unroll=layers,
     )
 
 
@@ -53,7 +54,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         StageConfig(
             name="small",
             model=_model(4, 128, 336),
-            steps=1100,
+            steps=900,
             batch_size=4,
             learning_rate=2.5e-3,
             matrix_learning_rate=2.5e-3,
@@ -61,32 +62,53 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         StageConfig(
             name="medium",
             model=_model(5, 160, 416),
-            steps=500,
+            steps=400,
             batch_size=4,
             learning_rate=2e-3,
             matrix_learning_rate=2.5e-3,
-            growth=GrowthConfig(ramp_steps=100, rewarmup_steps=20),
+            growth=GrowthConfig(ramp_steps=80, rewarmup_steps=20),
         ),
         StageConfig(
             name="large",
             model=_model(9, 320, 1536),
-            steps=240,
+            steps=200,
             batch_size=2,
             learning_rate=4e-4,
             matrix_learning_rate=1e-3,
-            growth=GrowthConfig(ramp_steps=80, rewarmup_steps=20),
+            growth=GrowthConfig(ramp_steps=60, rewarmup_steps=20),
         ),
     )
     config = ExperimentConfig(
         stages=stages,
         data=DataConfig(sequence_length=256),
         optimizer=OptimizerConfig(weight_decay=0.1),
-        schedule=ScheduleConfig(kind="wsd", warmup_steps=50, decay_steps=120),
-        eval=EvalConfig(sequences=96, batch_size=8, every_steps=200),
+        schedule=ScheduleConfig(kind="wsd", warmup_steps=50, decay_steps=100),
+        eval=EvalConfig(sequences=64, batch_size=8, every_steps=200),
         checkpoint=CheckpointConfig(every_steps=100, keep=2),
     )
     return common.to_config_dict(_smoke(config) if variant == "smoke" else config)
 
 
 def _smoke(config: ExperimentConfig) -> ExperimentConfig:
-    return config
+    """The same chain, tiny and short."""
+    sizes = ((2, 4, 84), (3, 5, 104), (5, 10, 384))
+    stages = tuple(
+        dataclasses.replace(
+            stage,
+            model=dataclasses.replace(
+                stage.model, num_layers=layers, d_model=8 * heads, num_heads=heads, head_dim=8,
+                d_ff=ffn, mup_base_width=32,
+            ),
+            steps=steps,
+            growth=GrowthConfig(ramp_steps=8, rewarmup_steps=4, calibration_sequences=4),
+        )
+        for stage, (layers, heads, ffn), steps in zip(config.stages, sizes, (40, 24, 24), strict=True)
+    )  # fmt: skip
+    return dataclasses.replace(
+        config,
+        stages=stages,
+        data=DataConfig(sequence_length=64, shuffle_tokens=1 << 17),
+        schedule=ScheduleConfig(kind="wsd", warmup_steps=10, decay_steps=12),
+        eval=EvalConfig(sequences=32, batch_size=8, every_steps=20),
+        checkpoint=CheckpointConfig(every_steps=10, keep=2),
+    )

@@ -20,7 +20,6 @@ from absl import flags
 
 from experiments import cli
 from flm_jax import benchmark
-from flm_jax.config import experiment
 from flm_jax.errors import UserError
 
 STAGE = flags.DEFINE_integer("stage", 0, "Which stage of a chain.", lower_bound=0)
@@ -29,7 +28,7 @@ TRACE = flags.DEFINE_string("trace", "", "Folder for a profile of the timed step
 
 
 def main(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    chain = experiment(config.to_dict())
+    chain = cli.experiment(config)
     if STAGE.value >= len(chain.stages):
         raise UserError(
             f"--stage={STAGE.value}: the config has stages 0 to {len(chain.stages) - 1}"

@@ -16,14 +16,13 @@ import rich.console
 
 from experiments import cli
 from flm_jax import chain, report
-from flm_jax.config import experiment
 from flm_jax.lineage import RunFolder
 
 
 def main(config: ml_collections.ConfigDict) -> dict[str, Any]:
     folder = RunFolder(cli.workdir())
     finished = folder.lineage.exists() and folder.stages()
-    stages = chain.run(experiment(config.to_dict()), str(folder.path))
+    stages = chain.run(cli.experiment(config), str(folder.path))
     console = rich.console.Console(stderr=cli.json_wanted())
     if finished == stages:
         console.print(f"{folder.path}: the run is complete")

@@ -16,7 +16,6 @@ from absl import flags
 
 from experiments import cli
 from flm_jax import data
-from flm_jax.config import DataConfig
 
 VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 1024, "tokens: 3 special, 256 bytes, pieces")
 OUTPUT = flags.DEFINE_string("output", None, "file to write the model to", required=True)
@@ -25,7 +24,7 @@ EVAL_SEQUENCES = 4096
 
 
 def main(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    data_config = DataConfig(**config.data)
+    data_config = cli.experiment(config).data
     data.train_sentencepiece(data_config, VOCAB_SIZE.value, OUTPUT.value)
     corpus = data.open_corpus(dataclasses.replace(data_config, vocabulary=OUTPUT.value))
     num_bytes = num_tokens = 0

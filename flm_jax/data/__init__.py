@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 from flm_jax.config import DataConfig
 
 if TYPE_CHECKING:
-    from flm_jax.data.pipeline import BatchIterator, Corpus
+    from flm_jax.data.pipeline import Corpus
 
-__all__ = ["BatchIterator", "Corpus", "open_corpus", "train_sentencepiece"]
+__all__ = ["open_corpus", "train_sentencepiece"]
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")

@@ -25,6 +25,8 @@ Batch = dict[str, np.ndarray]
 
 # Documents that are concatenated before they are cut into windows.
 GROUP_DOCUMENTS = 256
+# Of the order in which validation windows are drawn: the same for every config.
+VALIDATION_SEED = 0
 # What SentencePiece writes for a space in its pieces.
 SPACE = "\u2581"
 # The stream depends on these, so a saved place holds only where they are equal.
@@ -75,12 +77,14 @@ class Corpus:
         return BatchIterator(self, batch_size, host_index, host_count)
 
     def validation(self, batch_size: int, num_sequences: int) -> list[Batch]:
-        """The first `num_sequences` of the validation split (or all, if fewer), never shuffled.
+        """The same `num_sequences` of the validation split (or all, if fewer) at every call.
 
-        All batches have `batch_size` rows; rows that are missing from the last have weight 0.
+        They are drawn from all its documents: the first in order would be of one or two. All batches have `batch_size` rows; rows that are missing from the last have weight 0.
         """
         _require_positive(batch_size=batch_size, num_sequences=num_sequences)
         windows = _windows(self.documents("validation"), self.config.sequence_length)
+        buffer = self._window_buffer()
+        windows = windows.shuffle(buffer, seed=VALIDATION_SEED, reshuffle_each_iteration=False)
         batches = windows.take(num_sequences).batch(batch_size).map(_features)
         return [_pad_rows(batch, batch_size) for batch in batches.as_numpy_iterator()]
 
@@ -104,8 +108,10 @@ class Corpus:
         config = self.config
         seed = int(np.random.SeedSequence((config.seed, epoch)).generate_state(1)[0])
         windows = _windows(self.documents("train", seed), config.sequence_length)
-        buffer = max(1, config.shuffle_tokens // config.sequence_length)
-        return windows.shuffle(buffer, seed=seed, reshuffle_each_iteration=False)
+        return windows.shuffle(self._window_buffer(), seed=seed, reshuffle_each_iteration=False)
+
+    def _window_buffer(self) -> int:
+        return max(1, self.config.shuffle_tokens // self.config.sequence_length)
 
 
 def open_corpus(config: DataConfig) -> Corpus:

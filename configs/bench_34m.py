@@ -1,0 +1,37 @@
+"""The reference shape for speed: 8 layers, hidden 512, 8 x 512 tokens, 34 million parameters.
+
+  python -m experiments.benchmark --config=configs/bench_34m.py
+
+Two CPU cores, about a minute. Nothing is trained; the numbers measured are in README.md.
+"""
+
+import ml_collections
+
+from configs import common
+from flm_jax.config import (
+    DataConfig,
+    ExperimentConfig,
+    OptimizerConfig,
+    StageConfig,
+    TransformerConfig,
+)
+
+
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+    common.no_variant(variant)
+    model = TransformerConfig(
+        vocab_size=8192, num_layers=8, d_model=512, num_heads=8, head_dim=64, d_ff=1408
+    )
+    stage = StageConfig(
+        name="bench",
+        model=model,
+        steps=10,
+        batch_size=8,
+        learning_rate=1e-3,
+        matrix_learning_rate=1e-3,
+    )
+    return common.single(
+        ExperimentConfig(
+            (stage,), DataConfig(sequence_length=512), OptimizerConfig(clip_norm=1.0)
+        )
+    )

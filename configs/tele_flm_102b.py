@@ -1,0 +1,43 @@
+"""Tele-FLM-102B, the chain's second stage (arXiv 2407.02783): 102,198,487,040 parameters.
+
+  python -m experiments.describe --config=configs/tele_flm_102b.py --json
+
+It was not trained here. Its sizes follow from the reported parameter count and the 52B's rule for
+the FFN; about 0.3 trillion tokens. What is marked "our choice" is not published.
+"""
+
+import dataclasses
+
+import ml_collections
+
+from configs import common, tele_flm_52b
+from flm_jax.config import ExperimentConfig, GrowthConfig, StageConfig
+
+
+def stage() -> StageConfig:
+    small = tele_flm_52b.stage()
+    model = dataclasses.replace(
+        small.model,
+        num_layers=80,
+        d_model=10_240,
+        num_heads=80,
+        d_ff=27_264,
+        # Our choice: the 52B's, so that the logits' multiplier falls to 1/40, which the 1T has too.
+        output_mult=0.5,
+    )
+    return dataclasses.replace(
+        small,
+        name="102b",
+        model=model,
+        steps=300_000_000_000 // (small.batch_size * 4096),
+        # Our choice: the ramp. The re-warm-up is FLM-101B's, 100 steps.
+        growth=GrowthConfig(ramp_steps=1000, rewarmup_steps=100, calibration_sequences=64),
+    )
+
+
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+    common.no_variant(variant)
+    t = tele_flm_52b
+    return common.single(
+        ExperimentConfig((stage(),), t.DATA, t.OPTIMIZER, t.SCHEDULE, t.EVAL, t.CHECKPOINT)
+    )

@@ -1,0 +1,46 @@
+"""Tele-FLM-1T, the chain's last stage (arXiv 2407.02783): 1,083,735,265,280 parameters.
+
+  python -m experiments.describe --config=configs/tele_flm_1t.py --json
+
+The authors trained it on about 15.7 billion tokens and published no scores. It was not trained
+here. What is marked "our choice" is not published.
+"""
+
+import dataclasses
+
+import ml_collections
+
+from configs import common, tele_flm_52b, tele_flm_102b
+from flm_jax.config import ExperimentConfig, GrowthConfig, StageConfig
+
+
+def stage() -> StageConfig:
+    small = tele_flm_102b.stage()
+    model = dataclasses.replace(
+        small.model,
+        num_layers=140,
+        d_model=20_480,
+        num_heads=160,
+        d_ff=98_304,
+        mup_base_width=256,  # mup_scale_factor 80
+        output_mult=2.0,
+        # At half the base width the same matrices have a std and a learning rate larger by
+        # sqrt(2) and 2.
+        matrix_init_std=small.model.matrix_init_std * 2**0.5,
+    )
+    return dataclasses.replace(
+        small,
+        name="1t",
+        model=model,
+        steps=15_700_000_000 // (small.batch_size * 4096),
+        matrix_learning_rate=2 * small.matrix_learning_rate,
+        growth=GrowthConfig(ramp_steps=500, rewarmup_steps=100, calibration_sequences=64),
+    )
+
+
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+    common.no_variant(variant)
+    t = tele_flm_52b
+    return common.single(
+        ExperimentConfig((stage(),), t.DATA, t.OPTIMIZER, t.SCHEDULE, t.EVAL, t.CHECKPOINT)
+    )

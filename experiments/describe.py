@@ -1,0 +1,40 @@
+"""Counts of a config's model: parameters, FLOPs per token, bytes. Allocates nothing.
+
+  python -m experiments.describe --config=configs/tele_flm_1t.py
+  python -m experiments.describe --config=configs/tele_flm_1t_chain.py --json
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_collections
+import rich.console
+import rich.table
+
+from experiments import cli
+from flm_jax import counts
+
+
+def main(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    chain = cli.experiment(config)
+    length = chain.data.sequence_length
+    described = [
+        {"name": stage.name, **counts.describe(stage.model, length)} for stage in chain.stages
+    ]
+    table = rich.table.Table("", *(d["name"] for d in described))
+    for key in described[0]:
+        if key == "params_by_component":
+            for component in described[0][key]:
+                table.add_row(f"  {component}", *(f"{d[key][component]:,}" for d in described))
+        elif key != "name":
+            table.add_row(key, *(f"{d[key]:,}" for d in described))
+    if not cli.json_wanted():
+        rich.console.Console().print(table, f"FLOPs at sequences of {length:,} tokens")
+    if "model" in config:
+        return {key: value for key, value in described[0].items() if key != "name"}
+    return {"stages": described}
+
+
+if __name__ == "__main__":
+    cli.run(main)
