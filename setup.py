@@ -31,7 +31,7 @@ setuptools.setup(
         "sentencepiece",
         "seqio",
         "tensorboard",  # clu's summary writer imports it
-        "tensorflow-cpu",
+        "tensorflow",
         "tensorstore",
     ],
     extras_require={

@@ -20,7 +20,13 @@ from flm_jax.config import (
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     common.no_variant(variant)
     model = TransformerConfig(
-        vocab_size=8192, num_layers=8, d_model=512, num_heads=8, head_dim=64, d_ff=1408
+        vocab_size=8192,
+        num_layers=8,
+        d_model=512,
+        num_heads=8,
+        head_dim=64,
+        d_ff=1408,
+        remat="full",  # on a CPU, computing again is cheaper than fresh memory
     )
     stage = StageConfig(
         name="bench",
@@ -31,7 +37,5 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         matrix_learning_rate=1e-3,
     )
     return common.single(
-        ExperimentConfig(
-            (stage,), DataConfig(sequence_length=512), OptimizerConfig(clip_norm=1.0)
-        )
+        ExperimentConfig((stage,), DataConfig(sequence_length=512), OptimizerConfig(clip_norm=1.0))
     )

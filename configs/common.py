@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import ml_collections
 
 from flm_jax.config import ExperimentConfig, to_dict
@@ -35,5 +34,3 @@ def no_variant(variant: str) -> None:
     """Raises UserError if a variant is asked of a config that has none."""
     if variant:
         raise UserError(f"config variant {variant!r} is unknown; this config has none")
-
-

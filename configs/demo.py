@@ -44,6 +44,7 @@ def _model(layers: int, hidden: int, ffn: int) -> TransformerConfig:
         matrix_init_std=0.06,
         vector_init_std=0.06,
         depth_scaled_init=True,
+        remat="full",  # on a CPU, computing again is cheaper than fresh memory
     )
 
 
@@ -91,7 +92,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
 
 def _smoke(config: ExperimentConfig) -> ExperimentConfig:
     """The same chain, tiny and short."""
-    sizes = ((2, 4, 84), (3, 5, 104), (5, 10, 384))
+    sizes = ((2, 4, 84, 40), (3, 5, 104, 24), (5, 10, 384, 24))
     stages = tuple(
         dataclasses.replace(
             stage,
@@ -102,7 +103,7 @@ def _smoke(config: ExperimentConfig) -> ExperimentConfig:
             steps=steps,
             growth=GrowthConfig(ramp_steps=8, rewarmup_steps=4, calibration_sequences=4),
         )
-        for stage, (layers, heads, ffn), steps in zip(config.stages, sizes, (40, 24, 24), strict=True)
+        for stage, (layers, heads, ffn, steps) in zip(config.stages, sizes, strict=True)
     )  # fmt: skip
     return dataclasses.replace(
         config,

@@ -71,6 +71,4 @@ def stage() -> StageConfig:
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     common.no_variant(variant)
-    return common.single(
-        ExperimentConfig((stage(),), DATA, OPTIMIZER, SCHEDULE, EVAL, CHECKPOINT)
-    )
+    return common.single(ExperimentConfig((stage(),), DATA, OPTIMIZER, SCHEDULE, EVAL, CHECKPOINT))

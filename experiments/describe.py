@@ -1,7 +1,7 @@
 """Counts of a config's model: parameters, FLOPs per token, bytes. Allocates nothing.
 
-  python -m experiments.describe --config=configs/tele_flm_1t.py
-  python -m experiments.describe --config=configs/tele_flm_1t_chain.py --json
+python -m experiments.describe --config=configs/tele_flm_1t.py
+python -m experiments.describe --config=configs/tele_flm_1t_chain.py --json
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Prints a run's lineage as a tree, and compares two of its stages.
 
-  python -m experiments.inspect runs/demo
-  python -m experiments.inspect runs/demo --compare=0,2
-  python -m experiments.inspect runs/demo --json
+python -m experiments.inspect runs/demo
+python -m experiments.inspect runs/demo --compare=0,2
+python -m experiments.inspect runs/demo --json
 """
 
 from __future__ import annotations

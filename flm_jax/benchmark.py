@@ -101,15 +101,11 @@ def measure(config: ExperimentConfig, index: int, steps: int) -> dict[str, Any]:
     plan = growth.plan(_half(stage.model), stage.model)
     with jax.set_mesh(mesh):
         key = jax.random.key(0)
-        placed = sharding.shardings(
-            jax.eval_shape(lambda: init_state(stage.model, tx, key)), mesh
-        )
+        placed = sharding.shardings(jax.eval_shape(lambda: init_state(stage.model, tx, key)), mesh)
         state = jax.jit(lambda: init_state(stage.model, tx, key), out_shardings=placed)()
         batch = _batch(stage, length, mesh)
         step = make_train_step(stage, tx, mesh, plan)
-        variants = [
-            _compile(step, state, batch, extra) for extra in ((), (jnp.float32(0.5),))
-        ]
+        variants = [_compile(step, state, batch, extra) for extra in ((), (jnp.float32(0.5),))]
         peak = matmul_peak(stage.model.dtype)
         for repeat in range(steps + 1):  # the first is a warm-up
             for timed in variants:

@@ -78,6 +78,8 @@ def run(config: ExperimentConfig, workdir: str) -> list[dict[str, Any]]:
             f"{config.data.vocabulary!r} has {corpus.vocab_size} tokens; set vocab_size to "
             f"{corpus.vocab_size} or more"
         )
+    # A restart finds its compiled steps again instead of making them anew.
+    jax.config.update("jax_compilation_cache_dir", str(folder.compiled.absolute()))
     runner = _Runner(config, folder, corpus, mesh)
     with jax.set_mesh(mesh), StopRequest() as stop, TensorBoard(folder.tensorboard) as board:
         position = None
@@ -86,9 +88,7 @@ def run(config: ExperimentConfig, workdir: str) -> list[dict[str, Any]]:
     return folder.stages()
 
 
-def check_finished(
-    config: ExperimentConfig, folder: RunFolder, done: list[dict[str, Any]]
-) -> None:
+def check_finished(config: ExperimentConfig, folder: RunFolder, done: list[dict[str, Any]]) -> None:
     """Raises UserError if the finished stages are not the config's first ones."""
     names = [stage.name for stage in config.stages]
     finished = [entry["name"] for entry in done]

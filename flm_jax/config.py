@@ -173,7 +173,9 @@ class GrowthConfig:
     ramp_steps: int = 100  # run-time masks rise linearly from 1/ramp_steps to 1
     rewarmup_steps: int = 20  # the learning rate rises again from `rewarmup_ratio` to 1
     rewarmup_ratio: float = 0.1
-    calibration_sequences: int = 8  # sequences that the receipt and the layer distances are taken on
+    calibration_sequences: int = (
+        8  # for the receipt and the layer distances
+    )
 
     def __post_init__(self) -> None:
         _require_positive(self, "ramp_steps", "calibration_sequences")
@@ -258,8 +260,8 @@ class ExperimentConfig:
         for stage in self.stages[1:]:
             _require(
                 stage.growth.ramp_steps <= stage.steps,
-                f"stage {stage.name}: growth.ramp_steps is {stage.growth.ramp_steps}, more than its "
-                f"steps {stage.steps}; the masks must reach 1 before the stage ends",
+                f"stage {stage.name}: growth.ramp_steps is {stage.growth.ramp_steps}, more than "
+                f"its steps {stage.steps}; the masks must reach 1 before the stage ends",
             )
 
     @property
@@ -322,10 +324,10 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], path: str = "config") 
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
             raise UserError(f"{path} is {value!r}; it must be a group of {hint.__name__}'s fields")
-        return from_mapping(hint, value, path)  # type: ignore[arg-type]
+        return from_mapping(hint, value, path)
     if typing.get_origin(hint) is tuple:
         (item, _) = typing.get_args(hint)
         return tuple(_convert(item, v, f"{path}[{i}]") for i, v in enumerate(value))

@@ -74,23 +74,23 @@ class StageFolder:
 
 
 class RunFolder:
-    """A run folder, opened for one experiment.
-
-    Raises UserError, and changes nothing, if the folder cannot be written, holds other files, or
-    is another run's.
-    """
+    """A run folder: `lineage.json`, `stages/`, `tensorboard/`, `report/`, `compiled/`."""
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = pathlib.Path(path)
         self.lineage = self.path / "lineage.json"
         self.tensorboard = self.path / "tensorboard"
         self.report = self.path / "report"
+        self.compiled = self.path / "compiled"  # JAX's compilation cache
 
     def stage(self, index: int, name: str) -> StageFolder:
         return StageFolder(self, index, name)
 
     def open(self) -> None:
-        """Creates the folder, or checks that it is a run's and can be written."""
+        """Creates the folder, or checks that it is a run's and can be written.
+
+        Raises UserError, and changes nothing, if it cannot be written or holds other files.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             probe = self.path / ".write-test"

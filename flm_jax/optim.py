@@ -30,10 +30,10 @@ Schedule = Callable[[jax.Array], jax.Array]
 class SlotAdamState(NamedTuple):
     """Adam's state with one birth step for every slot of every axis."""
 
-    count: jax.Array  # int32: updates done
+    steps: jax.Array  # int32: updates done
     mu: Any
     nu: Any
-    born: dict[str, jax.Array]  # axis -> int32 [size]: `count` when the slot was added
+    born: dict[str, jax.Array]  # axis -> int32 [size]: `steps` when the slot was added
 
 
 def _map(function: Callable[..., Any], *trees: Any) -> Any:
@@ -68,7 +68,7 @@ def scale_by_slot_adam(
 
     def init(params: Any) -> SlotAdamState:
         return SlotAdamState(
-            count=jnp.zeros((), jnp.int32),
+            steps=jnp.zeros((), jnp.int32),
             mu=jax.tree.map(jnp.zeros_like, params),
             nu=jax.tree.map(jnp.zeros_like, params),
             born={axis: jnp.zeros(size, jnp.int32) for axis, size in sizes.items()},
@@ -76,10 +76,10 @@ def scale_by_slot_adam(
 
     def update(grads: Any, state: SlotAdamState, params: Any = None) -> tuple[Any, SlotAdamState]:
         del params
-        count = state.count + 1
+        steps = state.steps + 1
         # float64 states correct in float64; the power itself is taken on small vectors.
         dtype = wide(jax.tree.leaves(grads)[0].dtype)
-        age = {axis: (count - born).astype(dtype) for axis, born in state.born.items()}
+        age = {axis: (steps - born).astype(dtype) for axis, born in state.born.items()}
         decay1 = {axis: jnp.asarray(b1, dtype) ** a for axis, a in age.items()}
         decay2 = {axis: jnp.asarray(b2, dtype) ** a for axis, a in age.items()}
         mu = jax.tree.map(lambda g, m: b1 * m + (1 - b1) * g, grads, state.mu)
@@ -90,7 +90,7 @@ def scale_by_slot_adam(
             v_hat = v / _correction(param, decay2, v.dtype)
             return m_hat / (jnp.sqrt(v_hat) + eps)
 
-        return _map(direction, mu, nu), SlotAdamState(count, mu, nu, state.born)
+        return _map(direction, mu, nu), SlotAdamState(steps, mu, nu, state.born)
 
     return optax.GradientTransformation(init, update)
 
@@ -107,9 +107,7 @@ def add_mup_decay(weight_decay: float, model: TransformerConfig) -> optax.Gradie
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def scale_by_mup_learning_rate(
-    stage: StageConfig, shape: Schedule
-) -> optax.GradientTransformation:
+def scale_by_mup_learning_rate(stage: StageConfig, shape: Schedule) -> optax.GradientTransformation:
     """Multiplies by minus the learning rate: the stage's peak, µP's multiplier, the schedule."""
 
     def peak(param: axes.Param) -> float:
@@ -174,9 +172,7 @@ def optimizer(
     """Clipping by global norm, slot-aged Adam, µP decay, µP learning rate."""
     return optax.chain(
         optax.clip_by_global_norm(settings.clip_norm),
-        scale_by_slot_adam(
-            axes.axis_sizes(stage.model), settings.b1, settings.b2, settings.eps
-        ),
+        scale_by_slot_adam(axes.axis_sizes(stage.model), settings.b1, settings.b2, settings.eps),
         add_mup_decay(settings.weight_decay, stage.model),
         scale_by_mup_learning_rate(stage, shape),
     )

@@ -11,9 +11,9 @@ import matplotlib
 import rich.table
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (the backend must be chosen first)
+import matplotlib.pyplot as plt
 
-from flm_jax.lineage import RunFolder, StageFolder, write_atomically  # noqa: E402
+from flm_jax.lineage import RunFolder, StageFolder, write_atomically
 
 # One hue for what is measured, grey for what marks and guides.
 _LINE, _GUIDE, _ACCENT = "#2458a6", "#9a9a9a", "#c4501b"
@@ -156,17 +156,18 @@ def write(folder: RunFolder) -> pathlib.Path:
     for name, _, draw in figures:
         draw(folder, stages, folder.report / name)
     config = json.loads(folder.stage(0, stages[0]["name"]).config.read_text())
-    text = f"""# {' -> '.join(s['name'] for s in stages)}
+    pictures = "\n".join(f"![{caption}]({name})\n\n{caption}\n" for name, caption, _ in figures)
+    text = f"""# {" -> ".join(s["name"] for s in stages)}
 
-Data: `{config['data']['task']}`, vocabulary `{config['data']['vocabulary']}`, fingerprint
-`{config['data_fingerprint'][:16]}`. Validation: the first sequences of the validation split.
+Data: `{config["data"]["task"]}`, vocabulary `{config["data"]["vocabulary"]}`, fingerprint
+`{config["data_fingerprint"][:16]}`. Validation: always the same sequences of the validation split.
 
 {_markdown(stages)}
 
 "Logit change / scale" is the largest change of a logit at the growth over the root mean square of
 the logits; "loss change" is in nats per token, on the calibration batch.
 
-{chr(10).join(f'![{caption}]({name}){chr(10)}{chr(10)}{caption}{chr(10)}' for name, caption, _ in figures)}
+{pictures}
 ## What this does and does not show
 
 It shows the mechanics: each growth keeps the function, training goes on, and the loss falls from

@@ -34,9 +34,10 @@ def logits_of(
     config: TransformerConfig, params: Any, batch: Batch, masks: dict[str, jax.Array] | None = None
 ) -> jax.Array:
     """The model's logits [B, T, V] on a packed batch."""
-    return Transformer(config).apply(
+    logits_BTV: jax.Array = Transformer(config).apply(
         {"params": params}, batch["tokens"], batch["segment_ids"], batch["positions"], masks=masks
-    )
+    )  # type: ignore[assignment]
+    return logits_BTV
 
 
 def summed_loss(
@@ -90,9 +91,7 @@ def make_train_step(
         state: TrainState, batch: Batch, mask_value: jax.Array | None = None
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         masks = None if mask_value is None or plan is None else plan.masks(mask_value)
-        loss, grads, tokens = gradients(
-            state.params, batch, stage.model, masks, stage.accumulate
-        )
+        loss, grads, tokens = gradients(state.params, batch, stage.model, masks, stage.accumulate)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), "tokens": tokens}

@@ -1,6 +1,9 @@
+"""Eight fake CPU devices; strict about dtypes and ranks, so that nothing is promoted silently."""
+
 import os
 
-os.environ["JAX_PLATFORMS"]="cpu"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
 import jax
 
 jax.config.update("jax_num_cpu_devices", 8)

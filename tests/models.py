@@ -1,7 +1,6 @@
 """Small configs, parameters away from their defaults, and an independent model, for the tests."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp

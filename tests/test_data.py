@@ -506,7 +506,7 @@ def test_c4_without_its_data(monkeypatch, tmp_path):
     import tensorflow_datasets as tfds
 
     monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path))
-    with pytest.raises(UserError, match="'c4', but TFDS has no data in .*; prepare it"):
+    with pytest.raises(UserError, match=r"'c4', but TFDS has no data in .*; prepare it"):
         data.open_corpus(DataConfig(task="c4"))
 
 

@@ -291,7 +291,7 @@ def test_other_mistakes_are_refused():
     with pytest.raises(UserError, match="3 entries for 2 layers"):
         growth.plan(SMALL, BIG, layer_distances=[1, 2, 3])
     plan = growth.plan(SMALL, BIG)
-    with pytest.raises(UserError, match="'embedding' is .23, 18., the plan's source has .23, 12."):
+    with pytest.raises(UserError, match=r"'embedding' is .23, 18., the plan's source has .23, 12."):
         grow(random_params(changed(BIG, dtype="float32"), 5), plan, KEY)
     with pytest.raises(UserError, match="3 of its 4 slots"):
         Expansion("mlp", 4, (Run(0, 3), Run(NEW, 2)))

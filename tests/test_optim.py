@@ -65,7 +65,7 @@ def test_added_slots_take_steps_of_their_own_age():
         # The head's gradient moments were rescaled with its values; drop that entry's scale.
         state = grown.opt_state[0]
         shared = state._replace(
-            count=jnp.int32(100_000), born=jax.tree.map(jnp.zeros_like, state.born)
+            steps=jnp.int32(100_000), born=jax.tree.map(jnp.zeros_like, state.born)
         )
         largest_shared = 0.0
         for _ in range(20):
@@ -81,7 +81,7 @@ def test_added_slots_take_steps_of_their_own_age():
 def test_old_moments_stay_and_added_ones_start_at_zero():
     with jax.enable_x64(True):
         state = _grown_adam(0.95, steps_before=7).opt_state[0]
-        assert int(state.count) == 7
+        assert int(state.steps) == 7
         np.testing.assert_array_equal(state.born["embed"], [0] * 12 + [7] * 6)
         np.testing.assert_array_equal(state.born["layers"], [0, 7, 0])
         m = 1 - 0.9**7

@@ -79,7 +79,8 @@ class Corpus:
     def validation(self, batch_size: int, num_sequences: int) -> list[Batch]:
         """The same `num_sequences` of the validation split (or all, if fewer) at every call.
 
-        They are drawn from all its documents: the first in order would be of one or two. All batches have `batch_size` rows; rows that are missing from the last have weight 0.
+        They are drawn from all its documents: the first in order would be of one or two. All
+        batches have `batch_size` rows; rows that are missing from the last have weight 0.
         """
         _require_positive(batch_size=batch_size, num_sequences=num_sequences)
         windows = _windows(self.documents("validation"), self.config.sequence_length)

@@ -25,7 +25,15 @@ from flm_jax.errors import UserError
 VALIDATION_FRACTION = 0.04
 C4 = "c4/en:3.1.0"
 # Folders of the standard library that hold tests or what was installed beside it.
-NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "pydoc_data"}
+NOT_STDLIB = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idle_test",
+    "__pycache__",
+    "pydoc_data",
+}
 
 # JAX owns the accelerators.
 tf.config.set_visible_devices([], "GPU")

@@ -119,8 +119,10 @@ def from_index(axis: str, source: int, index: list[int], *, masked: bool) -> Exp
     runs: list[Run] = []
     for slot in index:
         last = runs[-1] if runs else None
-        if last and ((slot == NEW) == (last.start == NEW)) and (
-            slot == NEW or slot == last.start + last.length
+        if (
+            last
+            and ((slot == NEW) == (last.start == NEW))
+            and (slot == NEW or slot == last.start + last.length)
         ):
             runs[-1] = dataclasses.replace(last, length=last.length + 1)
         else:

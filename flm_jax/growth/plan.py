@@ -217,10 +217,10 @@ def _grow_moments(state: SlotAdamState, plan: Plan) -> SlotAdamState:
         e = plan.by_axis.get(axis)
         if e is None:
             return old
-        return jnp.where(e.added, state.count, jnp.take(old, np.maximum(e.index, 0)))
+        return jnp.where(e.added, state.steps, jnp.take(old, np.maximum(e.index, 0)))
 
     return SlotAdamState(
-        count=state.count,
+        steps=state.steps,
         mu=mapped(state.mu, 1),
         nu=mapped(state.nu, 2),
         born={axis: born(axis, old) for axis, old in state.born.items()},

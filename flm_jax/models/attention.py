@@ -24,7 +24,7 @@ def attention(
 
     Scores are divided by sqrt(H); scores and softmax are float32 or wider.
     """
-    B, T, K, G, H = q_BTKGH.shape
+    T, H = q_BTKGH.shape[1], q_BTKGH.shape[-1]
     # Heads before tokens: the batch axes of every product lead, so each is one plain matrix.
     q_BKGTH = (q_BTKGH * jnp.asarray(H**-0.5, q_BTKGH.dtype)).transpose(0, 2, 3, 1, 4)
     k_BKTH, v_BKTH = k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3)
@@ -32,7 +32,11 @@ def attention(
     out = []
     for start in range(0, T, chunk):
         end = min(start + chunk, T)
-        q_BKGQH, k_BKSH, v_BKSH = q_BKGTH[:, :, :, start:end], k_BKTH[:, :, :end], v_BKTH[:, :, :end]
+        q_BKGQH, k_BKSH, v_BKSH = (
+            q_BKGTH[:, :, :, start:end],
+            k_BKTH[:, :, :end],
+            v_BKTH[:, :, :end],
+        )
         scores_BKGQS = jnp.einsum(
             "BKGQH,BKSH->BKGQS", q_BKGQH, k_BKSH, preferred_element_type=wide(q_BTKGH.dtype)
         )

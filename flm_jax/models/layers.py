@@ -154,9 +154,7 @@ class Layer(nn.Module):
         return out_BTD, None
 
 
-def relative_distance(
-    x_BTD: jax.Array, out_BTD: jax.Array, segment_ids_BT: jax.Array
-) -> jax.Array:
+def relative_distance(x_BTD: jax.Array, out_BTD: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
     """Mean over real tokens of ||out - x|| / ||x||: how far a layer is from the identity."""
     x_BTD, out_BTD = (a.astype(wide(a.dtype)) for a in (x_BTD, out_BTD))
     ratio_BT = jnp.linalg.norm(out_BTD - x_BTD, axis=-1) / jnp.linalg.norm(x_BTD, axis=-1)

@@ -1,0 +1,33 @@
+# Each target does its own set-up: a virtual environment in .venv, versions pinned by
+# constraints.txt. Later calls reuse it.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+# Tests compile many tiny models; compiling them without optimisation halves the time.
+TEST_ENV := XLA_FLAGS=--xla_backend_optimization_level=0
+
+.PHONY: demo test check help
+
+help:
+	@echo "make demo   grow a model through three stages into runs/demo (about 7 minutes, 2 cores)"
+	@echo "make test   run the tests"
+	@echo "make check  lint, format, types and tests: what CI runs"
+
+$(STAMP): setup.py constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip setuptools wheel
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation \
+		--editable ".[dev]"
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/python -m experiments.grow --config=configs/demo.py --workdir=runs/demo
+
+test: $(STAMP)
+	$(TEST_ENV) $(BIN)/python -m pytest
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(TEST_ENV) $(BIN)/python -m pytest
