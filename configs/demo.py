@@ -98,7 +98,7 @@ def _smoke(config: ExperimentConfig) -> ExperimentConfig:
             stage,
             model=dataclasses.replace(
                 stage.model, num_layers=layers, d_model=8 * heads, num_heads=heads, head_dim=8,
-                d_ff=ffn, mup_base_width=32,
+                d_ff=ffn, mup_base_width=32, remat="none",
             ),
             steps=steps,
             growth=GrowthConfig(ramp_steps=8, rewarmup_steps=4, calibration_sequences=4),

@@ -76,16 +76,19 @@ def main(arguments: list[str]) -> dict[str, Any]:
     stages = folder.stages()
     if not stages:
         raise UserError(f"{folder.path} has no finished stage (no lineage.json); train one first")
-    console = rich.console.Console(stderr=cli.json_wanted())
-    console.print(_tree(folder, stages))
-    result: dict[str, Any] = {"stages": list(stages)}
+    picked = []
     if COMPARE.value:
         if len(COMPARE.value) != 2:
             raise UserError(f"--compare={','.join(COMPARE.value)}: give two stages, as 0,2")
-        one, two = (_pick(stages, wanted) for wanted in COMPARE.value)
-        found = _differences(folder, one, two)
-        console.print(_comparison(one, two), *found, sep="\n")
-        result["compare"] = {"stages": [one["index"], two["index"]], "config": found}
+        picked = [_pick(stages, wanted) for wanted in COMPARE.value]
+
+    console = rich.console.Console(stderr=cli.json_wanted())
+    console.print(_tree(folder, stages))
+    result: dict[str, Any] = {"stages": list(stages)}
+    if picked:
+        found = _differences(folder, *picked)
+        console.print(_comparison(*picked), *found, sep="\n")
+        result["compare"] = {"stages": [s["index"] for s in picked], "config": found}
     return result
 
 

@@ -173,9 +173,7 @@ class GrowthConfig:
     ramp_steps: int = 100  # run-time masks rise linearly from 1/ramp_steps to 1
     rewarmup_steps: int = 20  # the learning rate rises again from `rewarmup_ratio` to 1
     rewarmup_ratio: float = 0.1
-    calibration_sequences: int = (
-        8  # for the receipt and the layer distances
-    )
+    calibration_sequences: int = 8  # for the receipt and the layer distances
 
     def __post_init__(self) -> None:
         _require_positive(self, "ramp_steps", "calibration_sequences")

@@ -94,7 +94,7 @@ def make_train_step(
         loss, grads, tokens = gradients(state.params, batch, stage.model, masks, stage.accumulate)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), "tokens": tokens}
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "tokens": tokens}
         return TrainState(state.step + 1, params, opt_state), metrics
 
     abstract = jax.eval_shape(lambda: init_state(stage.model, tx, jax.random.key(0)))

@@ -172,7 +172,8 @@ def expand(
             x = x * jnp.asarray(_along(e.weight**power, dim, len(param.axes)), x.dtype)
         missing = e.new if keep_copies else e.added
         if missing.any():
-            along = _along(missing, dim, len(param.axes))
+            # On the device: at 1T the combination of all axes does not fit a host.
+            along = jnp.asarray(_along(missing, dim, len(param.axes)))
             filled = along if filled is None else filled | along
     if filled is None:
         return x

@@ -1,0 +1,233 @@
+"""The whole run, as its users call it: stopped, killed and resumed to the same bits; mistakes."""
+
+import json
+import pathlib
+import shutil
+import signal
+import time
+
+import pytest
+
+from flm_jax.lineage import MetricsFile
+from tests.commands import json_of, mistake, run, start
+
+SMOKE = ("experiments.grow", "--config=configs/demo.py:smoke")
+
+pytestmark = pytest.mark.xdist_group("chain")
+
+
+def lineage(workdir):
+    return json.loads((workdir / "lineage.json").read_text())["stages"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run that nothing disturbed."""
+    workdir = tmp_path_factory.mktemp("run") / "undisturbed"
+    status, _, err = run(*SMOKE, f"--workdir={workdir}")
+    assert status == 0, err
+    return workdir
+
+
+def test_the_run_folder_keeps_its_contract(finished):
+    data = json.loads((finished / "lineage.json").read_text())
+    assert data["version"] == 1 and len(data["stages"]) == 3
+    for index, stage in enumerate(data["stages"]):
+        folder = finished / "stages" / f"{index}-{stage['name']}"
+        assert stage["index"] == index
+        assert stage["parent"] == (data["stages"][index - 1]["name"] if index else None)
+        assert (finished / stage["checkpoint"]).is_dir()
+        assert not pathlib.Path(stage["checkpoint"]).is_absolute()
+        assert stage["tokens"] > 0 and stage["flops"] > 0 and stage["wall_s"] > 0
+        assert (folder / "config.json").is_file()
+        receipt = stage["receipt"]
+        assert (receipt is None) == (index == 0)
+        if receipt:
+            assert json.loads((folder / "receipt.json").read_text()) == receipt
+            assert (folder / "plan.json").is_file()
+            assert receipt["exactness"] == "EXACT" and receipt["operator"] == "msg"
+            assert abs(receipt["loss_after"] - receipt["loss_before"]) <= 1e-5
+            assert receipt["max_abs_logit_diff"] <= 1e-4 * receipt["logit_scale"]
+            assert receipt["dead_slots"] == receipt["locked_copies"] == 0
+            before = data["stages"][index - 1]["eval"]["bpb_end"]
+            assert abs(stage["eval"]["bpb_start"] - before) < 1e-4
+    ends = [s["eval"]["bpb_end"] for s in data["stages"]]
+    assert ends == sorted(ends, reverse=True)
+    assert {p.name for p in (finished / "report").iterdir()} == {
+        "report.md", "curve.png", "ramp.png", "distances.png",
+    }  # fmt: skip
+    assert list((finished / "tensorboard").iterdir())
+
+
+def test_a_second_call_says_complete_and_changes_nothing(finished):
+    before = (finished / "lineage.json").read_bytes()
+    began = time.monotonic()
+    status, out, _ = run(*SMOKE, f"--workdir={finished}")
+    assert status == 0 and "the run is complete" in out
+    assert time.monotonic() - began < 60
+    assert (finished / "lineage.json").read_bytes() == before
+
+
+def wait_for(pattern, workdir, process, timeout=120):
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        if list(workdir.glob(pattern)):
+            return
+        if process.poll() is not None:
+            raise AssertionError(f"ended before {pattern}: {process.communicate()[1]}")
+        time.sleep(0.02)
+    raise AssertionError(f"no {pattern} after {timeout} s")
+
+
+def test_killed_and_stopped_anywhere_it_ends_in_the_same_bits(finished, tmp_path):
+    workdir = tmp_path / "disturbed"
+    (workdir / "stages").mkdir(parents=True)
+    # The same compiled programs: what is tested is the state, and restarts become quick.
+    shutil.copytree(finished / "compiled", workdir / "compiled")
+    disturbances = [
+        ("stages/0-small/checkpoints/20", signal.SIGKILL),  # in the middle of a stage
+        ("stages/1-medium/plan.json", signal.SIGKILL),  # in the middle of a growth
+        ("stages/1-medium/checkpoints/50", signal.SIGTERM),  # asked to stop, during a ramp
+        ("stages/2-large/metrics.jsonl", signal.SIGKILL),  # just after a growth
+        ("stages/2-large/checkpoints/84*", signal.SIGKILL),  # while a checkpoint is written
+    ]
+    for pattern, number in disturbances:
+        process = start(*SMOKE, f"--workdir={workdir}")
+        wait_for(pattern, workdir, process)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=120)
+        if number == signal.SIGTERM:
+            assert process.returncode == 130
+            assert "SIGTERM: stopped at step" in err.strip().splitlines()[-1]
+        else:
+            assert process.returncode == -signal.SIGKILL
+    status, _, err = run(*SMOKE, f"--workdir={workdir}")
+    assert status == 0, err
+    for a, b in zip(lineage(workdir), lineage(finished), strict=True):
+        assert a["params_digest"] == b["params_digest"], a["name"]
+        assert a["eval"] == b["eval"] and a["plan_digest"] == b["plan_digest"]
+
+
+def test_another_seed_ends_in_other_bits(finished, tmp_path):
+    """The twin of the test above: the digest does see what differs."""
+    args = ("--config.seed=1", "--config.stages[0].steps=20", f"--workdir={tmp_path / 'run'}")
+    process = start(*SMOKE, *args)
+    wait_for("lineage.json", tmp_path / "run", process)
+    process.kill()
+    process.communicate()
+    digest = lineage(tmp_path / "run")[0]["params_digest"]
+    assert digest != lineage(finished)[0]["params_digest"]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("--config.stages[2].learning_rate=0.5", ("learning_rate", "0.0004", "0.5")),
+        ("--config.data.seed=3", ("data.seed", "0 -> 3")),
+        ("--config.stages[1].name=middle", ("medium", "middle")),
+    ],
+)
+def test_a_changed_config_is_refused_on_resume(finished, override, words):
+    before = (finished / "lineage.json").read_bytes()
+    line = mistake(*SMOKE, f"--workdir={finished}", override)
+    assert all(word in line for word in (*words, "--workdir")), line
+    assert (finished / "lineage.json").read_bytes() == before
+
+
+def test_changed_data_is_refused_on_resume(tmp_path):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for i in range(30):
+        (texts / f"{i}.txt").write_text(f"the {i}th text, and some words of its own\n" * 20)
+    args = ("--config.data.task=text_files", f"--config.data.path={texts}")
+    workdir = tmp_path / "run"
+    process = start(*SMOKE, *args, f"--workdir={workdir}")
+    wait_for("stages/0-small/config.json", workdir, process)
+    process.kill()
+    process.communicate()
+    (texts / "3.txt").write_text("changed\n")
+    line = mistake(*SMOKE, *args, f"--workdir={workdir}")
+    assert "data_fingerprint" in line and "->" in line
+
+
+def test_mistakes_before_anything_is_written(tmp_path):
+    new = tmp_path / "new"
+    cases = [
+        (("--config.stages[1].model.d_model=16",), ("'embed' from 32 to 16",)),
+        (("--config.stages[1].model.num_heads=5", "--config.stages[1].model.num_kv_heads=2"),
+         ("num_heads is 5", "num_kv_heads 2")),
+        (("--config.stages[1].growth.recipe=magic",), ("'magic'", "msg")),
+        (("--config.stages[1].growth.ramp_steps=999",), ("ramp_steps is 999", "steps 24")),
+        (("--config.mesh.data=3",), ("data 3", "devices")),
+    ]  # fmt: skip
+    for args, words in cases:
+        line = mistake(*SMOKE, *args, f"--workdir={new}")
+        assert all(word in line for word in words), line
+        assert not new.exists()
+    assert "--workdir is missing" in mistake(*SMOKE)
+
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in mistake(*SMOKE, f"--workdir={tmp_path / 'file' / 'run'}")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.tex").write_text("x")
+    assert "holds files but no run" in mistake(*SMOKE, f"--workdir={other}")
+    assert [p.name for p in other.iterdir()] == ["thesis.tex"]
+
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    args = ("--config.data.task=text_files", f"--config.data.path={empty}")
+    assert str(empty) in mistake(*SMOKE, *args, f"--workdir={new}")
+    (empty / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
+    assert "latin.txt" in mistake(*SMOKE, *args, f"--workdir={new}")
+    for i in range(3):
+        line = mistake(*SMOKE, f"--config.stages[{i}].model.vocab_size=100", f"--workdir={new}")
+        assert "vocab_size" in line and "100" in line
+        if i:
+            break
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(tmp_path):
+    args = ("--config.stages[0].learning_rate=1e30", "--config.stages[0].matrix_learning_rate=1e30")
+    line = mistake_after_progress(*SMOKE, *args, f"--workdir={tmp_path / 'run'}")
+    assert "loss is nan at step" in line and "last good checkpoint is none" in line
+
+
+def mistake_after_progress(*args):
+    status, _, err = run(*args)
+    assert status == 2 and "Traceback" not in err
+    return err.strip().splitlines()[-1]
+
+
+def test_inspect_prints_and_compares(finished):
+    status, out, _ = run("experiments.inspect", str(finished), "--compare=0,large")
+    assert status == 0
+    assert "grown by msg (EXACT)" in out and "config.stage.model.d_model: 32 -> 80" in out
+    found = json_of("experiments.inspect", str(finished))
+    assert [s["name"] for s in found["stages"]] == ["small", "medium", "large"]
+    assert "no finished stage '7'" in mistake("experiments.inspect", str(finished), "--compare=0,7")
+    assert "no lineage.json" in mistake("experiments.inspect", str(finished.parent))
+
+
+def test_benchmark_has_its_keys():
+    result = json_of("experiments.benchmark", "--config=configs/demo.py:smoke", "--steps=2")
+    keys = {
+        "tokens_per_s", "step_s", "compile_s", "model_flops_per_s", "matmul_peak_flops_per_s",
+        "utilisation", "peak_bytes",
+    }  # fmt: skip
+    assert keys <= result.keys() and keys == result["masked"].keys()
+    assert 0 < result["utilisation"] < 1
+
+
+def test_metrics_are_rewound_and_a_torn_line_is_dropped(tmp_path):
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    for step in (10, 20, 30):
+        metrics.append("train", step, loss=1.0)
+        metrics.append("eval", step, bpb=2.0)
+    with open(metrics.path, "a") as file:
+        file.write('{"kind": "train", "st')
+    assert len(metrics.rows()) == 6
+    metrics.rewind(20)
+    assert [r["step"] for r in metrics.rows("eval")] == [10, 20]
+    metrics.append("eval", 30, bpb=1.0)
+    assert [r["bpb"] for r in metrics.rows("eval")] == [2.0, 2.0, 1.0]

@@ -1,0 +1,138 @@
+"""The commands' front, and what needs no training: describe, configs, mistakes."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from experiments import cli
+from flm_jax import axes, counts
+from flm_jax.config import (
+    DataConfig,
+    ExperimentConfig,
+    TransformerConfig,
+    differences,
+    from_mapping,
+    to_dict,
+)
+from flm_jax.errors import UserError
+from flm_jax.models import Transformer
+from tests.commands import ROOT, json_of, mistake, peak_memory, run
+
+CONFIGS = sorted(p for p in (ROOT / "configs").glob("*.py") if p.stem not in ("__init__", "common"))
+DEMO = "--config=configs/demo.py"
+
+
+def load(path, variant=""):
+    namespace: dict = {"__name__": path.stem}
+    exec(compile(path.read_text(), path, "exec"), namespace)
+    return namespace["get_config"](variant), namespace["__doc__"]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_resolves_and_opens_with_its_command(path):
+    config, doc = load(path)
+    chain = cli.experiment(config)
+    assert isinstance(chain, ExperimentConfig)
+    assert f"--config=configs/{path.name}" in doc
+    with pytest.raises(UserError, match="variant 'nonsense'"):
+        load(path, "nonsense")
+    for stage in chain.stages:
+        shapes = jax.eval_shape(
+            Transformer(stage.model).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
+        )["params"]
+        assert {p: s.shape for p, s in axes.flatten(shapes)} == {
+            p: param.shape(stage.model) for p, param in axes.TABLE.items()
+        }
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "params"),
+    [
+        ("proxy", "", 281_215_488),
+        ("52b", "", 52_817_829_888),
+        ("52b", "--config.model.vocab_size=80384", 52_824_121_344),
+        ("102b", "", 102_198_487_040),
+        ("1t", "", 1_083_735_265_280),
+        ("1t", "--config.model.vocab_size=81920", 1_083_813_908_480),
+    ],
+)
+def test_describe_counts_the_papers_parameters(name, override, params):
+    args = [a for a in (f"--config=configs/tele_flm_{name}.py", override) if a]
+    described = json_of("experiments.describe", *args)
+    assert described["params"] == params == sum(described["params_by_component"].values())
+    assert described["param_bytes"] == 4 * params
+    assert described["optimizer_bytes"] == 8 * params
+    assert described["flops_per_token_train"] == 3 * described["flops_per_token_forward"]
+
+
+def test_describe_allocates_nothing_at_1t():
+    args = ("experiments.describe", "--config=configs/tele_flm_1t.py", "--json")
+    assert peak_memory(*args) < 5e8
+
+
+def test_describe_lists_a_chain():
+    stages = json_of("experiments.describe", "--config=configs/tele_flm_1t_chain.py")["stages"]
+    assert [s["params"] for s in stages] == [
+        52_817_829_888, 102_198_487_040, 1_083_735_265_280,
+    ]  # fmt: skip
+
+
+def test_flops_by_hand():
+    """One layer of multi-head attention, written out product by product."""
+    D, F, V, H, T = 8, 20, 11, 4, 16
+    config = TransformerConfig(V, 1, D, 2, H, F)
+    projections = 4 * 2 * D * (2 * H)
+    scores_and_values = 2 * 2 * T * (2 * H)
+    mlp = 3 * 2 * D * F
+    assert counts.flops_per_token_forward(config, T) == (
+        projections + scores_and_values + mlp + 2 * D * V
+    )
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ((DEMO, "--config.stages[0].model.vocab_sze=3"), ("vocab_sze", "vocab_size")),
+        ((DEMO, "--config.stages[0].model.vocab_size=abc"), ("vocab_size", "abc")),
+        ((DEMO, "--config.stages[7].steps=1"), ("stages[7]", "fewer")),
+        ((DEMO, "--config.modle.vocab_size=1"), ("modle",)),
+        ((DEMO, "--config.stages[0].model.num_heads=3", "--config.stages[0].model.num_kv_heads=2"),
+         ("num_heads is 3", "num_kv_heads 2")),
+        (("--config=configs/nope.py",), ("configs/nope.py", "no such file")),
+        (("--config=configs/demo.py:nope",), ("variant 'nope'", "smoke")),
+        ((), ("--config is missing",)),
+        ((DEMO, "--jsn"), ("jsn",)),
+        ((DEMO, "extra"), ("'extra'",)),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line(args, words):
+    line = mistake("experiments.describe", *args)
+    assert all(word in line for word in words), line
+
+
+def test_help_shows_an_example_and_the_flags():
+    status, out, _ = run("experiments.grow", "--help")
+    assert status == 0
+    assert "--config=configs/demo.py --workdir=runs/demo" in out and "--workdir" in out
+
+
+def test_config_files_are_checked_field_by_field():
+    good = to_dict(DataConfig())
+    assert from_mapping(DataConfig, good) == DataConfig()
+    with pytest.raises(
+        UserError, match=r"config.sequence_lenght: .* did you mean 'sequence_length"
+    ):
+        from_mapping(DataConfig, {"sequence_lenght": 3})
+    with pytest.raises(UserError, match=r"config.seed is '0' of type str; it must be int"):
+        from_mapping(DataConfig, {**good, "seed": "0"})
+    with pytest.raises(UserError, match="needs vocab_size, num_layers"):
+        from_mapping(TransformerConfig, {})
+
+
+def test_differences_name_the_field_and_both_values():
+    old = {"a": {"b": 1, "c": [1, 2]}, "d": 0}
+    assert differences(old, old) == []
+    assert differences(old, {"a": {"b": 2, "c": [1, 3]}, "d": 0}) == [
+        "config.a.b: 1 -> 2",
+        "config.a.c[1]: 2 -> 3",
+    ]
