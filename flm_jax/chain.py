@@ -22,7 +22,7 @@ import optax
 from jax.sharding import Mesh
 
 from flm_jax import config as config_lib
-from flm_jax import counts, data, growth, optim, sharding
+from flm_jax import counts, data, growth, host_memory, optim, sharding
 from flm_jax.checkpoint import Checkpoints, params_digest
 from flm_jax.config import ExperimentConfig, TransformerConfig
 from flm_jax.errors import RunStopped, UserError
@@ -71,6 +71,7 @@ def run(config: ExperimentConfig, workdir: str) -> list[dict[str, Any]]:
     if len(done) == len(config.stages):
         return done
 
+    host_memory.keep_freed()
     corpus = data.open_corpus(config.data)
     if corpus.vocab_size > min(stage.model.vocab_size for stage in config.stages):
         raise UserError(

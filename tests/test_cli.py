@@ -119,9 +119,7 @@ def test_help_shows_an_example_and_the_flags():
 def test_config_files_are_checked_field_by_field():
     good = to_dict(DataConfig())
     assert from_mapping(DataConfig, good) == DataConfig()
-    with pytest.raises(
-        UserError, match=r"config.sequence_lenght: .* did you mean 'sequence_length"
-    ):
+    with pytest.raises(UserError, match="did you mean 'sequence_length"):
         from_mapping(DataConfig, {"sequence_lenght": 3})
     with pytest.raises(UserError, match=r"config.seed is '0' of type str; it must be int"):
         from_mapping(DataConfig, {**good, "seed": "0"})

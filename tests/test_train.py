@@ -69,7 +69,7 @@ def test_an_axis_that_does_not_divide_is_refused():
         UserError, match="'layers/attention/key': axis 'kv_heads' of size 4.* 8 dev"
     ):
         sharding.check_divisible(MODEL, mesh)
-    with pytest.raises(UserError, match="data 3 x fsdp 1 x tensor 1 = 3 devices, but there are 8"):
+    with pytest.raises(UserError, match="data 3 x fsdp 1"):
         sharding.make_mesh(MeshConfig(data=3))
 
 
