@@ -1,10 +1,13 @@
-"""Grow a byte-level decoder twice on the Python standard library's source: 0.85M, 1.6M, 17M.
+r"""Grow a byte-level decoder twice on the Python standard library's source: 0.85M, 1.6M, 17M.
 
   make demo
   python -m experiments.grow --config=configs/demo.py --workdir=runs/demo
 
 Two CPU cores, about 8 minutes. `:smoke` is the same chain with a few steps of tiny models, for
-tests: under a minute.
+tests: under a minute. `:sentencepiece` is the demo over a vocabulary of 1,024 pieces, trained with
+
+  python -m experiments.train_vocabulary --config=configs/demo.py --vocab_size=1024 \
+    --output=runs/vocab.model
 
 The sizes mirror Tele-FLM's 52B -> 102B -> 1T: parameters x1.9 then x10, hidden x1.25 then x2,
 depth x1.25 then x1.75, head size fixed. µP's base width is the first stage's, so matrix-like
@@ -49,8 +52,9 @@ def _model(layers: int, hidden: int, ffn: int) -> TransformerConfig:
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-    if variant not in ("", "smoke"):
-        raise common.unknown_variant(variant, ("smoke",))
+    variants = {"": lambda config: config, "smoke": _smoke, "sentencepiece": _sentencepiece}
+    if variant not in variants:
+        raise common.unknown_variant(variant, ("smoke", "sentencepiece"))
     stages = (
         StageConfig(
             name="small",
@@ -87,7 +91,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         eval=EvalConfig(sequences=64, batch_size=8, every_steps=200),
         checkpoint=CheckpointConfig(every_steps=100, keep=2),
     )
-    return common.to_config_dict(_smoke(config) if variant == "smoke" else config)
+    return common.to_config_dict(variants[variant](config))
 
 
 def _smoke(config: ExperimentConfig) -> ExperimentConfig:
@@ -113,3 +117,13 @@ def _smoke(config: ExperimentConfig) -> ExperimentConfig:
         eval=EvalConfig(sequences=32, batch_size=8, every_steps=20),
         checkpoint=CheckpointConfig(every_steps=10, keep=2),
     )
+
+
+def _sentencepiece(config: ExperimentConfig) -> ExperimentConfig:
+    """The same chain over a trained vocabulary."""
+    stages = tuple(
+        dataclasses.replace(stage, model=dataclasses.replace(stage.model, vocab_size=1024))
+        for stage in config.stages
+    )
+    data = dataclasses.replace(config.data, vocabulary="runs/vocab.model")
+    return dataclasses.replace(config, stages=stages, data=data)
