@@ -88,7 +88,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         data=DataConfig(sequence_length=256),
         optimizer=OptimizerConfig(weight_decay=0.1),
         schedule=ScheduleConfig(kind="wsd", warmup_steps=50, decay_steps=100),
-        eval=EvalConfig(sequences=64, batch_size=8, every_steps=200),
+        eval=EvalConfig(sequences=64, batch_size=8, every_steps=100),
         checkpoint=CheckpointConfig(every_steps=100, keep=2),
     )
     return common.to_config_dict(variants[variant](config))

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import json
 import math
+import statistics
 import time
 from typing import Any
 
@@ -36,7 +37,7 @@ from flm_jax.state import TrainState
 from flm_jax.stop import StopRequest
 from flm_jax.train import gradients, init_state, logits_of, make_train_step, summed_loss
 
-LOG_EVERY = 10  # steps between rows of metrics.jsonl
+LOG_EVERY = 10  # steps between rows of metrics.jsonl, and averaged in one
 
 
 @dataclasses.dataclass
@@ -262,6 +263,7 @@ class _Runner:
         folder.metrics.rewind(step)
         evaluated = {row["step"] for row in folder.metrics.rows("eval")}
         last_good = checkpoints.latest
+        recent: list[float] = []  # losses since the last row
 
         def mask_at(steps_done: int) -> float | None:
             return steps_done / ramp if steps_done < ramp else None
@@ -290,15 +292,17 @@ class _Runner:
             tokens = (done - resumed_at) * stage.batch_size * settings.data.sequence_length
             mask = mask_at(done - start)
             progress.update(done, loss, tokens, mask)
+            recent.append(loss)
             if done % LOG_EVERY == 0:
                 row = {
-                    "loss": loss,
+                    "loss": statistics.fmean(recent),
                     "grad_norm": float(metrics["grad_norm"]),
                     "learning_rate": float(stage.learning_rate * shape(jnp.int32(done - 1))),
                     "mask": 1.0 if mask is None else mask,
                 }
                 folder.metrics.append("train", done, **row)
                 board.write(done, **row)
+                recent.clear()
 
         with Progress(stage.name, step, end) as progress:
             pending: tuple[int, dict[str, jax.Array]] | None = None

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
+import rich.box
 import rich.table
 
 matplotlib.use("Agg")
@@ -19,9 +20,10 @@ from flm_jax.lineage import RunFolder, StageFolder, write_atomically
 _LINE, _GUIDE, _ACCENT = "#2458a6", "#9a9a9a", "#c4501b"
 
 _COLUMNS = (
-    "stage", "parameters", "steps", "tokens", "FLOPs", "time", "bits per byte",
-    "logit change / scale", "loss change", "dead", "locked",
+    "stage", "params", "steps", "tokens", "FLOPs", "time", "bits per byte",
+    "logit change", "loss change", "dead", "locked",
 )  # fmt: skip
+_ON_SCREEN = ("stage", "params", "tokens", "time", "bits per byte", "logit change")
 
 
 def _row(stage: dict[str, Any]) -> list[str]:
@@ -47,10 +49,13 @@ def _row(stage: dict[str, Any]) -> list[str]:
 
 
 def table(stages: Sequence[dict[str, Any]]) -> rich.table.Table:
-    """The stage table, for a terminal."""
-    drawn = rich.table.Table(*_COLUMNS)
+    """The stage table's main columns, within 80 characters."""
+    drawn = rich.table.Table(box=rich.box.SIMPLE)
+    for name in _ON_SCREEN:
+        drawn.add_column(name, no_wrap=True)
     for stage in stages:
-        drawn.add_row(*_row(stage))
+        row = dict(zip(_COLUMNS, _row(stage), strict=True))
+        drawn.add_row(*(row[name] for name in _ON_SCREEN))
     return drawn
 
 
@@ -117,7 +122,7 @@ def _ramps(folder: RunFolder, stages: Sequence[dict[str, Any]], path: pathlib.Pa
         steps = [r["step"] for r in rows]
         panel.plot(steps, [r["loss"] for r in rows], color=_LINE)
         panel.set(title=f"{stage['name']}: the ramp", xlabel="step")
-        panel.set_ylabel("training loss (nats per token)", color=_LINE)
+        panel.set_ylabel("training loss, 10-step mean (nats)", color=_LINE)
         right = panel.twinx()
         right.plot(steps, [r["mask"] for r in rows], color=_GUIDE)
         right.set_ylim(0, 1.05)
@@ -164,8 +169,8 @@ Data: `{config["data"]["task"]}`, vocabulary `{config["data"]["vocabulary"]}`, f
 
 {_markdown(stages)}
 
-"Logit change / scale" is the largest change of a logit at the growth over the root mean square of
-the logits; "loss change" is in nats per token, on the calibration batch.
+"Logit change" is the largest change of a logit at the growth, over the root mean square of the
+logits; "loss change" is in nats per token; both on the calibration batch.
 
 {pictures}
 ## What this does and does not show
