@@ -63,6 +63,7 @@ def run(config: ExperimentConfig, workdir: str) -> list[dict[str, Any]]:
       UserError: the config, the data or the folder does not fit; nothing is overwritten.
       RunStopped: after SIGINT or SIGTERM, with a checkpoint written.
     """
+    host_memory.keep_freed()
     mesh = sharding.make_mesh(config.mesh)
     check(config, mesh)
     folder = RunFolder(workdir)
@@ -72,7 +73,6 @@ def run(config: ExperimentConfig, workdir: str) -> list[dict[str, Any]]:
     if len(done) == len(config.stages):
         return done
 
-    host_memory.keep_freed()
     corpus = data.open_corpus(config.data)
     if corpus.vocab_size > min(stage.model.vocab_size for stage in config.stages):
         raise UserError(

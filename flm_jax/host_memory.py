@@ -5,20 +5,17 @@ from __future__ import annotations
 import ctypes
 import sys
 
-import jax
-
 # Parameters of glibc's mallopt, from malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
 
 
 def keep_freed() -> None:
-    """On a CPU backend with glibc: freed arrays stay in the process.
+    """With glibc, freed arrays stay in the process. Call it before JAX does anything.
 
     By default glibc gives every large array back to the kernel, and the next step faults it in
-    again page by page, which costs more than most elementwise operations on it. Call it before
-    the first large array.
+    again page by page, which costs more than most elementwise operations on it.
     """
-    if jax.default_backend() != "cpu" or not sys.platform.startswith("linux"):
+    if not sys.platform.startswith("linux"):
         return
     libc = ctypes.CDLL(None)
     if hasattr(libc, "gnu_get_libc_version"):

@@ -12,6 +12,7 @@ gating for `mlp`, on a layer's branches for `layers`. At 0 the model is the smal
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,6 +46,23 @@ def create(
         value = module.param(name, mup.initializer(param, config), shape, wide(config.dtype))
         created[name] = value.astype(config.dtype)
     return created
+
+
+def linear(x_BTI: jax.Array, w_IO: jax.Array, dtype: Any = None) -> jax.Array:
+    """x @ w over the leading axis (or axes) of w that x ends with; w's other axes follow B, T.
+
+    Accumulated and returned in `dtype`, if given.
+
+    Tokens are flattened first: the gradient of a plain matrix product runs at the machine's peak,
+    that of a batched one copies the transposed activations (measured on the CPU backend).
+    """
+    B, T = x_BTI.shape[:2]
+    inputs = math.prod(x_BTI.shape[2:])
+    split = x_BTI.ndim - 2
+    flat = jnp.matmul(
+        x_BTI.reshape(B * T, inputs), w_IO.reshape(inputs, -1), preferred_element_type=dtype
+    )
+    return flat.reshape(B, T, *w_IO.shape[split:])
 
 
 def rms_norm(
@@ -99,9 +117,9 @@ class Attention(nn.Module):
         w = create(self, self.table, self.config)
         B, T, _ = x_BTD.shape
         y_BTD = rms_norm(x_BTD, w["norm"], self.config.rms_norm_eps, masks.get("embed"))
-        q_BTKGH = jnp.einsum("BTD,DKGH->BTKGH", y_BTD, w["query"])
-        k_BTKH = rotate(jnp.einsum("BTD,DKH->BTKH", y_BTD, w["key"]), angles)
-        v_BTKH = jnp.einsum("BTD,DKH->BTKH", y_BTD, w["value"])
+        q_BTKGH = linear(y_BTD, w["query"])
+        k_BTKH = rotate(linear(y_BTD, w["key"]), angles)
+        v_BTKH = linear(y_BTD, w["value"])
         K, G, H = q_BTKGH.shape[2:]
         q_BTKGH = rotate(q_BTKGH.reshape(B, T, K * G, H), angles).reshape(B, T, K, G, H)
         out_BTKGH = attention(q_BTKGH, k_BTKH, v_BTKH, segment_ids_BT)
@@ -109,7 +127,7 @@ class Attention(nn.Module):
             out_BTKGH *= masks["kv_heads"].astype(out_BTKGH.dtype)[None, None, :, None, None]
         if "q_per_kv" in masks:
             out_BTKGH *= masks["q_per_kv"].astype(out_BTKGH.dtype)[None, None, None, :, None]
-        return jnp.einsum("BTKGH,KGHD->BTD", out_BTKGH, w["out"])
+        return linear(out_BTKGH, w["out"])
 
 
 class MLP(nn.Module):
@@ -120,10 +138,10 @@ class MLP(nn.Module):
     def __call__(self, x_BTD: jax.Array, masks: Masks) -> jax.Array:
         w = create(self, self.table, self.config)
         y_BTD = rms_norm(x_BTD, w["norm"], self.config.rms_norm_eps, masks.get("embed"))
-        a_BTF = jax.nn.silu(y_BTD @ w["gate"]) * (y_BTD @ w["up"])
+        a_BTF = jax.nn.silu(linear(y_BTD, w["gate"])) * linear(y_BTD, w["up"])
         if "mlp" in masks:
             a_BTF *= masks["mlp"].astype(a_BTF.dtype)[None, None]
-        return a_BTF @ w["down"]
+        return linear(a_BTF, w["down"])
 
 
 class Layer(nn.Module):

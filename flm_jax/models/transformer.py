@@ -60,7 +60,7 @@ class Transformer(nn.Module):
         x_BTD, _ = self._layers()(x_BTD, layer_mask_L, segment_ids_BT, angles, masks)
         x_BTD = nn_layers.rms_norm(x_BTD, w["final_norm"], config.rms_norm_eps, masks.get("embed"))
         stats = wide(config.dtype)
-        logits_BTV = jnp.einsum("BTD,DV->BTV", x_BTD, w["head"], preferred_element_type=stats)
+        logits_BTV = nn_layers.linear(x_BTD, w["head"], stats)
         return logits_BTV * jnp.asarray(config.logit_mult, stats)
 
     def _layers(self) -> Any:
