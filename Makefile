@@ -9,7 +9,7 @@ TEST_ENV := XLA_FLAGS=--xla_backend_optimization_level=0
 .PHONY: demo test check help
 
 help:
-	@echo "make demo   grow a model through three stages into runs/demo (about 7 minutes, 2 cores)"
+	@echo "make demo   grow a model through three stages into runs/demo (about 5 minutes, 2 cores)"
 	@echo "make test   run the tests"
 	@echo "make check  lint, format, types and tests: what CI runs"
 
