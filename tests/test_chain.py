@@ -13,8 +13,6 @@ from tests.commands import json_of, mistake, run, start
 
 SMOKE = ("experiments.grow", "--config=configs/demo.py:smoke")
 
-pytestmark = pytest.mark.xdist_group("chain")
-
 
 def lineage(workdir):
     return json.loads((workdir / "lineage.json").read_text())["stages"]
