@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import statistics
 import time
 from typing import Any
@@ -64,6 +65,9 @@ def run(config: ExperimentConfig, workdir: str) -> list[dict[str, Any]]:
       RunStopped: after SIGINT or SIGTERM, with a checkpoint written.
     """
     host_memory.keep_freed()
+    if config.quick_compile:  # read by XLA when its first program is compiled
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0"
     mesh = sharding.make_mesh(config.mesh)
     check(config, mesh)
     folder = RunFolder(workdir)

@@ -247,6 +247,7 @@ class ExperimentConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
     mesh: MeshConfig = MeshConfig()
     seed: int = 0
+    quick_compile: bool = False  # on a CPU: less optimised programs, for runs of seconds
 
     def __post_init__(self) -> None:
         _require(len(self.stages) > 0, "ExperimentConfig.stages is empty; give at least one stage")
