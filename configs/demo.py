@@ -4,7 +4,8 @@ r"""Grow a byte-level decoder twice on the Python standard library's source: 0.8
   python -m experiments.grow --config=configs/demo.py --workdir=runs/demo
 
 Two CPU cores, about 5 minutes; validation falls from 8.33 to 2.05, 1.85 and 1.73 bits per byte.
-`:smoke` is the same chain with a few steps of tiny models, for tests: under a minute. `:sentencepiece` is the demo over a vocabulary of 1,024 pieces, trained with
+`:smoke` is the same chain with a few steps of tiny models, for tests: under a minute.
+`:sentencepiece` is the demo over a vocabulary of 1,024 pieces, trained with
 
   python -m experiments.train_vocabulary --config=configs/demo.py --vocab_size=1024 \
     --output=runs/vocab.model
