@@ -8,15 +8,19 @@ Exit status 0 on success, 2 on a user's mistake, 130 when a signal stopped the r
 from __future__ import annotations
 
 import contextlib
+import difflib
+import itertools
 import json
+import os
 import pathlib
-import re
 import sys
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 from absl import flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
+from ml_collections.config_flags import config_flags, config_path
 
 from flm_jax import config as config_lib
 from flm_jax.errors import RunStopped, UserError
@@ -50,7 +54,7 @@ def experiment(config: ConfigDict) -> config_lib.ExperimentConfig:
 
 
 def run(
-    main: Callable[[Any], Mapping[str, Any] | None],
+    main: Callable[[Any], Mapping[str, Any]],
     *,
     needs_config: bool = True,
     needs_workdir: bool = False,
@@ -65,33 +69,41 @@ def run(
     logging.set_verbosity(logging.WARNING)
     with _mistakes_as_one_line():
         arguments = _parse(needs_config, needs_workdir)
-        # Libraries that print go to standard error while the result is being made.
-        stdout = sys.stdout
-        with contextlib.redirect_stdout(sys.stderr) if JSON.value else contextlib.nullcontext():
-            result = main(CONFIG.value if needs_config else arguments)
-        if JSON.value:
-            print(json.dumps(result), file=stdout)
+        given = CONFIG.value if needs_config else arguments
+        if not JSON.value:
+            main(given)
+            return
+        with _only_on_stderr():
+            result = main(given)
+        print(json.dumps(result))
 
 
 def _parse(needs_config: bool, needs_workdir: bool) -> list[str]:
+    """Checks the command line; returns the positional arguments."""
     if {"--help", "-h", "-help", "--helpshort"} & set(sys.argv[1:]):
         print(sys.modules["__main__"].__doc__)
         print(flags.FLAGS.main_module_help() + flags.FLAGS.module_help(sys.modules[__name__]))
         sys.exit(0)
-    chosen = [a.split("=", 1)[1] for a in sys.argv[1:] if a.startswith("--config=")]
-    if needs_config and not chosen:
-        raise UserError("--config is missing; give --config=configs/FILE.py (see configs/)")
-    for path in chosen:
-        if not pathlib.Path(path.split(":")[0]).is_file():
-            raise UserError(f"--config={path}: no such file; see configs/")
+    given = list(_flags_given(sys.argv[1:]))
+    files = [value for name, value in given if name == "config" and value]
+    if needs_config:
+        if not files:
+            raise UserError("--config is missing; give --config=configs/FILE.py (see configs/)")
+        config = _load(files[-1])
+        for name, _ in given:
+            if name.startswith("config."):
+                _check_field(config, name)
     try:
         arguments = flags.FLAGS(sys.argv)[1:]
-        if needs_config:
-            CONFIG.value  # noqa: B018  (the file is read, and overridden, on first use)
-    except UserError:
-        raise
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
-        raise UserError(_translated(error)) from error
+    except flags.IllegalFlagValueError as error:
+        for name, value in given:
+            if name.startswith("config.") and str(error).startswith(f"flag --{name}={value}:"):
+                now = config_path.get_value(name.removeprefix("config."), config)
+                wanted = type(now).__name__
+                raise UserError(f"--{name}={value}: it must be {wanted}, as {now!r} is") from error
+        raise UserError(str(error)) from error
+    except flags.Error as error:
+        raise UserError(str(error)) from error
     if needs_config and arguments:
         raise UserError(f"unexpected argument {arguments[0]!r}; options begin with --")
     if needs_workdir and not WORKDIR.value:
@@ -99,32 +111,86 @@ def _parse(needs_config: bool, needs_workdir: bool) -> list[str]:
     return arguments
 
 
-def _translated(error: Exception) -> str:
-    """What ml_collections and absl say of a wrong flag, as one line that names the flag."""
-    said = str(error.args[0] if error.args else error).replace("\\n", " ").replace("\\'", "'")
-    if own := re.search(r"UserError: (.*)", said):  # a config file's own error, as text
-        return own.group(1)
-    overrides = [a.lstrip("-") for a in sys.argv[1:] if a.startswith("--config.")]
-    field = re.compile(r"\b(\w+)(?:\[\d+\])?=")
-    named = [o for o in overrides if (m := field.search(o)) and m.group(1) in said]
-    flag = "--" + (named or overrides or ["config"])[0]
-    if isinstance(error, IndexError):
-        return f"{flag}: {said}; the config has fewer entries"
-    if isinstance(error, (KeyError, AttributeError)):
-        return f"{flag}: the config has no such field: {said}"
-    if isinstance(error, flags.Error) and not overrides:
-        return said
-    return f"{flag}: {said}; give a value of the type that the config file has"
+def _flags_given(arguments: list[str]) -> Iterator[tuple[str, str | None]]:
+    """Name and value of `--name=value` and `--name value`; for a switch the value is no value."""
+    for argument, following in itertools.zip_longest(arguments, arguments[1:]):
+        if argument == "--":
+            return
+        if argument.startswith("-"):
+            name, equals, value = argument.lstrip("-").partition("=")
+            yield name, value if equals else following
+
+
+def _load(given: str) -> ConfigDict:
+    """The config before overrides. Any error in the file is one line that says where."""
+    path = given.split(":")[0]
+    if not pathlib.Path(path).is_file():
+        raise UserError(f"--config={given}: no such file; see configs/")
+    try:
+        config = config_flags.ConfigFileFlagParser("config").parse(given)
+    except Exception as error:
+        # The parser wraps a ValueError or TypeError in one whose text is a traceback.
+        cause = error.__context__ or error
+        if isinstance(cause, UserError):
+            raise cause from None
+        frames = [f for f in traceback.extract_tb(cause.__traceback__) if f.filename == path]
+        where = f"{path}:{frames[-1].lineno}" if frames else path
+        raise UserError(f"{where}: {type(cause).__name__}: {cause}; mend the file") from cause
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"{path}: get_config must return a ConfigDict, not {type(config).__name__}")
+    return config
+
+
+def _check_field(config: ConfigDict, flag: str) -> None:
+    """Raises UserError if `flag`, as config.stages[0].steps, is not one value of the config."""
+    try:
+        parts = config_path.split(flag)[1:]
+    except ValueError:
+        raise UserError(f"--{flag}: not a field; write it as --config.stages[0].steps") from None
+    node: Any = config
+    where = "config"
+    for part in parts:
+        if isinstance(node, ConfigDict):
+            if part not in node:
+                close = difflib.get_close_matches(str(part), node, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(node)}"
+                raise UserError(f"--{flag}: {where} has no field {part!r}; {hint}")
+            where += f".{part}"
+        elif isinstance(node, tuple):
+            if part not in range(len(node)):
+                raise UserError(f"--{flag}: {where} has entries 0 to {len(node) - 1}, no {part!r}")
+            where += f"[{part}]"
+        else:
+            raise UserError(f"--{flag}: {where} is {node!r} and has no fields")
+        node = node[part]
+    if isinstance(node, ConfigDict | tuple):
+        raise UserError(f"--{flag}: {where} is a group; set its fields one by one")
 
 
 @contextlib.contextmanager
-def _mistakes_as_one_line() -> Any:
+def _only_on_stderr() -> Iterator[None]:
+    """Sends what anyone prints to standard error, libraries written in C++ included."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+@contextlib.contextmanager
+def _mistakes_as_one_line() -> Iterator[None]:
     try:
         yield
     except UserError as error:
         _exit(2, str(error))
     except RunStopped as stopped:
         _exit(130, str(stopped))
+    except KeyboardInterrupt:
+        _exit(130, "stopped")
 
 
 def _exit(status: int, message: str) -> NoReturn:

@@ -1,5 +1,9 @@
 """The commands' front, and what needs no training: describe, configs, mistakes."""
 
+import subprocess
+import sys
+import time
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -67,7 +71,9 @@ def test_describe_counts_the_papers_parameters(name, override, params):
 
 def test_describe_allocates_nothing_at_1t():
     args = ("experiments.describe", "--config=configs/tele_flm_1t.py", "--json")
+    began = time.monotonic()
     assert peak_memory(*args) < 5e8
+    assert time.monotonic() - began < 15
 
 
 def test_describe_lists_a_chain():
@@ -94,7 +100,11 @@ def test_flops_by_hand():
     [
         ((DEMO, "--config.stages[0].model.vocab_sze=3"), ("vocab_sze", "vocab_size")),
         ((DEMO, "--config.stages[0].model.vocab_size=abc"), ("vocab_size", "abc")),
-        ((DEMO, "--config.stages[7].steps=1"), ("stages[7]", "fewer")),
+        ((DEMO, "--config.seed=1", "--config.stages[7].steps=1"), ("stages[7]", "0 to 2")),
+        ((DEMO, "--config.seed", "1", "--config.data.seed", "abc"), ("data.seed=abc", "int")),
+        ((DEMO, "--config.data=1"), ("--config.data", "group")),
+        (("--config=README.md",), ("README.md", "SyntaxError")),
+        (("--config=configs/common.py",), ("configs/common.py", "get_config")),
         ((DEMO, "--config.modle.vocab_size=1"), ("modle",)),
         ((DEMO, "--config.stages[0].model.num_heads=3", "--config.stages[0].model.num_kv_heads=2"),
          ("num_heads is 3", "num_kv_heads 2")),
@@ -108,6 +118,32 @@ def test_flops_by_hand():
 def test_a_mistake_is_one_line(args, words):
     line = mistake("experiments.describe", *args)
     assert all(word in line for word in words), line
+
+
+def test_an_error_in_a_config_file_says_where(tmp_path):
+    path = tmp_path / "broken.py"
+    path.write_text("def get_config(variant=''):\n    return {}['missing']\n")
+    assert f"{path}:2: KeyError: 'missing'" in mistake("experiments.describe", f"--config={path}")
+
+
+def test_flag_and_value_may_be_two_words():
+    described = json_of("experiments.describe", "--config", "configs/tele_flm_52b.py",
+                        "--config.model.vocab_size", "80384")  # fmt: skip
+    assert described["params"] == 52_824_121_344
+
+
+def test_json_keeps_standard_output_to_itself():
+    """Even from what other programs and C++ write to the process's standard output."""
+    code = (
+        "import os, sys; from experiments import cli; sys.argv = ['x', '--json']\n"
+        "def main(arguments):\n    print('noise'); os.system('echo noise'); return {'a': 1}\n"
+        "cli.run(main, needs_config=False)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert done.stdout == '{"a": 1}\n'
+    assert done.stderr.count("noise") == 2
 
 
 def test_help_shows_an_example_and_the_flags():
