@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import ml_collections
 
-from flm_jax.config import ExperimentConfig, to_dict
+from flm_jax.config import ExperimentConfig, ProbeConfig, to_dict
 from flm_jax.errors import UserError
 
 
-def to_config_dict(config: ExperimentConfig) -> ml_collections.ConfigDict:
+def to_config_dict(config: ExperimentConfig | ProbeConfig) -> ml_collections.ConfigDict:
     """Every field with its type, so that overrides on the command line are checked.
 
     Stages are a tuple of ConfigDicts: `--config.stages[0].steps=5`.
     """
-    values = to_dict(config)
-    values["stages"] = tuple(ml_collections.ConfigDict(s) for s in values["stages"])
-    return ml_collections.ConfigDict(values)
+
+    def with_types(value: Any) -> Any:
+        if isinstance(value, dict):
+            return ml_collections.ConfigDict({k: with_types(v) for k, v in value.items()})
+        return tuple(with_types(v) for v in value) if isinstance(value, list) else value
+
+    return with_types(to_dict(config))
 
 
 def single(config: ExperimentConfig) -> ml_collections.ConfigDict:

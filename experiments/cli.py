@@ -16,7 +16,7 @@ import pathlib
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from absl import flags, logging
 from ml_collections import ConfigDict
@@ -24,6 +24,8 @@ from ml_collections.config_flags import config_flags, config_path
 
 from flm_jax import config as config_lib
 from flm_jax.errors import RunStopped, UserError
+
+T = TypeVar("T")
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Experiment: configs/FILE.py, or configs/FILE.py:variant.", lock_config=True
@@ -44,13 +46,18 @@ def workdir() -> str:
 
 def experiment(config: ConfigDict) -> config_lib.ExperimentConfig:
     """The config as a validated dataclass."""
+    return config_lib.experiment(_plain(config))
 
-    def plain(value: Any) -> Any:
-        if isinstance(value, ConfigDict):
-            return {key: plain(item) for key, item in value.items()}
-        return [plain(v) for v in value] if isinstance(value, tuple | list) else value
 
-    return config_lib.experiment(plain(config))
+def dataclass_of(cls: type[T], config: ConfigDict) -> T:
+    """A config of another kind than an experiment, as a validated dataclass."""
+    return config_lib.from_mapping(cls, _plain(config))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, ConfigDict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
 
 
 def run(
@@ -58,8 +65,8 @@ def run(
     *,
     needs_config: bool = True,
     needs_workdir: bool = False,
-) -> None:
-    """Parses the command line, calls `main`, prints its result, and exits.
+) -> Mapping[str, Any]:
+    """Parses the command line, calls `main`, prints and returns its result.
 
     Args:
       main: gets the config (a locked ConfigDict), or the positional arguments as a list of
@@ -71,11 +78,11 @@ def run(
         arguments = _parse(needs_config, needs_workdir)
         given = CONFIG.value if needs_config else arguments
         if not JSON.value:
-            main(given)
-            return
+            return main(given)
         with _only_on_stderr():
             result = main(given)
         print(json.dumps(result))
+        return result
 
 
 def _parse(needs_config: bool, needs_workdir: bool) -> list[str]:

@@ -113,6 +113,11 @@ def multiplier_of(param: Param, config: TransformerConfig) -> float:
     return {"": 1.0, "input": config.input_mult, "output": config.logit_mult}[param.multiplier]
 
 
+def along(vector: Any, dim: int, ndim: int) -> Any:
+    """The vector as an array of `ndim` dimensions that broadcasts along `dim`."""
+    return vector.reshape([-1 if d == dim else 1 for d in range(ndim)])
+
+
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The leaves of a nested dict shaped like `PARAMS`, as ("layers/mlp/up", leaf), sorted."""
     for name, value in sorted(tree.items()):

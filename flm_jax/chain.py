@@ -15,6 +15,7 @@ import math
 import os
 import statistics
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -24,19 +25,18 @@ import optax
 from jax.sharding import Mesh
 
 from flm_jax import config as config_lib
-from flm_jax import counts, data, growth, host_memory, optim, sharding
+from flm_jax import counts, data, growth, host_memory, ligo, measure, optim, sharding
 from flm_jax.checkpoint import Checkpoints, params_digest
-from flm_jax.config import ExperimentConfig, TransformerConfig
+from flm_jax.config import ExperimentConfig, StageConfig, TransformerConfig
 from flm_jax.errors import RunStopped, UserError
 from flm_jax.evaluate import bits_per_byte
-from flm_jax.growth.receipt import Receipt, dead_slots, difference, locked_copies
+from flm_jax.growth.receipt import Receipt
 from flm_jax.lineage import RunFolder, StageFolder, identity, write_atomically, write_json
 from flm_jax.metrics import TensorBoard
-from flm_jax.models import Transformer
 from flm_jax.progress import Progress
 from flm_jax.state import TrainState
 from flm_jax.stop import StopRequest
-from flm_jax.train import gradients, init_state, logits_of, make_train_step, summed_loss
+from flm_jax.train import init_state, make_train_step
 
 LOG_EVERY = 10  # steps between rows of metrics.jsonl, and averaged in one
 
@@ -119,7 +119,18 @@ def check(config: ExperimentConfig, mesh: Mesh) -> None:
                 f"sequences cannot be split over {rows} devices (mesh data x fsdp); change one"
             )
     for before, after in zip(config.stages, config.stages[1:], strict=False):
-        growth.plan(before.model, after.model, after.growth.recipe)
+        plan_of(before.model, after)
+
+
+def plan_of(
+    small: TransformerConfig, stage: StageConfig, distances: Sequence[float] | None = None
+) -> growth.Plan:
+    """The plan of a stage's growth out of `small`. Raises UserError if it cannot be done."""
+    g = stage.growth
+    return growth.plan(
+        small, stage.model, g.recipe, moments=g.moments, rates=g.rates, noise_db=g.noise_db,
+        layer_distances=distances,
+    )  # fmt: skip
 
 
 class _Runner:
@@ -137,7 +148,8 @@ class _Runner:
         if index > 0:
             g = stage.growth
             shape = optim.rewarmed(shape, self.start_of(index), g.rewarmup_steps, g.rewarmup_ratio)
-        return optim.optimizer(stage, self.config.optimizer, shape), shape
+        grown_at = self.start_of(index) if index > 0 else None
+        return optim.optimizer(stage, self.config.optimizer, shape, grown_at), shape
 
     def abstract_state(self, index: int) -> Any:
         """ShapeDtypeStructs with shardings."""
@@ -207,27 +219,22 @@ class _Runner:
         small, stage = self.config.stages[index - 1].model, self.config.stages[index]
         batch = self.calibration(stage.growth.calibration_sequences, before.data)
         key = jax.random.fold_in(jax.random.key(self.config.seed), index)
-        old = jax.jit(_measure_source, static_argnums=2)(before.state.params, batch, small)
+        old = measure.source(before.state.params, batch, small)
         distances = tuple(float(d) for d in old["distances"])
-        plan = growth.plan(small, stage.model, stage.growth.recipe, layer_distances=distances)
+        plan = plan_of(small, stage, distances)
+        if any(e.learned for e in plan.expansions):
+            batches = self.batches(index)
+            batches.set_state(before.data)
+            plan = ligo.fit(plan, before.state.params, batches, self.mesh, stage.growth, key)
 
         grow = functools.partial(growth.grow, plan=plan)
         placed = sharding.shardings(jax.eval_shape(grow, before.state, key=key), self.mesh)
         state = jax.jit(grow, out_shardings=placed)(before.state, key=key)
-
-        measure = jax.jit(_measure_target, static_argnums=2)
-        new = measure(state.params, batch, plan, jnp.float32(0))
-        first = measure(state.params, batch, plan, jnp.float32(1 / stage.growth.ramp_steps))
-        max_diff, scale = difference(old["logits"], new["logits"])
         receipt = Receipt(
             operator=plan.recipe,
             exactness=plan.exactness,
-            max_abs_logit_diff=max_diff,
-            logit_scale=scale,
-            loss_before=float(old["loss"]),
-            loss_after=float(new["loss"]),
-            dead_slots=dead_slots(plan, first["grads"]),
-            locked_copies=locked_copies(plan, state.params, first["grads"]),
+            **measure.function_change(old, state.params, batch, plan),
+            **measure.first_steps(state, batch, plan, stage, self.config.optimizer),
             layer_distances=distances,
             layer_map=plan.layer_map,
         )
@@ -259,7 +266,7 @@ class _Runner:
         resumed_at, began, wall_before = step, time.monotonic(), position.wall_s
 
         plan = growth.Plan.from_json(folder.plan.read_text()) if index > 0 else None
-        ramp = stage.growth.ramp_steps if plan else 0
+        ramp = stage.growth.ramp_steps if plan and plan.masked else 0
         tx, shape = self.optimizer(index)
         train_step = make_train_step(stage, tx, self.mesh, plan)
         state, batches = position.state, self.batches(index)
@@ -373,28 +380,3 @@ class _Runner:
                 "data_fingerprint": self.corpus.fingerprint,
             }
         )
-
-
-def _measure_source(
-    params: Any, batch: dict[str, jax.Array], config: TransformerConfig
-) -> dict[str, Any]:
-    """Logits, mean loss and layer distances of the model before it grows."""
-    _, sown = Transformer(config).apply(
-        {"params": params}, batch["tokens"], batch["segment_ids"], batch["positions"],
-        mutable=["intermediates"],
-    )  # fmt: skip
-    loss, tokens = summed_loss(params, batch, config)
-    return {
-        "logits": logits_of(config, params, batch),
-        "loss": loss / tokens,
-        "distances": sown["intermediates"]["layers"]["distance"][0],
-    }
-
-
-def _measure_target(
-    params: Any, batch: dict[str, jax.Array], plan: growth.Plan, mask_value: jax.Array
-) -> dict[str, Any]:
-    """Logits, mean loss and gradient of the grown model behind its masks."""
-    masks = plan.masks(mask_value)
-    loss, grads, _ = gradients(params, batch, plan.target, masks)
-    return {"logits": logits_of(plan.target, params, batch, masks), "loss": loss, "grads": grads}

@@ -19,7 +19,8 @@ Tree = TypeVar("Tree")
 class Checkpoints:
     """Train states by step, each with a small JSON-able `progress` (data position, counters)."""
 
-    def __init__(self, directory: pathlib.Path, keep: int):
+    def __init__(self, directory: pathlib.Path, keep: int | None = None):
+        """`keep`: the latest so many stay; None: all."""
         policies = ocp.training
         self.directory = directory
         self._checkpointer = ocp.training.Checkpointer(

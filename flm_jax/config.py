@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import types
 import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -20,6 +21,8 @@ T = TypeVar("T")
 COMPUTE_DTYPES = ("float32", "bfloat16", "float64")
 REMAT_POLICIES = ("none", "dots", "full")
 SCHEDULES = ("constant", "cosine", "wsd")
+MOMENTS = ("dual", "asym", "reset")
+RATES = ("target", "carry")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -71,10 +74,14 @@ class TransformerConfig:
 
     def __post_init__(self) -> None:
         _require_positive(
-            self, "vocab_size", "num_layers", "d_model", "num_heads", "head_dim", "d_ff",
-            "rope_theta", "rms_norm_eps", "input_mult", "output_mult",
-            "matrix_init_std", "vector_init_std", "scan_unroll",
+            self, "vocab_size", "d_model", "num_heads", "head_dim", "d_ff", "rope_theta",
+            "rms_norm_eps", "input_mult", "output_mult", "matrix_init_std", "vector_init_std",
+            "scan_unroll",
         )  # fmt: skip
+        _require(
+            self.num_layers >= 0,
+            f"TransformerConfig.num_layers is {self.num_layers}; give 0 (to grow from) or more",
+        )
         _require_choice(self, "dtype", COMPUTE_DTYPES)
         _require_choice(self, "remat", REMAT_POLICIES)
         _require(
@@ -169,18 +176,30 @@ class ScheduleConfig:
 class GrowthConfig:
     """How a stage grows out of the one before it. Ignored in the first stage."""
 
-    recipe: str = "msg"
-    ramp_steps: int = 100  # run-time masks rise linearly from 1/ramp_steps to 1
-    rewarmup_steps: int = 20  # the learning rate rises again from `rewarmup_ratio` to 1
+    recipe: str = "msg"  # operators by name, as "tile,identity": docs/growth.md
+    moments: str = "asym"  # Adam's: "dual", "asym" or "reset"
+    rates: str = "target"  # learning rate and eps: "target", or "carry" the source's
+    noise_db: float = 0.0  # signal-to-noise ratio of what separates copies; 0: none
+    added_rate: float = 1.0  # learning rate of added slots over that of old ones (SPARKLING: 1.3)
+    added_rate_steps: int = 250  # reached linearly, from 1, after so many steps
+    ramp_steps: int = 100  # run-time masks, if any, rise linearly from 1/ramp_steps to 1
+    rewarmup_steps: int = 20  # every learning rate rises again from `rewarmup_ratio` to 1
     rewarmup_ratio: float = 0.1
     calibration_sequences: int = 8  # for the receipt and the layer distances
+    fit_steps: int = 100  # of LiGO's operator
+    fit_learning_rate: float = 1e-3
 
     def __post_init__(self) -> None:
-        _require_positive(self, "ramp_steps", "calibration_sequences")
+        _require_positive(
+            self, "ramp_steps", "calibration_sequences", "added_rate", "added_rate_steps",
+            "fit_steps", "fit_learning_rate",
+        )  # fmt: skip
         _require(
             self.rewarmup_steps >= 0,
             f"GrowthConfig.rewarmup_steps is {self.rewarmup_steps}; it must be 0 or above",
         )
+        _require_choice(self, "moments", MOMENTS)
+        _require_choice(self, "rates", RATES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,6 +287,38 @@ class ExperimentConfig:
         return sum(stage.steps for stage in self.stages)
 
 
+@dataclasses.dataclass(frozen=True)
+class ArmConfig:
+    """One of the growths that a probe compares."""
+
+    name: str
+    growth: GrowthConfig = GrowthConfig()
+    grows: bool = True  # False: the source trains on, as a control
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbeConfig:
+    """Growths of one source by several recipes, trained for the same FLOPs.
+
+    The experiment has two stages: the source, and a target whose steps are the budget. Its growth
+    and its `rms_norm_eps` are each arm's own.
+    """
+
+    experiment: ExperimentConfig
+    arms: tuple[ArmConfig, ...]
+    seeds: int = 1  # of the source's initial parameters, the data's order and fresh entries
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "seeds")
+        count = len(self.experiment.stages)
+        _require(count == 2, f"ProbeConfig.experiment has {count} stages; give source and target")
+        names = [arm.name for arm in self.arms]
+        _require(
+            len(set(names)) == len(names) > 0,
+            f"ProbeConfig.arms has names {names}; give at least one, each a name of its own",
+        )
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """The config as plain dicts, lists and scalars."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
@@ -327,6 +378,8 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         if not isinstance(value, Mapping):
             raise UserError(f"{path} is {value!r}; it must be a group of {hint.__name__}'s fields")
         return from_mapping(hint, value, path)
+    if typing.get_origin(hint) is types.UnionType:  # X | None
+        return None if value is None else _convert(typing.get_args(hint)[0], value, path)
     if typing.get_origin(hint) is tuple:
         (item, _) = typing.get_args(hint)
         return tuple(_convert(item, v, f"{path}[{i}]") for i, v in enumerate(value))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -128,6 +129,19 @@ class RunFolder:
                 f"{VERSION}; use the code that wrote it"
             )
         return data["stages"]
+
+    def branch(self, other: RunFolder) -> None:
+        """Makes `other` a run that goes on from this one's finished stages.
+
+        Files are hard links: a checkpoint never changes once it is complete.
+        """
+        if other.lineage.exists():
+            return
+        for entry in self.stages():
+            stage = self.stage(entry["index"], entry["name"])
+            copy = other.stage(entry["index"], entry["name"])
+            shutil.copytree(stage.path, copy.path, copy_function=os.link, dirs_exist_ok=True)
+        write_json(other.lineage, {"version": VERSION, "stages": self.stages()})
 
     def add_stage(self, entry: dict[str, Any]) -> None:
         earlier = [s for s in self.stages() if s["index"] < entry["index"]]

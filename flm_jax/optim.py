@@ -8,6 +8,7 @@ combined by broadcasting: an entry is as old as the youngest of its slots.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from flm_jax import axes, mup
+from flm_jax.axes import along
 from flm_jax.config import (
     OptimizerConfig,
     ScheduleConfig,
@@ -28,50 +30,84 @@ Schedule = Callable[[jax.Array], jax.Array]
 
 
 class SlotAdamState(NamedTuple):
-    """Adam's state with one birth step for every slot of every axis."""
+    """Adam's state, with ages and multipliers that differ from slot to slot.
+
+    The multipliers are all 1 until a growth with rates "carry" (`growth/apply.py`).
+    """
 
     steps: jax.Array  # int32: updates done
     mu: Any
     nu: Any
     born: dict[str, jax.Array]  # axis -> int32 [size]: `steps` when the slot was added
+    share: dict[str, jax.Array]  # axis -> [size]: scales readers' steps and writers' eps
+    step_scale: jax.Array  # [parameters, in the table's order]: scales their steps
+    eps_scale: jax.Array  # [parameters]: scales their eps
+
+
+class Boost(NamedTuple):
+    """Another learning rate for the slots that a growth added.
+
+    SPARKLING (ICML 2026) lets it rise linearly to 1.3 times that of old slots in 250 steps.
+    """
+
+    start: int  # slots born at this step or later
+    ratio: float
+    steps: int
 
 
 def _map(function: Callable[..., Any], *trees: Any) -> Any:
-    """Maps (param, leaf, ...) -> leaf over trees shaped like the axis table."""
+    """Maps (path, param, leaf, ...) -> leaf over trees shaped like the axis table."""
     flat = [dict(axes.flatten(tree)) for tree in trees]
     return axes.unflatten(
-        {path: function(param, *(f[path] for f in flat)) for path, param in axes.TABLE.items()}
+        {path: function(path, p, *(f[path] for f in flat)) for path, p in axes.TABLE.items()}
     )
 
 
-def _correction(param: axes.Param, decay: dict[str, jax.Array], dtype: Any) -> jax.Array:
-    """1 - beta^age, broadcast over the parameter: the youngest slot has the largest beta^age."""
-    ndim = len(param.axes)
-    oldest = jnp.zeros((1,) * ndim, dtype)
-    for dim, axis in enumerate(param.axes):
-        shape = [-1 if d == dim else 1 for d in range(ndim)]
-        oldest = jnp.maximum(oldest, decay[axis].astype(dtype).reshape(shape))
-    return 1 - oldest
+def _combined(
+    param: axes.Param,
+    vectors: dict[str, jax.Array],
+    with_: Callable[[jax.Array, jax.Array], jax.Array],
+    roles: frozenset[axes.Role] = frozenset(axes.Role),
+) -> jax.Array:
+    """Per-axis vectors of the parameter's axes in these roles, combined by broadcasting."""
+    parts = [
+        along(vectors[axis], dim, len(param.axes))
+        for dim, (axis, role) in enumerate(zip(param.axes, param.roles, strict=True))
+        if role in roles
+    ]
+    one = jnp.ones((1,) * len(param.axes), jax.tree.leaves(vectors)[0].dtype)
+    return functools.reduce(with_, parts) if parts else one
+
+
+_READ = frozenset({axes.Role.IN})
+_WRITTEN = frozenset({axes.Role.OUT, axes.Role.GAIN})
 
 
 def scale_by_slot_adam(
-    sizes: dict[str, int], b1: float, b2: float, eps: float
+    sizes: dict[str, int], b1: float, b2: float, eps: float, boost: Boost | None = None
 ) -> optax.GradientTransformation:
     """Adam (arXiv 1412.6980, algorithm 1) whose step count t is that of each slot.
 
-    Equal to `optax.scale_by_adam` as long as no slot was added.
+    An entry is as old as the youngest of its slots. Equal to `optax.scale_by_adam` as long as no
+    slot was added. Multipliers act on the direction alone: decoupled decay, added afterwards,
+    keeps its pace.
 
     Args:
       sizes: axis -> size.
       b1, b2, eps: Adam's.
+      boost: of added slots.
     """
 
     def init(params: Any) -> SlotAdamState:
+        dtype = jax.tree.leaves(params)[0].dtype
         return SlotAdamState(
             steps=jnp.zeros((), jnp.int32),
             mu=jax.tree.map(jnp.zeros_like, params),
             nu=jax.tree.map(jnp.zeros_like, params),
             born={axis: jnp.zeros(size, jnp.int32) for axis, size in sizes.items()},
+            share={axis: jnp.ones(size, dtype) for axis, size in sizes.items()},
+            step_scale=jnp.ones(len(axes.TABLE), dtype),
+            eps_scale=jnp.ones(len(axes.TABLE), dtype),
         )
 
     def update(grads: Any, state: SlotAdamState, params: Any = None) -> tuple[Any, SlotAdamState]:
@@ -82,15 +118,28 @@ def scale_by_slot_adam(
         age = {axis: (steps - born).astype(dtype) for axis, born in state.born.items()}
         decay1 = {axis: jnp.asarray(b1, dtype) ** a for axis, a in age.items()}
         decay2 = {axis: jnp.asarray(b2, dtype) ** a for axis, a in age.items()}
+        risen = {
+            axis: jnp.minimum(a / boost.steps, 1) * (state.born[axis] >= boost.start).astype(dtype)
+            for axis, a in age.items()
+            if boost
+        }
         mu = jax.tree.map(lambda g, m: b1 * m + (1 - b1) * g, grads, state.mu)
         nu = jax.tree.map(lambda g, v: b2 * v + (1 - b2) * jnp.square(g), grads, state.nu)
+        row = {path: n for n, path in enumerate(axes.TABLE)}
 
-        def direction(param: axes.Param, m: jax.Array, v: jax.Array) -> jax.Array:
-            m_hat = m / _correction(param, decay1, m.dtype)
-            v_hat = v / _correction(param, decay2, v.dtype)
-            return m_hat / (jnp.sqrt(v_hat) + eps)
+        def direction(path: str, param: axes.Param, m: jax.Array, v: jax.Array) -> jax.Array:
+            # The youngest slot has the largest beta^age.
+            m_hat = m / (1 - _combined(param, decay1, jnp.maximum).astype(m.dtype))
+            v_hat = v / (1 - _combined(param, decay2, jnp.maximum).astype(v.dtype))
+            eps_scale = state.eps_scale[row[path]]
+            eps_scale = eps_scale * _combined(param, state.share, jnp.multiply, _WRITTEN)
+            scale = state.step_scale[row[path]]
+            scale = scale * _combined(param, state.share, jnp.multiply, _READ)
+            if boost:
+                scale = scale * (1 + (boost.ratio - 1) * _combined(param, risen, jnp.maximum))
+            return scale.astype(m.dtype) * m_hat / (jnp.sqrt(v_hat) + eps * eps_scale)
 
-        return _map(direction, mu, nu), SlotAdamState(steps, mu, nu, state.born)
+        return _map(direction, mu, nu), state._replace(steps=steps, mu=mu, nu=nu)
 
     return optax.GradientTransformation(init, update)
 
@@ -99,7 +148,7 @@ def add_mup_decay(weight_decay: float, model: TransformerConfig) -> optax.Gradie
     """Adds weight_decay * decay_mult * parameter to the update (arXiv 1711.05101)."""
 
     def update(updates: Any, state: optax.EmptyState, params: Any) -> tuple[Any, optax.EmptyState]:
-        def decayed(param: axes.Param, u: jax.Array, p: jax.Array) -> jax.Array:
+        def decayed(_: str, param: axes.Param, u: jax.Array, p: jax.Array) -> jax.Array:
             return u + weight_decay * mup.decay_mult(param, model) * p
 
         return _map(decayed, updates, params), state
@@ -123,10 +172,16 @@ def scale_by_mup_learning_rate(stage: StageConfig, shape: Schedule) -> optax.Gra
     ) -> tuple[Any, optax.ScaleByScheduleState]:
         del params
         now = shape(state.count)
-        scaled = _map(lambda param, u: u * (-peak(param) * now).astype(u.dtype), updates)
+        scaled = _map(lambda _, param, u: u * (-peak(param) * now).astype(u.dtype), updates)
         return scaled, optax.ScaleByScheduleState(count=state.count + 1)
 
     return optax.GradientTransformation(init, update)
+
+
+def steady(step: jax.Array) -> jax.Array:
+    """The schedule that stays at 1."""
+    del step
+    return jnp.ones((), jnp.float32)
 
 
 def schedule_shape(schedule: ScheduleConfig, total_steps: int) -> Schedule:
@@ -167,12 +222,23 @@ def rewarmed(shape: Schedule, start: int, steps: int, ratio: float) -> Schedule:
 
 
 def optimizer(
-    stage: StageConfig, settings: OptimizerConfig, shape: Schedule
+    stage: StageConfig, settings: OptimizerConfig, shape: Schedule, grown_at: int | None = None
 ) -> optax.GradientTransformation:
-    """Clipping by global norm, slot-aged Adam, µP decay, µP learning rate."""
+    """Clipping by global norm, slot-aged Adam, µP decay, µP learning rate.
+
+    Args:
+      stage: its model, its peaks, and its growth's rate of added slots.
+      settings: Adam's.
+      shape: learning-rate factor by global step.
+      grown_at: global step of the stage's growth; None: it did not grow.
+    """
+    g, sizes = stage.growth, axes.axis_sizes(stage.model)
+    boost = None
+    if grown_at is not None and g.added_rate != 1:
+        boost = Boost(grown_at, g.added_rate, g.added_rate_steps)
     return optax.chain(
         optax.clip_by_global_norm(settings.clip_norm),
-        scale_by_slot_adam(axes.axis_sizes(stage.model), settings.b1, settings.b2, settings.eps),
+        scale_by_slot_adam(sizes, settings.b1, settings.b2, settings.eps, boost),
         add_mup_decay(settings.weight_decay, stage.model),
         scale_by_mup_learning_rate(stage, shape),
     )

@@ -8,13 +8,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
+import numpy as np
 import rich.box
 import rich.table
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from flm_jax.lineage import RunFolder, StageFolder, write_atomically
+from flm_jax import probe
+from flm_jax.lineage import RunFolder, StageFolder, write_atomically, write_json
 
 # One hue for what is measured, grey for what marks and guides.
 _LINE, _GUIDE, _ACCENT = "#2458a6", "#9a9a9a", "#c4501b"
@@ -146,6 +148,48 @@ def _distances(folder: RunFolder, stages: Sequence[dict[str, Any]], path: pathli
         panel.set_ylabel("||out - in|| / ||in||")
         _clean(panel)
     _save(figure, path)
+
+
+def _probe_curves(arms: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
+    """Mean over seeds of each arm's validation bits per byte against its further FLOPs."""
+    figure, panel = plt.subplots(figsize=(8, 4.6))
+    colors = plt.get_cmap("viridis")
+    for n, arm in enumerate(arms):
+        curves = np.array(arm["curves"])  # [seed, evaluation, (FLOPs, bits per byte)]
+        color = _GUIDE if arm["recipe"] is None else colors(0.9 * n / max(len(arms) - 1, 1))
+        xs, ys = curves[0, :, 0], curves[:, :, 1]
+        style = "--" if arm["recipe"] is None else "-"
+        panel.plot(xs, ys.mean(0), style, color=color, label=f"{n + 1}  {arm['name']}")
+        if len(ys) > 1:
+            panel.fill_between(xs, ys.min(0), ys.max(0), color=color, alpha=0.12, linewidth=0)
+    panel.set(xlabel="training FLOPs after the growth", ylabel="validation bits per byte")
+    panel.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    panel.set_xlim(left=0)
+    _clean(panel)
+    _save(figure, path)
+
+
+def write_probe(arms: Sequence[dict[str, Any]], workdir: str) -> pathlib.Path:
+    """Writes probe.md, probe.json and probe.png of a probe's ranked arms."""
+    folder = pathlib.Path(workdir) / "report"
+    folder.mkdir(parents=True, exist_ok=True)
+    _probe_curves(arms, folder / "probe.png")
+    write_json(folder / "probe.json", arms)
+    path = folder / "probe.md"
+    seeds = len(arms[0]["bpb_end"])
+    write_atomically(
+        path,
+        f"""# Growths of one source, ranked
+
+Validation bits per byte, mean of {seeds} seed(s); {arms[0]["flops"][0]:.2e} training FLOPs each
+after the growth. Shaded in the figure: from the lowest to the highest seed.
+
+{probe.markdown(arms)}
+
+![curves](probe.png)
+""",
+    )
+    return path
 
 
 def write(folder: RunFolder) -> pathlib.Path:

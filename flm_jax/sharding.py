@@ -36,6 +36,14 @@ def make_mesh(config: MeshConfig) -> Mesh:
     return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * 3)
 
 
+def one_device() -> Mesh:
+    """The mesh of the first device alone."""
+    names = ("data", "fsdp", "tensor")
+    return jax.make_mesh(
+        (1, 1, 1), names, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
+    )
+
+
 def param_spec(param: axes.Param) -> PartitionSpec:
     return PartitionSpec(*(RULES.get(axis) for axis in param.axes))
 

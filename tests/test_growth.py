@@ -13,9 +13,9 @@ from flm_jax import axes, growth
 from flm_jax.config import TransformerConfig
 from flm_jax.errors import UserError
 from flm_jax.growth import depth
-from flm_jax.growth.expansion import NEW, Expansion, Run, append_new, expand, from_index
+from flm_jax.growth.expansion import NEW, Expansion, Run, any_slot, append_new, from_index
 from flm_jax.growth.plan import Plan
-from flm_jax.growth.receipt import dead_slots, locked_copies
+from flm_jax.growth.receipt import dead_slots, gradient_error, locked_copies
 from tests.models import SMALL, changed, gradients, grow, logits_of, packed_batch, random_params
 
 KEY = jax.random.key(7)
@@ -134,8 +134,7 @@ def test_a_broken_growth_is_noticed(mutate, drop):
         assert float(jnp.max(jnp.abs(after - before))) > 1e-3 * scale_of(before)
 
 
-@pytest.mark.parametrize("scaled", [True, False], ids=["dual map", "twin: mapped like values"])
-def test_gradients_grow_by_the_dual_map(scaled):
+def test_gradients_grow_by_the_dual_map():
     """The grown model's gradient at mask 0 is the source's, mapped; added slots have none."""
     with jax.enable_x64(True):
         params = random_params(SMALL, 3)
@@ -144,56 +143,18 @@ def test_gradients_grow_by_the_dual_map(scaled):
         _, source, _ = gradients(params, batch, SMALL)
         grown = grow(params, plan, KEY)
         _, target, _ = gradients(grown, batch, BIG, plan.masks(jnp.float32(0)))
-        worst = 0.0
-        for (path, g), (_, want) in zip(axes.flatten(source), axes.flatten(target), strict=True):
-            param = axes.TABLE[path]
-            scale = plan.value_scale(param) ** (-1 if scaled else 1)
-            mapped = expand(g * scale, param, plan.by_axis, dual=True, keep_copies=False)
-            worst = max(worst, float(jnp.max(jnp.abs(mapped - want))))
-        assert (worst < 1e-12) == scaled, worst
+        assert gradient_error(plan, source, target) < 1e-12
+        for path, grad in axes.flatten(target):
+            added = any_slot(axes.TABLE[path], plan.by_axis, lambda e, role: e.added)
+            assert not jnp.where(added, grad, 0).any()
+        # The twin maps gradients like values: the head's scale is then the wrong way round.
+        unscaled = dataclasses.replace(plan, source=changed(SMALL, output_mult=1.9 * 18 / 12))
+        assert gradient_error(unscaled, source, target) > 1e-2
 
 
 def _copies(axis, size, weights):
     """Every slot once for each weight."""
     return Expansion(axis, size, tuple(Run(0, size, w) for w in weights))
-
-
-@pytest.mark.parametrize(
-    "expansion",
-    [
-        _copies("mlp", 20, (0.3, 0.7)),
-        _copies("kv_heads", 2, (0.4, 0.6)),
-        _copies("q_per_kv", 2, (0.25, 0.75)),
-        _copies("embed", 12, (0.5, 0.5)),
-    ],
-    ids=lambda e: e.axis,
-)
-def test_copies_share_their_weight_and_gradients_follow_the_dual_map(expansion):
-    """The mechanism beyond `msg`: duplicated slots, without masks."""
-    sizes = {
-        "mlp": {"d_ff": 40},
-        "kv_heads": {"num_heads": 8, "num_kv_heads": 4},
-        "q_per_kv": {"num_heads": 8},
-        "embed": {"d_model": 24, "mup_base_width": 16},
-    }
-    with jax.enable_x64(True):
-        big = changed(SMALL, **sizes[expansion.axis])
-        plan = Plan("msg", SMALL, big, (expansion,))
-        params, batch = random_params(SMALL, 4), packed_batch(SMALL)
-        grown = grow(params, plan, KEY)
-        before, after = logits_of(SMALL, params, batch), logits_of(big, grown, batch)
-        np.testing.assert_allclose(after, before, atol=1e-12)
-        _, source, _ = gradients(params, batch, SMALL)
-        _, target, _ = gradients(grown, batch, big)
-        differs = 0.0
-        for (path, g), (_, want) in zip(axes.flatten(source), axes.flatten(target), strict=True):
-            param = axes.TABLE[path]
-            g = g / plan.value_scale(param)
-            mapped = expand(g, param, plan.by_axis, dual=True)
-            np.testing.assert_allclose(mapped, want, atol=1e-12, err_msg=path)
-            like_values = expand(g, param, plan.by_axis)
-            differs = max(differs, float(jnp.max(jnp.abs(like_values - want))))
-        assert differs > 1e-4  # the twin that maps gradients like values is wrong
 
 
 def test_no_added_slot_is_dead_or_locked_once_the_ramp_begins():
@@ -257,7 +218,7 @@ def test_plan_survives_json_and_has_a_digest():
     other = growth.plan(SMALL, BIG, layer_distances=[0.1, 0.3])
     assert other.digest() != plan.digest()
     with pytest.raises(UserError, match="version 99"):
-        Plan.from_json(plan.to_json().replace('"version": 1', '"version": 99'))
+        Plan.from_json(plan.to_json().replace('"version": 2', '"version": 99'))
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)
@@ -268,35 +229,6 @@ def test_from_index_keeps_the_index(extra):
     assert e.index.tolist() == index
     assert int(e.added.sum()) == len(extra)
     assert e.new.tolist() == [i == NEW for i in index]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"d_model": 10}, "axis 'embed' from 12 to 10"),
-        ({"num_layers": 1}, "axis 'layers' from 2 to 1"),
-        ({"head_dim": 8}, "head_dim 6 to 8"),
-        ({"vocab_size": 30}, "vocab_size 23 to 30"),
-        ({"rms_norm_eps": 1e-5}, "rms_norm_eps"),
-    ],
-)
-def test_what_a_recipe_cannot_do_is_refused(change, message):
-    with pytest.raises(UserError, match=message):
-        growth.plan(SMALL, changed(SMALL, **change))
-
-
-def test_other_mistakes_are_refused():
-    with pytest.raises(UserError, match="choose one of msg"):
-        growth.plan(SMALL, BIG, "magic")
-    with pytest.raises(UserError, match="3 entries for 2 layers"):
-        growth.plan(SMALL, BIG, layer_distances=[1, 2, 3])
-    plan = growth.plan(SMALL, BIG)
-    with pytest.raises(UserError, match=r"'embedding' is .23, 18., the plan's source has .23, 12."):
-        grow(random_params(changed(BIG, dtype="float32"), 5), plan, KEY)
-    with pytest.raises(UserError, match="3 of its 4 slots"):
-        Expansion("mlp", 4, (Run(0, 3), Run(NEW, 2)))
-    with pytest.raises(UserError, match="sum to 1"):
-        Expansion("mlp", 4, (Run(0, 4, 0.5), Run(0, 4, 0.6)))
 
 
 def test_growth_depends_on_its_key_alone():

@@ -17,8 +17,9 @@ LAYERS = [
     {"models", "optim", "state", "losses"},
     {"growth"},
     {"train"},
-    {"data", "checkpoint", "lineage", "metrics", "evaluate", "progress", "stop"},
-    {"report", "benchmark", "chain"},
+    {"data", "checkpoint", "lineage", "metrics", "evaluate", "progress", "stop", "measure"},
+    {"ligo", "run_state"},
+    {"report", "benchmark", "chain", "check_growth"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FILES = sorted((ROOT / "flm_jax").rglob("*.py"))

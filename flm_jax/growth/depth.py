@@ -1,6 +1,7 @@
 """Where new layers go: layer maps, and the choice by smallest distance.
 
-A layer map is a list with one source layer for every layer of the grown model.
+A layer map is a list with one source layer for every layer of the grown model, which keeps each
+source layer at least once.
 """
 
 from __future__ import annotations
@@ -29,3 +30,26 @@ def beside_smallest(distances: Sequence[float], layers: int) -> list[int]:
     for i in order[:rest]:
         copies[i] += 1
     return [i for i in range(source) for _ in range(1 + copies[i])]
+
+
+def stacked(source: int, layers: int) -> list[int]:
+    """The whole stack again on top: i mod l (G_stack, arXiv 2405.15319; StackBERT)."""
+    return [i % source for i in range(layers)]
+
+
+def interposed(source: int, layers: int) -> list[int]:
+    """Each copy right after its layer, spread evenly: floor(i l / L) (arXiv 2510.08008)."""
+    return [i * source // layers for i in range(layers)]
+
+
+def middle(source: int, layers: int) -> list[int]:
+    """The middle block of L - l layers twice in a row (MIDAS, arXiv 2409.19044).
+
+    When more layers are added than there are, the whole stack is repeated first.
+    """
+    index = list(range(source))
+    while len(index) < layers:
+        block = min(layers - len(index), len(index))
+        start = (len(index) - block) // 2
+        index[start + block : start + block] = index[start : start + block]
+    return index

@@ -6,27 +6,28 @@ axis then copies its columns; one that reads it must share a source slot's contr
 copies, with weights alpha that sum to 1 (P^+ with P P^+ = I). With every parameter mapped so,
 W' = P^+ W Q, the function is unchanged; by the chain rule gradients map by the dual,
 G' = P^T G (Q^+)^T: the side that is copied in value has its gradient weighted and the other way
-round. (Derived here; the block's norms are the exception, see `operators.py`.)
+round. (Derived here; docs/growth.md has the equations and the norms, which are the exception.)
 
     role     value    gradient
     IN       alpha    1
     OUT      1        alpha
-    GAIN     1        alpha
+    GAIN     gain     alpha / gain
     STACK    1        1
 """
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flm_jax.axes import Param, Role
+from flm_jax.axes import Param, Role, along
 from flm_jax.errors import UserError
 
 NEW = -1
@@ -39,24 +40,64 @@ class Run:
     start: int
     length: int
     weight: float = 1.0  # alpha, of copies
+    ahead: bool = False  # copies are written as in the next layer (bert2BERT's AKI)
+
+
+@dataclasses.dataclass(frozen=True)
+class Learned:
+    """A dense map of an axis (LiGO): float32 [target, source] matrices as base64 of their bytes.
+
+    reads: applied to parameters that read the axis; writes: to the others.
+    """
+
+    reads: str
+    writes: str
+
+    @classmethod
+    def of(cls, reads: np.ndarray, writes: np.ndarray) -> Learned:
+        return cls(*(base64.b64encode(np.float32(m).tobytes()).decode() for m in (reads, writes)))
+
+    def matrix(self, role: Role, source: int) -> np.ndarray:
+        text = self.reads if role is Role.IN else self.writes
+        return np.frombuffer(base64.b64decode(text), np.float32).reshape(-1, source)
 
 
 @dataclasses.dataclass(frozen=True)
 class Expansion:
-    """One axis: where each of its slots comes from.
+    """One axis: where each of its slots comes from, and what keeps added slots from showing.
 
     A source slot's first occurrence is the old slot itself; later ones are copies. New slots and
-    copies are called added. `masked` axes hide their added slots behind a run-time mask, so that
-    copies need no sharing of weights there.
+    copies are called added.
 
-    Raises UserError if an old slot is missing, or if the weights of an unmasked axis do not sum
-    to 1 for each source slot.
+    Attributes:
+      axis: its name in the axis table.
+      source: old size.
+      runs: the slots of the grown axis, in order.
+      operator: name of the operator that made it (`operators.py`).
+      exactness: "EXACT" if it leaves the function unchanged, else "APPROX".
+      masked: added slots are hidden behind a run-time mask; their copies share no weights.
+      zero: roles on this axis whose entries are zero at new slots, so that they do not show. On
+        `layers`, "stack": the residual writers of all added layers are zero.
+      gain: what the gains of norms over this axis are multiplied by.
+      fill: other entries of new slots: "fresh" as in a new model, or "mean" of the old slots.
+      splits: an axis whose slots are dealt out among the copies of a slot of this one.
+      learned: a dense map instead of copies.
+
+    Raises UserError if an old slot is missing, if weights that must sum to 1 do not, or if new
+    slots are silenced on both sides: their gradients would be zero for ever.
     """
 
     axis: str
-    source: int  # old size
+    source: int
     runs: tuple[Run, ...]
+    operator: str = ""
+    exactness: str = "EXACT"
     masked: bool = False
+    zero: tuple[str, ...] = ()
+    gain: float = 1.0
+    fill: str = "fresh"
+    splits: str = ""
+    learned: Learned | None = None
 
     def __post_init__(self) -> None:
         kept = np.unique(self.index[self.index != NEW])
@@ -64,6 +105,12 @@ class Expansion:
             raise UserError(
                 f"growth of axis {self.axis!r}: {len(kept)} of its {self.source} slots are kept "
                 f"in the {self.target} new ones; growth keeps every slot"
+            )
+        if {"in", "out"} <= set(self.zero):
+            raise UserError(
+                f"growth of axis {self.axis!r}: what writes and what reads its new slots would "
+                "both be zero, so that neither ever gets a gradient; leave one of them random "
+                "(operator 'zero_pad')"
             )
         old = self.index != NEW
         total = np.bincount(self.index[old], weights=self.weight[old], minlength=self.source)
@@ -77,6 +124,9 @@ class Expansion:
     def target(self) -> int:
         return sum(run.length for run in self.runs)
 
+    def _per_slot(self, values: list[float | bool]) -> np.ndarray:
+        return np.repeat(np.array(values), [run.length for run in self.runs])
+
     @functools.cached_property
     def index(self) -> np.ndarray:
         """int64 [target]: the source slot, or NEW."""
@@ -88,14 +138,18 @@ class Expansion:
     @functools.cached_property
     def weight(self) -> np.ndarray:
         """float64 [target]: alpha."""
-        return np.concatenate([np.full(r.length, r.weight) for r in self.runs])
+        return self._per_slot([run.weight for run in self.runs])
+
+    @functools.cached_property
+    def ahead(self) -> np.ndarray:
+        """bool [target]."""
+        return self._per_slot([run.ahead for run in self.runs])
 
     @functools.cached_property
     def added(self) -> np.ndarray:
         """bool [target]: a new slot, or a copy."""
         added = np.ones(self.target, bool)
-        values, first = np.unique(self.index, return_index=True)
-        added[first[values != NEW]] = False
+        added[self.first] = False
         return added
 
     @functools.cached_property
@@ -104,77 +158,128 @@ class Expansion:
         return self.index == NEW
 
     @property
+    def first(self) -> np.ndarray:
+        """int64 [source]: where the old slot itself is."""
+        values, first = np.unique(self.index, return_index=True)
+        return first[values != NEW]
+
+    @property
+    def even_copies(self) -> np.ndarray:
+        """bool [target]: a copy with the same weight as the old slot."""
+        own = np.append(self.weight[self.first], np.nan)  # NEW is the last
+        return self.added & (self.weight == own[self.index])
+
+    @property
+    def silenced(self) -> bool:
+        """Its copies are hidden, by masks or zeros, rather than sharing weights."""
+        return self.masked or Role.STACK.value in self.zero
+
+    @property
     def identity(self) -> bool:
         return np.array_equal(self.index, np.arange(self.source))
 
+    def factor(self, role: Role, *, dual: bool) -> np.ndarray | None:
+        """float64 [target]: what entries are multiplied by on this axis, None for ones."""
+        factor = np.ones(self.target)
+        if role is (Role.OUT if dual else Role.IN):
+            factor = self.weight
+        elif role is Role.GAIN:
+            factor = self.weight / self.gain if dual else factor * self.gain
+        return None if np.all(factor == 1) else factor
 
-def append_new(axis: str, source: int, target: int, *, masked: bool) -> Expansion:
-    """Old slots first, then new ones."""
+
+def append_new(axis: str, source: int, target: int, **how: Any) -> Expansion:
+    """Old slots first, then new ones. `how`: further fields of `Expansion`."""
     new = () if target == source else (Run(NEW, target - source),)
-    return Expansion(axis, source, (Run(0, source), *new), masked)
+    return Expansion(axis, source, (Run(0, source), *new), **how)
 
 
-def from_index(axis: str, source: int, index: list[int], *, masked: bool) -> Expansion:
-    """The expansion with that source slot (or NEW) for each slot, every weight 1."""
+def from_index(
+    axis: str,
+    source: int,
+    index: list[int],
+    weights: list[float] | None = None,
+    **how: Any,
+) -> Expansion:
+    """The expansion with that source slot (or NEW) and weight (None: 1) for each slot."""
     runs: list[Run] = []
-    for slot in index:
+    for slot, weight in zip(index, weights or [1.0] * len(index), strict=True):
         last = runs[-1] if runs else None
         if (
             last
+            and last.weight == weight
             and ((slot == NEW) == (last.start == NEW))
             and (slot == NEW or slot == last.start + last.length)
         ):
             runs[-1] = dataclasses.replace(last, length=last.length + 1)
         else:
-            runs.append(Run(slot, 1))
-    return Expansion(axis, source, tuple(runs), masked)
+            runs.append(Run(slot, 1, weight))
+    return Expansion(axis, source, tuple(runs), **how)
 
 
-def _along(vector: np.ndarray, dim: int, ndim: int) -> np.ndarray:
-    return vector.reshape([-1 if d == dim else 1 for d in range(ndim)])
+Expansions = Mapping[str, Expansion]
 
 
-def _weighted(role: Role, *, dual: bool) -> bool:
-    return role in ((Role.OUT, Role.GAIN) if dual else (Role.IN,))
+def grown_dims(param: Param, expansions: Expansions) -> Iterator[tuple[int, Expansion, Role]]:
+    """The dimensions of a parameter that grow, with their expansion and role."""
+    for dim, (axis, role) in enumerate(zip(param.axes, param.roles, strict=True)):
+        if axis in expansions:
+            yield dim, expansions[axis], role
 
 
-def expand(
+def gather(x: jax.Array, param: Param, expansions: Expansions) -> jax.Array:
+    """x at the target's shape, every slot from its source (new slots: from any); no weights."""
+    for dim, e, role in grown_dims(param, expansions):
+        if e.learned is not None:
+            matrix = jnp.asarray(e.learned.matrix(role, e.source), x.dtype)
+            x = jnp.moveaxis(jnp.tensordot(matrix, x, axes=(1, dim)), 0, dim)
+        elif e.splits in param.axes:
+            # [.., k, g, ..] -> [.., k r, g / r, ..]: each copy takes its part of the other axis.
+            parts = e.target // e.source
+            shape = list(x.shape)
+            shape[dim : dim + 2] = [shape[dim] * parts, shape[dim + 1] // parts]
+            x = x.reshape(shape)
+        elif e.source == 0:
+            x = jnp.zeros((*x.shape[:dim], e.target, *x.shape[dim + 1 :]), x.dtype)
+        elif not e.identity:
+            x = jnp.take(x, np.maximum(e.index, 0), axis=dim)
+    return x
+
+
+def weighted(
     x: jax.Array,
     param: Param,
-    expansions: Mapping[str, Expansion],
+    expansions: Expansions,
     *,
-    fill: jax.Array | None = None,
+    scale: float = 1.0,
     dual: bool = False,
     power: int = 1,
-    keep_copies: bool = True,
 ) -> jax.Array:
-    """Expands one array that is shaped like `param` along every axis that grows.
+    """x times scale and the factors of its axes, to a power.
 
-    Args:
-      x: the parameter, or its gradient or moment.
-      param: its entry in the axis table.
-      expansions: axis -> expansion, of the axes that grow.
-      fill: entries of new slots, of the target's shape; None: zeros.
-      dual: use the gradient's weights instead of the value's.
-      power: power of the weights: 2 for a second moment.
-      keep_copies: False fills copies like new slots.
-
-    Returns: the array at the target's shape, x's dtype.
+    The factors are multiplied with each other first, so that x is rounded once.
     """
-    filled: Any = None
-    for dim, (axis, role) in enumerate(zip(param.axes, param.roles, strict=True)):
-        e = expansions.get(axis)
-        if e is None:
-            continue
-        if not e.identity:
-            x = jnp.take(x, np.maximum(e.index, 0), axis=dim)
-        if _weighted(role, dual=dual) and not np.all(e.weight == 1):
-            x = x * jnp.asarray(_along(e.weight**power, dim, len(param.axes)), x.dtype)
-        missing = e.new if keep_copies else e.added
-        if missing.any():
-            # On the device: at 1T the combination of all axes does not fit a host.
-            along = jnp.asarray(_along(missing, dim, len(param.axes)))
-            filled = along if filled is None else filled | along
-    if filled is None:
-        return x
-    return jnp.where(filled, jnp.zeros((), x.dtype) if fill is None else fill.astype(x.dtype), x)
+    factor = jnp.asarray(scale**power, x.dtype)
+    for dim, e, role in grown_dims(param, expansions):
+        on_axis = None if e.splits in param.axes else e.factor(role, dual=dual)
+        if on_axis is not None:
+            factor = factor * along(jnp.asarray(on_axis**power, x.dtype), dim, x.ndim)
+    return x * factor
+
+
+def any_slot(
+    param: Param,
+    expansions: Expansions,
+    which: Callable[[Expansion, Role], np.ndarray | None],
+) -> jax.Array | None:
+    """Whether an entry lies, on any axis, in a slot that `which` marks (bool [target]); None: no.
+
+    Built by broadcasting on the device: at 1T the combination of all axes does not fit a host.
+    """
+    found: jax.Array | None = None
+    for dim, e, role in grown_dims(param, expansions):
+        marked = which(e, role)
+        if marked is not None and marked.any():
+            here = along(jnp.asarray(marked), dim, len(param.axes))
+            found = here if found is None else found | here
+    return found

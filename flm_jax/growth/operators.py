@@ -1,55 +1,311 @@
-"""The named recipes: which expansion each axis gets.
+"""The named operators: which expansion an axis gets, and what each of them promises.
 
-`msg`, Masked Structural Growth (arXiv 2305.02869; Tele-FLM-1T uses it, arXiv 2407.02783), adapted
-to a pre-norm block without biases. Added slots are hidden behind run-time masks that rise from 0
-to 1, so new entries may be anything: they are drawn as a fresh model of the target's size would
-be. RMSNorm is the reason for masks inside the norms: zero slots would change its mean.
+A recipe is a comma-separated list that gives every growing axis one operator: `msg` alone, or
+`tile,identity`, or `zero_pad,layers=stack`. An entry NAME takes all axes that the operator can
+grow, AXIS=NAME one of them; later entries win.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import math
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
+
+from flm_jax import axes
+from flm_jax.config import TransformerConfig
+from flm_jax.errors import UserError
 from flm_jax.growth import depth
-from flm_jax.growth.expansion import Expansion, append_new, from_index
+from flm_jax.growth.expansion import NEW, Expansion, Learned, Run, append_new, from_index
+
+EXACT, APPROX = "EXACT", "APPROX"
+_LARGEST_DENSE = 1 << 22  # entries of a learned map: it is kept in the plan
+HEADS = ("kv_heads", "q_per_kv")
+WIDTHS = ("embed", "mlp", *HEADS)
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
-    """What to do on each axis.
+class Request:
+    """One axis to grow, between two configs."""
 
-    exactness: "EXACT" if the function is unchanged right after the growth.
-    widths: axis -> (axis, old size, new size) -> Expansion.
-    layers: (distances, new number of layers) -> layer map; its copies are masked if `masked`.
+    axis: str
+    source: int
+    target: int
+    small: TransformerConfig
+    big: TransformerConfig
+    distances: Sequence[float]  # of the source's layers from the identity
+
+
+@dataclasses.dataclass(frozen=True)
+class Operator:
+    """A named way to grow some axes.
+
+    Attributes:
+      name: as recipes call it.
+      axes: that it can grow.
+      exactness: what it promises in general (a single expansion may say less).
+      symmetry: what makes added slots differ from their sources.
+      paper: where it comes from.
+      build: Request -> Expansion. Raises UserError if the sizes do not suit it.
+      two_steps: growing twice is the same as growing once.
     """
 
     name: str
+    axes: tuple[str, ...]
     exactness: str
-    widths: Mapping[str, Callable[[str, int, int], Expansion]]
-    layers: Callable[[Sequence[float], int], list[int]]
-    masked: bool
-
-    def expansion(
-        self, axis: str, source: int, target: int, distances: Sequence[float]
-    ) -> Expansion | None:
-        """The axis's expansion, or None if the recipe cannot grow that axis."""
-        if axis == "layers":
-            index = self.layers(distances, target)
-            return from_index(axis, source, index, masked=self.masked)
-        return self.widths[axis](axis, source, target) if axis in self.widths else None
+    symmetry: str
+    paper: str
+    build: Callable[[Request], Expansion]
+    two_steps: bool = False
 
 
-def _masked_append(axis: str, source: int, target: int) -> Expansion:
-    return append_new(axis, source, target, masked=True)
+def refusal(r: Request, why: str, instead: Sequence[str]) -> UserError:
+    return UserError(
+        f"growth of axis {r.axis!r} from {r.source} to {r.target}: {why}; "
+        f"operator {' or '.join(repr(name) for name in instead)} could"
+    )
 
 
-RECIPES: dict[str, Recipe] = {
-    "msg": Recipe(
-        name="msg",
-        exactness="EXACT",
-        widths=dict.fromkeys(("embed", "mlp", "kv_heads", "q_per_kv"), _masked_append),
-        layers=depth.beside_smallest,
-        masked=True,
-    ),
-}
+# What lets a slot of the axis act: zero there, and it does not show.
+_ACTS = {"embed": "out", "mlp": "in", "kv_heads": "in", "q_per_kv": "in", "layers": "stack"}
+
+
+def _msg(r: Request) -> Expansion:
+    how: dict[str, Any] = {"operator": "msg", "masked": True}
+    if r.axis == "layers" and r.source:
+        index = depth.beside_smallest(r.distances, r.target)
+        return from_index(r.axis, r.source, index, **how)
+    fill = "mean" if r.axis == "vocab" else "fresh"
+    return append_new(r.axis, r.source, r.target, fill=fill, **how)
+
+
+def _norm_gain(axis: str, counted: int, target: int) -> float:
+    """sqrt(q d / D): zeros lower the mean square from S / d to q S / D."""
+    return math.sqrt(counted / target) if axis == "embed" else 1.0
+
+
+def _zero_pad(r: Request) -> Expansion:
+    gain = _norm_gain(r.axis, r.source, r.target)
+    return append_new(
+        r.axis, r.source, r.target, operator="zero_pad", zero=(_ACTS[r.axis],), gain=gain
+    )
+
+
+def _tile(r: Request) -> Expansion:
+    if r.target % r.source:
+        why = f"operator 'tile' makes whole copies, and {r.target} is no multiple of {r.source}"
+        raise refusal(r, why, ("tile_pad", "zero_pad", "msg"))
+    k = r.target // r.source
+    runs = (Run(0, r.source, 1 / k),) * k
+    return Expansion(r.axis, r.source, runs, operator="tile")
+
+
+def _tile_pad(r: Request) -> Expansion:
+    q, rest = divmod(r.target, r.source)
+    new = (Run(NEW, rest),) if rest else ()
+    return Expansion(
+        r.axis, r.source, (Run(0, r.source, 1 / q),) * q + new, operator="tile_pad",
+        zero=(_ACTS[r.axis],) if rest else (),
+        gain=_norm_gain(r.axis, q * r.source, r.target),
+    )  # fmt: skip
+
+
+def _uneven(r: Request) -> Expansion:
+    if r.target % r.source:
+        why = f"operator 'uneven' makes whole copies, and {r.target} is no multiple of {r.source}"
+        raise refusal(r, why, ("net2net", "tile_pad", "zero_pad", "msg"))
+    k = r.target // r.source
+    total = k * (k + 1) / 2
+    runs = tuple(Run(0, r.source, (i + 1) / total) for i in range(k))
+    return Expansion(r.axis, r.source, runs, operator="uneven")
+
+
+def _random_copies(r: Request) -> tuple[list[int], list[float]]:
+    """Old slots, then copies of slots chosen at random; each with one over its copies' number."""
+    rng = np.random.default_rng([zlib.crc32(r.axis.encode()), r.source, r.target])
+    whole, rest = divmod(r.target, r.source)
+    index = list(range(r.source)) * whole
+    index += rng.choice(r.source, size=rest, replace=False).tolist()
+    count = np.bincount(index, minlength=r.source)
+    return index, (1 / count[index]).tolist()
+
+
+def _net2net(r: Request) -> Expansion:
+    index, weights = _random_copies(r)
+    # The norm counts copied coordinates twice, so unequal numbers of copies change its mean.
+    exact = r.axis != "embed" or r.target % r.source == 0
+    return from_index(
+        r.axis, r.source, index, weights, operator="net2net", exactness=EXACT if exact else APPROX
+    )
+
+
+def _aki(r: Request) -> Expansion:
+    copies = from_index(r.axis, r.source, *_random_copies(r), operator="aki", exactness=APPROX)
+    runs, seen = [], 0
+    for run in copies.runs:
+        runs.append(dataclasses.replace(run, ahead=seen >= r.source))
+        seen += run.length
+    return dataclasses.replace(copies, runs=tuple(runs))
+
+
+def _repeat(r: Request) -> Expansion:
+    times, rest = divmod(r.target, r.source)
+    why = ""
+    if rest:
+        why = f"operator 'repeat' copies whole heads, and {r.target} is no multiple of {r.source}"
+    elif r.small.num_heads != r.big.num_heads:
+        why = (
+            f"operator 'repeat' gives the same query heads more key/value heads, but there are "
+            f"{r.small.num_heads} and {r.big.num_heads} query heads"
+        )
+    if why:
+        raise refusal(r, why, ("msg", "zero_pad"))
+    index = [slot for slot in range(r.source) for _ in range(times)]
+    return from_index(
+        r.axis, r.source, index, [1 / times] * r.target, operator="repeat", splits="q_per_kv"
+    )
+
+
+def _layers(
+    name: str, layer_map: Callable[[int, int], list[int]]
+) -> Callable[[Request], Expansion]:
+    def build(r: Request) -> Expansion:
+        if r.source == 0:
+            why = f"operator {name!r} copies layers, and there are none"
+            raise refusal(r, why, ("fresh", "zero_pad", "msg"))
+        index = layer_map(r.source, r.target)
+        return from_index(r.axis, r.source, index, operator=name, exactness=APPROX)
+
+    return build
+
+
+def _identity(r: Request) -> Expansion:
+    if r.source == 0:
+        raise refusal(r, "operator 'identity' copies layers, and there are none", ("zero_pad",))
+    index = depth.beside_smallest(r.distances, r.target)
+    return from_index(r.axis, r.source, index, operator="identity", zero=("stack",))
+
+
+def _fresh(r: Request) -> Expansion:
+    return append_new(r.axis, r.source, r.target, operator="fresh", exactness=APPROX)
+
+
+def _mean(r: Request) -> Expansion:
+    return append_new(r.axis, r.source, r.target, operator="mean", fill="mean", exactness=APPROX)
+
+
+def _ligo(r: Request) -> Expansion:
+    """The start of the fit: copies as by `net2net`, layers as by `stack` (`flm_jax/ligo.py`)."""
+    if r.source * r.target > _LARGEST_DENSE:
+        why = (
+            f"operator 'ligo' learns {r.source * r.target:,} entries, of at most {_LARGEST_DENSE:,}"
+        )
+        raise refusal(r, why, ("tile_pad", "zero_pad", "msg"))
+    if r.axis == "layers":
+        index, weights = depth.stacked(r.source, r.target), [1.0] * r.target
+    else:
+        index, weights = _random_copies(r)
+    selection = np.zeros((r.target, r.source), np.float32)
+    selection[np.arange(r.target), index] = 1
+    learned = Learned.of(selection * np.array(weights, np.float32)[:, None], selection)
+    return from_index(
+        r.axis, r.source, index, weights, operator="ligo", exactness=APPROX, learned=learned
+    )
+
+
+_LAYERS = ("layers",)
+_BREAK = "none: asym, noise or weights"
+
+OPERATORS: dict[str, Operator] = {
+    o.name: o
+    for o in (
+        Operator("msg", (*WIDTHS, "layers", "vocab"), EXACT, "fresh entries; layers by place",
+                 "Masked Structural Growth, arXiv 2305.02869", _msg),
+        Operator("zero_pad", (*WIDTHS, "layers"), EXACT, "fresh entries",
+                 "Gesmundo & Maile, arXiv 2308.06103; norm's eps derived here", _zero_pad),
+        Operator("tile", WIDTHS, EXACT, _BREAK, "HyperCloning, arXiv 2409.12903", _tile,
+                 two_steps=True),
+        Operator("tile_pad", WIDTHS, EXACT, f"{_BREAK}; fresh entries of the rest",
+                 "after LEMON, arXiv 2310.07999; RMSNorm derived here", _tile_pad),
+        Operator("uneven", ("mlp", *HEADS), EXACT, "unequal weights 1 : 2 : ..",
+                 "after LEMON, arXiv 2310.07999", _uneven),
+        Operator("net2net", WIDTHS, EXACT, _BREAK,
+                 "Net2Net, arXiv 1511.05641; FPI of bert2BERT", _net2net),
+        Operator("aki", WIDTHS, APPROX, "copies from the next layer",
+                 "bert2BERT, arXiv 2110.07143", _aki),
+        Operator("repeat", ("kv_heads",), EXACT, "each copy serves other queries",
+                 "derived here", _repeat, two_steps=True),
+        Operator("identity", _LAYERS, EXACT, "place in the stack",
+                 "LLaMA-Pro, arXiv 2401.02415; places after Tele-FLM-1T, arXiv 2407.02783",
+                 _identity),
+        Operator("stack", _LAYERS, APPROX, "place in the stack",
+                 "G_stack, arXiv 2405.15319", _layers("stack", depth.stacked), two_steps=True),
+        Operator("interpose", _LAYERS, APPROX, "place in the stack",
+                 "arXiv 2510.08008", _layers("interpose", depth.interposed), two_steps=True),
+        Operator("middle", _LAYERS, APPROX, "place in the stack",
+                 "MIDAS, arXiv 2409.19044", _layers("middle", depth.middle)),
+        Operator("fresh", _LAYERS, APPROX, "fresh entries",
+                 "zero- and one-layer expansion", _fresh),
+        Operator("ligo", (*WIDTHS, "layers"), APPROX, "learned",
+                 "LiGO, arXiv 2303.00980", _ligo),
+        Operator("mean", ("vocab",), APPROX, "covariance noise on the embedding",
+                 "Hewitt 2021, \"Initializing new word embeddings\"", _mean),
+    )
+}  # fmt: skip
+
+
+def choose(recipe: str) -> dict[str, Operator]:
+    """Axis -> operator, from a recipe's text.
+
+    Raises UserError on an unknown operator or axis, or one that does not grow the other.
+    """
+    chosen: dict[str, Operator] = {}
+    for entry in recipe.split(","):
+        axis, equals, name = (part.strip() for part in entry.rpartition("="))
+        if name not in OPERATORS:
+            raise UserError(
+                f"growth.recipe {recipe!r}: no operator {name!r}; choose of {', '.join(OPERATORS)}"
+            )
+        operator = OPERATORS[name]
+        if equals and axis not in operator.axes:
+            raise UserError(
+                f"growth.recipe {recipe!r}: operator {name!r} grows {', '.join(operator.axes)}, "
+                f"not {axis!r}; operators for it: {', '.join(able(axis)) or 'none'}"
+            )
+        chosen |= dict.fromkeys([axis] if equals else operator.axes, operator)
+    return chosen
+
+
+def able(axis: str) -> list[str]:
+    """Names of the operators that can grow an axis."""
+    return [name for name, operator in OPERATORS.items() if axis in operator.axes]
+
+
+def expansions(
+    recipe: str, small: TransformerConfig, big: TransformerConfig, distances: Sequence[float]
+) -> tuple[Expansion, ...]:
+    """One expansion for every axis that differs.
+
+    Raises UserError, naming axis, sizes and what could, if the recipe cannot do it.
+    """
+    chosen = choose(recipe)
+    targets = axes.axis_sizes(big)
+    found: dict[str, Expansion] = {}
+    for axis, source in axes.axis_sizes(small).items():
+        r = Request(axis, source, targets[axis], small, big, distances)
+        if any(e.splits == axis for e in found.values()) or r.target == source:
+            continue
+        if r.target < source:
+            same_heads = axis == "q_per_kv" and small.num_heads == big.num_heads
+            raise UserError(
+                f"growth of axis {axis!r} from {source} to {r.target}: a target is never smaller "
+                f"than its source; set it to {source} or more"
+                + (", or grow by kv_heads=repeat" if same_heads else "")
+            )
+        if axis not in chosen:
+            raise refusal(r, f"recipe {recipe!r} does not grow it", able(axis))
+        found[axis] = chosen[axis].build(r)
+    return tuple(found.values())

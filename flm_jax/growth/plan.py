@@ -1,64 +1,124 @@
-"""A growth as data: `plan` compiles the difference of two configs, `grow` applies it.
+"""A growth as data: `plan` compiles the difference of two configs.
 
-The same plan maps parameters, optimizer state and slot ages, arrays and `ShapeDtypeStruct`s
-(through `jax.eval_shape`), and is stored with the checkpoint that it made.
+The same plan maps parameters, optimizer state and slot ages (`apply.py`), arrays and
+`ShapeDtypeStruct`s, and is stored with the checkpoint that it made.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
-import zlib
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+import math
+import warnings
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from flm_jax import axes, mup
+from flm_jax import axes
 from flm_jax import config as config_lib
-from flm_jax.config import TransformerConfig
+from flm_jax.axes import Role
+from flm_jax.config import MOMENTS, RATES, TransformerConfig
 from flm_jax.errors import UserError
-from flm_jax.growth.expansion import Expansion, Run, expand
-from flm_jax.growth.operators import RECIPES
-from flm_jax.optim import SlotAdamState
-from flm_jax.state import TrainState
+from flm_jax.growth import operators
+from flm_jax.growth.expansion import Expansion
 
-VERSION = 1
-Tree = TypeVar("Tree")
+VERSION = 2
 
 # Fields that growth must not touch: each changes the function in a way no expansion undoes.
-_KEPT = ("head_dim", "rope_theta", "rms_norm_eps", "vocab_size")
+_KEPT = {
+    "head_dim": "RoPE's frequencies depend on it; add heads instead (num_heads: operators "
+    "'msg', 'zero_pad', 'tile')",
+    "rope_theta": "it turns every query and key by another angle",
+}
+
+
+class LockedCopiesWarning(UserWarning):
+    """Copies that nothing will ever separate from their source."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How a model of config `source` becomes one of config `target`."""
+    """How a model of config `source` becomes one of config `target`.
+
+    Attributes:
+      recipe: the operators' names (`operators.py`).
+      source, target: the configs.
+      expansions: of the axes that grow.
+      moments: what Adam's moments become. "dual": every slot's history comes along, through the
+        gradients' map. "asym": added slots begin anew, with an age of their own (SPARKLING).
+        "reset": all begin anew.
+      rates: "target": every slot trains as the target's config says. "carry": the source's steps
+        keep their size in the function: learning rate and eps follow the maps (docs/growth.md).
+      noise_db: signal-to-noise ratio, in decibels, of the antisymmetric noise that separates
+        copies (HyperCloning, arXiv 2409.12903, section 3); 0: none.
+    """
 
     recipe: str
     source: TransformerConfig
     target: TransformerConfig
-    expansions: tuple[Expansion, ...]  # of the axes that grow
+    expansions: tuple[Expansion, ...]
+    moments: str = "asym"
+    rates: str = "target"
+    noise_db: float = 0.0
 
-    @property
+    def __post_init__(self) -> None:
+        for name, choices in (("moments", MOMENTS), ("rates", RATES)):
+            if getattr(self, name) not in choices:
+                raise UserError(
+                    f"growth.{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}"
+                )
+        if self.noise_db < 0:
+            raise UserError(f"growth.noise_db is {self.noise_db}; give decibels above 0, or 0: off")
+
+    @functools.cached_property
     def by_axis(self) -> dict[str, Expansion]:
         return {e.axis: e for e in self.expansions}
 
     @property
     def exactness(self) -> str:
-        return RECIPES[self.recipe].exactness
+        """EXACT if no expansion changes the function, else APPROX."""
+        exact = all(e.exactness == operators.EXACT for e in self.expansions)
+        return operators.EXACT if exact else operators.APPROX
+
+    @property
+    def masked(self) -> bool:
+        """Whether it has run-time masks that must rise."""
+        return any(e.masked for e in self.expansions)
 
     @property
     def layer_map(self) -> tuple[int, ...]:
-        """The source layer of every layer of the target."""
+        """The source layer of every layer of the target, -1 for a new one."""
         e = self.by_axis.get("layers")
         return tuple(range(self.source.num_layers)) if e is None else tuple(e.index.tolist())
+
+    @property
+    def lockable(self) -> tuple[Expansion, ...]:
+        """Expansions whose copies start equal to their source in all that they do.
+
+        Equal activations, equal weights: only noise or other moments separate them. Layers differ
+        by their place, repeated key/value heads by their queries, AKI's copies by their inputs.
+        """
+        return tuple(
+            e
+            for e in self.expansions
+            if e.axis in axes.WIDTHS
+            and not (e.silenced or e.splits or e.learned or e.ahead.any())
+            and e.even_copies.any()
+        )
 
     def value_scale(self, param: axes.Param) -> float:
         """Keeps `multiplier * parameter` when the config's multiplier changes between sizes."""
         return axes.multiplier_of(param, self.source) / axes.multiplier_of(param, self.target)
+
+    def gain(self, param: axes.Param) -> float:
+        """What a norm's gains are multiplied by; 1 for other parameters."""
+        pairs = zip(param.axes, param.roles, strict=True)
+        return math.prod(
+            self.by_axis[axis].gain for axis, r in pairs if r is Role.GAIN and axis in self.by_axis
+        )
 
     def masks(self, value: jax.Array | float) -> dict[str, jax.Array]:
         """Run-time masks: axis -> float32 [size], 1 on old slots and `value` on added ones.
@@ -80,15 +140,7 @@ class Plan:
         data = json.loads(text)
         if (version := data.pop("version", None)) != VERSION:
             raise UserError(f"plan: version {version}, but this code reads version {VERSION}")
-        return cls(
-            recipe=data["recipe"],
-            source=config_lib.from_mapping(TransformerConfig, data["source"], "plan.source"),
-            target=config_lib.from_mapping(TransformerConfig, data["target"], "plan.target"),
-            expansions=tuple(
-                Expansion(e["axis"], e["source"], tuple(Run(**r) for r in e["runs"]), e["masked"])
-                for e in data["expansions"]
-            ),
-        )
+        return config_lib.from_mapping(cls, data, "plan")
 
     def digest(self) -> str:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
@@ -99,6 +151,9 @@ def plan(
     big: TransformerConfig,
     recipe: str = "msg",
     *,
+    moments: str = "asym",
+    rates: str = "target",
+    noise_db: float = 0.0,
     layer_distances: Sequence[float] | None = None,
 ) -> Plan:
     """Compiles the difference of two configs into one expansion per axis.
@@ -106,122 +161,61 @@ def plan(
     Args:
       small: the model as it is.
       big: the model as it shall be; no axis smaller.
-      recipe: a name of `operators.RECIPES`.
-      layer_distances: how far each layer of `small` is from the identity; new layers go beside
-        the closest. None: all equal, so that the first layers are copied.
+      recipe: operators by name, as "msg", "tile,identity" or "zero_pad,layers=stack"; see
+        `operators.py` and docs/growth.md.
+      moments, rates, noise_db: see `Plan`.
+      layer_distances: how far each layer of `small` is from the identity; `msg` and `identity`
+        put new layers beside the closest. None: all equal, so that the first layers are copied.
 
     Raises:
-      UserError: naming the field and both values, if the recipe cannot do it.
+      UserError: naming axis or field, both sizes and what could, if the recipe cannot do it.
+
+    Warns:
+      LockedCopiesWarning: copies would stay equal to their source for ever.
     """
-    if recipe not in RECIPES:
-        raise UserError(f"growth.recipe is {recipe!r}; choose one of {', '.join(sorted(RECIPES))}")
-    for name in _KEPT:
+    for name, why in _KEPT.items():
         old, new = getattr(small, name), getattr(big, name)
         if old != new:
-            raise UserError(
-                f"growth from {name} {old} to {new}: recipe {recipe!r} keeps it; set the target's "
-                f"{name} to {old}"
-            )
+            raise UserError(f"growth from {name} {old} to {new}: {why}; set {name} to {old}")
     distances = [0.0] * small.num_layers if layer_distances is None else list(layer_distances)
     if len(distances) != small.num_layers:
         raise UserError(
             f"layer_distances has {len(distances)} entries for {small.num_layers} layers; give "
             "one for each layer of the source"
         )
-    sizes = axes.axis_sizes(big)
-    expansions = []
-    for axis, source in axes.axis_sizes(small).items():
-        target = sizes[axis]
-        if target < source:
-            raise UserError(
-                f"growth of axis {axis!r} from {source} to {target}: a target is never smaller "
-                f"than its source; set it to {source} or more"
-            )
-        if target == source:
-            continue
-        e = RECIPES[recipe].expansion(axis, source, target, distances)
-        if e is None:
-            raise UserError(
-                f"growth of axis {axis!r} from {source} to {target}: recipe {recipe!r} cannot "
-                "grow it"
-            )
-        expansions.append(e)
-    return Plan(recipe, small, big, tuple(expansions))
+    expansions = operators.expansions(recipe, small, big, distances)
+    needed = _norm_eps(small, expansions)
+    if not math.isclose(needed, big.rms_norm_eps, rel_tol=1e-12):
+        raise UserError(
+            f"growth from rms_norm_eps {small.rms_norm_eps} to {big.rms_norm_eps}: recipe "
+            f"{recipe!r} keeps the norms exact with rms_norm_eps {needed!r}; set the target's to it"
+        )
+    if any(e.learned for e in expansions):
+        moments = "reset"  # a dense map mixes histories
+    made = Plan(recipe, small, big, expansions, moments, rates, noise_db)
+    if made.lockable and not noise_db and moments != "asym":
+        names = ", ".join(f"{e.axis} ({e.operator})" for e in made.lockable)
+        warnings.warn(
+            f"recipe {recipe!r} with moments {moments!r}: copies on {names} stay equal to their "
+            "source for ever; use moments 'asym', set noise_db (10 is usual), or use operator "
+            "'uneven' where it can",
+            LockedCopiesWarning,
+            stacklevel=2,
+        )
+    return made
 
 
-def grow(tree: Tree, plan: Plan, key: jax.Array) -> Tree:
-    """Expands a parameter tree or a whole train state by a plan.
+def _norm_eps(small: TransformerConfig, expansions: Sequence[Expansion]) -> float:
+    for e in expansions:
+        if e.gain != 1:
+            return small.rms_norm_eps * int((~e.new).sum()) / e.target
+    return small.rms_norm_eps
 
-    Old slots keep their parameters and moments. Added slots get fresh parameters (copies: their
-    source's), zero moments, and their own step count, which starts now.
 
-    Args:
-      tree: parameters (nested dicts as in `axes.PARAMS`) or a `TrainState` of config `plan.source`.
-      plan: from `plan`.
-      key: of the fresh entries; the result depends on it and the inputs alone.
+def norm_eps(small: TransformerConfig, big: TransformerConfig, recipe: str) -> float:
+    """The target's `rms_norm_eps` with which the recipe is exact: smaller where it adds zeros.
 
-    Returns: the same kind of tree at the size of `plan.target`.
-
-    Raises:
-      UserError: the tree is not of `plan.source`.
+    RMSNorm over q d of D coordinates, the rest zero: gain sqrt(q d / D) and eps q d / D give the
+    old output (derived here, docs/growth.md).
     """
-    if not isinstance(tree, TrainState):
-        return _grow_params(tree, plan, key)
-    grown_opt = jax.tree.map(
-        lambda node: _grow_moments(node, plan) if isinstance(node, SlotAdamState) else node,
-        tree.opt_state,
-        is_leaf=lambda node: isinstance(node, SlotAdamState),
-    )
-    params = _grow_params(tree.params, plan, key)
-    return dataclasses.replace(tree, params=params, opt_state=grown_opt)
-
-
-def _checked(tree: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
-    leaves = dict(axes.flatten(tree))
-    expected = {path: param.shape(plan.source) for path, param in axes.TABLE.items()}
-    for path in dict.fromkeys([*expected, *leaves]):
-        have = leaves[path].shape if path in leaves else "missing"
-        if have != expected.get(path, "absent"):
-            raise UserError(
-                f"grow: parameter {path!r} is {have}, the plan's source has "
-                f"{expected.get(path, 'no such parameter')}; use the plan made for this state"
-            )
-    return leaves
-
-
-def _grow_params(tree: Any, plan: Plan, key: jax.Array) -> Any:
-    grown = {}
-    for path, x in _checked(tree, plan).items():
-        param = axes.TABLE[path]
-        leaf_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-        fresh = mup.initializer(param, plan.target)(leaf_key, param.shape(plan.target), x.dtype)
-        old = x * jnp.asarray(plan.value_scale(param), x.dtype)
-        grown[path] = expand(old, param, plan.by_axis, fill=fresh)
-    return axes.unflatten(grown)
-
-
-def _grow_moments(state: SlotAdamState, plan: Plan) -> SlotAdamState:
-    """Moments by the dual map; the second moment by its square. Added slots start at zero."""
-
-    def mapped(tree: Any, power: int) -> Any:
-        grown = {}
-        for path, x in _checked(tree, plan).items():
-            param = axes.TABLE[path]
-            old = x * jnp.asarray(plan.value_scale(param) ** -power, x.dtype)
-            grown[path] = expand(
-                old, param, plan.by_axis, dual=True, power=power, keep_copies=False
-            )
-        return axes.unflatten(grown)
-
-    def born(axis: str, old: jax.Array) -> jax.Array:
-        e = plan.by_axis.get(axis)
-        if e is None:
-            return old
-        return jnp.where(e.added, state.steps, jnp.take(old, np.maximum(e.index, 0)))
-
-    return SlotAdamState(
-        steps=state.steps,
-        mu=mapped(state.mu, 1),
-        nu=mapped(state.nu, 2),
-        born={axis: born(axis, old) for axis, old in state.born.items()},
-    )
+    return _norm_eps(small, operators.expansions(recipe, small, big, [0.0] * small.num_layers))

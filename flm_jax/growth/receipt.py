@@ -11,6 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from flm_jax import axes
+from flm_jax.axes import Role
+from flm_jax.growth.apply import carried, grow_moment
+from flm_jax.growth.expansion import any_slot
 from flm_jax.growth.plan import Plan
 
 
@@ -18,35 +21,82 @@ from flm_jax.growth.plan import Plan
 class Receipt:
     """Losses in nats per token on the calibration batch; logits in the run's dtype.
 
+    max_abs_logit_diff: over the source's tokens.
     logit_scale: root mean square of the source's logits.
-    dead_slots: added slots that some parameter has an all-zero gradient in, once the ramp begins.
-    locked_copies: copies equal to their source in value and in gradient: they never separate.
+    kl: mean over tokens of KL(source || grown), nats.
+    dead_slots: added slots that some parameter has an all-zero gradient in, after the first steps.
+    locked_copies: copies equal to their source in value and in gradient after the first steps.
+    first_update_over_lr: largest first step of an added entry over its learning rate.
     """
 
     operator: str
     exactness: str
     max_abs_logit_diff: float
     logit_scale: float
+    kl: float
     loss_before: float
     loss_after: float
     dead_slots: int
     locked_copies: int
+    first_update_over_lr: float
     layer_distances: tuple[float, ...]
     layer_map: tuple[int, ...]
 
 
-def difference(before_BTV: jax.Array, after_BTV: jax.Array) -> tuple[float, float]:
-    """Largest absolute difference of the logits, and the root mean square of the first."""
-    largest = jnp.max(jnp.abs(after_BTV - before_BTV))
-    return float(largest), float(jnp.sqrt(jnp.mean(jnp.square(before_BTV))))
+def difference(
+    before_BTV: jax.Array, after_BTV: jax.Array, weights_BT: jax.Array
+) -> dict[str, float]:
+    """max_abs_logit_diff, logit_scale and kl of two models' logits, over the first's tokens."""
+    common_BTV = after_BTV[..., : before_BTV.shape[-1]]
+    log_p_BTV, log_q_BTV = (jax.nn.log_softmax(x, axis=-1) for x in (before_BTV, common_BTV))
+    kl_BT = jnp.sum(jnp.exp(log_p_BTV) * (log_p_BTV - log_q_BTV), axis=-1)
+    weights_BT = weights_BT.astype(kl_BT.dtype)
+    return {
+        "max_abs_logit_diff": float(jnp.max(jnp.abs(common_BTV - before_BTV))),
+        "logit_scale": float(jnp.sqrt(jnp.mean(jnp.square(before_BTV)))),
+        "kl": float(jnp.sum(kl_BT * weights_BT) / jnp.sum(weights_BT)),
+    }
+
+
+def gradient_error(plan: Plan, source: Mapping[str, Any], target: Mapping[str, Any]) -> float:
+    """How far the grown model's gradient is from the source's, mapped, where history comes along.
+
+    Largest absolute difference over the largest absolute gradient. Of a repeated key/value head
+    only the sum over its copies is known, so that keys and values are left out.
+    """
+    dual = dataclasses.replace(plan, moments="dual")
+    worst = largest = 0.0
+    for (path, g), (_, got) in zip(axes.flatten(source), axes.flatten(target), strict=True):
+        param = axes.TABLE[path]
+        splits = [e.splits for e in plan.expansions if e.splits and e.axis in param.axes]
+        if any(axis not in param.axes for axis in splits):
+            continue
+        begins = any_slot(param, plan.by_axis, lambda e, role: ~carried(e, "dual"))
+        apart = jnp.abs(grow_moment(g, path, dual, power=1) - got)
+        apart = apart if begins is None else jnp.where(begins, 0, apart)
+        worst, largest = max(worst, float(jnp.max(apart))), max(largest, float(jnp.abs(g).max()))
+    return worst / largest
+
+
+def largest_added(plan: Plan, tree: Mapping[str, Any]) -> float:
+    """Largest absolute entry in an added slot of any axis."""
+    largest = 0.0
+    for path, leaf in axes.flatten(tree):
+        added = any_slot(axes.TABLE[path], plan.by_axis, lambda e, role: e.added)
+        if added is not None:
+            largest = max(largest, float(jnp.max(jnp.where(added, jnp.abs(leaf), 0))))
+    return largest
 
 
 def _slices(tree: Mapping[str, Any], axis: str) -> list[np.ndarray]:
-    """Every parameter that has the axis, as [slots of the axis, everything else]."""
+    """Every parameter that has the axis, as [slots of the axis, everything else].
+
+    Without the embedding on `vocab`: a token's row has a gradient only where the token occurs.
+    """
     found = []
     for path, leaf in axes.flatten(tree):
         param = axes.TABLE[path]
-        if axis in param.axes:
+        if axis in param.axes and not (axis == "vocab" and param.has(Role.IN, axis)):
             moved = np.moveaxis(np.asarray(leaf), param.axes.index(axis), 0)
             found.append(moved.reshape(moved.shape[0], -1))
     return found
@@ -73,7 +123,7 @@ def locked_copies(plan: Plan, params: Mapping[str, Any], grads: Mapping[str, Any
         copies = np.flatnonzero(e.added & ~e.new)
         if not len(copies):
             continue
-        first = np.array([np.flatnonzero(e.index == e.index[c])[0] for c in copies])
+        first = e.first[e.index[copies]]
         same = np.ones(len(copies), bool)
         for value, grad in zip(_slices(params, e.axis), _slices(grads, e.axis), strict=True):
             apart = np.linalg.norm(grad[copies] - grad[first], axis=1)

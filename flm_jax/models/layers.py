@@ -6,8 +6,8 @@ H head size.
 Every layer takes `masks`: axis -> [size] values in [0, 1], present only for axes that are growing
 under a run-time mask (Masked Structural Growth, arXiv 2305.02869, adapted to pre-norm). A masked
 slot is hidden from its readers: inside the norms for `embed`, after attention for heads, after the
-gating for `mlp`, on a layer's branches for `layers`. At 0 the model is the smaller one exactly; at
-1 it is the plain one.
+gating for `mlp`, on a layer's branches for `layers`, as the logarithm of the mask on the logits for
+`vocab`. At 0 the model is the smaller one exactly; at 1 it is the plain one.
 """
 
 from __future__ import annotations

@@ -61,7 +61,12 @@ class Transformer(nn.Module):
         x_BTD = nn_layers.rms_norm(x_BTD, w["final_norm"], config.rms_norm_eps, masks.get("embed"))
         stats = wide(config.dtype)
         logits_BTV = nn_layers.linear(x_BTD, w["head"], stats)
-        return logits_BTV * jnp.asarray(config.logit_mult, stats)
+        logits_BTV = logits_BTV * jnp.asarray(config.logit_mult, stats)
+        if "vocab" in masks:
+            # A token's probability is multiplied by its mask, up to the normaliser.
+            hidden_V = jnp.log(masks["vocab"].astype(stats))
+            logits_BTV += jnp.maximum(hidden_V, jnp.finfo(stats).min / 2)[None, None]
+        return logits_BTV
 
     def _layers(self) -> Any:
         """All layers as one scanned module: parameters and layer mask are stacked on axis 0."""

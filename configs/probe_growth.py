@@ -1,0 +1,111 @@
+r"""Which growth? One small source, doubled by every operator, on the Python standard library.
+
+  python -m experiments.probe_growth --config=configs/probe_growth.py --workdir=runs/probe
+
+Two CPU cores, about 40 minutes for 14 arms and three seeds. The source has 0.2M parameters, the
+target 1.2M; every arm trains for 3.7e12 FLOPs after its growth, at a constant learning rate.
+Expected: docs/growth.md has the table. `:smoke` is two arms, one seed, seconds each.
+
+Choose arms and budget for a model of your own by copying this file; `--config.seeds=1` is a first
+look.
+"""
+
+import dataclasses
+
+import ml_collections
+
+from configs import common
+from flm_jax.config import (
+    ArmConfig,
+    CheckpointConfig,
+    DataConfig,
+    EvalConfig,
+    ExperimentConfig,
+    GrowthConfig,
+    ProbeConfig,
+    ScheduleConfig,
+    StageConfig,
+    TransformerConfig,
+)
+
+
+def _model(layers: int, hidden: int, ffn: int) -> TransformerConfig:
+    return TransformerConfig(
+        vocab_size=260,
+        num_layers=layers,
+        d_model=hidden,
+        num_heads=hidden // 32,
+        head_dim=32,
+        d_ff=ffn,
+        mup_base_width=64,
+        matrix_init_std=0.085,
+        vector_init_std=0.085,
+        depth_scaled_init=True,
+        remat="dots",
+    )
+
+
+def _arm(name: str, recipe: str, **how: object) -> ArmConfig:
+    growth = GrowthConfig(recipe=recipe, ramp_steps=40, rewarmup_steps=10, **how)  # type: ignore[arg-type]
+    return ArmConfig(name, growth)
+
+
+ARMS = (
+    _arm("msg", "msg"),
+    _arm("zero-pad", "zero_pad"),
+    _arm("zero-pad, copied layers", "zero_pad,identity"),
+    _arm("tile", "tile,identity"),
+    _arm("tile, boosted", "tile,identity", added_rate=1.3, added_rate_steps=50),
+    _arm("tile, noise", "tile,identity", moments="dual", noise_db=10.0),
+    _arm("tile, reset", "tile,identity", moments="reset", noise_db=10.0),
+    _arm("uneven", "tile,uneven,identity"),
+    _arm("aki", "aki,stack"),
+    _arm("tile + stack", "tile,stack"),
+    _arm("tile + interpose", "tile,interpose"),
+    _arm("tile + middle", "tile,middle"),
+    _arm("tile + fresh", "tile,fresh"),
+    _arm("ligo", "ligo"),
+    ArmConfig("not grown", GrowthConfig(rewarmup_steps=10), grows=False),
+)
+
+
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+    if variant not in ("", "smoke"):
+        raise common.unknown_variant(variant, ("smoke",))
+    source = StageConfig(
+        name="source",
+        model=_model(3, 64, 168),
+        steps=600,
+        batch_size=4,
+        learning_rate=2.5e-3,
+        matrix_learning_rate=2.5e-3,
+    )
+    target = dataclasses.replace(source, name="grown", model=_model(6, 128, 336), steps=150)
+    experiment = ExperimentConfig(
+        stages=(source, target),
+        data=DataConfig(sequence_length=256),
+        schedule=ScheduleConfig(kind="constant", warmup_steps=30),
+        eval=EvalConfig(sequences=32, batch_size=8, every_steps=30),
+        checkpoint=CheckpointConfig(every_steps=1000, keep=1),
+    )
+    config = ProbeConfig(experiment, ARMS, seeds=3)
+    if variant == "smoke":
+        small = dataclasses.replace(source, model=_tiny(2, 16), steps=20)
+        large = dataclasses.replace(target, model=_tiny(4, 32), steps=8)
+        growth = GrowthConfig(ramp_steps=4, rewarmup_steps=2, calibration_sequences=4)
+        experiment = dataclasses.replace(
+            experiment,
+            stages=(small, dataclasses.replace(large, growth=growth)),
+            data=DataConfig(sequence_length=64, shuffle_tokens=1 << 17),
+            eval=EvalConfig(sequences=8, batch_size=8, every_steps=4),
+            quick_compile=True,
+        )
+        arms = [ArmConfig("msg", growth), ArmConfig("not grown", growth, grows=False)]
+        tile = dataclasses.replace(growth, recipe="tile,stack")
+        config = ProbeConfig(experiment, (*arms, ArmConfig("tile + stack", tile)), seeds=1)
+    return common.to_config_dict(config)
+
+
+def _tiny(layers: int, hidden: int) -> TransformerConfig:
+    model = _model(layers, 2 * hidden, 2 * hidden)
+    return dataclasses.replace(model, d_model=hidden, num_heads=hidden // 8, head_dim=8)

@@ -1,0 +1,244 @@
+"""Applies a plan: pure functions from old trees to grown ones.
+
+Every function here maps one leaf at a time and works on arrays, tracers and, through
+`jax.eval_shape`, on shapes alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flm_jax import axes, mup
+from flm_jax.axes import Param, Role
+from flm_jax.errors import UserError
+from flm_jax.growth.expansion import NEW, Expansion, any_slot, gather, grown_dims, weighted
+from flm_jax.growth.plan import Plan
+from flm_jax.optim import SlotAdamState
+from flm_jax.state import TrainState
+
+Tree = TypeVar("Tree")
+
+
+def grow(tree: Tree, plan: Plan, key: jax.Array) -> Tree:
+    """Expands a parameter tree or a whole train state by a plan.
+
+    Old slots keep their parameters; added slots get what the plan's operators say. Optimizer
+    state follows `plan.moments` and `plan.rates`; the step, and with it the place in the schedule
+    and in the random keys, stays.
+
+    Args:
+      tree: parameters (nested dicts as in `axes.PARAMS`) or a `TrainState` of config `plan.source`.
+      plan: from `plan`.
+      key: of fresh entries and noise; the result depends on it and the inputs alone.
+
+    Returns: the same kind of tree at the size of `plan.target`, with the same dtypes.
+
+    Raises:
+      UserError: the tree is not of `plan.source`.
+    """
+    if not isinstance(tree, TrainState):
+        return _grow_params(tree, plan, key)
+    opt_state = jax.tree.map(
+        lambda node: _grow_adam(node, plan) if isinstance(node, SlotAdamState) else node,
+        tree.opt_state,
+        is_leaf=lambda node: isinstance(node, SlotAdamState),
+    )
+    params = _grow_params(tree.params, plan, key)
+    return dataclasses.replace(tree, params=params, opt_state=opt_state)
+
+
+def _checked(tree: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+    leaves = dict(axes.flatten(tree))
+    expected = {path: param.shape(plan.source) for path, param in axes.TABLE.items()}
+    for path in dict.fromkeys([*expected, *leaves]):
+        have = leaves[path].shape if path in leaves else "missing"
+        if have != expected.get(path, "absent"):
+            raise UserError(
+                f"grow: parameter {path!r} is {have}, the plan's source has "
+                f"{expected.get(path, 'no such parameter')}; use the plan made for this state"
+            )
+    return leaves
+
+
+def _grow_params(tree: Any, plan: Plan, key: jax.Array) -> Any:
+    leaves = _checked(tree, plan).items()
+    return axes.unflatten({path: grow_value(x, path, plan, key) for path, x in leaves})
+
+
+def grow_value(x: jax.Array, path: str, plan: Plan, key: jax.Array) -> jax.Array:
+    """The value map of one parameter: copies, then noise, fresh entries and zeros over them."""
+    param, shape = axes.TABLE[path], axes.TABLE[path].shape(plan.target)
+    # Each use of randomness has a key of its own: the leaf's, then what it is for.
+    leaf_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
+    fill_key, noise_key, mean_key = leaf_key, *jax.random.split(leaf_key)
+
+    expansions = plan.by_axis
+    for e in expansions.values():
+        if e.fill == "mean" and e.axis in param.axes:
+            x = _with_mean_slots(x, param, e, mean_key)
+            expansions = {axis: other for axis, other in expansions.items() if axis != e.axis}
+    scale = plan.value_scale(param)
+    grown = weighted(gather(x, param, expansions), param, expansions, scale=scale)
+    ahead = any_slot(param, expansions, lambda e, role: e.ahead if role is Role.OUT else None)
+    if ahead is not None and param.axes[0] == "layers":
+        following = jnp.take(x, np.minimum(np.arange(1, len(x) + 1), len(x) - 1), axis=0)
+        following = weighted(gather(following, param, expansions), param, expansions, scale=scale)
+        grown = jnp.where(ahead, following, grown)
+    if plan.noise_db:
+        grown = grown + _separating_noise(grown, param, plan, noise_key)
+    new = any_slot(param, expansions, lambda e, role: None if e.learned else e.new)
+    if new is not None:
+        fresh = mup.initializer(param, plan.target)(fill_key, shape, x.dtype)
+        grown = jnp.where(new, fresh * jnp.asarray(plan.gain(param), x.dtype), grown)
+    zero = any_slot(param, expansions, lambda e, role: _zeroed(e, role, param))
+    return grown if zero is None else jnp.where(zero, jnp.zeros((), x.dtype), grown)
+
+
+def _zeroed(e: Expansion, role: Role, param: Param) -> np.ndarray | None:
+    if role.value not in e.zero:
+        return None
+    if role is Role.STACK:
+        return e.added if param.residual_writer else None
+    return e.new
+
+
+def _with_mean_slots(x: jax.Array, param: Param, e: Expansion, key: jax.Array) -> jax.Array:
+    """New slots after the old: their mean; for what reads the axis, with their covariance too.
+
+    A new token's logit is then the mean of the old ones, so that the log-partition rises by at
+    most log(V / v) (arithmetic above geometric mean). Its embedding is a draw from the normal
+    distribution with the old rows' mean and covariance, as a random mixture of deviations.
+    """
+    dim = param.axes.index(e.axis)
+    rows = jnp.moveaxis(x, dim, 0)
+    more = e.target - e.source
+    mean = jnp.mean(rows, axis=0, keepdims=True)
+    new = jnp.repeat(mean, more, axis=0)
+    if param.roles[dim] is Role.IN and e.source > 1:
+        mixture = mup.unit_normal(key, (more, e.source), x.dtype, (e.source - 1) ** -0.5)
+        new = new + jnp.tensordot(mixture, rows - mean, axes=1)
+    return jnp.moveaxis(jnp.concatenate([rows, new]), 0, dim)
+
+
+def _separating_noise(grown: jax.Array, param: Param, plan: Plan, key: jax.Array) -> jax.Array:
+    """Noise on what reads copies, summing to zero over a slot's copies: their sum stays.
+
+    With two copies it is +N and -N (HyperCloning, arXiv 2409.12903, section 3). Its power is
+    that of the parameter, less `plan.noise_db`.
+    """
+    for dim, e, role in grown_dims(param, plan.by_axis):
+        if role is not Role.IN or e not in plan.lockable:
+            continue
+        rms = jnp.sqrt(jnp.mean(jnp.square(grown)))
+        noise = jnp.moveaxis(mup.unit_normal(key, grown.shape, grown.dtype), dim, 0)
+        count = np.bincount(e.index[~e.new], minlength=e.source)[e.index] * ~e.new
+        bucket = np.where(e.new, e.source, e.index)
+        sums = jax.ops.segment_sum(noise, jnp.asarray(bucket), num_segments=e.source + 1)
+        shape = (-1,) + (1,) * (grown.ndim - 1)
+        mean = sums[bucket] / np.maximum(count, 1).astype(grown.dtype).reshape(shape)
+        # Taking the mean out leaves (c - 1) / c of the variance; slots without copies get none.
+        kept = np.sqrt(count / np.maximum(count - 1, 1)) * (count > 1)
+        centred = (noise - mean) * kept.astype(grown.dtype).reshape(shape)
+        level = jnp.asarray(10 ** (-plan.noise_db / 20), grown.dtype)
+        return jnp.moveaxis(centred, 0, dim) * rms * level
+    return jnp.zeros((), grown.dtype)
+
+
+def carried(e: Expansion, moments: str) -> np.ndarray:
+    """bool [target]: slots whose optimizer history comes along."""
+    if moments == "reset":
+        return np.zeros(e.target, bool)
+    if moments == "asym" or e.silenced or e.ahead.any():
+        return ~e.added
+    return ~e.new
+
+
+def grow_moment(x: jax.Array, path: str, plan: Plan, power: int) -> jax.Array:
+    """A first (power 1) or second (2) moment by the gradients' map; zero where none comes along.
+
+    Exact where every slot has one source; a key/value head that is repeated gets an equal share
+    of its gradient, of which only the sum is known.
+    """
+    param = axes.TABLE[path]
+    if plan.moments == "reset":
+        return jnp.zeros(param.shape(plan.target), x.dtype)
+    scale = 1 / (plan.value_scale(param))
+    grown = weighted(
+        gather(x, param, plan.by_axis), param, plan.by_axis, scale=scale, dual=True, power=power
+    )
+    begins = any_slot(param, plan.by_axis, lambda e, role: ~carried(e, plan.moments))
+    return grown if begins is None else jnp.where(begins, jnp.zeros((), x.dtype), grown)
+
+
+def _grow_adam(state: SlotAdamState, plan: Plan) -> SlotAdamState:
+    def mapped(tree: Any, power: int) -> Any:
+        leaves = _checked(tree, plan).items()
+        return axes.unflatten({path: grow_moment(x, path, plan, power) for path, x in leaves})
+
+    return state._replace(
+        mu=mapped(state.mu, 1),
+        nu=mapped(state.nu, 2),
+        born=_grow_born(state, plan),
+        **_grow_rates(state, plan),
+    )
+
+
+def _grow_slots(vector: jax.Array, axis: str, plan: Plan) -> jax.Array:
+    """A per-slot vector at the target's size, each slot's from its source."""
+    e = plan.by_axis.get(axis)
+    if e is not None:
+        return jnp.take(vector, np.maximum(e.index, 0))
+    for e in plan.by_axis.values():
+        if e.splits == axis:  # a slot stands for one of each part: the youngest's
+            return vector.reshape(e.target // e.source, -1).max(0)
+    return vector
+
+
+def _grow_born(state: SlotAdamState, plan: Plan) -> dict[str, jax.Array]:
+    if plan.moments == "reset":
+        sizes = axes.axis_sizes(plan.target)
+        return {axis: jnp.full(sizes[axis], state.steps) for axis in state.born}
+    grown = {axis: _grow_slots(old, axis, plan) for axis, old in state.born.items()}
+    for axis, e in plan.by_axis.items():
+        grown[axis] = jnp.where(carried(e, plan.moments), grown[axis], state.steps)
+    return grown
+
+
+def _grow_rates(state: SlotAdamState, plan: Plan) -> dict[str, Any]:
+    """Multipliers that keep the size of the source's steps in the function (docs/growth.md).
+
+    A value that is multiplied by f has its steps multiplied by f; a gradient that is multiplied by
+    g has Adam's eps multiplied by g. Per axis f is alpha where the slot is read and g is alpha
+    where it is written; per parameter they are the scales below.
+    """
+    if plan.rates == "target":
+        sizes = axes.axis_sizes(plan.target)
+        return {
+            "share": {a: jnp.ones(sizes[a], x.dtype) for a, x in state.share.items()},
+            "step_scale": jnp.ones_like(state.step_scale),
+            "eps_scale": jnp.ones_like(state.eps_scale),
+        }
+    share = {axis: _grow_slots(old, axis, plan) for axis, old in state.share.items()}
+    for axis, e in plan.by_axis.items():
+        weight = np.where(e.index == NEW, 1.0, e.weight)
+        share[axis] = jnp.where(e.new, 1, share[axis]) * weight.astype(share[axis].dtype)
+    value = np.array([plan.value_scale(p) * plan.gain(p) for p in axes.TABLE.values()])
+    config = np.array(
+        [
+            mup.learning_rate_mult(p, plan.source) / mup.learning_rate_mult(p, plan.target)
+            for p in axes.TABLE.values()
+        ]
+    )
+    dtype = state.step_scale.dtype
+    return {
+        "share": share,
+        "step_scale": state.step_scale * (value * config).astype(dtype),
+        "eps_scale": state.eps_scale * (1 / value).astype(dtype),
+    }

@@ -1,0 +1,94 @@
+"""Measures a growth: the function before and after, and the grown model's first steps."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flm_jax import axes, optim
+from flm_jax.config import OptimizerConfig, StageConfig, TransformerConfig
+from flm_jax.growth import Plan
+from flm_jax.growth.receipt import dead_slots, difference, largest_added, locked_copies
+from flm_jax.models import Transformer
+from flm_jax.optim import SlotAdamState
+from flm_jax.state import TrainState
+from flm_jax.train import Batch, gradients, logits_of, summed_loss
+
+FIRST_STEPS = 3  # zeros are left after one step, slots behind two zeros after two
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def source(params: Any, batch: Batch, config: TransformerConfig) -> dict[str, jax.Array]:
+    """Logits, mean loss and layer distances of the model before it grows."""
+    _, sown = Transformer(config).apply(
+        {"params": params}, batch["tokens"], batch["segment_ids"], batch["positions"],
+        mutable=["intermediates"],
+    )  # fmt: skip
+    loss, tokens = summed_loss(params, batch, config)
+    return {
+        "logits": logits_of(config, params, batch),
+        "loss": loss / tokens,
+        "distances": sown["intermediates"]["layers"]["distance"][0],
+    }
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _grown(params: Any, batch: Batch, plan: Plan) -> tuple[jax.Array, jax.Array]:
+    masks = plan.masks(0.0)
+    loss, tokens = summed_loss(params, batch, plan.target, masks)
+    return logits_of(plan.target, params, batch, masks), loss / tokens
+
+
+def function_change(
+    before: Mapping[str, jax.Array], params: Any, batch: Batch, plan: Plan
+) -> dict[str, Any]:
+    """Receipt fields of logits and losses, behind the masks at 0; `before` is from `source`."""
+    logits, loss = _grown(params, batch, plan)
+    return {
+        **difference(before["logits"], logits, batch["weights"]),
+        "loss_before": float(before["loss"]),
+        "loss_after": float(loss),
+    }
+
+
+def first_steps(
+    state: TrainState, batch: Batch, plan: Plan, stage: StageConfig, settings: OptimizerConfig
+) -> dict[str, Any]:
+    """Receipt fields of the first steps: Adam's, at the full learning rate, on one batch.
+
+    Without decay and clipping, which neither wake a slot nor part two copies.
+    """
+    sizes = axes.axis_sizes(stage.model)
+    adam = optim.scale_by_slot_adam(sizes, settings.b1, settings.b2, settings.eps)
+    rate = optim.scale_by_mup_learning_rate(stage, optim.steady)
+
+    @jax.jit
+    def step(params: Any, moments: SlotAdamState, mask: jax.Array) -> tuple[Any, Any, Any, Any]:
+        _, grads, _ = gradients(params, batch, stage.model, plan.masks(mask))
+        directions, moments = adam.update(grads, moments)
+        updates, _ = rate.update(directions, rate.init(params))
+        return optax.apply_updates(params, updates), moments, grads, directions
+
+    params, moments = state.params, slot_adam(state)
+    for n in range(FIRST_STEPS):
+        before = params
+        mask = jnp.float32((n + 1) / stage.growth.ramp_steps)
+        params, moments, grads, directions = step(params, moments, mask)
+        if n == 0:
+            first = largest_added(plan, directions)
+    return {
+        "dead_slots": dead_slots(plan, grads),
+        "locked_copies": locked_copies(plan, before, grads),
+        "first_update_over_lr": first,
+    }
+
+
+def slot_adam(state: TrainState) -> SlotAdamState:
+    """The Adam part of a train state."""
+    leaves = jax.tree.leaves(state.opt_state, is_leaf=lambda x: isinstance(x, SlotAdamState))
+    return next(leaf for leaf in leaves if isinstance(leaf, SlotAdamState))
