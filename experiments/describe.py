@@ -18,9 +18,10 @@ from flm_jax import counts
 
 def main(config: ml_collections.ConfigDict) -> dict[str, Any]:
     chain = cli.experiment(config)
-    length = chain.data.sequence_length
+    lengths = [chain.data_of(index).sequence_length for index in range(len(chain.stages))]
     described = [
-        {"name": stage.name, **counts.describe(stage.model, length)} for stage in chain.stages
+        {"name": stage.name, **counts.describe(stage.model, length)}
+        for stage, length in zip(chain.stages, lengths, strict=True)
     ]
     table = rich.table.Table("", *(d["name"] for d in described))
     for key in described[0]:
@@ -30,7 +31,8 @@ def main(config: ml_collections.ConfigDict) -> dict[str, Any]:
         elif key != "name":
             table.add_row(key, *(f"{d[key]:,}" for d in described))
     if not cli.json_wanted():
-        rich.console.Console().print(table, f"FLOPs at sequences of {length:,} tokens")
+        said = " and ".join(f"{length:,}" for length in dict.fromkeys(lengths))
+        rich.console.Console().print(table, f"FLOPs at sequences of {said} tokens")
     if "model" in config:
         return {key: value for key, value in described[0].items() if key != "name"}
     return {"stages": described}

@@ -94,7 +94,7 @@ def measure(config: ExperimentConfig, index: int, steps: int) -> dict[str, Any]:
     same of the masked step under "masked"; and "mask_overhead", the ratio of the step times.
     """
     host_memory.keep_freed()
-    stage, length = config.stages[index], config.data.sequence_length
+    stage, length = config.stages[index], config.data_of(index).sequence_length
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_divisible(stage.model, mesh)
     shape = optim.schedule_shape(config.schedule, config.total_steps)

@@ -77,7 +77,7 @@ def run(config: ExperimentConfig, workdir: str) -> list[dict[str, Any]]:
     if len(done) == len(config.stages):
         return done
 
-    corpus = data.open_corpus(config.data)
+    corpus = data.open_corpus(config.data_of(0))
     if corpus.vocab_size > min(stage.model.vocab_size for stage in config.stages):
         raise UserError(
             f"config.model.vocab_size is {config.stages[0].model.vocab_size}, but vocabulary "
@@ -136,7 +136,18 @@ def plan_of(
 class _Runner:
     def __init__(self, config: ExperimentConfig, folder: RunFolder, corpus: Any, mesh: Mesh):
         self.config, self.folder, self.corpus, self.mesh = config, folder, corpus, mesh
-        self.validation = corpus.validation(config.eval.batch_size, config.eval.sequences)
+
+    def corpus_of(self, index: int) -> Any:
+        """The corpus in the stage's sequence length."""
+        return self.corpus.with_length(self.config.data_of(index))
+
+    @functools.cache  # noqa: B019  (one runner, a few lengths)
+    def validation(self, sequence_length: int) -> list[dict[str, np.ndarray]]:
+        """The same tokens at every length."""
+        settings, about = self.config.eval, self.config.data_of(0)
+        about = dataclasses.replace(about, sequence_length=sequence_length)
+        windows = settings.sequences * self.config.data.sequence_length // sequence_length
+        return self.corpus.with_length(about).validation(settings.batch_size, max(windows, 1))
 
     def start_of(self, index: int) -> int:
         return sum(stage.steps for stage in self.config.stages[:index])
@@ -207,7 +218,7 @@ class _Runner:
         return Position(state, progress["data"], progress["wall_s"])
 
     def batches(self, index: int) -> Any:
-        return self.corpus.train(
+        return self.corpus_of(index).train(
             self.config.stages[index].batch_size, jax.process_index(), jax.process_count()
         )
 
@@ -217,7 +228,7 @@ class _Runner:
         """Grows the parent's state; measures it; keeps plan, receipt and the grown checkpoint."""
         began = time.monotonic()
         small, stage = self.config.stages[index - 1].model, self.config.stages[index]
-        batch = self.calibration(stage.growth.calibration_sequences, before.data)
+        batch = self.calibration(index, before.data)
         key = jax.random.fold_in(jax.random.key(self.config.seed), index)
         old = measure.source(before.state.params, batch, small)
         distances = tuple(float(d) for d in old["distances"])
@@ -245,9 +256,10 @@ class _Runner:
         checkpoints.wait()
         return position
 
-    def calibration(self, sequences: int, state: dict[str, Any]) -> dict[str, jax.Array]:
+    def calibration(self, index: int, state: dict[str, Any]) -> dict[str, jax.Array]:
         """The training data's next sequences, without consuming them."""
-        batches = self.corpus.train(sequences)
+        sequences = self.config.stages[index].growth.calibration_sequences
+        batches = self.corpus_of(index).train(sequences)
         batches.set_state(state)
         return jax.tree.map(jnp.asarray, next(batches))
 
@@ -261,6 +273,7 @@ class _Runner:
         board: TensorBoard,
     ) -> Position:
         stage, settings = self.config.stages[index], self.config
+        length = settings.data_of(index).sequence_length
         start = self.start_of(index)
         end, step = start + stage.steps, position.step
         resumed_at, began, wall_before = step, time.monotonic(), position.wall_s
@@ -284,7 +297,7 @@ class _Runner:
 
         def evaluate() -> None:
             bpb = bits_per_byte(
-                state.params, stage.model, self.validation, self.corpus.token_bytes,
+                state.params, stage.model, self.validation(length), self.corpus.token_bytes,
                 self.mesh, plan, mask_at(step - start),
             )  # fmt: skip
             folder.metrics.append("eval", step, bpb=bpb, mask=mask_at(step - start))
@@ -300,7 +313,7 @@ class _Runner:
                     f"is {checkpoints.path(last_good) if last_good is not None else 'none'}; "
                     "lower learning_rate or raise warm-up, with a new --workdir"
                 )
-            tokens = (done - resumed_at) * stage.batch_size * settings.data.sequence_length
+            tokens = (done - resumed_at) * stage.batch_size * length
             mask = mask_at(done - start)
             progress.update(done, loss, tokens, mask)
             recent.append(loss)
@@ -359,8 +372,9 @@ class _Runner:
         evals = folder.metrics.rows("eval")
         receipt = json.loads(folder.receipt.read_text()) if index > 0 else None
         plan = growth.Plan.from_json(folder.plan.read_text()) if index > 0 else None
-        tokens = stage.steps * stage.batch_size * self.config.data.sequence_length
-        per_token = counts.flops_per_token_train(stage.model, self.config.data.sequence_length)
+        length = self.config.data_of(index).sequence_length
+        tokens = stage.steps * stage.batch_size * length
+        per_token = counts.flops_per_token_train(stage.model, length)
         self.folder.add_stage(
             {
                 "index": index,

@@ -128,9 +128,21 @@ class DataConfig:
     sequence_length: int = 256  # tokens
     seed: int = 0
     shuffle_tokens: int = 1 << 24  # size of the shuffle buffer, in tokens
+    # Tokens that are shuffled as one piece, and cut into sequences afterwards: a chain whose
+    # context grows reads one stream. 0: a sequence (in a chain: its longest).
+    window_length: int = 0
 
     def __post_init__(self) -> None:
         _require_positive(self, "sequence_length", "shuffle_tokens")
+        _require(
+            self.window % self.sequence_length == 0,
+            f"DataConfig.window_length is {self.window_length}, not a multiple of sequence_length "
+            f"{self.sequence_length}; change one",
+        )
+
+    @property
+    def window(self) -> int:
+        return self.window_length or self.sequence_length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,6 +226,7 @@ class StageConfig:
     matrix_learning_rate: float  # peak, of matrix-like parameters at the µP base width
     accumulate: int = 1  # microbatches that one optimizer step is cut into
     growth: GrowthConfig = GrowthConfig()
+    sequence_length: int = 0  # tokens; 0: the data's. RoPE needs no growth for a longer context
 
     def __post_init__(self) -> None:
         _require_positive(
@@ -282,9 +295,21 @@ class ExperimentConfig:
                 f"its steps {stage.steps}; the masks must reach 1 before the stage ends",
             )
 
+        for index in range(len(self.stages)):
+            self.data_of(index)  # raises if the lengths do not fit each other
+
     @property
     def total_steps(self) -> int:
         return sum(stage.steps for stage in self.stages)
+
+    def data_of(self, index: int) -> DataConfig:
+        """A stage's data: its own sequence length, over the windows that all stages share."""
+        lengths = [stage.sequence_length or self.data.sequence_length for stage in self.stages]
+        return dataclasses.replace(
+            self.data,
+            sequence_length=lengths[index],
+            window_length=self.data.window_length or max(lengths),
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -179,8 +179,30 @@ def test_only_batches_handed_out_count(small):
         "sequences": 4,
         "seed": 0,
         "sequence_length": T,
+        "window_length": T,
         "fingerprint": small.fingerprint,
     }
+
+
+def test_the_context_grows_in_the_middle_of_the_stream(small):
+    """Short sequences, then long ones: the windows' tokens in order, none twice, none left out."""
+    long = reopen(small, sequence_length=4 * T)
+    short = reopen(small, sequence_length=T, window_length=4 * T)
+    before = short.train(2)
+    first = take(before, 8)  # half a long sequence more than a whole number of them: 4 x 4T
+    after = long.train(1)
+    after.set_state(before.get_state())
+    rest = take(after, 3)
+    stream = take(long.train(1), 7)
+    joined = np.concatenate([first["targets"].reshape(-1, 4 * T), rest["targets"]])
+    np.testing.assert_array_equal(joined, stream["targets"])
+    # A cut sequence begins a new segment, at position 0, and sees nothing before it.
+    assert (first["positions"][:, 0] == 0).all() and (first["tokens"][:, 0] == 0).all()
+    assert (first["weights"].reshape(-1, 4 * T) == stream["weights"][:4]).all()
+    # In the middle of a long sequence, its rest is skipped: less than one.
+    before.set_state({**before.get_state(), "offset": 5})
+    after.set_state(before.get_state())
+    np.testing.assert_array_equal(next(after)["targets"], stream["targets"][2:3])
 
 
 def test_a_fresh_process_resumes_and_ends_in_the_middle_of_an_epoch(large):
@@ -233,10 +255,10 @@ def test_seed_decides_the_order(small, rows):
 
 
 @pytest.mark.parametrize(
-    "change, field", [({"seed": 5}, "seed"), ({"sequence_length": 8}, "sequence_length")]
+    "change, field", [({"seed": 5}, "seed"), ({"sequence_length": 8}, "window_length")]
 )
 def test_state_of_another_stream_is_refused(small, change, field):
-    old, new = getattr(small.config, field), change[field]
+    old, new = (small.config.seed, 5) if field == "seed" else (T, 8)
     iterator = reopen(small, **change).train(2)
     with pytest.raises(UserError, match=rf"^{field} .*\b{old}, .* {new};"):
         iterator.set_state(small.train(2).get_state())

@@ -5,6 +5,7 @@ Letters in array names: B sequences of a batch, T tokens of a sequence.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import io
@@ -30,7 +31,7 @@ VALIDATION_SEED = 0
 # What SentencePiece writes for a space in its pieces.
 SPACE = "\u2581"
 # The stream depends on these, so a saved place holds only where they are equal.
-STREAM_IDENTITY = ("seed", "sequence_length", "fingerprint")
+STREAM_IDENTITY = ("seed", "window_length", "fingerprint")
 
 
 class Corpus:
@@ -83,9 +84,10 @@ class Corpus:
         batches have `batch_size` rows; rows that are missing from the last have weight 0.
         """
         _require_positive(batch_size=batch_size, num_sequences=num_sequences)
-        windows = _windows(self.documents("validation"), self.config.sequence_length)
+        windows = _windows(self.documents("validation"), self.config.window)
         buffer = self._window_buffer()
         windows = windows.shuffle(buffer, seed=VALIDATION_SEED, reshuffle_each_iteration=False)
+        windows = _cut(windows, self.config)
         batches = windows.take(num_sequences).batch(batch_size).map(_features)
         return [_pad_rows(batch, batch_size) for batch in batches.as_numpy_iterator()]
 
@@ -105,14 +107,21 @@ class Corpus:
         return dataset.map(lambda example: tf.cast(example["targets"], tf.int32))
 
     def epoch(self, epoch: int) -> tf.data.Dataset:
-        """All windows of one epoch, in its order: `targets` and `positions`, int32 [T]."""
+        """All sequences of one epoch, in its order: `targets` and `positions`, int32 [T]."""
         config = self.config
         seed = int(np.random.SeedSequence((config.seed, epoch)).generate_state(1)[0])
-        windows = _windows(self.documents("train", seed), config.sequence_length)
-        return windows.shuffle(self._window_buffer(), seed=seed, reshuffle_each_iteration=False)
+        windows = _windows(self.documents("train", seed), config.window)
+        windows = windows.shuffle(self._window_buffer(), seed=seed, reshuffle_each_iteration=False)
+        return _cut(windows, config)
+
+    def with_length(self, config: DataConfig) -> Corpus:
+        """The same opened documents, read in another sequence length."""
+        other = copy.copy(self)
+        other.config = config
+        return other
 
     def _window_buffer(self) -> int:
-        return max(1, self.config.shuffle_tokens // self.config.sequence_length)
+        return max(1, self.config.shuffle_tokens // self.config.window)
 
 
 def open_corpus(config: DataConfig) -> Corpus:
@@ -155,9 +164,10 @@ class BatchIterator:
         self._host_rows = slice(host_index * share, (host_index + 1) * share)
         self._identity = {
             "seed": corpus.config.seed,
-            "sequence_length": corpus.config.sequence_length,
+            "window_length": corpus.config.window,
             "fingerprint": corpus.fingerprint,
         }
+        self._length = corpus.config.sequence_length
         self._epoch, self._offset, self._sequences = 0, 0, 0
         self._stream: Iterator[Batch] | None = None  # of this epoch, from `_offset` when opened
         self._rows: Batch | None = None  # read from the stream, not handed out yet
@@ -210,17 +220,19 @@ class BatchIterator:
             "epoch": self._epoch,
             "offset": self._offset,  # sequences of this epoch
             "sequences": self._sequences,  # of all epochs
+            "sequence_length": self._length,
             **self._identity,
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Goes to the place of `get_state`: the next batch is the one that followed it.
 
-        Holds in any process, for any batch size and number of hosts. Skipped sequences of the
-        epoch are read and tokenised again.
+        Holds in any process, for any batch size and number of hosts, and for another sequence
+        length over the same windows: then less than one sequence is skipped. Skipped sequences of
+        the epoch are read and tokenised again.
 
         Raises:
-          UserError: the state is of another seed, sequence length or corpus.
+          UserError: the state is of another seed, window length or corpus.
         """
         for name in STREAM_IDENTITY:
             if state.get(name) != self._identity[name]:
@@ -229,7 +241,8 @@ class BatchIterator:
                     f"{self._identity[name]!r}; resume with the data that the run began with, or "
                     "start a new run"
                 )
-        self._epoch, self._offset = state["epoch"], state["offset"]
+        self._epoch = state["epoch"]
+        self._offset = -(-state["offset"] * state["sequence_length"] // self._length)
         self._sequences = state["sequences"]
         self._stream, self._rows = None, None
 
@@ -358,6 +371,20 @@ def _windows(documents: tf.data.Dataset, sequence_length: int) -> tf.data.Datase
 
     groups = documents.ragged_batch(GROUP_DOCUMENTS)
     return groups.map(cut, num_parallel_calls=tf.data.AUTOTUNE).unbatch()
+
+
+def _cut(windows: tf.data.Dataset, config: DataConfig) -> tf.data.Dataset:
+    """Windows cut into sequences, in order. A sequence begins a new segment."""
+    if config.window == config.sequence_length:
+        return windows
+
+    def pieces(window: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        shape = [config.window // config.sequence_length, config.sequence_length]
+        targets, positions = (tf.reshape(window[n], shape) for n in ("targets", "positions"))
+        positions = tf.minimum(positions, tf.range(config.sequence_length))
+        return {"targets": targets, "positions": positions}
+
+    return windows.map(pieces, num_parallel_calls=tf.data.AUTOTUNE).unbatch()
 
 
 def _features(windows: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
