@@ -3,6 +3,7 @@
   python -m experiments.check_growth --operator=all
   python -m experiments.check_growth --operator=tile,layers=stack --noise_db=10
   python -m experiments.check_growth --operator=zero_pad,identity --run=runs/demo
+  python -m experiments.check_growth --list
 
 Exit status 1 if a measurement contradicts a claim.
 """
@@ -20,6 +21,7 @@ from absl import flags
 from experiments import cli
 
 OPERATOR = flags.DEFINE_string("operator", "all", "`all`, or a recipe: see docs/growth.md.")
+LIST = flags.DEFINE_bool("list", False, "Only print the operators, as a Markdown table.")
 RUN = flags.DEFINE_string("run", None, "A run folder: grow its last checkpoint.")
 MOMENTS = flags.DEFINE_string("moments", "asym", "dual, asym or reset.")
 RATES = flags.DEFINE_string("rates", "target", "target or carry.")
@@ -45,6 +47,11 @@ def _table(rows: list[dict[str, Any]]) -> rich.table.Table:
 
 def main(arguments: list[str]) -> dict[str, Any]:
     del arguments
+    from flm_jax.growth import operators
+
+    if LIST.value:
+        print(operators.markdown())
+        return {"operators": []}
     # Dozens of tiny programs, each run a few times: compiling is all the time there is.
     quick = "--xla_backend_optimization_level=0"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick}"
@@ -57,6 +64,8 @@ def main(arguments: list[str]) -> dict[str, Any]:
     cases: tuple[tuple[str, str, dict[str, Any]], ...] = ((OPERATOR.value, OPERATOR.value, how),)
     if OPERATOR.value == "all":
         cases = check_growth.ALL
+    for _, recipe, _ in cases:
+        operators.choose(recipe)  # a wrong name is refused before anything is computed
     console = rich.console.Console(stderr=True)
     rows = []
     for number, (name, recipe, options) in enumerate(cases, 1):

@@ -38,7 +38,11 @@ def _flops(experiment: ExperimentConfig, stage: StageConfig) -> int:
 
 
 def of_seed(experiment: ExperimentConfig, seed: int) -> ExperimentConfig:
-    data = dataclasses.replace(experiment.data, seed=experiment.data.seed + seed)
+    # All arms read one stream, also those whose context does not grow.
+    window = experiment.data_of(0).window_length
+    data = dataclasses.replace(
+        experiment.data, seed=experiment.data.seed + seed, window_length=window
+    )
     # Arms have different numbers of steps; the learning rate must not tell them apart.
     schedule = dataclasses.replace(experiment.schedule, total_steps=experiment.total_steps)
     return dataclasses.replace(

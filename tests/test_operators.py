@@ -13,10 +13,12 @@ import pytest
 from flm_jax import axes, check_growth, growth, ligo, measure, optim, sharding
 from flm_jax.config import GrowthConfig, OptimizerConfig, StageConfig
 from flm_jax.errors import UserError
+from flm_jax.growth import operators
 from flm_jax.growth.expansion import NEW, Expansion, Run
 from flm_jax.growth.operators import EXACT, OPERATORS
 from flm_jax.growth.receipt import gradient_error
 from flm_jax.state import TrainState
+from tests.commands import ROOT
 from tests.models import SMALL, changed, gradients, grow, logits_of, packed_batch, random_params
 
 KEY = jax.random.key(7)
@@ -540,6 +542,11 @@ def test_other_mistakes_are_refused():
 
 
 # --- The table ---------------------------------------------------------------------------------
+
+
+def test_the_docs_table_is_the_codes():
+    text = (ROOT / "docs/growth.md").read_text()
+    assert operators.markdown() in text, "run: python -m experiments.check_growth --list"
 
 
 def test_a_claim_that_does_not_hold_is_contradicted(monkeypatch):

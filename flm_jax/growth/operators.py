@@ -217,7 +217,7 @@ def _ligo(r: Request) -> Expansion:
 
 
 _LAYERS = ("layers",)
-_BREAK = "none: asym, noise or weights"
+_BREAK = "nothing: `asym` or noise must"
 
 OPERATORS: dict[str, Operator] = {
     o.name: o
@@ -255,6 +255,17 @@ OPERATORS: dict[str, Operator] = {
                  "Hewitt 2021, \"Initializing new word embeddings\"", _mean),
     )
 }  # fmt: skip
+
+
+def markdown() -> str:
+    """All operators as a table."""
+    lines = ["| operator | grows | claim | what separates added slots | source |",
+             "| --- | --- | --- | --- | --- |"]  # fmt: skip
+    for o in OPERATORS.values():
+        lines.append(
+            f"| `{o.name}` | {', '.join(o.axes)} | {o.exactness} | {o.symmetry} | {o.paper} |"
+        )
+    return "\n".join(lines)
 
 
 def choose(recipe: str) -> dict[str, Operator]:

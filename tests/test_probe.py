@@ -1,0 +1,48 @@
+"""check_growth and probe_growth as commands."""
+
+import json
+
+from tests.commands import json_of, mistake, run
+
+PROBE = ("experiments.probe_growth", "--config=configs/probe_growth.py:smoke")
+
+
+def test_check_growth_prints_a_row_for_a_recipe():
+    (row,) = json_of("experiments.check_growth", "--operator=stack")["operators"]
+    assert {"name", "axes", "claimed", "measured", "max_abs_logit_diff_f64", "dead_slots",
+            "max_abs_logit_diff_f32", "max_abs_logit_diff_bf16", "locked_copies",
+            "first_update_over_lr", "ok"} <= set(row)  # fmt: skip
+    assert row["claimed"] == "APPROX" == row["measured"] and row["ok"]
+
+
+def test_a_lock_is_a_contradiction_and_a_wrong_recipe_a_mistake():
+    status, out, _ = run(
+        "experiments.check_growth", "--operator=mlp=tile", "--moments=dual", "--json"
+    )
+    (row,) = json.loads(out)["operators"]
+    assert status == 1 and row["locked_copies"] == 40 and not row["ok"]
+    assert "no operator 'magic'" in mistake("experiments.check_growth", "--operator=magic")
+    assert "no lineage.json" in mistake("experiments.check_growth", "--run=runs/nowhere")
+
+
+def test_probe_ranks_resumes_and_refuses(tmp_path):
+    line = mistake(
+        *PROBE, f"--workdir={tmp_path}/no", "--config.arms[2].growth.recipe=tile,layers=magic"
+    )
+    assert "'magic'" in line and not (tmp_path / "no").exists()
+    # The context grows too: the target reads sequences of twice the length.
+    args = (*PROBE, f"--workdir={tmp_path}", "--config.experiment.stages[1].sequence_length=128")
+    arms = json_of(*args)["arms"]
+    assert sorted(a["name"] for a in arms) == ["msg", "not grown", "tile + stack"]
+    assert [a["mean_end"] for a in arms] == sorted(a["mean_end"] for a in arms)
+    assert (tmp_path / "report/probe.png").exists()
+    source = json.loads((tmp_path / "source-0/lineage.json").read_text())["stages"][0]
+    for arm in arms:
+        path = tmp_path / f"arms/{arm['name']}-0"
+        first, second = json.loads((path / "lineage.json").read_text())["stages"]
+        assert first["params_digest"] == source["params_digest"] and second["parent"] == "source"
+        assert abs(arm["flops"][0] / arms[0]["flops"][0] - 1) < 0.05
+    assert json_of(*args)["arms"] == arms
+    run_of_arm = f"--run={tmp_path}/arms/msg-0"
+    (row,) = json_of("experiments.check_growth", "--operator=identity", run_of_arm)["operators"]
+    assert row["ok"] and row["claimed"] == "EXACT"
