@@ -57,9 +57,18 @@ class Param:
         return frozenset(a for a, r in zip(self.axes, self.roles, strict=True) if r is Role.OUT)
 
     @property
+    def kind(self) -> str:
+        """What grows with the width (Tensor Programs V, arXiv 2203.03466, table 3).
+
+        "matrix": inputs and outputs; "readout": only inputs; "vector": only outputs, or a gain.
+        """
+        if not self.reads() & WIDTHS:
+            return "vector"
+        return "matrix" if self.writes() & WIDTHS else "readout"
+
+    @property
     def matrix_like(self) -> bool:
-        """Both its inputs and its outputs grow with the width (Tensor Programs V, table 3)."""
-        return bool(self.reads() & WIDTHS) and bool(self.writes() & WIDTHS)
+        return self.kind == "matrix"
 
     @property
     def residual_writer(self) -> bool:

@@ -22,7 +22,8 @@ COMPUTE_DTYPES = ("float32", "bfloat16", "float64")
 REMAT_POLICIES = ("none", "dots", "full")
 SCHEDULES = ("constant", "cosine", "wsd")
 MOMENTS = ("dual", "asym", "reset")
-RATES = ("target", "carry")
+RATES = ("target", "carry", "ramp")
+PARAMETRISATIONS = ("mup", "sp")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -60,7 +61,9 @@ class TransformerConfig:
     num_kv_heads: int = 0  # 0: as many as query heads (Tele-FLM); else divides num_heads
     rope_theta: float = 10_000.0
     rms_norm_eps: float = 1e-5
-    # µP. Tele-FLM's `mup_scale_factor` is d_model / mup_base_width.
+    # How scales follow the width (`mup.py`): µP, or the standard parametrisation to compare with.
+    parametrisation: str = "mup"
+    # Tele-FLM's `mup_scale_factor` is d_model / mup_base_width.
     mup_base_width: int = 0  # 0: d_model itself, that is: no width scaling
     input_mult: float = 1.0
     output_mult: float = 1.0
@@ -93,9 +96,11 @@ class TransformerConfig:
             self.head_dim % 2 == 0,
             f"TransformerConfig.head_dim is {self.head_dim}; RoPE rotates pairs, so make it even",
         )
+        _require_choice(self, "parametrisation", PARAMETRISATIONS)
         _require(
-            self.mup_base_width >= 0,
-            f"TransformerConfig.mup_base_width is {self.mup_base_width}; give 0 (off) or a width",
+            0 <= self.mup_base_width <= self.d_model,
+            f"TransformerConfig.mup_base_width is {self.mup_base_width} and d_model "
+            f"{self.d_model}; give 0 (off) or a width that is not larger",
         )
 
     @property
@@ -113,8 +118,9 @@ class TransformerConfig:
 
     @property
     def logit_mult(self) -> float:
-        """What the head's output is multiplied by: `output_mult / mup_scale_factor`."""
-        return self.output_mult / self.width_mult
+        """What the head's output is multiplied by: under µP `output_mult / mup_scale_factor`."""
+        mup = self.parametrisation == "mup"
+        return self.output_mult / self.width_mult if mup else self.output_mult
 
 
 @dataclasses.dataclass(frozen=True)

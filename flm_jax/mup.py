@@ -1,14 +1,21 @@
-"""µP from the axis table: initial scale, learning rate and decay of each parameter.
+"""How scales follow the width: initial scale, learning rate and decay, from the axis table.
 
-Rules of Tensor Programs V (arXiv 2203.03466, table 3, Adam), as Tele-FLM uses them (arXiv
-2404.16645, table 4): with m = d_model / base width, a matrix-like parameter has standard deviation
-std / sqrt(m) and learning rate lr / m; vector-like ones keep both; the head's output is multiplied
-by output_mult / m. Decoupled weight decay acts through the learning rate, so a matrix-like
-parameter's decay coefficient is multiplied by m to shrink equally fast at every width.
+With m = d_model / base width, by the rules of Tensor Programs V (arXiv 2203.03466, table 3, Adam)
+as Tele-FLM uses them (arXiv 2404.16645, table 4). "sp" is the standard parametrisation to compare
+with: entries scaled to their fan-in, everything else the same at every width. Both agree at m = 1.
+
+    kind      example          µP: std     rate   decay   output        SP: std     rate, decay
+    matrix    query, down      s / sqrt m  1 / m  m                     s / sqrt m  1
+    vector    embedding, gain  s           1      1                     s           1
+    readout   head             s           1      1       output / m    s / sqrt m  1
+
+Decoupled decay acts through the learning rate: the factor m keeps it equally fast at every width.
+Attention needs no factor: the head size is fixed.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -17,8 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flm_jax.axes import Param, Role
-from flm_jax.config import TransformerConfig
+from flm_jax.axes import TABLE, Param, Role, multiplier_of
+from flm_jax.config import OptimizerConfig, StageConfig, TransformerConfig
 
 # Standard deviation of the sum of four uniform integers from 0 to 2^16 - 1.
 _UNIT = math.sqrt(4 * (2**32 - 1) / 12)
@@ -28,24 +35,50 @@ def init_std(param: Param, config: TransformerConfig) -> float:
     """Standard deviation of the parameter's initial entries (0 for a gain, which starts at 1)."""
     if Role.GAIN in param.roles:
         return 0.0
+    fan_in = math.sqrt(config.width_mult)
     if not param.matrix_like:
-        return config.vector_init_std
-    std = config.matrix_init_std / math.sqrt(config.width_mult)
+        scaled = param.kind == "readout" and config.parametrisation == "sp"
+        return config.vector_init_std / (fan_in if scaled else 1)
+    std = config.matrix_init_std / fan_in
     if config.depth_scaled_init and param.residual_writer:
         std /= math.sqrt(2 * max(config.num_layers, 1))
     return std
 
 
+def _matrix_mult(param: Param, config: TransformerConfig) -> float:
+    mup = config.parametrisation == "mup"
+    return config.width_mult if mup and param.matrix_like else 1.0
+
+
 def learning_rate_mult(param: Param, config: TransformerConfig) -> float:
-    """1/m for matrix-like parameters, 1 for others."""
-    return 1 / config.width_mult if param.matrix_like else 1.0
+    """Under µP 1/m for matrix-like parameters; else 1."""
+    return 1 / _matrix_mult(param, config)
 
 
 def decay_mult(param: Param, config: TransformerConfig) -> float:
-    """m for matrix-like parameters, 1 for others, 0 for gains."""
-    if Role.GAIN in param.roles:
-        return 0.0
-    return config.width_mult if param.matrix_like else 1.0
+    """Under µP m for matrix-like parameters; else 1; 0 for gains."""
+    return 0.0 if Role.GAIN in param.roles else _matrix_mult(param, config)
+
+
+def table(stage: StageConfig, settings: OptimizerConfig) -> dict[str, dict[str, Any]]:
+    """Of each parameter: kind, and std, learning rate, decay and multiplier, at the base width
+    and at the stage's own."""
+    target = stage.model
+    base = dataclasses.replace(target, d_model=target.mup_base_width or target.d_model)
+
+    def at(param: Param, config: TransformerConfig) -> dict[str, float]:
+        rate = stage.matrix_learning_rate if param.matrix_like else stage.learning_rate
+        return {
+            "init_std": init_std(param, config),
+            "learning_rate": rate * learning_rate_mult(param, config),
+            "weight_decay": settings.weight_decay * decay_mult(param, config),
+            "multiplier": multiplier_of(param, config),
+        }
+
+    return {
+        path: {"kind": param.kind, "base": at(param, base), "target": at(param, target)}
+        for path, param in TABLE.items()
+    }
 
 
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
