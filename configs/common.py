@@ -6,11 +6,11 @@ from typing import Any
 
 import ml_collections
 
-from flm_jax.config import ExperimentConfig, ProbeConfig, to_dict
+from flm_jax.config import ExperimentConfig, to_dict
 from flm_jax.errors import UserError
 
 
-def to_config_dict(config: ExperimentConfig | ProbeConfig) -> ml_collections.ConfigDict:
+def to_config_dict(config: Any) -> ml_collections.ConfigDict:
     """Every field with its type, so that overrides on the command line are checked.
 
     Stages are a tuple of ConfigDicts: `--config.stages[0].steps=5`.

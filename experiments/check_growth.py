@@ -10,7 +10,6 @@ Exit status 1 if a measurement contradicts a claim.
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Any
 
@@ -19,6 +18,7 @@ import rich.table
 from absl import flags
 
 from experiments import cli
+from flm_jax import host
 
 OPERATOR = flags.DEFINE_string("operator", "all", "`all`, or a recipe: see docs/growth.md.")
 LIST = flags.DEFINE_bool("list", False, "Only print the operators, as a Markdown table.")
@@ -53,8 +53,7 @@ def main(arguments: list[str]) -> dict[str, Any]:
         print(operators.markdown())
         return {"operators": []}
     # Dozens of tiny programs, each run a few times: compiling is all the time there is.
-    quick = "--xla_backend_optimization_level=0"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick}"
+    host.compile_quickly()
     from flm_jax import check_growth
 
     source = check_growth.run_source(RUN.value) if RUN.value else check_growth.random_source()

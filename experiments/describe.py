@@ -17,7 +17,6 @@ from experiments import cli
 from flm_jax import counts, mup
 from flm_jax.config import ExperimentConfig
 
-
 MUP = flags.DEFINE_bool("mup", False, "Print each parameter's role and multipliers instead.")
 
 

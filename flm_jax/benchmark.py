@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from flm_jax import counts, growth, host_memory, optim, sharding
+from flm_jax import counts, growth, host, optim, sharding
 from flm_jax.config import ExperimentConfig, StageConfig, TransformerConfig
 from flm_jax.train import init_state, make_train_step
 
@@ -93,7 +93,7 @@ def measure(config: ExperimentConfig, index: int, steps: int) -> dict[str, Any]:
     ratio), peak_bytes (arguments, outputs and temporaries of the compiled step, per device); the
     same of the masked step under "masked"; and "mask_overhead", the ratio of the step times.
     """
-    host_memory.keep_freed()
+    host.keep_freed()
     stage, length = config.stages[index], config.data_of(index).sequence_length
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_divisible(stage.model, mesh)

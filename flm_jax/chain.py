@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ import optax
 from jax.sharding import Mesh
 
 from flm_jax import config as config_lib
-from flm_jax import counts, data, growth, host_memory, ligo, measure, optim, sharding
+from flm_jax import counts, data, growth, host, ligo, measure, optim, sharding
 from flm_jax.checkpoint import Checkpoints, params_digest
 from flm_jax.config import ExperimentConfig, StageConfig, TransformerConfig
 from flm_jax.errors import RunStopped, UserError
@@ -64,10 +63,9 @@ def run(config: ExperimentConfig, workdir: str) -> list[dict[str, Any]]:
       UserError: the config, the data or the folder does not fit; nothing is overwritten.
       RunStopped: after SIGINT or SIGTERM, with a checkpoint written.
     """
-    host_memory.keep_freed()
-    if config.quick_compile:  # read by XLA when its first program is compiled
-        flags = os.environ.get("XLA_FLAGS", "")
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0"
+    host.keep_freed()
+    if config.quick_compile:
+        host.compile_quickly()
     mesh = sharding.make_mesh(config.mesh)
     check(config, mesh)
     folder = RunFolder(workdir)

@@ -196,11 +196,11 @@ class GrowthConfig:
 
     recipe: str = "msg"  # operators by name, as "tile,identity": docs/growth.md
     moments: str = "asym"  # Adam's: "dual", "asym" or "reset"
-    rates: str = "target"  # learning rate and eps: "target", or "carry" the source's
+    rates: str = "target"  # learning rate and eps: "target", "carry" the source's, or "ramp"
     noise_db: float = 0.0  # signal-to-noise ratio of what separates copies; 0: none
     added_rate: float = 1.0  # learning rate of added slots over that of old ones (SPARKLING: 1.3)
     added_rate_steps: int = 250  # reached linearly, from 1, after so many steps
-    ramp_steps: int = 100  # run-time masks, if any, rise linearly from 1/ramp_steps to 1
+    ramp_steps: int = 100  # masks rise linearly from 1/ramp_steps to 1; rates "ramp" fade
     rewarmup_steps: int = 20  # every learning rate rises again from `rewarmup_ratio` to 1
     rewarmup_ratio: float = 0.1
     calibration_sequences: int = 8  # for the receipt and the layer distances
@@ -348,6 +348,43 @@ class ProbeConfig:
             len(set(names)) == len(names) > 0,
             f"ProbeConfig.arms has names {names}; give at least one, each a name of its own",
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class MupStudyConfig:
+    """A proxy at the base width, and the widths and values to try around it."""
+
+    experiment: ExperimentConfig  # one stage: the proxy
+    width_factors: tuple[int, ...] = (1, 2, 4)
+    learning_rates: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0)  # times the stage's
+    init_stds: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0)  # times the model's
+    input_mults: tuple[float, ...] = (0.25, 1.0, 4.0)
+    output_mults: tuple[float, ...] = (0.25, 1.0, 4.0)
+    seeds: int = 1
+    coordinate_factors: tuple[int, ...] = (1, 2, 4, 8)
+    coordinate_steps: int = 8
+    coordinate_seeds: int = 2
+    growth_factor: int = 2  # of the width, for the growth
+    growth_steps: int = 40  # of the ramp; as many follow
+    family: tuple[StageConfig, ...] = ()  # widths to fit on, ascending, and the one to predict
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "seeds", "coordinate_steps", "coordinate_seeds", "growth_steps")
+        count = len(self.experiment.stages)
+        _require(count == 1, f"MupStudyConfig.experiment has {count} stages; give the proxy alone")
+        base = self.experiment.stages[0].model
+        _require(
+            base.width_mult == 1,
+            f"MupStudyConfig: the proxy has mup_base_width {base.mup_base_width} and d_model "
+            f"{base.d_model}; widths are multiples of the base, so make them equal",
+        )
+        for name in ("width_factors", "coordinate_factors", "learning_rates", "init_stds",
+                     "input_mults", "output_mults"):  # fmt: skip
+            values = getattr(self, name)
+            _require(
+                len(values) > 0 and all(v > 0 for v in values),
+                f"MupStudyConfig.{name} is {values}; give values above 0",
+            )
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -32,7 +32,7 @@ Schedule = Callable[[jax.Array], jax.Array]
 class SlotAdamState(NamedTuple):
     """Adam's state, with ages and multipliers that differ from slot to slot.
 
-    The multipliers are all 1 until a growth with rates "carry" (`growth/apply.py`).
+    The multipliers are all 1 until a growth with rates "carry" or "ramp" (`growth/apply.py`).
     """
 
     steps: jax.Array  # int32: updates done
@@ -40,19 +40,25 @@ class SlotAdamState(NamedTuple):
     nu: Any
     born: dict[str, jax.Array]  # axis -> int32 [size]: `steps` when the slot was added
     share: dict[str, jax.Array]  # axis -> [size]: scales readers' steps and writers' eps
-    step_scale: jax.Array  # [parameters, in the table's order]: scales their steps
-    eps_scale: jax.Array  # [parameters]: scales their eps
+    sourced: dict[str, jax.Array]  # axis -> [size]: 1, or 0 for slots without a source, which the
+    step_scale: jax.Array  # [parameters, in the table's order] scales of steps
+    eps_scale: jax.Array  # [parameters] and of eps do not touch
 
 
-class Boost(NamedTuple):
-    """Another learning rate for the slots that a growth added.
+class SinceGrowth(NamedTuple):
+    """What changes with the steps after a growth.
 
-    SPARKLING (ICML 2026) lets it rise linearly to 1.3 times that of old slots in 250 steps.
+    Attributes:
+      start: the growth's step; slots born then are added.
+      added_rate, added_rate_steps: added slots' learning rate over that of old ones, and the steps
+        in which it gets there (SPARKLING, ICML 2026: 1.3 and 250).
+      fade_steps: the state's multipliers fade to 1, geometrically, over these steps; 0: they stay.
     """
 
-    start: int  # slots born at this step or later
-    ratio: float
-    steps: int
+    start: int
+    added_rate: float = 1.0
+    added_rate_steps: int = 1
+    fade_steps: int = 0
 
 
 def _map(function: Callable[..., Any], *trees: Any) -> Any:
@@ -84,7 +90,7 @@ _WRITTEN = frozenset({axes.Role.OUT, axes.Role.GAIN})
 
 
 def scale_by_slot_adam(
-    sizes: dict[str, int], b1: float, b2: float, eps: float, boost: Boost | None = None
+    sizes: dict[str, int], b1: float, b2: float, eps: float, growth: SinceGrowth | None = None
 ) -> optax.GradientTransformation:
     """Adam (arXiv 1412.6980, algorithm 1) whose step count t is that of each slot.
 
@@ -95,7 +101,7 @@ def scale_by_slot_adam(
     Args:
       sizes: axis -> size.
       b1, b2, eps: Adam's.
-      boost: of added slots.
+      growth: of the stage; None: multipliers stay as they are.
     """
 
     def init(params: Any) -> SlotAdamState:
@@ -106,6 +112,7 @@ def scale_by_slot_adam(
             nu=jax.tree.map(jnp.zeros_like, params),
             born={axis: jnp.zeros(size, jnp.int32) for axis, size in sizes.items()},
             share={axis: jnp.ones(size, dtype) for axis, size in sizes.items()},
+            sourced={axis: jnp.ones(size, dtype) for axis, size in sizes.items()},
             step_scale=jnp.ones(len(axes.TABLE), dtype),
             eps_scale=jnp.ones(len(axes.TABLE), dtype),
         )
@@ -118,10 +125,16 @@ def scale_by_slot_adam(
         age = {axis: (steps - born).astype(dtype) for axis, born in state.born.items()}
         decay1 = {axis: jnp.asarray(b1, dtype) ** a for axis, a in age.items()}
         decay2 = {axis: jnp.asarray(b2, dtype) ** a for axis, a in age.items()}
-        risen = {
-            axis: jnp.minimum(a / boost.steps, 1) * (state.born[axis] >= boost.start).astype(dtype)
+        kept = jnp.ones((), dtype)  # how much of the state's multipliers is in force
+        if growth and growth.fade_steps:
+            kept = 1 - jnp.clip((steps - growth.start) / growth.fade_steps, 0, 1).astype(dtype)
+        share = {axis: x**kept for axis, x in state.share.items()}
+        step_scale, eps_scale = state.step_scale**kept, state.eps_scale**kept
+        boosted = {
+            axis: jnp.minimum(a / growth.added_rate_steps, 1)
+            * (state.born[axis] >= growth.start).astype(dtype)
             for axis, a in age.items()
-            if boost
+            if growth and growth.added_rate != 1
         }
         mu = jax.tree.map(lambda g, m: b1 * m + (1 - b1) * g, grads, state.mu)
         nu = jax.tree.map(lambda g, v: b2 * v + (1 - b2) * jnp.square(g), grads, state.nu)
@@ -131,13 +144,15 @@ def scale_by_slot_adam(
             # The youngest slot has the largest beta^age.
             m_hat = m / (1 - _combined(param, decay1, jnp.maximum).astype(m.dtype))
             v_hat = v / (1 - _combined(param, decay2, jnp.maximum).astype(v.dtype))
-            eps_scale = state.eps_scale[row[path]]
-            eps_scale = eps_scale * _combined(param, state.share, jnp.multiply, _WRITTEN)
-            scale = state.step_scale[row[path]]
-            scale = scale * _combined(param, state.share, jnp.multiply, _READ)
-            if boost:
-                scale = scale * (1 + (boost.ratio - 1) * _combined(param, risen, jnp.maximum))
-            return scale.astype(m.dtype) * m_hat / (jnp.sqrt(v_hat) + eps * eps_scale)
+            sourced = _combined(param, state.sourced, jnp.multiply)
+            scale = 1 + sourced * (step_scale[row[path]] - 1)
+            scale = scale * _combined(param, share, jnp.multiply, _READ)
+            eps_here = 1 + sourced * (eps_scale[row[path]] - 1)
+            eps_here = eps * eps_here * _combined(param, share, jnp.multiply, _WRITTEN)
+            if growth and boosted:
+                risen = _combined(param, boosted, jnp.maximum)
+                scale = scale * (1 + (growth.added_rate - 1) * risen)
+            return scale.astype(m.dtype) * m_hat / (jnp.sqrt(v_hat) + eps_here)
 
         return _map(direction, mu, nu), state._replace(steps=steps, mu=mu, nu=nu)
 
@@ -233,12 +248,13 @@ def optimizer(
       grown_at: global step of the stage's growth; None: it did not grow.
     """
     g, sizes = stage.growth, axes.axis_sizes(stage.model)
-    boost = None
-    if grown_at is not None and g.added_rate != 1:
-        boost = Boost(grown_at, g.added_rate, g.added_rate_steps)
+    growth = None
+    if grown_at is not None:
+        fade = g.ramp_steps if g.rates == "ramp" else 0
+        growth = SinceGrowth(grown_at, g.added_rate, g.added_rate_steps, fade)
     return optax.chain(
         optax.clip_by_global_norm(settings.clip_norm),
-        scale_by_slot_adam(sizes, settings.b1, settings.b2, settings.eps, boost),
+        scale_by_slot_adam(sizes, settings.b1, settings.b2, settings.eps, growth),
         add_mup_decay(settings.weight_decay, stage.model),
         scale_by_mup_learning_rate(stage, shape),
     )

@@ -7,19 +7,13 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 import rich.box
 import rich.table
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 from flm_jax import probe
+from flm_jax.figures import ACCENT, GUIDE, LINE, clean, plt, save
 from flm_jax.lineage import RunFolder, StageFolder, write_atomically, write_json
-
-# One hue for what is measured, grey for what marks and guides.
-_LINE, _GUIDE, _ACCENT = "#2458a6", "#9a9a9a", "#c4501b"
 
 _COLUMNS = (
     "stage", "params", "steps", "tokens", "FLOPs", "time", "bits per byte",
@@ -66,16 +60,6 @@ def _markdown(stages: Sequence[dict[str, Any]]) -> str:
     return "\n".join("| " + " | ".join(r) + " |" for r in rows)
 
 
-def _clean(axes: Any) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _save(figure: Any, path: pathlib.Path) -> None:
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
 def _folders(folder: RunFolder, stages: Sequence[dict[str, Any]]) -> list[StageFolder]:
     return [folder.stage(s["index"], s["name"]) for s in stages]
 
@@ -96,21 +80,21 @@ def _curves(folder: RunFolder, stages: Sequence[dict[str, Any]], path: pathlib.P
             xs = [done + (r["step"] - step0) * per_step for r in rows]
             ys = [r["bpb"] for r in rows]
             worst = max(worst, *ys)
-            panel.plot(xs, ys, color=_LINE, marker="o", markersize=3)
+            panel.plot(xs, ys, color=LINE, marker="o", markersize=3)
             if stage["index"] > 0:
-                panel.axvline(done, color=_ACCENT, linestyle="--", linewidth=1)
+                panel.axvline(done, color=ACCENT, linestyle="--", linewidth=1)
                 panel.annotate(
                     f"grow to {stage['params'] / 1e6:.3g}M", (done, 1), (3, -4),
                     xycoords=("data", "axes fraction"), textcoords="offset points",
-                    color=_ACCENT, fontsize=8, rotation=90, va="top",
+                    color=ACCENT, fontsize=8, rotation=90, va="top",
                 )  # fmt: skip
             done += stage[unit]
             step0 += stage["steps"]
         panel.set_xlabel(name)
         panel.set_xlim(left=0)
-        _clean(panel)
+        clean(panel)
     panels[0].set_ylabel("validation bits per byte")
-    _save(figure, path)
+    save(figure, path)
 
 
 def _ramps(folder: RunFolder, stages: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
@@ -122,16 +106,16 @@ def _ramps(folder: RunFolder, stages: Sequence[dict[str, Any]], path: pathlib.Pa
         ramp = sum(r["mask"] < 1 for r in rows)
         rows = rows[: max(2 * ramp, ramp + 2)]
         steps = [r["step"] for r in rows]
-        panel.plot(steps, [r["loss"] for r in rows], color=_LINE)
+        panel.plot(steps, [r["loss"] for r in rows], color=LINE)
         panel.set(title=f"{stage['name']}: the ramp", xlabel="step")
-        panel.set_ylabel("training loss, 10-step mean (nats)", color=_LINE)
+        panel.set_ylabel("training loss, 10-step mean (nats)", color=LINE)
         right = panel.twinx()
-        right.plot(steps, [r["mask"] for r in rows], color=_GUIDE)
+        right.plot(steps, [r["mask"] for r in rows], color=GUIDE)
         right.set_ylim(0, 1.05)
-        right.set_ylabel("mask of the added slots", color=_GUIDE)
+        right.set_ylabel("mask of the added slots", color=GUIDE)
         right.spines["top"].set_visible(False)
         panel.spines["top"].set_visible(False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _distances(folder: RunFolder, stages: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
@@ -141,13 +125,13 @@ def _distances(folder: RunFolder, stages: Sequence[dict[str, Any]], path: pathli
     for panel, stage in zip(panels[0], grown, strict=True):
         distances = stage["receipt"]["layer_distances"]
         copied = [stage["receipt"]["layer_map"].count(i) > 1 for i in range(len(distances))]
-        colors = [_ACCENT if c else _GUIDE for c in copied]
+        colors = [ACCENT if c else GUIDE for c in copied]
         panel.bar(range(len(distances)), distances, color=colors)
         panel.set_yscale("log")
         panel.set(title=f"before {stage['name']} (orange: copied)", xlabel="layer")
         panel.set_ylabel("||out - in|| / ||in||")
-        _clean(panel)
-    _save(figure, path)
+        clean(panel)
+    save(figure, path)
 
 
 def _probe_curves(arms: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
@@ -156,7 +140,7 @@ def _probe_curves(arms: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
     colors = plt.get_cmap("viridis")
     for n, arm in enumerate(arms):
         curves = np.array(arm["curves"])  # [seed, evaluation, (FLOPs, bits per byte)]
-        color = _GUIDE if arm["recipe"] is None else colors(0.9 * n / max(len(arms) - 1, 1))
+        color = GUIDE if arm["recipe"] is None else colors(0.9 * n / max(len(arms) - 1, 1))
         xs, ys = curves[0, :, 0], curves[:, :, 1]
         style = "--" if arm["recipe"] is None else "-"
         panel.plot(xs, ys.mean(0), style, color=color, label=f"{n + 1}  {arm['name']}")
@@ -165,8 +149,8 @@ def _probe_curves(arms: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
     panel.set(xlabel="training FLOPs after the growth", ylabel="validation bits per byte")
     panel.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     panel.set_xlim(left=0)
-    _clean(panel)
-    _save(figure, path)
+    clean(panel)
+    save(figure, path)
 
 
 def write_probe(arms: Sequence[dict[str, Any]], workdir: str) -> pathlib.Path:

@@ -11,15 +11,27 @@ from tests.commands import ROOT
 # Each module imports only from its own line and the lines above it.
 LAYERS = [
     {"errors"},
-    {"config", "precision", "host_memory"},
+    {"config", "precision", "host"},
     {"axes"},
     {"mup", "counts", "sharding"},
     {"models", "optim", "state", "losses"},
     {"growth"},
     {"train"},
-    {"data", "checkpoint", "lineage", "metrics", "evaluate", "progress", "stop", "measure"},
-    {"ligo", "run_state"},
-    {"report", "benchmark", "chain", "check_growth"},
+    {
+        "data",
+        "checkpoint",
+        "lineage",
+        "metrics",
+        "evaluate",
+        "progress",
+        "stop",
+        "measure",
+        "figures",
+    },
+    {"ligo", "run_state", "study"},
+    {"chain", "check_growth", "coordinates", "sweep", "through_growth", "predict"},
+    {"probe", "benchmark"},
+    {"report", "mup_report"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FILES = sorted((ROOT / "flm_jax").rglob("*.py"))

@@ -18,7 +18,7 @@ import numpy as np
 from flm_jax import axes, mup
 from flm_jax.axes import Param, Role
 from flm_jax.errors import UserError
-from flm_jax.growth.expansion import NEW, Expansion, any_slot, gather, grown_dims, weighted
+from flm_jax.growth.expansion import Expansion, any_slot, gather, grown_dims, weighted
 from flm_jax.growth.plan import Plan
 from flm_jax.optim import SlotAdamState
 from flm_jax.state import TrainState
@@ -216,21 +216,29 @@ def _grow_rates(state: SlotAdamState, plan: Plan) -> dict[str, Any]:
 
     A value that is multiplied by f has its steps multiplied by f; a gradient that is multiplied by
     g has Adam's eps multiplied by g. Per axis f is alpha where the slot is read and g is alpha
-    where it is written; per parameter they are the scales below.
+    where it is written; per parameter they are the scales below. Entries without a source have
+    none. "carry" multiplies what is there; "ramp" begins anew, since its multipliers fade.
     """
+    sizes = axes.axis_sizes(plan.target)
+    ones: dict[str, Any] = {
+        "share": {axis: jnp.ones(sizes[axis], x.dtype) for axis, x in state.share.items()},
+        "sourced": {axis: jnp.ones(sizes[axis], x.dtype) for axis, x in state.sourced.items()},
+        "step_scale": jnp.ones_like(state.step_scale),
+        "eps_scale": jnp.ones_like(state.eps_scale),
+    }
     if plan.rates == "target":
-        sizes = axes.axis_sizes(plan.target)
-        return {
-            "share": {a: jnp.ones(sizes[a], x.dtype) for a, x in state.share.items()},
-            "step_scale": jnp.ones_like(state.step_scale),
-            "eps_scale": jnp.ones_like(state.eps_scale),
-        }
-    share = {axis: _grow_slots(old, axis, plan) for axis, old in state.share.items()}
+        return ones
+    if plan.rates == "carry":
+        for name in ("share", "sourced"):
+            for axis, old in getattr(state, name).items():
+                ones[name][axis] = _grow_slots(old, axis, plan)
+        ones |= {"step_scale": state.step_scale, "eps_scale": state.eps_scale}
+    share, sourced = dict(ones["share"]), dict(ones["sourced"])
     for axis, e in plan.by_axis.items():
-        weight = np.where(e.index == NEW, 1.0, e.weight)
-        share[axis] = jnp.where(e.new, 1, share[axis]) * weight.astype(share[axis].dtype)
+        share[axis] = jnp.where(e.new, 1, share[axis] * jnp.asarray(e.weight, share[axis].dtype))
+        sourced[axis] = jnp.where(e.new, 0, sourced[axis])
     value = np.array([plan.value_scale(p) * plan.gain(p) for p in axes.TABLE.values()])
-    config = np.array(
+    rate = np.array(
         [
             mup.learning_rate_mult(p, plan.source) / mup.learning_rate_mult(p, plan.target)
             for p in axes.TABLE.values()
@@ -239,6 +247,7 @@ def _grow_rates(state: SlotAdamState, plan: Plan) -> dict[str, Any]:
     dtype = state.step_scale.dtype
     return {
         "share": share,
-        "step_scale": state.step_scale * (value * config).astype(dtype),
-        "eps_scale": state.eps_scale * (1 / value).astype(dtype),
+        "sourced": sourced,
+        "step_scale": ones["step_scale"] * (value * rate).astype(dtype),
+        "eps_scale": ones["eps_scale"] * (1 / value).astype(dtype),
     }

@@ -52,6 +52,7 @@ class Plan:
         "reset": all begin anew.
       rates: "target": every slot trains as the target's config says. "carry": the source's steps
         keep their size in the function: learning rate and eps follow the maps (docs/growth.md).
+        "ramp": carried at first, then faded to the target's over the growth's ramp.
       noise_db: signal-to-noise ratio, in decibels, of the antisymmetric noise that separates
         copies (HyperCloning, arXiv 2409.12903, section 3); 0: none.
     """

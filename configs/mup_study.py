@@ -1,0 +1,112 @@
+r"""µP on a small proxy: coordinate check, transfer sweep, growth and loss prediction.
+
+  python -m experiments.coordinate_check --config=configs/mup_study.py --workdir=runs/mup
+  python -m experiments.sweep_mup --config=configs/mup_study.py --workdir=runs/mup
+  python -m experiments.mup_growth --config=configs/mup_study.py --workdir=runs/mup
+  python -m experiments.predict_loss --config=configs/mup_study.py --workdir=runs/mup
+
+Two CPU cores: about 1, 15, 3 and 5 minutes. Real text, the Python standard library. Expected:
+docs/mup.md. `:smoke` is the same with few steps of tiny models.
+"""
+
+import dataclasses
+
+import ml_collections
+
+from configs import common, demo
+from flm_jax.config import (
+    DataConfig,
+    EvalConfig,
+    ExperimentConfig,
+    MupStudyConfig,
+    ScheduleConfig,
+    StageConfig,
+    TransformerConfig,
+)
+
+
+def _family(proxy: StageConfig) -> tuple[StageConfig, ...]:
+    """The demo's largest model (9 layers, 320 wide), and narrower ones of the same shape."""
+    large = demo.get_config().stages[2].model
+    return tuple(
+        dataclasses.replace(
+            proxy,
+            name=f"width-{width}",
+            model=TransformerConfig(
+                **{**large, "d_model": width, "num_heads": width // 32, "mup_base_width": 64,
+                   "d_ff": large.d_ff * width // large.d_model}
+            ),
+            steps=150,
+            batch_size=4,
+        )
+        for width in (64, 96, 128, 160, 192, large.d_model)
+    )  # fmt: skip
+
+
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+    if variant not in ("", "smoke"):
+        raise common.unknown_variant(variant, ("smoke",))
+    proxy = TransformerConfig(
+        vocab_size=260,
+        num_layers=2,
+        d_model=64,
+        num_heads=4,
+        head_dim=16,
+        d_ff=160,
+        mup_base_width=64,
+        matrix_init_std=0.08,
+        vector_init_std=0.08,
+        depth_scaled_init=True,
+    )
+    stage = StageConfig(
+        name="proxy",
+        model=proxy,
+        steps=200,
+        batch_size=8,
+        learning_rate=4e-3,
+        matrix_learning_rate=4e-3,
+    )
+    experiment = ExperimentConfig(
+        (stage,),
+        data=DataConfig(sequence_length=128),
+        schedule=ScheduleConfig(kind="wsd", warmup_steps=10, decay_steps=60, final_ratio=0.1),
+        eval=EvalConfig(sequences=64, batch_size=16),
+    )
+    rates = tuple(2.0**n for n in range(-3, 4))
+    config = MupStudyConfig(experiment, learning_rates=rates, family=_family(stage))
+    if variant == "smoke":
+        small = dataclasses.replace(
+            proxy, d_model=16, num_heads=2, head_dim=8, d_ff=32, mup_base_width=16
+        )
+        stage = dataclasses.replace(stage, model=small, steps=12, batch_size=4)
+        experiment = dataclasses.replace(
+            experiment,
+            stages=(stage,),
+            data=DataConfig(sequence_length=32, shuffle_tokens=1 << 16),
+            schedule=ScheduleConfig(kind="wsd", warmup_steps=2, decay_steps=4),
+            eval=EvalConfig(sequences=8, batch_size=8),
+            quick_compile=True,
+        )
+        narrow = [
+            dataclasses.replace(
+                stage,
+                name=f"width-{width}",
+                model=dataclasses.replace(
+                    small, d_model=width, d_ff=2 * width, num_heads=width // 8
+                ),
+            )
+            for width in (16, 24, 32, 40, 56)
+        ]
+        config = MupStudyConfig(
+            experiment,
+            family=tuple(narrow),
+            growth_steps=6,
+            width_factors=(1, 2),
+            learning_rates=(0.5, 1.0, 2.0),
+            init_stds=(1.0, 2.0),
+            input_mults=(1.0,),
+            output_mults=(1.0,),
+            coordinate_steps=3,
+            coordinate_seeds=1,
+        )
+    return common.to_config_dict(config)
