@@ -2,9 +2,10 @@ r"""Which growth? One small source, doubled by every operator, on the Python sta
 
   python -m experiments.probe_growth --config=configs/probe_growth.py --workdir=runs/probe
 
-Two CPU cores, about 40 minutes for 14 arms and three seeds. The source has 0.2M parameters, the
-target 1.2M; every arm trains for 3.7e12 FLOPs after its growth, at a constant learning rate.
-Expected: docs/growth.md has the table. `:smoke` is two arms, one seed, seconds each.
+Two CPU cores, about 30 minutes for 15 arms and three seeds. The source has 0.2M parameters and
+600 steps behind it, the target 1.2M; every arm trains for 1.5e12 FLOPs after its growth, at a
+constant learning rate (LiGO's fit comes on top). Expected: docs/growth.md has the table. `:smoke`
+is three arms, one seed, seconds each.
 
 Choose arms and budget for a model of your own by copying this file; `--config.seeds=1` is a first
 look.

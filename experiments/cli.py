@@ -46,18 +46,18 @@ def workdir() -> str:
 
 def experiment(config: ConfigDict) -> config_lib.ExperimentConfig:
     """The config as a validated dataclass."""
-    return config_lib.experiment(_plain(config))
+    return config_lib.experiment(plain(config))
 
 
 def dataclass_of(cls: type[T], config: ConfigDict) -> T:
     """A config of another kind than an experiment, as a validated dataclass."""
-    return config_lib.from_mapping(cls, _plain(config))
+    return config_lib.from_mapping(cls, plain(config))
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     if isinstance(value, ConfigDict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(v) for v in value] if isinstance(value, tuple | list) else value
 
 
 def run(
@@ -170,7 +170,7 @@ def _check_field(config: ConfigDict, flag: str) -> None:
         else:
             raise UserError(f"--{flag}: {where} is {node!r} and has no fields")
         node = node[part]
-    if isinstance(node, ConfigDict | tuple):
+    if isinstance(node[0] if isinstance(node, tuple) and node else node, ConfigDict):
         raise UserError(f"--{flag}: {where} is a group; set its fields one by one")
 
 

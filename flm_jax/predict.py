@@ -71,7 +71,7 @@ def fit(x: Numbers, loss: Numbers) -> PowerLaw:
 
 
 def predictions(
-    x: Numbers, loss: Numbers, at: Sequence[float], seed: int = 0
+    x: Numbers, loss: Numbers, at: Sequence[float], seed: int = 0, bootstraps: int = BOOTSTRAPS
 ) -> list[dict[str, float]]:
     """Predicted losses with bootstrap intervals.
 
@@ -83,7 +83,7 @@ def predictions(
     residuals = (np.asarray(loss, float) - law(xs)) * np.sqrt(len(xs) / (len(xs) - 3))
     rng = np.random.default_rng(seed)
     drawn = []
-    for _ in range(BOOTSTRAPS):
+    for _ in range(bootstraps):
         again = fit(x, law(xs) + rng.choice(residuals, len(xs)))
         drawn.append(again(np.asarray(at)) + rng.choice(residuals, len(at)))
     low, high = np.percentile(drawn, INTERVAL, axis=0)

@@ -149,6 +149,9 @@ def _probe_curves(arms: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
     panel.set(xlabel="training FLOPs after the growth", ylabel="validation bits per byte")
     panel.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     panel.set_xlim(left=0)
+    lowest = min(arm["mean_end"] for arm in arms)
+    highest = max(bpb for arm in arms for curve in arm["curves"] for _, bpb in curve)
+    panel.set_ylim(0.97 * lowest, min(1.35 * lowest, 1.02 * highest))  # a wild start is cut off
     clean(panel)
     save(figure, path)
 

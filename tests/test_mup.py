@@ -1,0 +1,243 @@
+"""µP: roles and multipliers, the coordinate check, the sweep, growth, loss prediction."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from experiments import cli
+from flm_jax import axes, config, coordinates, mup, predict, study, sweep, through_growth
+from flm_jax.config import MupStudyConfig
+from flm_jax.errors import UserError
+from tests.commands import json_of, mistake
+from tests.models import SMALL, changed
+
+STUDY = "--config=configs/mup_study.py:smoke"
+
+
+def study_config(**changes) -> MupStudyConfig:
+    from configs import mup_study
+
+    plain = cli.plain(mup_study.get_config("smoke"))
+    made = config.from_mapping(MupStudyConfig, plain)
+    experiment = dataclasses.replace(made.experiment, quick_compile=False)  # set for all tests
+    return dataclasses.replace(made, experiment=experiment, **changes)
+
+
+def test_roles_follow_from_axes():
+    kinds = {path: param.kind for path, param in axes.TABLE.items()}
+    assert {p for p, k in kinds.items() if k == "readout"} == {"head"}
+    vectors = {"embedding", "final_norm", "layers/attention/norm", "layers/mlp/norm"}
+    assert {p for p, k in kinds.items() if k == "vector"} == vectors
+    assert len(kinds) == 12
+
+
+def test_standard_parametrisation_is_the_same_at_the_base_width_and_not_beyond():
+    """Closed forms: SP scales what reads the width by 1 / sqrt(m), µP also learns there by 1/m."""
+    for factor in (1, 4):
+        of = {p: study.widened(changed(SMALL, mup_base_width=0), factor, p) for p in ("mup", "sp")}
+        assert of["mup"].width_mult == factor
+        for path, param in axes.TABLE.items():
+            std = {p: mup.init_std(param, c) for p, c in of.items()}
+            rate = {p: mup.learning_rate_mult(param, c) for p, c in of.items()}
+            decay = {p: mup.decay_mult(param, c) for p, c in of.items()}
+            matrix, gain = param.kind == "matrix", "norm" in path
+            assert rate == {"mup": 1 / factor if matrix else 1, "sp": 1}
+            assert decay == {"mup": 0 if gain else (factor if matrix else 1), "sp": int(not gain)}
+            base = 0 if gain else SMALL.matrix_init_std if matrix else SMALL.vector_init_std
+            assert std["mup"] == pytest.approx(base / (factor**0.5 if matrix else 1))
+            reads = matrix or param.kind == "readout"
+            assert std["sp"] == pytest.approx(base / (factor**0.5 if reads else 1))
+        assert of["mup"].logit_mult == SMALL.output_mult / factor
+        assert of["sp"].logit_mult == SMALL.output_mult
+
+
+@pytest.mark.parametrize(
+    ("file", "std", "rate", "multiplier"),
+    [("52b", 4.242e-3, 1.5e-4, 0.5 / 16), ("1t", 0.024 / 80**0.5, 6e-5, 2.0 / 80)],
+)
+def test_tele_flm_numbers_come_out(file, std, rate, multiplier):
+    table = json_of("experiments.describe", f"--config=configs/tele_flm_{file}.py", "--mup")
+    query, head = table["parameters"]["layers/attention/query"], table["parameters"]["head"]
+    assert query["target"]["init_std"] == pytest.approx(std, rel=1e-3)
+    assert query["target"]["learning_rate"] == pytest.approx(rate)
+    assert head["target"]["multiplier"] == pytest.approx(multiplier)
+    if file == "52b":
+        assert query["base"]["learning_rate"] == 2.4e-3
+        assert query["base"]["init_std"] == pytest.approx(0.01697, rel=1e-3)
+        assert query["kind"] == "matrix" and head["kind"] == "readout"
+
+
+def test_coordinates_are_flat_under_mup_and_not_under_sp(tmp_path):
+    made = study_config(coordinate_factors=(1, 4), coordinate_steps=4)
+    trials = study.Study(made.experiment, tmp_path / "trials.jsonl")
+    found = coordinates.check(trials, made, note=lambda text: None)
+    hidden = {p: [s for n, s in found[p]["slopes"].items() if n != "logits"] for p in found}
+    assert max(map(abs, hidden["mup"])) < 0.3, found["mup"]["slopes"]
+    assert found["mup"]["max_slope"] < 0.3  # nothing grows
+    assert found["sp"]["max_slope"] > 0.5, found["sp"]["slopes"]
+    assert found["mup"]["changes"]["logits"][0][0] == 0  # nothing has changed before step 1
+
+
+def test_trials_are_kept_and_not_run_again(tmp_path):
+    made = study_config()
+    path = tmp_path / "trials.jsonl"
+    proxy = made.experiment.stages[0]
+    first = study.Study(made.experiment, path).trial(proxy, seed=1, rate=2.0)
+    assert np.isfinite(first["bpb"])
+    again = study.Study(made.experiment, path)
+    again._train = lambda *_: pytest.fail("ran again")
+    assert again.trial(proxy, seed=1, rate=2.0) == first
+    with pytest.raises(BaseException, match="ran again"):
+        again.trial(proxy, seed=1, rate=4.0)
+    path.write_text(path.read_text() + '{"kind": "tri')  # torn by a kill
+    assert study.Study(made.experiment, path).trial(proxy, seed=1, rate=2.0) == first
+
+
+def test_a_diverged_trial_is_a_result(tmp_path):
+    made = study_config()
+    trials = study.Study(made.experiment, tmp_path / "trials.jsonl")
+    row = trials.trial(made.experiment.stages[0], rate=1e30)
+    assert row["bpb"] is None and row["train_loss"] is None
+
+
+def row(width, value, bpb, name="learning_rate", parametrisation="mup"):
+    return {"parametrisation": parametrisation, "hyper_parameter": name, "width": width,
+            "value": value, "seed": 0, "bpb": bpb}  # fmt: skip
+
+
+def test_the_summary_counts_grid_steps():
+    grid = (0.5, 1.0, 2.0, 4.0)
+    still = [row(w, v, (np.log2(v) - 1) ** 2 + w / 100) for w in (64, 128, 256) for v in grid]
+    moving = [
+        row(w, v, (np.log2(v) + np.log2(w / 64) - 1) ** 2, parametrisation="sp")
+        for w in (64, 128, 256) for v in grid
+    ]  # fmt: skip
+    moving[-1]["bpb"] = None  # a diverged one is never the best
+    found = sweep.summary([*still, *moving])
+    assert found["mup"]["learning_rate"]["best"] == {64: 2.0, 128: 2.0, 256: 2.0}
+    assert found["mup"]["learning_rate"]["shift"] == 0
+    assert found["sp"]["learning_rate"]["shift"] == 2
+    with pytest.raises(UserError, match="no trial finished"):
+        sweep.summary([row(64, v, None) for v in grid])
+
+
+def test_sweep_and_growth_as_commands(tmp_path):
+    args = (STUDY, f"--workdir={tmp_path}", "--config.learning_rates=(1.0, 2.0)",
+            "--config.init_stds=(1.0,)")  # fmt: skip
+    found = json_of("experiments.sweep_mup", *args)
+    assert set(found["sweep"]) == {"mup", "sp"} and found["trials"] == 2 * 2 * 2 + 3 * 2
+    # Trials that two hyper-parameters share are run once.
+    assert len((tmp_path / "trials.jsonl").read_text().splitlines()) == 2 * 2 * 2
+    assert (tmp_path / "report/sweep.png").exists()
+    grown = json_of("experiments.mup_growth", *args)
+    assert set(grown["arms"]) == set(through_growth.RECIPES)
+    for arm in grown["arms"].values():
+        for role in ("matrix old", "vector old", "readout old"):
+            assert 0.6 < arm["ratios"][role] < 1.6, arm["ratios"]
+    assert (tmp_path / "report/mup_growth.png").exists()
+
+
+# --- Loss prediction ---------------------------------------------------------------------------
+
+# Mu-scaling (arXiv 2304.06875): parameters in millions and loss at 20k steps, by width.
+PUBLISHED = {
+    128: (8.53, 3.9181), 256: (21.56, 3.6054), 384: (39.09, 3.4431), 512: (61.12, 3.3542),
+    640: (87.65, 3.2902), 768: (118.68, 3.2478), 896: (154.21, 3.2240), 1024: (194.24, 3.1797),
+    2048: (676.48, 3.0854), 3072: (1446.72, 3.0425),
+}  # fmt: skip
+
+
+def test_the_published_fit_and_its_predictions_come_out():
+    narrow, wide = list(PUBLISHED.values())[:7], list(PUBLISHED.values())[7:]
+    law = predict.fit(*zip(*narrow, strict=True))
+    assert (law.a, law.b, law.c) == pytest.approx((2.469, -0.423, 2.923), abs=1e-3)
+    made = predict.predictions(*zip(*narrow, strict=True), [x for x, _ in wide])
+    for p, (_, loss) in zip(made, wide, strict=True):
+        assert abs(p["predicted"] - loss) < 0.02
+        assert p["low"] <= p["predicted"] <= p["high"]
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(st.floats(0.5, 1e3), st.floats(-1.5, -0.1), st.floats(0.1, 5), st.floats(1e-3, 1e9))
+def test_an_exact_power_law_is_found(a, b, c, unit):
+    x = unit * np.array([1.0, 3, 10, 30, 100])
+    scale = a * unit**-b  # so that the curve is visible at any unit
+    law = predict.fit(x, scale * x**b + c)
+    np.testing.assert_allclose(law(10 * x), scale * (10 * x) ** b + c, rtol=1e-4)
+
+
+def test_intervals_cover_about_as_often_as_they_say():
+    """95% intervals of noisy power laws, at a point beyond the data."""
+    rng = np.random.default_rng(0)
+    x = np.geomspace(1, 100, 8)
+    inside = 0
+    for n in range(20):
+        loss = 2 * x**-0.5 + 1 + rng.normal(0, 0.01, len(x))
+        (p,) = predict.predictions(x, loss, [300.0], seed=n, bootstraps=200)
+        inside += p["low"] <= 2 * 300**-0.5 + 1 + rng.normal(0, 0.01) <= p["high"]
+    assert inside >= 15
+
+
+def test_the_law_of_parameters_and_tokens_is_found():
+    n, d = (v.ravel() for v in np.meshgrid(np.geomspace(1e6, 1e8, 4), np.geomspace(1e8, 1e10, 4)))
+    two = predict.fit_two(n, d, 1.69 + 406.4 * n**-0.34 + 410.7 * d**-0.28)
+    found = (two.E, two.alpha, two.beta)
+    assert found == pytest.approx((1.69, 0.34, 0.28), rel=1e-3)
+
+
+def test_prediction_as_a_command(tmp_path):
+    path = tmp_path / "runs.csv"
+    lines = [f"{x},{loss}" for x, loss in list(PUBLISHED.values())[:7]]
+    path.write_text("params,loss\n" + "\n".join(lines) + "\n")
+    figure = tmp_path / "fit.png"
+    found = json_of(
+        "experiments.predict_loss", f"--data={path}", "--predict=194.24,676.48",
+        f"--figure={figure}",
+    )  # fmt: skip
+    assert set(found) == {"a", "b", "c", "predictions"} and figure.exists()
+    assert set(found["predictions"][0]) == {"x", "predicted", "low", "high"}
+
+    predict_loss = ("experiments.predict_loss", f"--data={path}")
+    assert "--predict=wide" in mistake(*predict_loss, "--predict=wide")
+    assert "--predict=-3" in mistake(*predict_loss, "--predict=-3")
+    path.write_text("params,loss\n1,2\n2,1.5\n3,1.2\n")
+    assert "3 points; give at least 4" in mistake(*predict_loss)
+    path.write_text("width,loss\n1,2\n")
+    assert "params,loss" in mistake(*predict_loss)
+    path.write_text("params,loss\n1,2\n2,much\n")
+    assert "much" in mistake(*predict_loss)
+    assert "nowhere.csv" in mistake("experiments.predict_loss", "--data=nowhere.csv")
+    pairs = [(n, d) for n in (1e6, 1e7, 1e8) for d in (1e8, 1e9, 1e10)]
+    rows = [f"{n},{d},{1.7 + 400 * n**-0.34 + 410 * d**-0.28}" for n, d in pairs]
+    path.write_text("params,tokens,loss\n" + "\n".join(rows) + "\n")
+    found = json_of(*predict_loss, "--predict=1e9:2e10")
+    want = 1.7 + 400 * 1e9**-0.34 + 410 * 2e10**-0.28
+    assert found["predictions"][0]["predicted"] == pytest.approx(want, rel=1e-3)
+
+
+def test_the_widest_is_predicted_before_it_is_trained(tmp_path):
+    args = ("experiments.predict_loss", STUDY, f"--workdir={tmp_path}")
+    found = json_of(*args)
+    assert len(found["points"]) == 4
+    assert found["error"] == pytest.approx(found["predictions"][0]["predicted"] - found["measured"])
+    saved = json.loads((tmp_path / "report/prediction.json").read_text())
+    assert saved["measured"] == found["measured"]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("--config.learning_rates=(1.0, -2.0)", "values above 0"),
+        ("--config.experiment.stages[0].model.output_mult=0.0", "output_mult is 0.0"),
+        ("--config.experiment.stages[0].model.mup_base_width=64", "mup_base_width is 64 and"),
+        ("--config.experiment.stages[0].model.mup_base_width=8", "widths are multiples"),
+        ("--config.width_factors=()", "width_factors is ()"),
+    ],
+)
+def test_mistakes_in_a_study(override, words, tmp_path):
+    assert words in mistake("experiments.sweep_mup", STUDY, f"--workdir={tmp_path}/x", override)
+    assert not (tmp_path / "x").exists()
