@@ -5,7 +5,7 @@ r"""µP on a small proxy: coordinate check, transfer sweep, growth and loss pred
   python -m experiments.mup_growth --config=configs/mup_study.py --workdir=runs/mup
   python -m experiments.predict_loss --config=configs/mup_study.py --workdir=runs/mup
 
-Two CPU cores: about 1, 15, 3 and 5 minutes. Real text, the Python standard library. Expected:
+Two CPU cores: about 2, 15, 2 and 10 minutes. Real text, the Python standard library. Expected:
 docs/mup.md. `:smoke` is the same with few steps of tiny models.
 """
 
@@ -36,8 +36,7 @@ def _family(proxy: StageConfig) -> tuple[StageConfig, ...]:
                 **{**large, "d_model": width, "num_heads": width // 32, "mup_base_width": 64,
                    "d_ff": large.d_ff * width // large.d_model}
             ),
-            steps=150,
-            batch_size=4,
+            steps=400,
         )
         for width in (64, 96, 128, 160, 192, large.d_model)
     )  # fmt: skip
