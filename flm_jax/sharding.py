@@ -1,11 +1,13 @@
 """Mesh, and the place of every array on it, from the axis table.
 
 Axis -> mesh axis: `embed` is split over fsdp; `mlp`, `kv_heads` and `vocab` over tensor; the batch
-over data and fsdp. Everything else is replicated.
+over data and fsdp; the residual stream's tokens over tensor, between a layer's branches. Everything
+else is replicated.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -16,7 +18,8 @@ from flm_jax.config import MeshConfig, TransformerConfig
 from flm_jax.errors import UserError
 
 RULES = {"embed": "fsdp", "mlp": "tensor", "kv_heads": "tensor", "vocab": "tensor"}
-BATCH = PartitionSpec(("data", "fsdp"))
+BATCH_AXES = ("data", "fsdp")
+BATCH = PartitionSpec(BATCH_AXES)
 
 
 def make_mesh(config: MeshConfig) -> Mesh:
@@ -74,6 +77,24 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
         return NamedSharding(mesh, param_spec(param) if param else PartitionSpec())
 
     return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def constrain(x: jax.Array, *mesh_axes: str | tuple[str, ...] | None) -> jax.Array:
+    """Places an activation on the mesh that is set (`jax.set_mesh`), one entry per dimension.
+
+    Without a mesh, or where a dimension does not divide (a single token, an odd head), it leaves
+    the choice to the compiler.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    spec = []
+    for size, names in zip(x.shape, mesh_axes, strict=True):
+        parts = math.prod(
+            mesh.shape[n] for n in ((names,) if isinstance(names, str) else names or ())
+        )
+        spec.append(names if size % parts == 0 else None)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
 def place_batch(batch: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:

@@ -25,6 +25,7 @@ from flm_jax.axes import Param, Role
 from flm_jax.config import TransformerConfig
 from flm_jax.models.attention import attention
 from flm_jax.precision import wide
+from flm_jax.sharding import BATCH_AXES, constrain
 
 Masks = Mapping[str, jax.Array]
 
@@ -117,11 +118,14 @@ class Attention(nn.Module):
         w = create(self, self.table, self.config)
         B, T, _ = x_BTD.shape
         y_BTD = rms_norm(x_BTD, w["norm"], self.config.rms_norm_eps, masks.get("embed"))
+        y_BTD = constrain(y_BTD, BATCH_AXES, None, None)
         q_BTKGH = linear(y_BTD, w["query"])
         k_BTKH = rotate(linear(y_BTD, w["key"]), angles)
         v_BTKH = linear(y_BTD, w["value"])
         K, G, H = q_BTKGH.shape[2:]
         q_BTKGH = rotate(q_BTKGH.reshape(B, T, K * G, H), angles).reshape(B, T, K, G, H)
+        q_BTKGH = constrain(q_BTKGH, BATCH_AXES, None, "tensor", None, None)
+        k_BTKH, v_BTKH = (constrain(x, BATCH_AXES, None, "tensor", None) for x in (k_BTKH, v_BTKH))
         out_BTKGH = attention(q_BTKGH, k_BTKH, v_BTKH, segment_ids_BT)
         if "kv_heads" in masks:
             out_BTKGH *= masks["kv_heads"].astype(out_BTKGH.dtype)[None, None, :, None, None]
@@ -138,7 +142,9 @@ class MLP(nn.Module):
     def __call__(self, x_BTD: jax.Array, masks: Masks) -> jax.Array:
         w = create(self, self.table, self.config)
         y_BTD = rms_norm(x_BTD, w["norm"], self.config.rms_norm_eps, masks.get("embed"))
+        y_BTD = constrain(y_BTD, BATCH_AXES, None, None)
         a_BTF = jax.nn.silu(linear(y_BTD, w["gate"])) * linear(y_BTD, w["up"])
+        a_BTF = constrain(a_BTF, BATCH_AXES, None, "tensor")
         if "mlp" in masks:
             a_BTF *= masks["mlp"].astype(a_BTF.dtype)[None, None]
         return linear(a_BTF, w["down"])
@@ -166,8 +172,11 @@ class Layer(nn.Module):
 
         attend = Attention(self.config, self.table["attention"], name="attention")
         feed_forward = MLP(self.config, self.table["mlp"], name="mlp")
-        h_BTD = x_BTD + masked(attend(x_BTD, segment_ids_BT, angles, masks))
-        out_BTD = h_BTD + masked(feed_forward(h_BTD, masks))
+        # Between the branches the stream is split over its tokens too: norms and sums are local,
+        # and what a layer keeps for its gradient is a tensor-th of it.
+        stream = (BATCH_AXES, "tensor", None)
+        h_BTD = constrain(x_BTD + masked(attend(x_BTD, segment_ids_BT, angles, masks)), *stream)
+        out_BTD = constrain(h_BTD + masked(feed_forward(h_BTD, masks)), *stream)
         self.sow("intermediates", "distance", relative_distance(x_BTD, out_BTD, segment_ids_BT))
         return out_BTD, None
 

@@ -17,6 +17,7 @@ from flm_jax.axes import PARAMS, Param
 from flm_jax.config import TransformerConfig
 from flm_jax.models import layers as nn_layers
 from flm_jax.precision import wide
+from flm_jax.sharding import BATCH_AXES, constrain
 
 _REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -56,11 +57,13 @@ class Transformer(nn.Module):
         layer_mask_L = masks.pop("layers", None)
 
         x_BTD = w["embedding"][tokens_BT] * jnp.asarray(config.input_mult, config.dtype)
+        x_BTD = constrain(x_BTD, BATCH_AXES, "tensor", None)
         angles = nn_layers.rotary_angles(positions_BT, config)
         x_BTD, _ = self._layers()(x_BTD, layer_mask_L, segment_ids_BT, angles, masks)
         x_BTD = nn_layers.rms_norm(x_BTD, w["final_norm"], config.rms_norm_eps, masks.get("embed"))
         stats = wide(config.dtype)
-        logits_BTV = nn_layers.linear(x_BTD, w["head"], stats)
+        logits_BTV = nn_layers.linear(constrain(x_BTD, BATCH_AXES, None, None), w["head"], stats)
+        logits_BTV = constrain(logits_BTV, BATCH_AXES, None, "tensor")
         logits_BTV = logits_BTV * jnp.asarray(config.logit_mult, stats)
         if "vocab" in masks:
             # A token's probability is multiplied by its mask, up to the normaliser.
