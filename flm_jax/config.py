@@ -19,6 +19,7 @@ from flm_jax.errors import UserError
 T = TypeVar("T")
 
 COMPUTE_DTYPES = ("float32", "bfloat16", "float64")
+ATTENTIONS = ("auto", "plain", "splash", "cudnn")
 REMAT_POLICIES = ("none", "dots", "full")
 SCHEDULES = ("constant", "cosine", "wsd")
 MOMENTS = ("dual", "asym", "reset")
@@ -73,6 +74,7 @@ class TransformerConfig:
     # How it is computed; no effect on which function it is.
     dtype: str = "float32"  # of activations; parameters are float32 (float64 with "float64")
     remat: str = "none"
+    attention: str = "auto"  # the platform's kernel: `models/attention.py`
     scan_unroll: int = 1  # layers per step of the scan over layers
 
     def __post_init__(self) -> None:
@@ -87,6 +89,7 @@ class TransformerConfig:
         )
         _require_choice(self, "dtype", COMPUTE_DTYPES)
         _require_choice(self, "remat", REMAT_POLICIES)
+        _require_choice(self, "attention", ATTENTIONS)
         _require(
             self.num_heads % self.kv_heads == 0,
             f"TransformerConfig.num_heads is {self.num_heads}, not a multiple of num_kv_heads "

@@ -102,9 +102,19 @@ def unit_normal(key: jax.Array, shape: tuple[int, ...], dtype: Any, std: float =
     The entries of a row (all indices but the last) depend on the key and the row's number alone,
     so that any block of rows can be drawn without the others.
     """
-    rows = jnp.arange(math.prod(shape[:-1]), dtype=np.uint32)
-    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
-    bits = jax.vmap(lambda k: jax.random.bits(k, (2, *shape[-1:]), jnp.uint32))(keys)
-    halves = (bits & 0xFFFF) + (bits >> 16)
-    centred = (halves[:, 0] + halves[:, 1]).astype(np.int32) - 2 * 0xFFFF
-    return (centred.astype(dtype) * jnp.asarray(std / _UNIT, dtype)).reshape(shape)
+    # The rows' axes are never merged: each keeps its place on a mesh.
+    rows = jnp.arange(math.prod(shape[:-1]), dtype=np.uint32).reshape(shape[:-1])
+    return _normal_of_rows(key, rows, shape[-1], dtype, std)
+
+
+def _normal_of_rows(
+    key: jax.Array, rows: jax.Array, length: int, dtype: Any, std: float
+) -> jax.Array:
+    def draw(row: jax.Array) -> jax.Array:
+        bits = jax.random.bits(jax.random.fold_in(key, row), (2, length), jnp.uint32)
+        halves = (bits & 0xFFFF) + (bits >> 16)
+        return (halves[0] + halves[1]).astype(np.int32) - 2 * 0xFFFF
+
+    for _ in rows.shape:
+        draw = jax.vmap(draw)
+    return draw(rows).astype(dtype) * jnp.asarray(std / _UNIT, dtype)

@@ -1,12 +1,14 @@
 """The decoder: against an independent numpy model, and its packing through gradients."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from flm_jax import axes
-from flm_jax.models import Transformer
+from flm_jax.models import Transformer, attention
 from tests.models import (
     SMALL,
     changed,
@@ -113,3 +115,30 @@ def test_accumulated_gradient_is_that_of_the_whole_batch():
             gradients(params, {k: v[i : i + 2] for k, v in batch.items()}, SMALL)[0] for i in (0, 2)
         ]
         assert abs(float(sum(halves) / 2 - loss)) > 1e-4
+
+
+@pytest.mark.parametrize("heads", [(2, 1), (1, 2)], ids=["multi-head", "grouped"])
+def test_splash_attention_is_the_plain_one(heads):
+    """The TPU's kernel, interpreted: forward and gradients, on packed documents."""
+    K, G = heads
+    rng = np.random.default_rng(0)
+    q, out = (jnp.asarray(rng.normal(size=(2, 256, K, G, 128)), jnp.float32) for _ in range(2))
+    k, v = (jnp.asarray(rng.normal(size=(2, 256, K, 128)), jnp.float32) for _ in range(2))
+    ids = jnp.asarray(np.repeat([[1, 2, 3], [1, 1, 2]], [100, 60, 96], axis=1), jnp.int32)
+
+    def through(compute):
+        def total(q, k, v):
+            return jnp.sum(compute(q, k, v, ids) * out)
+
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            return jax.value_and_grad(total, argnums=(0, 1, 2))(q, k, v)
+
+    value, grads = through(attention.plain)
+    got, got_grads = through(functools.partial(attention.splash, interpret=True))
+    np.testing.assert_allclose(got, value, rtol=1e-4)
+    for a, b in zip(got_grads, grads, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-3 * float(jnp.abs(b).max()))
+    other = jnp.ones_like(ids)  # twin: without documents the result is another
+    assert (
+        float(jnp.abs(attention.plain(q, k, v, other) - attention.plain(q, k, v, ids)).max()) > 0.1
+    )

@@ -1,4 +1,4 @@
-"""Causal attention inside packed documents.
+"""Causal attention inside packed documents: one function, a kernel per platform.
 
 Shapes: B batch, T length, Q queries of one chunk, S keys that the chunk can see, K key/value heads,
 G query heads per key/value head, H head size.
@@ -6,24 +6,126 @@ G query heads per key/value head, H head size.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from flm_jax.precision import wide
+from flm_jax.sharding import BATCH_AXES
 
 # Queries are cut into at most this many chunks, each of which meets only the keys up to its end:
 # with 8, 44% of the score matrix is never computed.
 _CHUNKS = 8
 _SMALLEST_CHUNK = 64
+SPLASH_TILE = 128
 
 
 def attention(
-    q_BTKGH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array
+    q_BTKGH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    segment_ids_BT: jax.Array,
+    implementation: str = "auto",
 ) -> jax.Array:
     """Softmax attention to earlier tokens of the same segment; returns [B, T, K, G, H].
 
     Scores are divided by sqrt(H); scores and softmax are float32 or wider.
+
+    Args:
+      implementation: "plain"; "splash", the TPU's Pallas kernel; "cudnn", the GPU's; "auto": the
+        platform's own. A kernel takes lengths and head sizes that are multiples of its tiles;
+        others are computed plainly.
     """
+    if implementation == "auto":
+        implementation = {"tpu": "splash", "gpu": "cudnn"}.get(jax.default_backend(), "plain")
+    T, H = q_BTKGH.shape[1], q_BTKGH.shape[-1]
+    suits = {
+        "splash": T % SPLASH_TILE == 0 and H % SPLASH_TILE == 0,
+        "cudnn": T % 64 == 0 and H % 8 == 0 and H <= 128 and q_BTKGH.dtype == jnp.bfloat16,
+    }
+    compute = (
+        {"splash": splash, "cudnn": cudnn}[implementation] if suits.get(implementation) else plain
+    )
+    return compute(q_BTKGH, k_BTKH, v_BTKH, segment_ids_BT)
+
+
+def splash(
+    q_BTKGH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    segment_ids_BT: jax.Array,
+    interpret: bool = False,
+) -> jax.Array:
+    """JAX's Pallas kernel for TPUs, on each device's own sequences and heads.
+
+    Args:
+      interpret: run it step by step on any platform, for tests.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel as kernels,
+    )
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_mask as masks,
+    )
+
+    T, _, G, H = q_BTKGH.shape[1:]
+    block = next(b for b in (512, 256, SPLASH_TILE) if T % b == 0)
+    blocks: dict[str, Any] = {
+        name: block
+        for name in ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv",
+                     "block_kv_dkv_compute")
+    }  # fmt: skip
+
+    def local(
+        q_BTKGH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array
+    ) -> jax.Array:
+        kernel = kernels.make_splash_mqa_single_device(
+            mask=masks.MultiHeadMask([masks.CausalMask((T, T))] * G),
+            block_sizes=kernels.BlockSizes(**blocks, use_fused_bwd_kernel=True),
+            interpret=interpret,
+        )
+
+        def one(
+            q_TKGH: jax.Array, k_TKH: jax.Array, v_TKH: jax.Array, ids_T: jax.Array
+        ) -> jax.Array:
+            ids = kernels.SegmentIds(q=ids_T, kv=ids_T)
+            heads = jax.vmap(lambda q_GTH, k_TH, v_TH: kernel(q_GTH, k_TH, v_TH, ids))
+            out_KGTH = heads(
+                q_TKGH.transpose(1, 2, 0, 3), k_TKH.transpose(1, 0, 2), v_TKH.transpose(1, 0, 2)
+            )
+            return out_KGTH.transpose(2, 0, 1, 3)
+
+        return jax.vmap(one)(q_BTKGH, k_BTKH, v_BTKH, segment_ids_BT)
+
+    scaled_BTKGH = q_BTKGH * jnp.asarray(H**-0.5, q_BTKGH.dtype)
+    if jax.sharding.get_abstract_mesh().empty:
+        return local(scaled_BTKGH, k_BTKH, v_BTKH, segment_ids_BT)
+    heads = PartitionSpec(BATCH_AXES, None, "tensor")
+    specs = (heads, heads, heads, PartitionSpec(BATCH_AXES))
+    # The kernel says nothing of how its results vary over the mesh: nothing to check.
+    mapped = jax.shard_map(local, in_specs=specs, out_specs=heads, check_vma=False)
+    return mapped(scaled_BTKGH, k_BTKH, v_BTKH, segment_ids_BT)
+
+
+def cudnn(
+    q_BTKGH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array
+) -> jax.Array:
+    """cuDNN's flash attention; documents are a mask."""
+    B, T, K, G, H = q_BTKGH.shape
+    same_B1TT = segment_ids_BT[:, None, :, None] == segment_ids_BT[:, None, None, :]
+    out_BTNH = jax.nn.dot_product_attention(
+        q_BTKGH.reshape(B, T, K * G, H), k_BTKH, v_BTKH, mask=same_B1TT, is_causal=True,
+        implementation="cudnn",
+    )  # fmt: skip
+    return out_BTNH.reshape(B, T, K, G, H)
+
+
+def plain(
+    q_BTKGH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array
+) -> jax.Array:
+    """In chunks of queries, without a kernel: for every platform, length and dtype."""
     T, H = q_BTKGH.shape[1], q_BTKGH.shape[-1]
     # Heads before tokens: the batch axes of every product lead, so each is one plain matrix.
     q_BKGTH = (q_BTKGH * jnp.asarray(H**-0.5, q_BTKGH.dtype)).transpose(0, 2, 3, 1, 4)

@@ -54,12 +54,16 @@ def linear(x_BTI: jax.Array, w_IO: jax.Array, dtype: Any = None) -> jax.Array:
 
     Accumulated and returned in `dtype`, if given.
 
-    Tokens are flattened first: the gradient of a plain matrix product runs at the machine's peak,
-    that of a batched one copies the transposed activations (measured on the CPU backend).
+    On one device tokens are flattened first: the gradient of a plain matrix product runs at the
+    machine's peak, that of a batched one copies the transposed activations (measured on the CPU
+    backend). On several, axes that are split over different parts of the mesh are not merged: the
+    partitioner would bring all of them to every device.
     """
     B, T = x_BTI.shape[:2]
     inputs = math.prod(x_BTI.shape[2:])
     split = x_BTI.ndim - 2
+    if jax.sharding.get_abstract_mesh().size > 1:
+        return jnp.tensordot(x_BTI, w_IO, axes=split, preferred_element_type=dtype)
     flat = jnp.matmul(
         x_BTI.reshape(B * T, inputs), w_IO.reshape(inputs, -1), preferred_element_type=dtype
     )
@@ -126,7 +130,7 @@ class Attention(nn.Module):
         q_BTKGH = rotate(q_BTKGH.reshape(B, T, K * G, H), angles).reshape(B, T, K, G, H)
         q_BTKGH = constrain(q_BTKGH, BATCH_AXES, None, "tensor", None, None)
         k_BTKH, v_BTKH = (constrain(x, BATCH_AXES, None, "tensor", None) for x in (k_BTKH, v_BTKH))
-        out_BTKGH = attention(q_BTKGH, k_BTKH, v_BTKH, segment_ids_BT)
+        out_BTKGH = attention(q_BTKGH, k_BTKH, v_BTKH, segment_ids_BT, self.config.attention)
         if "kv_heads" in masks:
             out_BTKGH *= masks["kv_heads"].astype(out_BTKGH.dtype)[None, None, :, None, None]
         if "q_per_kv" in masks:

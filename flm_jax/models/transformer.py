@@ -56,7 +56,11 @@ class Transformer(nn.Module):
         masks = dict(masks or {})
         layer_mask_L = masks.pop("layers", None)
 
-        x_BTD = w["embedding"][tokens_BT] * jnp.asarray(config.input_mult, config.dtype)
+        # A device looks up its part of every row: split by token, the lookup would bring all
+        # sequences, or the whole table, to every device.
+        embedding_VD = constrain(w["embedding"], None, "tensor")
+        x_BTD = constrain(embedding_VD[tokens_BT], BATCH_AXES, None, "tensor")
+        x_BTD = x_BTD * jnp.asarray(config.input_mult, config.dtype)
         x_BTD = constrain(x_BTD, BATCH_AXES, "tensor", None)
         angles = nn_layers.rotary_angles(positions_BT, config)
         x_BTD, _ = self._layers()(x_BTD, layer_mask_L, segment_ids_BT, angles, masks)
