@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
 import importlib.util
 import math
 import os
@@ -202,13 +201,13 @@ def program(
     plan = plan_of(stage_at(index - 1).model, stage) if index else None
     if what == "growth":
         assert plan is not None
-        grow = functools.partial(growth.grow, plan=plan)
         before = abstract_state(index - 1)
-        key = jax.random.key(0)
-        placed = sharding.shardings(jax.eval_shape(grow, before, key=key), mesh)
-        return jax.jit(lambda s: grow(s, key=key), out_shardings=placed, donate_argnums=0), (
-            before,
-        )
+
+        def grow(state: Any) -> Any:
+            return growth.grow(state, plan, jax.random.key(0))
+
+        placed = sharding.shardings(jax.eval_shape(grow, before), mesh)
+        return jax.jit(grow, out_shardings=placed, donate_argnums=0), (before,)
     tx = optim.optimizer(stage, config.optimizer, shape, grown_at)
     length = config.data_of(index).sequence_length
     placed = NamedSharding(mesh, sharding.BATCH)
@@ -285,6 +284,8 @@ def compile_for(
                 "missing_bytes": max(0, used - int(chip.hbm_bytes)),
                 "argument_bytes": memory.argument_size_in_bytes,
                 "temporary_bytes": memory.temp_size_in_bytes,
+                # The compiler's own count takes the body of a loop once: for ratios only.
+                "xla_flops": (compiled.cost_analysis() or {}).get("flops"),
             }
             report["collectives"] = collectives(compiled.as_text())
     report["compile_s"] = time.monotonic() - began
@@ -350,7 +351,8 @@ def _computations(hlo: str) -> Iterator[tuple[str, list[str]]]:
 def collectives(hlo: str) -> dict[str, dict[str, float]]:
     """Kind -> how often in one call, and bytes of their results on one device.
 
-    The body of a loop counts as often as the loop runs: the constant in its condition.
+    The body of a loop counts as often as the loop runs: its known trip count, or the constant in
+    its condition.
     """
     bodies = dict(_computations(hlo))
     found: dict[str, dict[str, float]] = collections.defaultdict(lambda: {"count": 0, "bytes": 0})
@@ -360,7 +362,8 @@ def collectives(hlo: str) -> dict[str, dict[str, float]]:
             inner = times
             condition = re.search(r" while\(.*condition=%?([\w.-]+)", line)
             if condition:
-                bounds = re.findall(r" constant\((\d+)\)", "".join(bodies[condition.group(1)]))
+                bounds = re.findall(r"known_trip_count\W+n\W+(\d+)", line)
+                bounds += re.findall(r" constant\((\d+)\)", "".join(bodies[condition.group(1)]))
                 inner = times * max(map(int, bounds), default=1)
             shape_op = re.search(r"= (.*?) ([\w-]+)\(", line)
             if shape_op:

@@ -11,7 +11,7 @@ import numpy as np
 from flm_jax.figures import ACCENT, GUIDE, LINE, clean, plt, save
 from flm_jax.predict import PowerLaw
 
-_NAMES = {"mup": "µP", "sp": "standard parametrisation"}
+_NAMES = {"mup": "µP", "sp": "standard"}
 
 
 def coordinates(found: dict[str, Any], path: pathlib.Path) -> None:

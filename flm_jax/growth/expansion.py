@@ -31,6 +31,7 @@ from flm_jax.axes import Param, Role, along
 from flm_jax.errors import UserError
 
 NEW = -1
+_FEW_RUNS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,8 +240,16 @@ def gather(x: jax.Array, param: Param, expansions: Expansions) -> jax.Array:
             shape = list(x.shape)
             shape[dim : dim + 2] = [shape[dim] * parts, shape[dim + 1] // parts]
             x = x.reshape(shape)
-        elif e.source == 0:
-            x = jnp.zeros((*x.shape[:dim], e.target, *x.shape[dim + 1 :]), x.dtype)
+        elif len(e.runs) <= _FEW_RUNS:
+            # Slices and zeros: on a mesh they move between neighbours, where a gather by index
+            # would bring the whole axis to every device.
+            parts = [
+                jnp.zeros((*x.shape[:dim], run.length, *x.shape[dim + 1 :]), x.dtype)
+                if run.start == NEW
+                else jax.lax.slice_in_dim(x, run.start, run.start + run.length, axis=dim)
+                for run in e.runs
+            ]
+            x = jnp.concatenate(parts, axis=dim)
         elif not e.identity:
             x = jnp.take(x, np.maximum(e.index, 0), axis=dim)
     return x
