@@ -28,6 +28,7 @@ setuptools.setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12,<1",
         "rich",
+        "scipy",
         "sentencepiece",
         "seqio",
         "tensorboard",  # clu's summary writer imports it
@@ -47,5 +48,7 @@ setuptools.setup(
             "ruff",
         ],
         "tpu": ["jax[tpu]"],
+        # XLA's GPU compiler and ptxas, without cuDNN and the rest: experiments.compile_ahead.
+        "gpu-aot": ["jax-cuda12-pjrt", "jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12"],
     },
 )

@@ -108,5 +108,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
 
 
 def _tiny(layers: int, hidden: int) -> TransformerConfig:
-    model = _model(layers, 2 * hidden, 2 * hidden)
-    return dataclasses.replace(model, d_model=hidden, num_heads=hidden // 8, head_dim=8)
+    return dataclasses.replace(
+        _model(layers, 64, 2 * hidden), d_model=hidden, num_heads=hidden // 8, head_dim=8,
+        mup_base_width=16,
+    )  # fmt: skip

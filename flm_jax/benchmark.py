@@ -43,7 +43,7 @@ def _half(model: TransformerConfig) -> TransformerConfig:
         d_ff=max(model.d_ff // 2, 1),
         num_kv_heads=groups,
         num_heads=groups * model.queries_per_kv,
-        mup_base_width=model.mup_base_width,
+        mup_base_width=0,  # the base may be wider than the half
     )
 
 

@@ -151,7 +151,8 @@ def test_changed_data_is_refused_on_resume(tmp_path):
 def test_mistakes_before_anything_is_written(tmp_path):
     new = tmp_path / "new"
     cases = [
-        (("--config.stages[1].model.d_model=16",), ("'embed' from 32 to 16",)),
+        (("--config.stages[1].model.d_model=16", "--config.stages[1].model.mup_base_width=16"),
+         ("'embed' from 32 to 16",)),
         (("--config.stages[1].model.num_heads=5", "--config.stages[1].model.num_kv_heads=2"),
          ("num_heads is 5", "num_kv_heads 2")),
         (("--config.stages[1].growth.recipe=magic",), ("'magic'", "msg")),
@@ -178,11 +179,9 @@ def test_mistakes_before_anything_is_written(tmp_path):
     assert str(empty) in mistake(*SMOKE, *args, f"--workdir={new}")
     (empty / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
     assert "latin.txt" in mistake(*SMOKE, *args, f"--workdir={new}")
-    for i in range(3):
-        line = mistake(*SMOKE, f"--config.stages[{i}].model.vocab_size=100", f"--workdir={new}")
-        assert "vocab_size" in line and "100" in line
-        if i:
-            break
+    sizes = [f"--config.stages[{i}].model.vocab_size=100" for i in range(3)]
+    line = mistake(*SMOKE, *sizes, f"--workdir={new}")
+    assert "vocab_size" in line and "100" in line
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(tmp_path):

@@ -13,6 +13,8 @@ from flm_jax import axes, counts
 from flm_jax.config import (
     DataConfig,
     ExperimentConfig,
+    MupStudyConfig,
+    ProbeConfig,
     TransformerConfig,
     differences,
     from_mapping,
@@ -35,7 +37,11 @@ def load(path, variant=""):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_config_resolves_and_opens_with_its_command(path):
     config, doc = load(path)
-    chain = cli.experiment(config)
+    if "experiment" in config:  # a study over an experiment
+        kind = ProbeConfig if "arms" in config else MupStudyConfig
+        chain = cli.dataclass_of(kind, config).experiment
+    else:
+        chain = cli.experiment(config)
     assert isinstance(chain, ExperimentConfig)
     assert f"--config=configs/{path.name}" in doc
     with pytest.raises(UserError, match="variant 'nonsense'"):

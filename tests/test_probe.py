@@ -7,20 +7,16 @@ from tests.commands import json_of, mistake, run
 PROBE = ("experiments.probe_growth", "--config=configs/probe_growth.py:smoke")
 
 
-def test_check_growth_prints_a_row_for_a_recipe():
-    (row,) = json_of("experiments.check_growth", "--operator=stack")["operators"]
-    assert {"name", "axes", "claimed", "measured", "max_abs_logit_diff_f64", "dead_slots",
-            "max_abs_logit_diff_f32", "max_abs_logit_diff_bf16", "locked_copies",
-            "first_update_over_lr", "ok"} <= set(row)  # fmt: skip
-    assert row["claimed"] == "APPROX" == row["measured"] and row["ok"]
-
-
 def test_a_lock_is_a_contradiction_and_a_wrong_recipe_a_mistake():
     status, out, _ = run(
         "experiments.check_growth", "--operator=mlp=tile", "--moments=dual", "--json"
     )
     (row,) = json.loads(out)["operators"]
     assert status == 1 and row["locked_copies"] == 40 and not row["ok"]
+    assert {"name", "axes", "claimed", "measured", "max_abs_logit_diff_f64", "dead_slots",
+            "max_abs_logit_diff_f32", "max_abs_logit_diff_bf16", "locked_copies",
+            "first_update_over_lr", "ok"} <= set(row)  # fmt: skip
+    assert row["claimed"] == "EXACT" == row["measured"]
     assert "no operator 'magic'" in mistake("experiments.check_growth", "--operator=magic")
     assert "no lineage.json" in mistake("experiments.check_growth", "--run=runs/nowhere")
 

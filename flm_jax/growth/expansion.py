@@ -243,13 +243,13 @@ def gather(x: jax.Array, param: Param, expansions: Expansions) -> jax.Array:
         elif len(e.runs) <= _FEW_RUNS:
             # Slices and zeros: on a mesh they move between neighbours, where a gather by index
             # would bring the whole axis to every device.
-            parts = [
+            pieces = [
                 jnp.zeros((*x.shape[:dim], run.length, *x.shape[dim + 1 :]), x.dtype)
                 if run.start == NEW
                 else jax.lax.slice_in_dim(x, run.start, run.start + run.length, axis=dim)
                 for run in e.runs
             ]
-            x = jnp.concatenate(parts, axis=dim)
+            x = jnp.concatenate(pieces, axis=dim)
         elif not e.identity:
             x = jnp.take(x, np.maximum(e.index, 0), axis=dim)
     return x

@@ -1,0 +1,157 @@
+"""Compiling ahead: what is read from the compiler, and the compiler where it is installed."""
+
+import importlib.util
+import json
+
+import pytest
+
+from flm_jax import ahead, axes, sharding
+from flm_jax.errors import UserError
+from tests.commands import json_of, mistake
+
+CHAIN = ("experiments.compile_ahead", "--config=configs/tele_flm_1t_chain.py")
+
+HLO = """HloModule jit_step
+
+%body.1 (p: (s32[], f32[4,8])) -> (s32[], f32[4,8]) {
+  %p = (s32[], f32[4,8]) parameter(0)
+  %g = f32[4,8]{1,0} all-gather(%x), dimensions={0}
+  ROOT %t = (s32[], f32[4,8]) tuple(%i, %g)
+}
+
+%inner (q: f32[2]) -> f32[2] {
+  ROOT %r = bf16[16]{0} reduce-scatter(%q), to_apply=%add
+}
+
+%cond.1 (p: (s32[], f32[4,8])) -> pred[] {
+  %c = s32[] constant(7)
+  ROOT %lt = pred[] compare(%i, %c), direction=LT
+}
+
+ENTRY %main (a: f32[4,8]) -> f32[4,8] {
+  %w = (s32[], f32[4,8]) while(%t0), condition=%cond.1, body=%body.1
+  %f = f32[2] fusion(%a), kind=kLoop, calls=%inner
+  %s = (f32[10], f32[10]) all-reduce-start(%a), to_apply=%add
+  ROOT %d = f32[10] all-reduce-done(%s)
+}
+"""
+
+
+def test_collectives_are_counted_as_often_as_loops_run():
+    assert ahead.collectives(HLO) == {
+        "all-gather": {"count": 7, "bytes": 7 * 4 * 8 * 4},
+        "all-reduce": {"count": 1, "bytes": 40},
+        "reduce-scatter": {"count": 1, "bytes": 32},
+    }
+    known = HLO.replace(
+        "body=%body.1", 'body=%body.1, backend_config={"known_trip_count":{"n":"9"}}'
+    )
+    assert ahead.collectives(known)["all-gather"]["count"] == 9
+
+
+def test_a_refusal_for_memory_says_how_much():
+    said = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (144.92G) exceeds available HBM (95.74G)."
+    )
+    needed, available = ahead._out_of_memory(said)
+    assert (needed, available) == (int(144.92 * 2**30), int(95.74 * 2**30))
+    assert ahead._out_of_memory("INTERNAL: something else") is None
+
+
+def test_memory_report(tmp_path):
+    assert ahead._memory_report(tmp_path) is None
+    text = "Memory Space: default (color=0)\nTotal bytes: 37306169568 (34.74GiB)\n  rest\n"
+    (tmp_path / "module.after_optimizations-memory-usage-report.txt").write_text(text)
+    assert ahead._memory_report(tmp_path) == 37306169568
+
+
+@pytest.mark.parametrize(
+    ("devices", "shape"), [(512, (1, 32, 16)), (4096, (1, 256, 16))], ids=["512", "4096"]
+)
+@pytest.mark.parametrize("name", ["tele_flm_52b", "tele_flm_102b", "tele_flm_1t"])
+def test_every_large_parameter_is_split_over_the_whole_mesh(name, devices, shape):
+    """Only the norms' gains, and nothing else, are on every device along a mesh axis."""
+    import importlib
+
+    config = importlib.import_module(f"configs.{name}").stage().model
+    mesh = dict(zip(("data", "fsdp", "tensor"), shape, strict=True))
+    held = 0
+    for path, param in axes.TABLE.items():
+        used = {name for name in sharding.param_spec(param) if name}
+        if "norm" not in path:
+            assert used == {"fsdp", "tensor"}, path
+        parts = 1
+        for axis, placed in zip(param.axes, sharding.param_spec(param), strict=True):
+            if placed:
+                assert axes.axis_sizes(config)[axis] % mesh[placed] == 0
+                parts *= mesh[placed]
+        held += axes.param_sizes(config)[path] / parts
+    total = sum(axes.param_sizes(config).values())
+    assert held < 1.01 * total / devices
+
+
+def test_golden_shards_of_the_1t():
+    """Shapes on one of 512 devices, fsdp 32 x tensor 16: written down once, by hand."""
+    from configs import tele_flm_1t
+
+    config = tele_flm_1t.stage().model
+    mesh = {"fsdp": 32, "tensor": 16}
+    found = {
+        path: tuple(
+            size // mesh.get(placed, 1)
+            for size, placed in zip(param.shape(config), sharding.param_spec(param), strict=True)
+        )
+        for path, param in axes.TABLE.items()
+    }
+    assert found == {
+        "embedding": (5000, 640),
+        "final_norm": (640,),
+        "head": (640, 5000),
+        "layers/attention/key": (140, 640, 10, 128),
+        "layers/attention/norm": (140, 640),
+        "layers/attention/out": (140, 10, 1, 128, 640),
+        "layers/attention/query": (140, 640, 10, 1, 128),
+        "layers/attention/value": (140, 640, 10, 128),
+        "layers/mlp/down": (140, 6144, 640),
+        "layers/mlp/gate": (140, 640, 6144),
+        "layers/mlp/norm": (140, 640),
+        "layers/mlp/up": (140, 640, 6144),
+    }
+
+
+def test_mistakes_are_one_line():
+    assert "--topology is missing" in mistake(*CHAIN)
+    assert "kinds: v4" in mistake(*CHAIN, "--topology=v9:2x2")
+    assert "choose one of train" in mistake(*CHAIN, "--topology=v5p:2x2x1", "--what=think")
+    assert "stages 0 to 2" in mistake(*CHAIN, "--topology=v5p:2x2x1", "--stage=5")
+    assert "--mesh=fsdp" in mistake(*CHAIN, "--topology=v5p:2x2x1", "--mesh=fsdp")
+    if importlib.util.find_spec("libtpu") is None:
+        assert ".[tpu]" in mistake(*CHAIN, "--topology=v5p:2x2x1", "--mesh=fsdp=4")
+
+
+def test_a_mesh_must_match_its_topology():
+    with pytest.raises(UserError, match="8 devices, but v5e:2x2 has 4"):
+        ahead.mesh_of("v5e:2x2", {"fsdp": 8}, [None] * 4)
+    with pytest.raises(UserError, match="no mesh axis 'expert'"):
+        ahead.mesh_of("v5e:2x2", {"expert": 4}, [None] * 4)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra [tpu]")
+@pytest.mark.parametrize("what", ["train", "train_masked", "growth"])
+def test_the_tpu_compiler_takes_a_small_chain(what):
+    sizes = [
+        f"--config.stages[{i}].model.{name}={value}"
+        for i, layers, width in ((0, 2, 512), (1, 2, 512), (2, 3, 1024))
+        for name, value in (
+            ("num_layers", layers), ("d_model", width), ("num_heads", width // 128),
+            ("d_ff", 2 * width), ("vocab_size", 512),
+        )
+    ]  # fmt: skip
+    report = json_of(*CHAIN, *sizes, "--topology=v5p:2x2x1", "--mesh=fsdp=2,tensor=2",
+                     "--batch=4", "--quick", f"--what={what}")  # fmt: skip
+    assert report["fits"] and report["devices"] == 4
+    assert {"hbm_bytes", "hbm_limit_bytes", "compile_s", "peak_host_bytes", "collectives",
+            "model_flops_per_device"} <= set(report)  # fmt: skip
+    assert set(report["roofline"]) >= {"step_s", "bound", "utilisation"}
+    assert json.dumps(report)
