@@ -19,6 +19,7 @@ setuptools.setup(
         "absl-py",
         "chex",
         "clu",
+        "datasketch",  # MinHash: near-duplicates among chat samples
         "etils[epath]",
         "flax>=0.12",
         "jax>=0.10",
@@ -28,12 +29,15 @@ setuptools.setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12,<1",
         "rich",
+        "safetensors",
+        "scikit-learn",  # clusters of samples: choosing a diverse set
         "scipy",
         "sentencepiece",
         "seqio",
         "tensorboard",  # clu's summary writer imports it
         "tensorflow",
         "tensorstore",
+        "tokenizers",  # Hugging Face's tokenizer.json
     ],
     extras_require={
         "dev": [
@@ -47,6 +51,8 @@ setuptools.setup(
             "pytest-xdist",
             "ruff",
         ],
+        # Oracles of the weights' tests, older .bin files, and EleutherAI's evaluation harness.
+        "hf": ["lm-eval", "torch==2.13.0", "transformers"],
         "tpu": ["jax[tpu]"],
         # XLA's GPU compiler and ptxas, without cuDNN and the rest: experiments.compile_ahead.
         "gpu-aot": ["jax-cuda12-pjrt", "jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12"],
