@@ -10,8 +10,8 @@ TEST_ENV := XLA_FLAGS=--xla_backend_optimization_level=0
 
 help:
 	@echo "make demo   grow a model through three stages into runs/demo (about 5 minutes, 2 cores)"
-	@echo "make test   run the tests"
-	@echo "make check  lint, format, types and tests: what CI runs"
+	@echo "make test   run the tests, but for the slow ones"
+	@echo "make check  lint, format, types and all tests: what CI runs"
 
 $(STAMP): setup.py constraints.txt
 	$(PYTHON) -m venv .venv
@@ -24,7 +24,7 @@ demo: $(STAMP)
 	$(BIN)/python -m experiments.grow --config=configs/demo.py --workdir=runs/demo
 
 test: $(STAMP)
-	$(TEST_ENV) $(BIN)/python -m pytest
+	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow"
 
 check: $(STAMP)
 	$(BIN)/ruff check .
