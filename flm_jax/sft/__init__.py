@@ -1,0 +1,1 @@
+"""Supervised fine-tuning: chat samples, their choice, training on them, and scores."""
