@@ -25,6 +25,7 @@ SCHEDULES = ("constant", "cosine", "wsd")
 MOMENTS = ("dual", "asym", "reset")
 RATES = ("target", "carry", "ramp")
 PARAMETRISATIONS = ("mup", "sp")
+MESH_AXES = ("data", "fsdp", "tensor")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -268,12 +269,31 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class RulesConfig:
+    """Parameter axis -> the mesh axis that it is split over; "": not split.
+
+    With few key/value heads, `kv_heads=""` and `q_per_kv="tensor"` split the queries of each.
+    """
+
+    embed: str = "fsdp"
+    mlp: str = "tensor"
+    kv_heads: str = "tensor"
+    q_per_kv: str = ""
+    vocab: str = "tensor"
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _require_choice(self, field.name, ("", *MESH_AXES))
+
+
+@dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Devices along each mesh axis; data = 0 takes what the other axes leave."""
 
     data: int = 0
     fsdp: int = 1
     tensor: int = 1
+    rules: RulesConfig = RulesConfig()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ from flm_jax.axes import Param, Role
 from flm_jax.config import TransformerConfig
 from flm_jax.models.attention import attention
 from flm_jax.precision import wide
-from flm_jax.sharding import BATCH_AXES, constrain
+from flm_jax.sharding import BATCH_AXES, constrain, head_axes
 
 Masks = Mapping[str, jax.Array]
 
@@ -128,8 +128,9 @@ class Attention(nn.Module):
         v_BTKH = linear(y_BTD, w["value"])
         K, G, H = q_BTKGH.shape[2:]
         q_BTKGH = rotate(q_BTKGH.reshape(B, T, K * G, H), angles).reshape(B, T, K, G, H)
-        q_BTKGH = constrain(q_BTKGH, BATCH_AXES, None, "tensor", None, None)
-        k_BTKH, v_BTKH = (constrain(x, BATCH_AXES, None, "tensor", None) for x in (k_BTKH, v_BTKH))
+        groups, queries = head_axes(K, G)
+        q_BTKGH = constrain(q_BTKGH, BATCH_AXES, None, groups, queries, None)
+        k_BTKH, v_BTKH = (constrain(x, BATCH_AXES, None, groups, None) for x in (k_BTKH, v_BTKH))
         out_BTKGH = attention(q_BTKGH, k_BTKH, v_BTKH, segment_ids_BT, self.config.attention)
         if "kv_heads" in masks:
             out_BTKGH *= masks["kv_heads"].astype(out_BTKGH.dtype)[None, None, :, None, None]
