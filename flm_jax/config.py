@@ -297,6 +297,18 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LayoutConfig:
+    """A topology, a mesh and a batch that a stage fits: `experiments.compile_ahead` proves it."""
+
+    stage: str
+    topology: str
+    batch_size: int
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
 class ExperimentConfig:
     """A chain of stages, each grown out of the one before."""
 
@@ -307,6 +319,7 @@ class ExperimentConfig:
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     mesh: MeshConfig = MeshConfig()
+    layouts: tuple[LayoutConfig, ...] = ()  # for accelerators that are not here
     seed: int = 0
     quick_compile: bool = False  # on a CPU: less optimised programs, for runs of seconds
 
@@ -324,6 +337,11 @@ class ExperimentConfig:
                 f"its steps {stage.steps}; the masks must reach 1 before the stage ends",
             )
 
+        for layout in self.layouts:
+            _require(
+                layout.stage in names,
+                f"ExperimentConfig.layouts names stage {layout.stage!r}; it has {names}",
+            )
         for index in range(len(self.stages)):
             self.data_of(index)  # raises if the lengths do not fit each other
 

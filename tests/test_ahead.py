@@ -67,7 +67,9 @@ def test_memory_report(tmp_path):
 
 
 def test_mistakes_are_one_line():
-    assert "--topology is missing" in mistake(*CHAIN)
+    assert "--topology is missing" in mistake(*CHAIN, "--batch=8")
+    demo = (CHAIN[0], "--config=configs/demo.py")
+    assert "--topology is missing" in mistake(*demo)
     assert "kinds: v4" in mistake(*CHAIN, "--topology=v9:2x2")
     assert "choose one of train" in mistake(*CHAIN, "--topology=v5p:2x2x1", "--what=think")
     assert "stages 0 to 2" in mistake(*CHAIN, "--topology=v5p:2x2x1", "--stage=5")
