@@ -11,7 +11,7 @@ from tests.commands import ROOT
 # Each module imports only from its own line and the lines above it.
 LAYERS = [
     {"errors"},
-    {"config", "precision", "host"},
+    {"config", "precision", "host", "hlo"},
     {"axes"},
     {"mup", "counts", "sharding"},
     {"models", "optim", "state", "losses"},
@@ -28,7 +28,7 @@ LAYERS = [
         "measure",
         "figures",
     },
-    {"ligo", "run_state", "study"},
+    {"ligo", "run_state", "study", "roofline"},
     {"chain", "check_growth", "coordinates", "sweep", "through_growth", "predict"},
     {"probe", "benchmark", "ahead"},
     {"report", "mup_report"},
