@@ -132,6 +132,7 @@ class Attention(nn.Module):
         q_BTKGH = constrain(q_BTKGH, BATCH_AXES, None, groups, queries, None)
         k_BTKH, v_BTKH = (constrain(x, BATCH_AXES, None, groups, None) for x in (k_BTKH, v_BTKH))
         out_BTKGH = attention(q_BTKGH, k_BTKH, v_BTKH, segment_ids_BT, self.config.attention)
+        out_BTKGH = constrain(out_BTKGH, BATCH_AXES, None, groups, queries, None)
         if "kv_heads" in masks:
             out_BTKGH *= masks["kv_heads"].astype(out_BTKGH.dtype)[None, None, :, None, None]
         if "q_per_kv" in masks:
