@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from flm_jax.precision import wide
-from flm_jax.sharding import BATCH_AXES
+from flm_jax.sharding import BATCH_AXES, head_axes
 
 # Queries are cut into at most this many chunks, each of which meets only the keys up to its end:
 # with 8, 44% of the score matrix is never computed.
@@ -70,7 +70,7 @@ def splash(
         splash_attention_mask as masks,
     )
 
-    T, _, G, H = q_BTKGH.shape[1:]
+    T, H = q_BTKGH.shape[1], q_BTKGH.shape[-1]
     block = next(b for b in (512, 256, SPLASH_TILE) if T % b == 0)
     blocks: dict[str, Any] = {
         name: block
@@ -81,6 +81,7 @@ def splash(
     def local(
         q_BTKGH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array
     ) -> jax.Array:
+        G = q_BTKGH.shape[3]  # this device's
         kernel = kernels.make_splash_mqa_single_device(
             mask=masks.MultiHeadMask([masks.CausalMask((T, T))] * G),
             block_sizes=kernels.BlockSizes(**blocks, use_fused_bwd_kernel=True),
@@ -102,8 +103,10 @@ def splash(
     scaled_BTKGH = q_BTKGH * jnp.asarray(H**-0.5, q_BTKGH.dtype)
     if jax.sharding.get_abstract_mesh().empty:
         return local(scaled_BTKGH, k_BTKH, v_BTKH, segment_ids_BT)
-    heads = PartitionSpec(BATCH_AXES, None, "tensor")
-    specs = (heads, heads, heads, PartitionSpec(BATCH_AXES))
+    groups, queries = head_axes(*q_BTKGH.shape[2:4])
+    heads = PartitionSpec(BATCH_AXES, None, groups, queries)
+    keys = PartitionSpec(BATCH_AXES, None, groups)
+    specs = (heads, keys, keys, PartitionSpec(BATCH_AXES))
     # The kernel says nothing of how its results vary over the mesh: nothing to check.
     mapped = jax.shard_map(local, in_specs=specs, out_specs=heads, check_vma=False)
     return mapped(scaled_BTKGH, k_BTKH, v_BTKH, segment_ids_BT)

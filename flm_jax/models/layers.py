@@ -26,7 +26,7 @@ from flm_jax.config import TransformerConfig
 from flm_jax.models import cache as cache_lib
 from flm_jax.models.attention import attention, in_slots
 from flm_jax.precision import wide
-from flm_jax.sharding import BATCH_AXES, constrain
+from flm_jax.sharding import BATCH_AXES, constrain, head_axes
 
 Masks = Mapping[str, jax.Array]
 KeysValues = tuple[jax.Array, jax.Array]  # of one layer, [B, K, slots or new tokens, H]
@@ -134,8 +134,9 @@ class Attention(nn.Module):
         v_BTKH = linear(y_BTD, w["value"])
         K, G, H = q_BTKGH.shape[2:]
         q_BTKGH = rotate(q_BTKGH.reshape(B, T, K * G, H), angles).reshape(B, T, K, G, H)
-        q_BTKGH = constrain(q_BTKGH, BATCH_AXES, None, "tensor", None, None)
-        k_BTKH, v_BTKH = (constrain(x, BATCH_AXES, None, "tensor", None) for x in (k_BTKH, v_BTKH))
+        groups, queries = head_axes(K, G)
+        q_BTKGH = constrain(q_BTKGH, BATCH_AXES, None, groups, queries, None)
+        k_BTKH, v_BTKH = (constrain(x, BATCH_AXES, None, groups, None) for x in (k_BTKH, v_BTKH))
         if past is None or slots is None:
             new = None
             out_BTKGH = attention(q_BTKGH, k_BTKH, v_BTKH, segment_ids_BT, self.config.attention)
@@ -170,7 +171,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """x + attention, then + MLP. Under `nn.scan`, x is the carry, new keys and values the output."""
+    """x + attention, then + MLP. Under `nn.scan`: x the carry, new keys and values the output."""
 
     config: TransformerConfig
     table: Mapping[str, Any]
