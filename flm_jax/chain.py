@@ -124,7 +124,7 @@ def check(config: ExperimentConfig, mesh: Mesh) -> None:
     """Raises UserError now for what would fail in a later stage."""
     rows = math.prod(mesh.shape[axis] for axis in ("data", "fsdp"))
     for stage in config.stages:
-        sharding.check_divisible(stage.model, mesh)
+        sharding.check_divisible(stage.model, mesh, config.mesh.rules)
         if stage.batch_size // stage.accumulate % rows:
             raise UserError(
                 f"stage {stage.name}: a microbatch of {stage.batch_size // stage.accumulate} "
@@ -221,7 +221,7 @@ class _ChainJob:
         tx, _ = self.optimizer()
         key = jax.random.fold_in(jax.random.key(self.config.seed), 0)
         init = functools.partial(init_state, self.stage.model, tx)
-        placed = sharding.shardings(jax.eval_shape(init, key), self.mesh)
+        placed = sharding.shardings(jax.eval_shape(init, key), self.mesh, self.config.mesh.rules)
         state = jax.jit(init, out_shardings=placed)(key)
         return Position(state, self.batches().get_state(), 0.0)
 
@@ -262,7 +262,7 @@ def restore(job: Job, checkpoints: Checkpoints, mesh: Mesh, step: int | None = N
     assert step is not None
     tx, _ = job.optimizer()
     state = jax.eval_shape(lambda: init_state(job.stage.model, tx, jax.random.key(0)))
-    placed = sharding.shardings(state, mesh)
+    placed = sharding.shardings(state, mesh, job.config.mesh.rules)
     like = jax.tree.map(
         lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), state, placed
     )
@@ -319,7 +319,8 @@ class _Runner:
             plan = ligo.fit(plan, before.state.params, batches, self.mesh, stage.growth, key)
 
         grow = functools.partial(growth.grow, plan=plan)
-        placed = sharding.shardings(jax.eval_shape(grow, before.state, key=key), self.mesh)
+        abstract = jax.eval_shape(grow, before.state, key=key)
+        placed = sharding.shardings(abstract, self.mesh, job.config.mesh.rules)
         state = jax.jit(grow, out_shardings=placed)(before.state, key=key)
         receipt = Receipt(
             operator=plan.recipe,
@@ -358,7 +359,7 @@ class _Runner:
         plan = growth.Plan.from_json(folder.plan.read_text()) if job.parent else None
         ramp = stage.growth.ramp_steps if plan and plan.masked else 0
         tx, shape = job.optimizer()
-        train_step = make_train_step(stage, tx, self.mesh, plan)
+        train_step = make_train_step(stage, tx, self.mesh, plan, settings.mesh.rules)
         state, batches = position.state, job.batches()
         batches.set_state(position.data)
         folder.metrics.rewind(step)
