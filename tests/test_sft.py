@@ -1,0 +1,310 @@
+"""Fine-tuning: templates, conversations, packing, and what is learned from them."""
+
+import dataclasses
+import json
+import random
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flm_jax import train
+from flm_jax.checkpoint import Checkpoints
+from flm_jax.errors import UserError
+from flm_jax.sft import chat, packing, pool, template, tune
+from flm_jax.sft.chat import Message, Sample
+from flm_jax.sft.config import SftConfig, TemplateConfig
+from tests.models import SMALL, changed, gradients, random_params
+
+
+class Bytes:
+    """A byte vocabulary, as seqio's: byte + 3, 1 ends."""
+
+    eos_id = 1
+
+    def encode(self, text):
+        return [byte + 3 for byte in text.encode()]
+
+    def decode(self, ids):
+        return bytes(i - 3 for i in ids if i >= 3).decode()
+
+
+VOCABULARY = Bytes()
+
+
+def talk(*turns, **about):
+    """A sample of user and assistant turns."""
+    roles = ("user", "assistant")
+    return Sample(tuple(Message(roles[n % 2], t) for n, t in enumerate(turns)), **about)
+
+
+def random_samples(count, seed=0, longest=12):
+    rng = random.Random(seed)
+
+    def text():
+        return "".join(rng.choice("abcd e") for _ in range(rng.randrange(1, longest)))
+
+    return [talk(*(text() for _ in range(2 * rng.randrange(1, 4)))) for _ in range(count)]
+
+
+def encoded(samples, how=template.TELE_FLM):
+    return [template.encode(s.messages, VOCABULARY, how) for s in samples]
+
+
+# Templates.
+
+
+def test_tele_flm_format():
+    messages = (Message("system", "be short"), *talk(" 1+1? \n", " 2", "and 2+2?").messages)
+    assert template.prompt(messages) == "<_user>1+1?<_bot> 2<_user>and 2+2?<_bot>"
+    assert template.prompt(messages, template.GENERIC) == (
+        "### System:\nbe short\n\n### User:\n1+1?\n\n### Assistant:\n 2"
+        "### User:\nand 2+2?\n\n### Assistant:\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        template.TELE_FLM,
+        template.GENERIC,
+        TemplateConfig("<s>{text}", "<u>{text}</u>", "<a>{text}</a>", strip=False),
+    ],
+)
+def test_answers_and_end_tokens_are_learned_and_nothing_else(how):
+    _, _, after = how.assistant.partition("{text}")
+    for sample in random_samples(30):
+        got = template.encode(sample.messages, VOCABULARY, how)
+        learned = [t for t, yes in zip(got.tokens, got.learned, strict=True) if yes]
+        answers = [m.content + after for m in sample.messages if m.role == "assistant"]
+        assert learned == [t for a in answers for t in (*VOCABULARY.encode(a), 1)]
+        # What generation begins from is what training saw before the answer.
+        prompt = template.encode_prompt(sample.messages[:-1], VOCABULARY, how)
+        assert got.tokens == (*prompt, *VOCABULARY.encode(answers[-1]), 1)
+
+
+def test_a_template_without_a_place_for_the_text_is_refused():
+    with pytest.raises(UserError, match=r"TemplateConfig.user is '<_user>'.*\{text\}"):
+        TemplateConfig(user="<_user>")
+
+
+# Conversations.
+
+
+def test_jsonl_is_read_as_written(tmp_path):
+    samples = [
+        talk("a", "b", category="x", id="1", check=chat.Check("exact", "b")),
+        talk("ü\n", "\u2028c"),
+    ]
+    chat.write_jsonl(tmp_path / "a.jsonl", samples)
+    row = {"instruction": "Add", "input": "1 2", "response": "3", "system": "s"}
+    (tmp_path / "b.jsonl").write_text(json.dumps(row) + "\n\n")
+    found = pool.read([str(tmp_path)])
+    assert found[:2] == samples
+    roles = [(m.role, m.content) for m in found[2].messages]
+    assert roles == [("system", "s"), ("user", "Add\n1 2"), ("assistant", "3")]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{", "Expecting"),
+        ("[1]", "not a JSON object"),
+        ("{}", "neither messages, nor instruction and response"),
+        ('{"messages": {}}', "list of objects"),
+        ('{"messages": [{"role": "bot", "content": ""}]}', "role is 'bot'"),
+        ('{"messages": [{"role": "user"}]}', "content is None"),
+        ('{"instruction": "x", "response": 3}', "response is 3"),
+        ('{"messages": [], "check": "x"}', "check must be"),
+    ],
+)
+def test_a_malformed_line_is_named(tmp_path, line, words):
+    path = tmp_path / "pool.jsonl"
+    path.write_text('{"instruction": "x", "response": "y"}\n' + line + "\n")
+    with pytest.raises(UserError, match=words) as caught:
+        pool.read([str(path)])
+    assert str(caught.value).startswith(f"{path}, line 2: ")
+
+
+def test_bytes_that_are_no_text_are_named(tmp_path):
+    (tmp_path / "pool.jsonl").write_bytes(b'{"instruction": "\xe9"}\n')
+    with pytest.raises(UserError, match=r"pool.jsonl, line 1: .*utf-8"):
+        pool.read([str(tmp_path)])
+    with pytest.raises(UserError, match="nowhere"):
+        pool.read([str(tmp_path / "nowhere")])
+
+
+def test_the_split_follows_content_alone():
+    samples = random_samples(300)
+    kept, held = pool.split(samples, 0.2)
+    assert len(kept) + len(held) == 300 and 30 < len(held) < 90
+    renamed = [dataclasses.replace(s, id="new", category="new") for s in samples]
+    again, _ = pool.split([*random_samples(100, seed=1), *renamed], 0.2)
+    assert {pool.content_hash(s) for s in kept} <= {pool.content_hash(s) for s in again}
+    kept, held = pool.split(samples[:3], 1e-9)  # one at least
+    assert len(kept) == 2 and len(held) == 1
+
+
+def test_what_does_not_fit_is_counted():
+    samples = [
+        Sample((Message("user", "only"),)),
+        talk("q", "a"),
+        talk("q", "a" * 100),
+        talk("q" * 100, "a"),
+    ]
+    about = (VOCABULARY, template.TELE_FLM, 40)
+    kept, counts = packing.encode_all(samples, *about, "drop")
+    assert len(kept) == counts.used == 1 and counts.no_assistant == 1 and counts.dropped == 2
+    kept, counts = packing.encode_all(samples, *about, "truncate")
+    assert [len(c.tokens) for c in kept] == [len("<_user>q<_bot>a") + 1, 40]
+    assert (counts.truncated, counts.cut_to_nothing, counts.used) == (1, 1, 2)
+    assert "1 truncated" in str(counts) and "1 without an assistant turn" in str(counts)
+    with pytest.raises(UserError, match=r"no conversation is left.*2 dropped as too long"):
+        packing.encode_all(samples[2:], *about, "drop")
+
+
+# Packing.
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_first_fit_loses_nothing_and_overfills_nothing(seed):
+    lengths = np.random.default_rng(seed).integers(1, 30, 700)
+    rows = packing.first_fit(lengths, 32)
+    assert sorted(i for row in rows for i in row) == list(range(700))
+    filled = [sum(lengths[i] for i in row) for row in rows]
+    assert max(filled) <= 32 and np.mean(filled) > 0.85 * 32
+
+
+CONFIG = changed(SMALL, vocab_size=260)
+LENGTH = 64
+
+
+@pytest.fixture(scope="module", autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+@jax.jit
+def nats_of(params, batch):
+    return train.summed_loss(params, batch, CONFIG)[0]
+
+
+@pytest.fixture(scope="module")
+def params():
+    return random_params(CONFIG, 0)
+
+
+def packed_and_alone():
+    """Eight conversations, packed into fewer rows and one to a row, in batches of one shape."""
+    conversations = encoded(random_samples(8, longest=6))
+    (packed,) = packing.in_order(conversations, LENGTH, 8)
+    alone = packing.features([[c] for c in conversations], LENGTH)
+    assert (packed["segment_ids"].max(1) > 1).any()
+    assert packed["weights"].sum() == alone["weights"].sum() > 0
+    return packed, alone
+
+
+def test_packing_changes_no_loss(params):
+    packed, alone = packed_and_alone()
+    assert abs(nats_of(params, packed) / nats_of(params, alone) - 1) < 1e-10
+    merged = packed | {"segment_ids": np.minimum(packed["segment_ids"], 1)}
+    assert abs(nats_of(params, merged) / nats_of(params, alone) - 1) > 1e-4  # the twin
+    shifted = packed | {
+        "positions": np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (8, LENGTH))
+    }
+    # Positions matter only relative to each other, so that this is no twin.
+    assert abs(nats_of(params, shifted) / nats_of(params, alone) - 1) < 1e-10
+
+
+def test_masked_tokens_receive_no_gradient(params):
+    packed, _ = packed_and_alone()
+    other = np.random.default_rng(0).integers(0, 260, packed["targets"].shape).astype(np.int32)
+    unlearned = packed | {"targets": np.where(packed["weights"] > 0, packed["targets"], other)}
+    everything = {"weights": np.ones_like(packed["weights"])}
+
+    def of(batch):
+        return gradients(params, {k: jnp.asarray(v) for k, v in batch.items()}, CONFIG, None, 1)
+
+    for a, b in zip(jax.tree.leaves(of(packed)), jax.tree.leaves(of(unlearned)), strict=True):
+        assert (a == b).all()
+    twins = of(packed | everything), of(unlearned | everything)
+    assert float(twins[0][0]) != float(twins[1][0])
+
+
+def batches(seed=0, batch_size=4, fingerprint="f"):
+    return packing.ChatBatches(encoded(random_samples(40)), 160, batch_size, seed, fingerprint)
+
+
+def test_an_epoch_has_every_conversation_once():
+    stream = batches(batch_size=1)
+    rows = len(stream.rows)
+    epochs = [[next(stream)["targets"][0].tobytes() for _ in range(rows)] for _ in range(2)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) and epochs[0] != epochs[1]
+    assert len(set(epochs[0])) == rows
+    found = sorted(c.tokens for row in stream.rows for c in row)
+    assert found == sorted(c.tokens for c in encoded(random_samples(40)))
+    other = batches(seed=1, batch_size=1)
+    assert [next(other)["targets"][0].tobytes() for _ in range(rows)] != epochs[0]
+
+
+def test_batches_resume_exactly():
+    stream = batches()
+    for _ in range(17):  # beyond an epoch
+        next(stream)
+    state = json.loads(json.dumps(stream.get_state()))
+    again = batches()
+    again.set_state(state)
+    halves = batches(batch_size=2)
+    halves.set_state(state)
+    for _ in range(9):
+        batch = next(stream)
+        one, two = next(halves), next(halves)
+        for name, x in next(again).items():
+            assert (x == batch[name]).all()
+            assert (np.concatenate([one[name], two[name]]) == x).all()
+    for other in (batches(seed=1), batches(fingerprint="g")):
+        with pytest.raises(UserError, match="of the saved place"):
+            other.set_state(state)
+
+
+def test_processes_share_a_batch():
+    conversations = encoded(random_samples(40))
+    whole = batches()
+    parts = [packing.ChatBatches(conversations, 160, 4, 0, "f", i, 2) for i in range(2)]
+    for _ in range(5):
+        got = np.concatenate([next(part)["tokens"] for part in parts])
+        assert (got == next(whole)["tokens"]).all()
+
+
+# The stage.
+
+
+def test_the_best_checkpoint_stays(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
+    state = {"w": jnp.zeros(3)}
+    for step, loss in enumerate([3.0, 1.0, 2.0, 1.0, None, 4.0], start=1):
+        checkpoints.save(step, state, {}, loss)
+        checkpoints.wait()
+    assert checkpoints.best == 4 and checkpoints.latest == 6
+    checkpoints.close()
+    kept = {p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()}
+    assert kept == {"4", "6"}
+    again = Checkpoints(tmp_path / "checkpoints", keep=1)
+    assert again.best == 4
+    again.close()
+
+
+def test_configs_that_cannot_work_are_refused():
+    for values, words in [
+        ({}, "give conversations"),
+        ({"made": 1, "overlong": "keep"}, "drop, truncate"),
+        ({"made": 1, "held_out": 1.0}, "held_out is 1.0"),
+        ({"made": 1, "final_learning_rate": 1.0}, "final_learning_rate is 1.0"),
+        ({"made": 1, "epochs": 0}, "epochs is 0"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            SftConfig(base="x", **values)
+    with pytest.raises(UserError, match="make demo"):
+        tune.open_base(SftConfig(base="runs/nowhere", made=1))
