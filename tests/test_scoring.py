@@ -40,7 +40,8 @@ def test_checks():
 def test_examples_that_raise_and_their_options():
     source = (
         'def f(x):\n    """Raise.\n\n    >>> f(0)\n    Traceback (most recent call last):\n'
-        '        ...\n    ValueError: none\n    >>> f(1)  # doctest: +ELLIPSIS\n    [0, ..., 8]\n    """\n'
+        "        ...\n    ValueError: none\n    >>> f(1)  # doctest: +ELLIPSIS\n    [0, ..., 8]\n"
+        '    """\n'
     )
     body = "if not x: raise {}\nreturn list(range(9))"
     assert scoring.check_answer(Check("doctest", source), body.format("ValueError('none')"))[0]
