@@ -45,7 +45,7 @@ from flm_jax.state import TrainState
 # Of a config, what decides no number of the stage, or is in its identity in another form.
 _NOT_IDENTITY = (
     "base", "base_stage", "paths", "made", "data", "optimizer", "eval", "checkpoint", "mesh",
-    "score_samples", "quick_compile",
+    "score_samples", "max_new_tokens", "quick_compile",
 )  # fmt: skip
 
 
@@ -237,10 +237,20 @@ def steps_of(config: SftConfig, talk: Conversations, length: int) -> int:
     return math.ceil(config.epochs * rows / config.batch_size)
 
 
+@dataclasses.dataclass(frozen=True)
+class Tuned:
+    """A fine-tuned stage: its entry of lineage.json, and what it was made from."""
+
+    stage: dict[str, Any]
+    base: Base
+    vocabulary: Any
+    talk: Conversations
+
+
 def run(
     config: SftConfig, workdir: str, samples: Sequence[Sample] | None = None, corpus: Any = None
-) -> dict[str, Any]:
-    """Fine-tunes, or goes on with it; returns the stage's entry of lineage.json.
+) -> Tuned:
+    """Fine-tunes, or goes on with it.
 
     Args:
       config: what to do.
@@ -275,7 +285,7 @@ def run(
         RunFolder(config.base).branch(folder, last=base.stages[-1]["index"])
     if not finished(job, folder):
         chain.run_jobs([job], folder, mesh)
-    return folder.stages()[job.index]
+    return Tuned(folder.stages()[job.index], base, corpus.vocabulary, talk)
 
 
 def _same(one: pathlib.Path, two: pathlib.Path) -> bool:
