@@ -109,7 +109,7 @@ def _spoiled(sample: Sample, defect: str, samples: Sequence[Sample], rng: random
     messages = list(sample.messages)
     question, answer = messages[0].content, messages[-1].content
     if defect == "near":
-        messages[0] = Message("user", f"{question} Thanks!")
+        messages[0] = Message("user", f"Please {question}")
     elif defect == "wrong":
         others = [
             other
