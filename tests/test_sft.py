@@ -3,18 +3,22 @@
 import dataclasses
 import json
 import random
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flm_jax import train
-from flm_jax.checkpoint import Checkpoints
+from flm_jax import run_state, train
+from flm_jax.checkpoint import Checkpoints, params_digest
+from flm_jax.config import EvalConfig
 from flm_jax.errors import UserError
+from flm_jax.lineage import RunFolder
 from flm_jax.sft import chat, packing, pool, template, tune
 from flm_jax.sft.chat import Message, Sample
 from flm_jax.sft.config import SftConfig, TemplateConfig
+from tests.commands import json_of, mistake, start, wait_for
 from tests.models import SMALL, changed, gradients, random_params
 
 
@@ -308,3 +312,138 @@ def test_configs_that_cannot_work_are_refused():
             SftConfig(base="x", **values)
     with pytest.raises(UserError, match="make demo"):
         tune.open_base(SftConfig(base="runs/nowhere", made=1))
+
+
+# The commands, on a run of a few steps.
+
+SFT = ("experiments.sft", "--config=configs/sft_demo.py:smoke")
+
+
+def lineage(workdir):
+    return json.loads((workdir / "lineage.json").read_text())["stages"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A run to fine-tune: the smoke chain's first stage."""
+    workdir = tmp_path_factory.mktemp("base") / "run"
+    process = start("experiments.grow", "--config=configs/demo.py:smoke", f"--workdir={workdir}")
+    wait_for("lineage.json", workdir, process, timeout=400)
+    process.kill()
+    process.communicate()
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def tuned(base, tmp_path_factory):
+    """A fine-tuning that nothing disturbed: its folder, and what the command printed."""
+    workdir = tmp_path_factory.mktemp("tuned") / "run"
+    return workdir, json_of(*SFT, f"--config.base={base}", f"--workdir={workdir}")
+
+
+@pytest.mark.slow
+def test_the_stage_keeps_the_contract(base, tuned):
+    workdir, printed = tuned
+    first, stage = lineage(workdir)
+    assert first == lineage(base)[0]
+    assert stage == printed["stage"]
+    assert (stage["index"], stage["name"], stage["parent"]) == (1, "sft", "small")
+    receipt = stage["receipt"]
+    assert receipt["operator"] == "none" and receipt["exactness"] == "EXACT"
+    assert receipt["max_abs_logit_diff"] == receipt["dead_slots"] == receipt["locked_copies"] == 0
+    assert receipt["loss_before"] == receipt["loss_after"]
+    assert stage["plan_digest"] and (workdir / "stages/1-sft/plan.json").is_file()
+    assert stage["eval"]["response_loss_end"] < stage["eval"]["response_loss_start"]
+    assert printed["retention"] == {
+        "bpb_before": stage["eval"]["bpb_start"], "bpb_after": stage["eval"]["bpb_end"]
+    }  # fmt: skip
+    assert printed["before"].keys() == printed["after"].keys() > {"all", "arithmetic", "dialogue"}
+    for scores in (printed["before"]["arithmetic"], printed["after"]["arithmetic"]):
+        assert {"loss", "bpb", "accuracy", "accuracy_low", "accuracy_high"} <= scores.keys()
+    assert printed["after"]["all"]["loss"] < printed["before"]["all"]["loss"]
+
+
+@pytest.mark.slow
+def test_the_best_checkpoint_is_the_stage(tuned):
+    workdir, printed = tuned
+    stage = printed["stage"]
+    rows = RunFolder(workdir).stage(1, "sft").metrics.rows("eval")
+    evals = {r["step"]: r["response_loss"] for r in rows}
+    step = int(stage["checkpoint"].rsplit("/", 1)[1])
+    start = min(evals)
+    assert evals[step] == min(loss for s, loss in evals.items() if s > start)
+    assert evals[step] == stage["eval"]["response_loss_end"]
+    model = run_state.open_model(str(workdir), "sft")
+    assert params_digest(model.params) == stage["params_digest"]
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_it_ends_in_the_same_bits(base, tuned, tmp_path):
+    workdir, printed = tuned
+    again = tmp_path / "again"
+    (again / "stages").mkdir(parents=True)
+    shutil.copytree(workdir / "compiled", again / "compiled")
+    args = (*SFT, f"--config.base={base}", f"--workdir={again}")
+    process = start(*args)
+    wait_for("stages/1-sft/checkpoints/48", again, process, timeout=400)
+    process.kill()
+    process.communicate()
+    resumed = json_of(*args)
+    for key in ("params_digest", "eval", "plan_digest", "checkpoint", "config_digest"):
+        assert resumed["stage"][key] == printed["stage"][key], key
+    assert resumed["before"] == printed["before"] and resumed["after"] == printed["after"]
+    other = json_of(*args[:-1], f"--workdir={tmp_path / 'other'}", "--config.seed=1")
+    assert other["stage"]["params_digest"] != printed["stage"]["params_digest"]  # the twin
+    line = mistake(*args, "--config.learning_rate=1e-3")
+    assert "learning_rate" in line and "another --workdir" in line
+
+
+@pytest.mark.slow
+def test_mistakes_are_one_line_and_leave_nothing(base, tmp_path):
+    new = tmp_path / "new"
+    args = (*SFT, f"--config.base={base}", f"--workdir={new}")
+    (tmp_path / "bad.jsonl").write_text('{"instruction": "a", "response": "b"}\n{"messages"\n')
+    mute = [{"messages": [{"role": "user", "content": str(n)}]} for n in range(30)]
+    (tmp_path / "mute.jsonl").write_text("\n".join(map(json.dumps, mute)))
+    for more, words in [
+        ((f"--config.paths=('{tmp_path}/bad.jsonl',)",), ("bad.jsonl, line 2",)),
+        (
+            (f"--config.paths=('{tmp_path}/mute.jsonl',)", "--config.made=0"),
+            ("30 conversations", "without an assistant turn"),
+        ),
+        (("--config.sequence_length=8",), ("no conversation is left", "dropped as too long")),
+        (("--config.base=runs/nowhere",), ("runs/nowhere", "make demo")),
+        (("--config.base_stage=large",), ("no finished stage 'large'", "small")),
+    ]:
+        line = mistake(*args, *more)
+        assert all(word in line for word in words), line
+        assert not new.exists()
+
+
+@pytest.mark.slow
+def test_an_imported_model_begins_a_lineage(base, tmp_path):
+    """A model without a run: here, a checkpoint's folder."""
+    path = next((base / "stages/0-small/checkpoints").glob("[0-9]*"))
+    config = SftConfig(
+        base=str(path), made=2, steps=2, batch_size=8, sequence_length=256, quick_compile=True,
+        eval=EvalConfig(sequences=8, batch_size=8, every_steps=2),
+    )  # fmt: skip
+    with jax.enable_x64(False):
+        stage = tune.run(config, str(tmp_path / "run")).stage
+    assert (stage["index"], stage["parent"], stage["receipt"]) == (0, None, None)
+    assert lineage(tmp_path / "run") == [stage]
+
+
+@pytest.mark.slow
+def test_less_is_more_is_resumable_and_decides_by_its_rule(base, tmp_path):
+    args = ("experiments.less_is_more", "--config=configs/less_is_more.py:smoke",
+            f"--config.sft.base={base}", f"--workdir={tmp_path}")  # fmt: skip
+    found = json_of(*args)
+    names = [row["name"] for row in found["arms"]]
+    assert names[0] == "base" and len(names) == len(set(names)) == 1 + 4 + 2
+    assert {v["verdict"] for v in found["verdicts"]} == {"undecided"}  # one seed decides nothing
+    assert (tmp_path / "report/less_is_more_sizes.png").is_file()
+    lines = (tmp_path / "arms.jsonl").read_text().splitlines()
+    (tmp_path / "arms.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    again = json_of(*args)
+    assert again["arms"] == found["arms"]  # the same chosen sets, the same digests

@@ -149,8 +149,10 @@ def claims(config: LessIsMoreConfig, categories: Sequence[str]) -> list[Claim]:
             (large, "random", even, budget), (small, "random", even, budget), categories,
         )  # fmt: skip
     for mix in config.mixes[1:]:
-        chosen = ((large, "chosen", name, "steps") for name in (mix.name, even))
-        add(f"half of the conversations being {_names(mix.more)} helps there", *chosen, mix.more)
+        add(
+            f"half of the conversations being {_names(mix.more)} helps there",
+            (large, "chosen", mix.name, "steps"), (large, "chosen", even, "steps"), mix.more,
+        )  # fmt: skip
     made += _worked_steps(config.mixes, large)
     return made
 
