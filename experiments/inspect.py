@@ -43,9 +43,11 @@ def _tree(folder: RunFolder, stages: Sequence[dict[str, Any]]) -> rich.tree.Tree
         node = node.add(text)
         if receipt := s["receipt"]:
             change = receipt["max_abs_logit_diff"] / receipt["logit_scale"]
+            grown = receipt["operator"] != "none"
+            how = f"grown by {receipt['operator']}" if grown else "not grown"
             node.add(
-                f"grown by {receipt['operator']} ({receipt['exactness']}): logits moved by "
-                f"{change:.1e} of their scale, plan {s['plan_digest'][:12]}"
+                f"{how} ({receipt['exactness']}): logits moved by {change:.1e} of their scale, "
+                f"plan {s['plan_digest'][:12]}"
             )
         node.add(f"{s['checkpoint']}  parameters {s['params_digest'][:12]}")
     return root

@@ -64,6 +64,11 @@ def _folders(folder: RunFolder, stages: Sequence[dict[str, Any]]) -> list[StageF
     return [folder.stage(s["index"], s["name"]) for s in stages]
 
 
+def _grown(stages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without the first stage and those that were fine-tuned."""
+    return [s for s in stages if s["receipt"] and s["receipt"]["operator"] != "none"]
+
+
 def _curves(folder: RunFolder, stages: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
     """Validation bits per byte against tokens and against FLOPs, growth points marked."""
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
@@ -83,8 +88,10 @@ def _curves(folder: RunFolder, stages: Sequence[dict[str, Any]], path: pathlib.P
             panel.plot(xs, ys, color=LINE, marker="o", markersize=3)
             if stage["index"] > 0:
                 panel.axvline(done, color=ACCENT, linestyle="--", linewidth=1)
+                grew = stage in _grown(stages)
                 panel.annotate(
-                    f"grow to {stage['params'] / 1e6:.3g}M", (done, 1), (3, -4),
+                    f"grow to {stage['params'] / 1e6:.3g}M" if grew else stage["name"],
+                    (done, 1), (3, -4),
                     xycoords=("data", "axes fraction"), textcoords="offset points",
                     color=ACCENT, fontsize=8, rotation=90, va="top",
                 )  # fmt: skip
@@ -99,7 +106,7 @@ def _curves(folder: RunFolder, stages: Sequence[dict[str, Any]], path: pathlib.P
 
 def _ramps(folder: RunFolder, stages: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
     """Training loss and mask value over each grown stage's first steps."""
-    grown = [s for s in stages if s["receipt"]]
+    grown = _grown(stages)
     figure, panels = plt.subplots(1, len(grown), figsize=(4.5 * len(grown), 3.4), squeeze=False)
     for panel, stage in zip(panels[0], grown, strict=True):
         rows = folder.stage(stage["index"], stage["name"]).metrics.rows("train")
@@ -120,7 +127,7 @@ def _ramps(folder: RunFolder, stages: Sequence[dict[str, Any]], path: pathlib.Pa
 
 def _distances(folder: RunFolder, stages: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
     """How far each layer is from the identity, and which were copied."""
-    grown = [s for s in stages if s["receipt"]]
+    grown = _grown(stages)
     figure, panels = plt.subplots(1, len(grown), figsize=(4.5 * len(grown), 3.2), squeeze=False)
     for panel, stage in zip(panels[0], grown, strict=True):
         distances = stage["receipt"]["layer_distances"]
@@ -184,7 +191,7 @@ def write(folder: RunFolder) -> pathlib.Path:
     stages = folder.stages()
     folder.report.mkdir(exist_ok=True)
     figures = [("curve.png", "Validation bits per byte; dashed: growth.", _curves)]
-    if any(s["receipt"] for s in stages):
+    if _grown(stages):
         figures += [
             ("ramp.png", "The run-time masks' ramps.", _ramps),
             ("distances.png", "Layer distances on the calibration batch.", _distances),
