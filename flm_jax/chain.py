@@ -4,6 +4,9 @@ A stage begins from a fresh model or grows out of the stage before, trains, and 
 checkpoint and its entry in lineage.json. Whatever stops the run, the same call goes on from the
 last complete checkpoint, to the same bits: the state, the data position and the schedule are all
 functions of the step, and a growth is a function of its parent checkpoint and the seed.
+
+Several processes (`processes.py`) run this together, over one mesh of all their devices. Every
+line is run by all of them, but what is in `processes.once`, and the first alone shows and logs.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import dataclasses
 import functools
 import json
 import math
+import signal
 import statistics
 import time
 from collections.abc import Sequence
@@ -21,16 +25,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 from flm_jax import config as config_lib
-from flm_jax import counts, data, growth, host, ligo, measure, optim, sharding
+from flm_jax import counts, data, growth, host, ligo, measure, optim, processes, sharding
 from flm_jax.checkpoint import Checkpoints, params_digest
 from flm_jax.config import ExperimentConfig, StageConfig, TransformerConfig
 from flm_jax.errors import RunStopped, UserError
 from flm_jax.evaluate import bits_per_byte
 from flm_jax.growth.receipt import Receipt
-from flm_jax.lineage import RunFolder, StageFolder, identity, write_atomically, write_json
+from flm_jax.lineage import RunFolder, StageFolder, identity
 from flm_jax.metrics import TensorBoard
 from flm_jax.progress import Progress
 from flm_jax.state import TrainState
@@ -66,16 +71,21 @@ def run(config: ExperimentConfig, workdir: str) -> list[dict[str, Any]]:
     host.keep_freed()
     if config.quick_compile:
         host.compile_quickly()
-    mesh = sharding.make_mesh(config.mesh)
-    check(config, mesh)
+    meshes = [
+        sharding.make_mesh(
+            config.mesh_of(n), f"config.stages[{n}].mesh" if s.mesh else "config.mesh"
+        )
+        for n, s in enumerate(config.stages)
+    ]
+    check(config, meshes)
+    processes.check_same("the config", config_lib.digest(config_lib.to_dict(config)))
     folder = RunFolder(workdir)
-    folder.open()
-    done = folder.stages()
-    check_finished(config, folder, done)
+    done = processes.once(lambda: _open(config, folder))
     if len(done) == len(config.stages):
         return done
 
     corpus = data.open_corpus(config.data_of(0))
+    processes.check_same("the data's fingerprint", corpus.fingerprint)
     if corpus.vocab_size > min(stage.model.vocab_size for stage in config.stages):
         raise UserError(
             f"config.model.vocab_size is {config.stages[0].model.vocab_size}, but vocabulary "
@@ -84,12 +94,21 @@ def run(config: ExperimentConfig, workdir: str) -> list[dict[str, Any]]:
         )
     # A restart finds its compiled steps again instead of making them anew.
     jax.config.update("jax_compilation_cache_dir", str(folder.compiled.absolute()))
-    runner = _Runner(config, folder, corpus, mesh)
-    with jax.set_mesh(mesh), StopRequest() as stop, TensorBoard(folder.tensorboard) as board:
+    compilation_cache.reset_cache()  # JAX asks for the folder once, at its first program
+    runner = _Runner(config, folder, corpus, meshes)
+    with StopRequest() as stop, TensorBoard(folder.tensorboard) as board:
         position = None
         for index in range(len(done), len(config.stages)):
             position = runner.stage(index, position, stop, board)
-    return folder.stages()
+    return processes.once(folder.stages)
+
+
+def _open(config: ExperimentConfig, folder: RunFolder) -> list[dict[str, Any]]:
+    """The finished stages. Raises UserError if the folder cannot be used or is another run's."""
+    folder.open()
+    done = folder.stages()
+    check_finished(config, folder, done)
+    return done
 
 
 def check_finished(config: ExperimentConfig, folder: RunFolder, done: list[dict[str, Any]]) -> None:
@@ -106,10 +125,10 @@ def check_finished(config: ExperimentConfig, folder: RunFolder, done: list[dict[
         folder.check_stage(folder.stage(index, entry["name"]), about)
 
 
-def check(config: ExperimentConfig, mesh: Mesh) -> None:
-    """Raises UserError now for what would fail in a later stage."""
-    rows = math.prod(mesh.shape[axis] for axis in ("data", "fsdp"))
-    for stage in config.stages:
+def check(config: ExperimentConfig, meshes: Sequence[Mesh]) -> None:
+    """Raises UserError now for what would fail in a later stage; a mesh for each."""
+    for stage, mesh in zip(config.stages, meshes, strict=True):
+        rows = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
         sharding.check_divisible(stage.model, mesh)
         if stage.batch_size // stage.accumulate % rows:
             raise UserError(
@@ -132,8 +151,10 @@ def plan_of(
 
 
 class _Runner:
-    def __init__(self, config: ExperimentConfig, folder: RunFolder, corpus: Any, mesh: Mesh):
-        self.config, self.folder, self.corpus, self.mesh = config, folder, corpus, mesh
+    def __init__(
+        self, config: ExperimentConfig, folder: RunFolder, corpus: Any, meshes: Sequence[Mesh]
+    ):
+        self.config, self.folder, self.corpus, self.meshes = config, folder, corpus, meshes
 
     def corpus_of(self, index: int) -> Any:
         """The corpus in the stage's sequence length."""
@@ -165,7 +186,7 @@ class _Runner:
         tx, _ = self.optimizer(index)
         model = self.config.stages[index].model
         state = jax.eval_shape(lambda: init_state(model, tx, jax.random.key(0)))
-        placed = sharding.shardings(state, self.mesh)
+        placed = sharding.shardings(state, self.meshes[index])
         return jax.tree.map(
             lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), state, placed
         )
@@ -177,13 +198,13 @@ class _Runner:
         stage = self.config.stages[index]
         folder = self.folder.stage(index, stage.name)
         about = identity(self.config, index, self.corpus.fingerprint)
-        self.folder.check_stage(folder, about)
-        write_json(folder.config, about)
+        processes.once(lambda: self.folder.begin_stage(folder, about))
         checkpoints = Checkpoints(folder.checkpoints, self.config.checkpoint.keep)
         try:
-            position = self.begin(index, before, folder, checkpoints)
-            del before
-            position = self.train(index, position, folder, checkpoints, stop, board)
+            with jax.set_mesh(self.meshes[index]):
+                position = self.begin(index, before, folder, checkpoints)
+                del before
+                position = self.train(index, position, folder, checkpoints, stop, board)
         finally:
             checkpoints.close()
         self.finish(index, position, folder, checkpoints)
@@ -199,9 +220,9 @@ class _Runner:
             tx, _ = self.optimizer(0)
             key = jax.random.fold_in(jax.random.key(self.config.seed), 0)
             init = functools.partial(init_state, self.config.stages[0].model, tx)
-            placed = sharding.shardings(jax.eval_shape(init, key), self.mesh)
+            placed = sharding.shardings(jax.eval_shape(init, key), self.meshes[0])
             state = jax.jit(init, out_shardings=placed)(key)
-            return Position(state, self.batches(0).get_state(), 0.0)
+            return Position(state, self.corpus_of(0).train(1).get_state(), 0.0)
         if before is None:
             parent = self.folder.stage(index - 1, self.config.stages[index - 1].name)
             ended = Checkpoints(parent.checkpoints, self.config.checkpoint.keep)
@@ -215,30 +236,27 @@ class _Runner:
         state, progress = checkpoints.restore(step, self.abstract_state(index))
         return Position(state, progress["data"], progress["wall_s"])
 
-    def batches(self, index: int) -> Any:
-        return self.corpus_of(index).train(
-            self.config.stages[index].batch_size, jax.process_index(), jax.process_count()
-        )
-
     def grow(
         self, index: int, before: Position, folder: StageFolder, checkpoints: Checkpoints
     ) -> Position:
-        """Grows the parent's state; measures it; keeps plan, receipt and the grown checkpoint."""
+        """Grows the parent's state; measures it; keeps plan, receipt and the grown checkpoint.
+
+        The parent's state is consumed.
+        """
         began = time.monotonic()
         small, stage = self.config.stages[index - 1].model, self.config.stages[index]
+        source, target = self.meshes[index - 1 : index + 1]
         batch = self.calibration(index, before.data)
         key = jax.random.fold_in(jax.random.key(self.config.seed), index)
-        old = measure.source(before.state.params, batch, small)
-        distances = tuple(float(d) for d in old["distances"])
-        plan = plan_of(small, stage, distances)
-        if any(e.learned for e in plan.expansions):
-            batches = self.batches(index)
-            batches.set_state(before.data)
-            plan = ligo.fit(plan, before.state.params, batches, self.mesh, stage.growth, key)
-
-        grow = functools.partial(growth.grow, plan=plan)
-        placed = sharding.shardings(jax.eval_shape(grow, before.state, key=key), self.mesh)
-        state = jax.jit(grow, out_shardings=placed)(before.state, key=key)
+        with jax.set_mesh(source):
+            old = measure.source(before.state.params, batch, small)
+            distances = tuple(float(d) for d in np.asarray(old["distances"]))
+            plan = plan_of(small, stage, distances)
+            if any(e.learned for e in plan.expansions):
+                batches = self.corpus_of(index).train(stage.batch_size)
+                batches.set_state(before.data)
+                plan = ligo.fit(plan, before.state.params, batches, source, stage.growth, key)
+        state = growth.grow_on_mesh(before.state, plan, key, source, target)
         receipt = Receipt(
             operator=plan.recipe,
             exactness=plan.exactness,
@@ -247,19 +265,18 @@ class _Runner:
             layer_distances=distances,
             layer_map=plan.layer_map,
         )
-        write_atomically(folder.plan, plan.to_json() + "\n")
-        write_json(folder.receipt, dataclasses.asdict(receipt))
+        processes.once(lambda: folder.keep_growth(plan.to_json(), dataclasses.asdict(receipt)))
         position = Position(state, before.data, time.monotonic() - began)
         checkpoints.save(position.step, state, position.progress())
         checkpoints.wait()
         return position
 
-    def calibration(self, index: int, state: dict[str, Any]) -> dict[str, jax.Array]:
-        """The training data's next sequences, without consuming them."""
+    def calibration(self, index: int, state: dict[str, Any]) -> dict[str, np.ndarray]:
+        """The training data's next sequences, without consuming them; whole in every process."""
         sequences = self.config.stages[index].growth.calibration_sequences
         batches = self.corpus_of(index).train(sequences)
         batches.set_state(state)
-        return jax.tree.map(jnp.asarray, next(batches))
+        return next(batches)
 
     def train(
         self,
@@ -276,14 +293,16 @@ class _Runner:
         end, step = start + stage.steps, position.step
         resumed_at, began, wall_before = step, time.monotonic(), position.wall_s
 
-        plan = growth.Plan.from_json(folder.plan.read_text()) if index > 0 else None
+        plan = self.plan(index, folder)
         ramp = stage.growth.ramp_steps if plan and plan.masked else 0
         tx, shape = self.optimizer(index)
-        train_step = make_train_step(stage, tx, self.mesh, plan)
-        state, batches = position.state, self.batches(index)
+        mesh = self.meshes[index]
+        train_step = make_train_step(stage, tx, mesh, plan)
+        share = sharding.share_of_batch(stage.batch_size, mesh)
+        state, batches = position.state, self.corpus_of(index).train(stage.batch_size, *share)
         batches.set_state(position.data)
-        folder.metrics.rewind(step)
-        evaluated = {row["step"] for row in folder.metrics.rows("eval")}
+        rows = processes.once(lambda: folder.metrics.rewind(step))
+        evaluated = {row["step"] for row in rows if row["kind"] == "eval"}
         last_good = checkpoints.latest
         recent: list[float] = []  # losses since the last row
 
@@ -296,14 +315,17 @@ class _Runner:
         def evaluate() -> None:
             bpb = bits_per_byte(
                 state.params, stage.model, self.validation(length), self.corpus.token_bytes,
-                self.mesh, plan, mask_at(step - start),
+                mesh, plan, mask_at(step - start),
             )  # fmt: skip
             folder.metrics.append("eval", step, bpb=bpb, mask=mask_at(step - start))
             board.write(step, validation_bits_per_byte=bpb)
             progress.note(f"{stage.name}  step {step}/{end}  validation {bpb:.4f} bits per byte")
 
-        def report(done: int, metrics: dict[str, jax.Array]) -> None:
-            """Reads a step's metrics, after the next step was dispatched."""
+        def report(done: int, metrics: dict[str, jax.Array], asked: jax.Array) -> int:
+            """Reads a step's results, after the next step was dispatched.
+
+            Returns: the signal that asked some process to stop, or 0.
+            """
             loss = float(metrics["loss"])
             if not math.isfinite(loss):
                 raise UserError(
@@ -325,9 +347,10 @@ class _Runner:
                 folder.metrics.append("train", done, **row)
                 board.write(done, **row)
                 recent.clear()
+            return int(asked)
 
         with Progress(stage.name, step, end) as progress:
-            pending: tuple[int, dict[str, jax.Array]] | None = None
+            pending: tuple[int, dict[str, jax.Array], jax.Array] | None = None
             while True:
                 due = step in (start, end, start + ramp) or (
                     (step - start) % settings.eval.every_steps == 0
@@ -336,59 +359,70 @@ class _Runner:
                     evaluate()
                 if step == end:
                     break
-                batch = sharding.place_batch(next(batches), self.mesh)
+                batch = sharding.place_batch(next(batches), mesh, *share)
                 mask = mask_at(step - start + 1)
                 if mask is None:
                     state, metrics = train_step(state, batch)
                 else:
                     state, metrics = train_step(state, batch, np.float32(mask))
                 step += 1
-                if pending:
-                    report(*pending)
-                pending = (step, metrics)
+                asked = report(*pending) if pending else 0
+                pending = (step, metrics, processes.largest(stop.requested))
                 save = step == end or (step - start) % settings.checkpoint.every_steps == 0
-                if save or stop.requested:
-                    report(*pending)  # a state is saved only once its loss is known to be finite
+                if save or asked:
+                    # A state is saved only once its loss is known to be finite.
+                    asked = max(asked, report(*pending))
                     pending = None
                     now = position_now()
                     checkpoints.save(step, now.state, now.progress())
                     last_good = step
-                if stop.requested:
+                if asked:
                     checkpoints.wait()
                     raise RunStopped(
-                        f"{stop.requested}: stopped at step {step} of {end} in stage "
+                        f"{signal.Signals(asked).name}: stopped at step {step} of {end} in stage "
                         f"{stage.name}; the same command goes on from there"
                     )
         checkpoints.wait()
         return position_now()
 
+    def plan(self, index: int, folder: StageFolder) -> growth.Plan | None:
+        """Of the stage's growth, as it is kept."""
+        return growth.Plan.from_json(processes.once(folder.plan.read_text)) if index > 0 else None
+
     def finish(
         self, index: int, position: Position, folder: StageFolder, checkpoints: Checkpoints
     ) -> None:
         """Writes the stage's entry in lineage.json."""
+        checkpoint = str(checkpoints.path(position.step).relative_to(self.folder.path))
+        plan, digest = self.plan(index, folder), params_digest(position.state.params)
+        entry = functools.partial(
+            self.entry, index, folder, plan, wall_s=position.wall_s, params_digest=digest,
+            checkpoint=checkpoint,
+        )  # fmt: skip
+        processes.once(lambda: self.folder.add_stage(entry()))
+
+    def entry(
+        self, index: int, folder: StageFolder, plan: growth.Plan | None, **measured: Any
+    ) -> dict[str, Any]:
+        """A stage in lineage.json; `measured` is added to what config and folder say."""
         stage = self.config.stages[index]
         evals = folder.metrics.rows("eval")
         receipt = json.loads(folder.receipt.read_text()) if index > 0 else None
-        plan = growth.Plan.from_json(folder.plan.read_text()) if index > 0 else None
         length = self.config.data_of(index).sequence_length
         tokens = stage.steps * stage.batch_size * length
         per_token = counts.flops_per_token_train(stage.model, length)
-        self.folder.add_stage(
-            {
-                "index": index,
-                "name": stage.name,
-                "parent": self.config.stages[index - 1].name if index > 0 else None,
-                "config_digest": config_lib.digest(json.loads(folder.config.read_text())),
-                "plan_digest": plan.digest() if plan else None,
-                "params": counts.params(stage.model),
-                "tokens": tokens,
-                "flops": tokens * per_token,
-                "wall_s": position.wall_s,
-                "steps": stage.steps,
-                "eval": {"bpb_start": evals[0]["bpb"], "bpb_end": evals[-1]["bpb"]},
-                "receipt": receipt,
-                "params_digest": params_digest(position.state.params),
-                "checkpoint": str(checkpoints.path(position.step).relative_to(self.folder.path)),
-                "data_fingerprint": self.corpus.fingerprint,
-            }
-        )
+        return {
+            "index": index,
+            "name": stage.name,
+            "parent": self.config.stages[index - 1].name if index > 0 else None,
+            "config_digest": config_lib.digest(json.loads(folder.config.read_text())),
+            "plan_digest": plan.digest() if plan else None,
+            "params": counts.params(stage.model),
+            "tokens": tokens,
+            "flops": tokens * per_token,
+            "steps": stage.steps,
+            "eval": {"bpb_start": evals[0]["bpb"], "bpb_end": evals[-1]["bpb"]},
+            "receipt": receipt,
+            "data_fingerprint": self.corpus.fingerprint,
+            **measured,
+        }

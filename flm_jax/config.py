@@ -224,6 +224,15 @@ class GrowthConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; data = 0 takes what the other axes leave."""
+
+    data: int = 0
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
 class StageConfig:
     """One size of the chain and how long it trains."""
 
@@ -236,6 +245,7 @@ class StageConfig:
     accumulate: int = 1  # microbatches that one optimizer step is cut into
     growth: GrowthConfig = GrowthConfig()
     sequence_length: int = 0  # tokens; 0: the data's. RoPE needs no growth for a longer context
+    mesh: MeshConfig | None = None  # None: the experiment's; a chain may change it at a growth
 
     def __post_init__(self) -> None:
         _require_positive(
@@ -265,15 +275,6 @@ class EvalConfig:
 class CheckpointConfig:
     every_steps: int = 200
     keep: int = 2  # latest checkpoints kept in a stage; a stage's last one is always kept
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshConfig:
-    """Devices along each mesh axis; data = 0 takes what the other axes leave."""
-
-    data: int = 0
-    fsdp: int = 1
-    tensor: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -310,6 +311,10 @@ class ExperimentConfig:
     @property
     def total_steps(self) -> int:
         return sum(stage.steps for stage in self.stages)
+
+    def mesh_of(self, index: int) -> MeshConfig:
+        """A stage's mesh."""
+        return self.stages[index].mesh or self.mesh
 
     def data_of(self, index: int) -> DataConfig:
         """A stage's data: its own sequence length, over the windows that all stages share."""
