@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import pathlib
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from flm_jax import axes
@@ -136,11 +138,25 @@ def _key(key: Any) -> str:
     return str(key)
 
 
-def params_digest(params: Any) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes: equal exactly for bit-equal parameters."""
+def params_digest(params: Any, piece_bytes: int = 1 << 30) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes: equal exactly for bit-equal parameters.
+
+    Wherever the parameters are: pieces of at most `piece_bytes` are brought to every process.
+    """
     hashed = hashlib.sha256()
     for path, value in sorted(axes.flatten(params)):
-        array = np.asarray(jax.device_get(value))
-        hashed.update(f"{path} {array.dtype.name} {array.shape}".encode())
-        hashed.update(np.ascontiguousarray(array).tobytes())
+        hashed.update(f"{path} {value.dtype.name} {value.shape}".encode())
+        for piece in _pieces(value, piece_bytes):
+            hashed.update(np.ascontiguousarray(piece))
     return hashed.hexdigest()
+
+
+def _pieces(array: jax.Array, most: int) -> Iterator[np.ndarray]:
+    """The array's bytes in C order, in numpy arrays of at most `most` bytes (or one entry)."""
+    if array.nbytes <= most or not array.ndim:
+        yield multihost_utils.process_allgather(array, tiled=True)
+        return
+    rows = max(most * len(array) // array.nbytes, 1)
+    for start in range(0, len(array), rows):
+        part = array[start : start + rows]
+        yield from _pieces(part[0] if rows == 1 else part, most)

@@ -10,6 +10,7 @@ fit starts from a pair that is exact where copies are, and may leave it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flm_jax import axes, mup, sharding
 from flm_jax.axes import Role
@@ -95,7 +96,10 @@ def fit(
         total, tokens = summed_loss(axes.unflatten(grown), batch, plan.target, plan.masks(1.0))
         return total / tokens
 
-    @jax.jit
+    # In every process whole: the plan holds them.
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    @functools.partial(jax.jit, out_shardings=everywhere)
     def step(matrices: Matrices, state: Any, params: Any, batch: dict[str, jax.Array]) -> Any:
         value, grads = jax.value_and_grad(loss)(matrices, params, batch)
         updates, state = tx.update(grads, state)

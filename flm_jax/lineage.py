@@ -1,6 +1,7 @@
 """A run's folder: which files it has, what they say, and that they belong to this config.
 
-Every file is written whole or not at all.
+Every file is written whole or not at all. Of several processes one writes: the runner calls what
+writes here through `processes.once`, except the metrics, for which nobody waits.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flm_jax import config as config_lib
+from flm_jax import processes
 from flm_jax.config import ExperimentConfig
 from flm_jax.errors import UserError
 
@@ -52,12 +54,16 @@ class MetricsFile:
                 break
         return [row for row in found if kind is None or row["kind"] == kind]
 
-    def rewind(self, step: int) -> None:
-        """Forgets what lies after `step`: the steps that the run does again."""
-        kept = [json.dumps(row) + "\n" for row in self.rows() if row["step"] <= step]
-        write_atomically(self.path, "".join(kept))
+    def rewind(self, step: int) -> list[dict[str, Any]]:
+        """Forgets what lies after `step`, the steps that the run does again; returns the rest."""
+        kept = [row for row in self.rows() if row["step"] <= step]
+        write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        return kept
 
     def append(self, kind: str, step: int, **values: Any) -> None:
+        """Adds a row, in the first process."""
+        if not processes.first():
+            return
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
 
@@ -72,6 +78,10 @@ class StageFolder:
         self.plan = self.path / "plan.json"
         self.receipt = self.path / "receipt.json"
         self.metrics = MetricsFile(self.path / "metrics.jsonl")
+
+    def keep_growth(self, plan: str, receipt: Mapping[str, Any]) -> None:
+        write_atomically(self.plan, plan + "\n")
+        write_json(self.receipt, receipt)
 
 
 class RunFolder:
@@ -118,6 +128,11 @@ class RunFolder:
                 "restore the value, or give another --workdir"
             )
 
+    def begin_stage(self, folder: StageFolder, identity: Mapping[str, Any]) -> None:
+        """Keeps what decides the stage's numbers. Raises UserError as `check_stage` does."""
+        self.check_stage(folder, identity)
+        write_json(folder.config, identity)
+
     def stages(self) -> list[dict[str, Any]]:
         """The finished stages, from lineage.json. Raises UserError on another version."""
         if not self.lineage.exists():
@@ -161,11 +176,12 @@ def _link(source: str, target: str) -> None:
 def identity(config: ExperimentConfig, index: int, fingerprint: str) -> dict[str, Any]:
     """What decides a stage's numbers: its own config, what all stages share, and the data.
 
-    Mesh, layouts, evaluation and checkpoint settings may change when a run goes on.
+    Meshes, layouts, evaluation and checkpoint settings may change when a run goes on.
     """
     shared = config_lib.to_dict(config)
     for name in ("stages", "mesh", "layouts", "eval", "checkpoint"):
         del shared[name]
     shared["schedule"]["total_steps"] = config.schedule.total_steps or config.total_steps
     stage = config_lib.to_dict(config.stages[index])
+    del stage["mesh"]
     return {**shared, "stage": stage, "data_fingerprint": fingerprint}

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flm_jax import axes, optim
+from flm_jax import axes, optim, sharding
 from flm_jax.config import OptimizerConfig, StageConfig, TransformerConfig
 from flm_jax.growth import Plan
 from flm_jax.growth.receipt import dead_slots, difference, largest_added, locked_copies
@@ -33,7 +33,8 @@ def source(params: Any, batch: Batch, config: TransformerConfig) -> dict[str, ja
     return {
         "logits": logits_of(config, params, batch),
         "loss": loss / tokens,
-        "distances": sown["intermediates"]["layers"]["distance"][0],
+        # In every process whole: a growth's plan depends on them.
+        "distances": sharding.constrain(sown["intermediates"]["layers"]["distance"][0], None),
     }
 
 
@@ -83,12 +84,22 @@ def first_steps(
         mask = jnp.float32((n + 1) / stage.growth.ramp_steps)
         params, moments, grads, directions = step(params, moments, mask)
         if n == 0:
-            first = largest_added(plan, directions)
+            first = float(_largest_added(plan, directions))
+    dead, locked = _stuck(plan, before, grads)
     return {
-        "dead_slots": dead_slots(plan, grads),
-        "locked_copies": locked_copies(plan, before, grads),
+        "dead_slots": int(dead),
+        "locked_copies": int(locked),
         "first_update_over_lr": first,
     }
+
+
+_largest_added = jax.jit(largest_added, static_argnums=0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _stuck(plan: Plan, params: Any, grads: Any) -> tuple[jax.Array, jax.Array]:
+    """Counted by a program of its own: rounding inside the step could tell copies apart."""
+    return dead_slots(plan, grads), locked_copies(plan, params, grads)
 
 
 def slot_adam(state: TrainState) -> SlotAdamState:

@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
 
 from flm_jax import chain, data, growth, host, optim, sharding
 from flm_jax import config as config_lib
@@ -40,6 +39,7 @@ from flm_jax.sft.chat import Sample
 from flm_jax.sft.config import SftConfig
 from flm_jax.sft.packing import ChatBatches, Counts, encode_all, in_order
 from flm_jax.sft.template import Encoded, Vocabulary
+from flm_jax.sharding import Layout
 from flm_jax.state import TrainState
 
 # Of a config, what decides no number of the stage, or is in its identity in another form.
@@ -142,7 +142,9 @@ class _ChatJob:
 
     best_by = "response_loss"  # nats per learned token
 
-    def __init__(self, config: SftConfig, base: Base, corpus: Any, talk: Conversations, mesh: Mesh):
+    def __init__(
+        self, config: SftConfig, base: Base, corpus: Any, talk: Conversations, layout: Layout
+    ):
         model, length = base.model.config, sequence_length(config, base)
         steps = config.steps or steps_of(config, talk, length)
         self.stage = StageConfig(
@@ -171,7 +173,8 @@ class _ChatJob:
             mesh=config.mesh,
             seed=config.seed,
         )
-        self.sft, self.base, self.corpus, self.talk, self.mesh = config, base, corpus, talk, mesh
+        self.sft, self.base, self.corpus, self.talk = config, base, corpus, talk
+        self.layout = self.parent_layout = layout
         self.index, self.start = len(base.stages), base.steps
         self.parent = base.stages[-1]["name"] if base.stages else None
         self.small, self.sequence_length = model, length
@@ -194,19 +197,18 @@ class _ChatJob:
         tx = optim.optimizer(self.stage, self.config.optimizer, shape)
         return tx, lambda step: shape(step - self.start)
 
-    def batches(self, batch_size: int = 0) -> ChatBatches:
-        sharing = () if batch_size else (jax.process_index(), jax.process_count())
+    def batches(self, batch_size: int, index: int = 0, count: int = 1) -> ChatBatches:
         return ChatBatches(
-            self.talk.train, self.sequence_length, batch_size or self.stage.batch_size,
-            self.sft.seed, self.talk.fingerprint, *sharing,
+            self.talk.train, self.sequence_length, batch_size, self.sft.seed,
+            self.talk.fingerprint, index, count,
         )  # fmt: skip
 
     def fresh(self) -> Position:
         tx, _ = self.optimizer()
         params = self.base.model.params
         state = TrainState(jnp.int32(self.start), params, tx.init(params))
-        placed = sharding.shardings(state, self.mesh, self.config.mesh.rules)
-        return Position(jax.device_put(state, placed), self.batches().get_state(), 0.0)
+        placed = sharding.shardings(state, *self.layout)
+        return Position(jax.device_put(state, placed), self.batches(1).get_state(), 0.0)
 
     source = fresh
 
@@ -220,10 +222,10 @@ class _ChatJob:
         return in_order(self.talk.held_out, self.sequence_length, self.config.eval.batch_size)
 
     def evaluate(self, params: Any, plan: growth.Plan | None, mask: float | None) -> dict[str, Any]:
-        model = self.stage.model
+        model, mesh = self.stage.model, self.layout.mesh
         return {
-            "bpb": bits_per_byte(params, model, self.text, self.corpus.token_bytes, self.mesh),
-            "response_loss": nats_per_token(params, model, self.responses, self.mesh),
+            "bpb": bits_per_byte(params, model, self.text, self.corpus.token_bytes, mesh),
+            "response_loss": nats_per_token(params, model, self.responses, mesh),
         }
 
 
@@ -276,15 +278,15 @@ def run(
             "base's own"
         )
     talk = conversations(config, samples, corpus.vocabulary, sequence_length(config, base))
-    mesh = sharding.make_mesh(config.mesh)
-    job = _ChatJob(config, base, corpus, talk, mesh)
-    chain.check(job.config, mesh)
+    layout = sharding.make_layout(config.mesh)
+    job = _ChatJob(config, base, corpus, talk, layout)
+    chain.check(job.config, [layout])
     folder = RunFolder(workdir)
     folder.open()
     if base.stages and not _same(folder.path, pathlib.Path(config.base)):
         RunFolder(config.base).branch(folder, last=base.stages[-1]["index"])
     if not finished(job, folder):
-        chain.run_jobs([job], folder, mesh)
+        chain.run_jobs([job], folder)
     return Tuned(folder.stages()[job.index], base, corpus.vocabulary, talk)
 
 
