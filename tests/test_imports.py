@@ -20,6 +20,7 @@ LAYERS = [
     {
         "data",
         "checkpoint",
+        "leaves",
         "lineage",
         "metrics",
         "evaluate",
@@ -40,7 +41,8 @@ OWNERS = {
     "flax": {"models"},
     "seqio": {"data"},
     "tensorflow": {"data"},
-    "orbax": {"checkpoint", "lineage"},
+    "orbax": {"checkpoint"},
+    "tensorstore": {"leaves"},
 }
 
 
