@@ -34,7 +34,7 @@ def chunk_shape(shape: Sequence[int], itemsize: int, limit: int = CHUNK_BYTES) -
     chunk = list(shape)
     for dim, size in enumerate(shape):
         rows = limit // (itemsize * math.prod(shape[dim + 1 :]))
-        chunk[dim] = math.ceil(size / math.ceil(size / max(rows, 1)))
+        chunk[dim] = math.ceil(size / math.ceil(max(size, 1) / max(rows, 1)))
         if rows:
             break
     return tuple(chunk)

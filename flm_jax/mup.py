@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flm_jax import threefry
 from flm_jax.axes import TABLE, Param, Role, multiplier_of
 from flm_jax.config import OptimizerConfig, StageConfig, TransformerConfig
 
@@ -110,11 +111,10 @@ def unit_normal(key: jax.Array, shape: tuple[int, ...], dtype: Any, std: float =
 def _normal_of_rows(
     key: jax.Array, rows: jax.Array, length: int, dtype: Any, std: float
 ) -> jax.Array:
-    def draw(row: jax.Array) -> jax.Array:
-        bits = jax.random.bits(jax.random.fold_in(key, row), (2, length), jnp.uint32)
-        halves = (bits & 0xFFFF) + (bits >> 16)
-        return (halves[0] + halves[1]).astype(np.int32) - 2 * 0xFFFF
-
+    fold_in = jax.random.fold_in
     for _ in rows.shape:
-        draw = jax.vmap(draw)
-    return draw(rows).astype(dtype) * jnp.asarray(std / _UNIT, dtype)
+        fold_in = jax.vmap(fold_in, (None, 0))
+    bits = threefry.bits(fold_in(key, rows), 2 * length)
+    halves = (bits & np.uint32(0xFFFF)) + (bits >> 16)
+    sums = (halves[..., :length] + halves[..., length:]).astype(np.int32) - 2 * 0xFFFF
+    return sums.astype(dtype) * jnp.asarray(std / _UNIT, dtype)

@@ -3,13 +3,15 @@
 import dataclasses
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments import cli
-from flm_jax import axes, config, coordinates, mup, predict, study, sweep, through_growth
+from flm_jax import axes, config, coordinates, mup, predict, study, sweep, threefry, through_growth
 from flm_jax.config import MupStudyConfig
 from flm_jax.errors import UserError
 from tests.commands import json_of, mistake
@@ -25,6 +27,16 @@ def study_config(**changes) -> MupStudyConfig:
     made = config.from_mapping(MupStudyConfig, plain)
     experiment = dataclasses.replace(made.experiment, quick_compile=False)  # set for all tests
     return dataclasses.replace(made, experiment=experiment, **changes)
+
+
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 50))
+def test_fresh_entries_have_the_bits_of_jax_random(seed, count):
+    keys = jax.random.split(jax.random.key(seed), (2, 3))
+    for n in np.ndindex(2, 3):
+        want = jax.random.bits(keys[n], (count,), jnp.uint32)
+        np.testing.assert_array_equal(threefry.bits(keys, count)[n], want)
+        assert (threefry.bits(keys[1, 2], count) != want).any() == (n != (1, 2))
 
 
 def test_roles_follow_from_axes():
