@@ -16,15 +16,15 @@ _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = np.uint32(0x1BD11BDA)
 
 
-def bits(keys: jax.Array, count: int) -> jax.Array:
-    """uint32 [*keys.shape, count]: `jax.random.bits(key, count)` of every key.
+def bits(keys: jax.Array, places: jax.Array) -> jax.Array:
+    """uint32 [*keys.shape, *places.shape]: those places of `jax.random.bits` of every key.
 
     Args:
       keys: typed threefry keys, of any shape.
-      count: of numbers for each key, below 2^32.
+      places: uint32 [n]: of numbers in C order, whatever shape is drawn.
     """
     data = jax.random.key_data(keys)
-    counters = jnp.arange(count, dtype=np.uint32).reshape((1,) * keys.ndim + (-1,))
+    counters = places.reshape((1,) * keys.ndim + (-1,))
     high, low = _block(data[..., :1], data[..., 1:], jnp.zeros_like(counters), counters)
     return high ^ low
 
