@@ -29,7 +29,7 @@ from flm_jax.checkpoint import Checkpoints, params_digest
 from flm_jax.config import ExperimentConfig, StageConfig, TransformerConfig
 from flm_jax.errors import RunStopped, UserError
 from flm_jax.evaluate import bits_per_byte
-from flm_jax.growth.receipt import Receipt
+from flm_jax.growth.receipt import Receipt, measured
 from flm_jax.lineage import RunFolder, StageFolder, identity, write_atomically, write_json
 from flm_jax.metrics import TensorBoard
 from flm_jax.progress import Progress
@@ -131,6 +131,17 @@ def plan_of(
     )  # fmt: skip
 
 
+def calibration(
+    config: ExperimentConfig, corpus: Any, index: int, state: dict[str, Any]
+) -> dict[str, np.ndarray]:
+    """The training data's next sequences for a growth into stage `index`; none is consumed."""
+    batches = corpus.with_length(config.data_of(index)).train(
+        config.stages[index].growth.calibration_sequences
+    )
+    batches.set_state(state)
+    return next(batches)
+
+
 class _Runner:
     def __init__(self, config: ExperimentConfig, folder: RunFolder, corpus: Any, mesh: Mesh):
         self.config, self.folder, self.corpus, self.mesh = config, folder, corpus, mesh
@@ -194,7 +205,10 @@ class _Runner:
     ) -> Position:
         """The stage's latest checkpoint, else its start: a fresh model or a grown one."""
         if checkpoints.latest is not None:
-            return self.restore(index, checkpoints)
+            position = self.restore(index, checkpoints)
+            if index > 0 and position.step == self.start_of(index):
+                self.complete_receipt(index, position, folder)
+            return position
         if index == 0:
             tx, _ = self.optimizer(0)
             key = jax.random.fold_in(jax.random.key(self.config.seed), 0)
@@ -202,12 +216,16 @@ class _Runner:
             placed = sharding.shardings(jax.eval_shape(init, key), self.mesh)
             state = jax.jit(init, out_shardings=placed)(key)
             return Position(state, self.batches(0).get_state(), 0.0)
-        if before is None:
-            parent = self.folder.stage(index - 1, self.config.stages[index - 1].name)
-            ended = Checkpoints(parent.checkpoints, self.config.checkpoint.keep)
-            before = self.restore(index - 1, ended)
+        return self.grow(index, before or self.parent(index), folder, checkpoints)
+
+    def parent(self, index: int) -> Position:
+        """The end of the stage before."""
+        folder = self.folder.stage(index - 1, self.config.stages[index - 1].name)
+        ended = Checkpoints(folder.checkpoints, self.config.checkpoint.keep)
+        try:
+            return self.restore(index - 1, ended)
+        finally:
             ended.close()
-        return self.grow(index, before, folder, checkpoints)
 
     def restore(self, index: int, checkpoints: Checkpoints) -> Position:
         step = checkpoints.latest
@@ -239,27 +257,48 @@ class _Runner:
         grow = functools.partial(growth.grow, plan=plan)
         placed = sharding.shardings(jax.eval_shape(grow, before.state, key=key), self.mesh)
         state = jax.jit(grow, out_shardings=placed)(before.state, key=key)
-        receipt = Receipt(
-            operator=plan.recipe,
-            exactness=plan.exactness,
-            **measure.function_change(old, state.params, batch, plan),
-            **measure.first_steps(state, batch, plan, stage, self.config.optimizer),
-            layer_distances=distances,
-            layer_map=plan.layer_map,
-        )
         write_atomically(folder.plan, plan.to_json() + "\n")
-        write_json(folder.receipt, dataclasses.asdict(receipt))
+        self.write_receipt(index, old, batch, state, plan, folder)
         position = Position(state, before.data, time.monotonic() - began)
         checkpoints.save(position.step, state, position.progress())
         checkpoints.wait()
         return position
 
+    def write_receipt(
+        self,
+        index: int,
+        old: dict[str, jax.Array],
+        batch: dict[str, jax.Array],
+        state: TrainState,
+        plan: growth.Plan,
+        folder: StageFolder,
+    ) -> None:
+        """Measures the grown state against `old`, which is `measure.source` of its parent's."""
+        stage = self.config.stages[index]
+        receipt = Receipt(
+            operator=plan.recipe,
+            exactness=plan.exactness,
+            **measure.function_change(old, state.params, batch, plan),
+            **measure.first_steps(state, batch, plan, stage, self.config.optimizer),
+            layer_distances=tuple(float(d) for d in old["distances"]),
+            layer_map=plan.layer_map,
+        )
+        write_json(folder.receipt, dataclasses.asdict(receipt))
+
+    def complete_receipt(self, index: int, position: Position, folder: StageFolder) -> None:
+        """Measures a growth that was made on disk (`grow_checkpoint.py`), if it was not yet."""
+        if measured(json.loads(folder.receipt.read_text())):
+            return
+        before = self.parent(index)
+        batch = self.calibration(index, before.data)
+        old = measure.source(before.state.params, batch, self.config.stages[index - 1].model)
+        del before
+        plan = growth.Plan.from_json(folder.plan.read_text())
+        self.write_receipt(index, old, batch, position.state, plan, folder)
+
     def calibration(self, index: int, state: dict[str, Any]) -> dict[str, jax.Array]:
-        """The training data's next sequences, without consuming them."""
-        sequences = self.config.stages[index].growth.calibration_sequences
-        batches = self.corpus_of(index).train(sequences)
-        batches.set_state(state)
-        return jax.tree.map(jnp.asarray, next(batches))
+        batch = calibration(self.config, self.corpus, index, state)
+        return jax.tree.map(jnp.asarray, batch)
 
     def train(
         self,

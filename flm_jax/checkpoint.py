@@ -66,14 +66,7 @@ class Checkpoints:
           UserError: the checkpoint holds other leaves, shapes or dtypes; nothing is filled in.
         """
         metadata = self._checkpointer.metadata(step)
-        have, want = _described(by_name(metadata.metadata)), _described(by_name(like))
-        for name in dict.fromkeys([*want, *have]):
-            if have.get(name) != want.get(name):
-                raise UserError(
-                    f"{self.path(step)}: {name} is {have.get(name, 'missing')}, the config needs "
-                    f"{want.get(name, 'no such leaf')}; use the config of this checkpoint, or "
-                    "grow it (python -m experiments.grow)"
-                )
+        check_fits(self.path(step), shapes(metadata.metadata), shapes(like))
         return self._checkpointer.load(step, like), dict(metadata.custom_metadata)
 
     def wait(self) -> None:
@@ -126,9 +119,24 @@ def shapes(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:
     return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in by_name(tree).items()}
 
 
-def _described(leaves: dict[str, Any]) -> dict[str, str]:
-    """Leaf name -> 'float32[4, 8]'."""
-    return {name: f"{np.dtype(x.dtype).name}{list(x.shape)}" for name, x in leaves.items()}
+def check_fits(
+    path: pathlib.Path,
+    have: dict[str, jax.ShapeDtypeStruct],
+    want: dict[str, jax.ShapeDtypeStruct],
+) -> None:
+    """Raises UserError if a checkpoint's leaves are not those that a config needs."""
+
+    def text(leaves: dict[str, jax.ShapeDtypeStruct], name: str) -> str | None:
+        x = leaves.get(name)
+        return None if x is None else f"{np.dtype(x.dtype).name}{list(x.shape)}"
+
+    for name in dict.fromkeys([*want, *have]):
+        if text(have, name) != text(want, name):
+            raise UserError(
+                f"{path}: {name} is {text(have, name) or 'missing'}, the config needs "
+                f"{text(want, name) or 'no such leaf'}; use the config of this checkpoint, or "
+                "grow it (python -m experiments.grow)"
+            )
 
 
 def describe(path: pathlib.Path) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, Any]]:

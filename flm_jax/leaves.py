@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import os
 import pathlib
 import re
@@ -188,6 +189,15 @@ class CheckpointWriter:
         """Whether a piece (of `pieces`) was written, by this process or one before it."""
         cell = [s.start // c for s, c in zip(piece, self.chunks[name], strict=True)]
         return self._file(name, cell).exists()
+
+    def held_bytes(self) -> int:
+        """Of the pieces that are there already."""
+        return sum(
+            self.leaves[name].dtype.itemsize * math.prod(s.stop - s.start for s in piece)
+            for name in self.leaves
+            for piece in self.pieces(name)
+            if self.holds(name, piece)
+        )
 
     def write(self, name: str, slices: Slices | None, values: np.ndarray) -> None:
         """Writes entries of a leaf; quick where `slices` is one of its `pieces`. None: all.

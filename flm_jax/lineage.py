@@ -5,6 +5,7 @@ Every file is written whole or not at all.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pathlib
@@ -32,6 +33,19 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
 
 def write_json(path: pathlib.Path, value: Any) -> None:
     write_atomically(path, json.dumps(value, indent=1) + "\n")
+
+
+def _link(source: str, target: str) -> None:
+    """A hard link, on another disk a copy; what an interrupted call made is kept."""
+    if os.path.exists(target):
+        return
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        shutil.copy2(source, target + ".tmp")
+        os.replace(target + ".tmp", target)
 
 
 class MetricsFile:
@@ -130,18 +144,19 @@ class RunFolder:
             )
         return data["stages"]
 
-    def branch(self, other: RunFolder) -> None:
-        """Makes `other` a run that goes on from this one's finished stages.
+    def branch(self, other: RunFolder, stages: int | None = None) -> None:
+        """Makes `other` a run that goes on from this one's first finished stages (None: all).
 
-        Files are hard links: a checkpoint never changes once it is complete.
+        Files are hard links where that can be: a checkpoint never changes once it is complete.
         """
         if other.lineage.exists():
             return
-        for entry in self.stages():
+        entries = self.stages()[:stages]
+        for entry in entries:
             stage = self.stage(entry["index"], entry["name"])
             copy = other.stage(entry["index"], entry["name"])
-            shutil.copytree(stage.path, copy.path, copy_function=os.link, dirs_exist_ok=True)
-        write_json(other.lineage, {"version": VERSION, "stages": self.stages()})
+            shutil.copytree(stage.path, copy.path, copy_function=_link, dirs_exist_ok=True)
+        write_json(other.lineage, {"version": VERSION, "stages": entries})
 
     def add_stage(self, entry: dict[str, Any]) -> None:
         earlier = [s for s in self.stages() if s["index"] < entry["index"]]

@@ -31,7 +31,7 @@ LAYERS = [
     },
     {"ligo", "run_state", "study"},
     {"chain", "check_growth", "coordinates", "sweep", "through_growth", "predict"},
-    {"probe", "benchmark", "ahead"},
+    {"probe", "benchmark", "ahead", "grow_checkpoint"},
     {"report", "mup_report"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -115,10 +115,10 @@ def grow_value(
         return any_slot(param, expansions, which, window)
 
     grown = copies(x)
-    if looks_ahead(param, plan):
+    ahead = marked(lambda e, role: e.ahead if role is Role.OUT else None)
+    if ahead is not None and looks_ahead(param, plan):
         if following is None:
             following = jnp.take(x, next_layer(np.arange(len(x)), len(x)), axis=0)
-        ahead = marked(lambda e, role: e.ahead if role is Role.OUT else None)
         grown = jnp.where(ahead, copies(following), grown)
     if plan.noise_db:
         grown = grown + _separating_noise(grown, param, plan, noise_key)
