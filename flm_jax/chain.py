@@ -36,7 +36,7 @@ from flm_jax.checkpoint import Checkpoints, params_digest
 from flm_jax.config import ExperimentConfig, StageConfig, TransformerConfig
 from flm_jax.errors import RunStopped, UserError
 from flm_jax.evaluate import bits_per_byte
-from flm_jax.growth.receipt import Receipt
+from flm_jax.growth.receipt import Receipt, measured
 from flm_jax.lineage import RunFolder, StageFolder, identity
 from flm_jax.metrics import TensorBoard
 from flm_jax.progress import Progress
@@ -162,6 +162,12 @@ def plan_of(
         small, stage.model, g.recipe, moments=g.moments, rates=g.rates, noise_db=g.noise_db,
         layer_distances=distances,
     )  # fmt: skip
+
+
+def calibration(batches: Any, state: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The next sequences at a place in the training data; they are not consumed."""
+    batches.set_state(state)
+    return next(batches)
 
 
 class Job(Protocol):
@@ -311,7 +317,10 @@ class _Runner:
     ) -> Position:
         """The stage's latest checkpoint, else its start: a fresh model or a grown one."""
         if checkpoints.latest is not None:
-            return restore(job, checkpoints)
+            position = restore(job, checkpoints)
+            if job.parent and position.step == job.start:
+                self.complete_receipt(job, position, folder)
+            return position
         if job.parent is None:
             return job.fresh()
         return self.grow(job, before or job.source(), folder, checkpoints)
@@ -325,36 +334,57 @@ class _Runner:
         """
         began = time.monotonic()
         stage, source = job.stage, job.parent_layout
-        batch = self.calibration(job, before.data)
+        batch, old = self.before_growth(job, before)
         key = jax.random.fold_in(jax.random.key(job.config.seed), job.index)
-        with jax.set_mesh(source.mesh):
-            old = measure.source(before.state.params, batch, job.small)
-            distances = tuple(float(d) for d in np.asarray(old["distances"]))
-            plan = plan_of(job.small, stage, distances)
-            if any(e.learned for e in plan.expansions):
-                batches = job.batches(stage.batch_size)
-                batches.set_state(before.data)
+        plan = plan_of(job.small, stage, tuple(float(d) for d in np.asarray(old["distances"])))
+        if any(e.learned for e in plan.expansions):
+            batches = job.batches(stage.batch_size)
+            batches.set_state(before.data)
+            with jax.set_mesh(source.mesh):
                 plan = ligo.fit(plan, before.state.params, batches, source.mesh, stage.growth, key)
         state = growth.grow_on_mesh(before.state, plan, key, source, job.layout)
-        receipt = Receipt(
-            operator=plan.recipe,
-            exactness=plan.exactness,
-            **measure.function_change(old, state.params, batch, plan),
-            **measure.first_steps(state, batch, plan, stage, job.config.optimizer),
-            layer_distances=distances,
-            layer_map=plan.layer_map,
-        )
-        processes.once(lambda: folder.keep_growth(plan.to_json(), dataclasses.asdict(receipt)))
+        self.keep_growth(job, old, batch, state, plan, folder)
         position = Position(state, before.data, time.monotonic() - began)
         checkpoints.save(position.step, state, position.progress())
         checkpoints.wait()
         return position
 
-    def calibration(self, job: Job, state: dict[str, Any]) -> dict[str, np.ndarray]:
-        """The training data's next sequences, without consuming them; whole in every process."""
-        batches = job.batches(job.stage.growth.calibration_sequences)
-        batches.set_state(state)
-        return next(batches)
+    def before_growth(
+        self, job: Job, before: Position
+    ) -> tuple[dict[str, np.ndarray], dict[str, jax.Array]]:
+        """The calibration batch, whole in every process, and the parent's `measure.source` on it."""
+        batch = calibration(job.batches(job.stage.growth.calibration_sequences), before.data)
+        with jax.set_mesh(job.parent_layout.mesh):
+            return batch, measure.source(before.state.params, batch, job.small)
+
+    def keep_growth(
+        self,
+        job: Job,
+        old: dict[str, jax.Array],
+        batch: dict[str, np.ndarray],
+        state: TrainState,
+        plan: growth.Plan,
+        folder: StageFolder,
+    ) -> None:
+        """Measures the grown state against `old`; writes plan and receipt."""
+        receipt = Receipt(
+            operator=plan.recipe,
+            exactness=plan.exactness,
+            **measure.function_change(old, state.params, batch, plan),
+            **measure.first_steps(state, batch, plan, job.stage, job.config.optimizer),
+            layer_distances=tuple(float(d) for d in np.asarray(old["distances"])),
+            layer_map=plan.layer_map,
+        )
+        processes.once(lambda: folder.keep_growth(plan.to_json(), dataclasses.asdict(receipt)))
+
+    def complete_receipt(self, job: Job, position: Position, folder: StageFolder) -> None:
+        """Measures a growth that was made on disk (`grow_checkpoint.py`), if it was not yet."""
+        if measured(processes.once(lambda: json.loads(folder.receipt.read_text()))):
+            return
+        batch, old = self.before_growth(job, job.source())
+        plan = self.plan(job, folder)
+        assert plan is not None
+        self.keep_growth(job, old, batch, position.state, plan, folder)
 
     def train(
         self,
@@ -378,7 +408,7 @@ class _Runner:
         state, batches = position.state, job.batches(stage.batch_size, *share)
         batches.set_state(position.data)
         rows = processes.once(lambda: folder.metrics.rewind(step))
-        measured = {row["step"]: row for row in rows if row["kind"] == "eval"}
+        evaluated = {row["step"]: row for row in rows if row["kind"] == "eval"}
         last_good = checkpoints.latest
         recent: list[float] = []  # losses since the last row
 
@@ -390,7 +420,7 @@ class _Runner:
 
         def evaluate() -> None:
             mask = mask_at(step - start)
-            measured[step] = found = job.evaluate(state.params, plan, mask)
+            evaluated[step] = found = job.evaluate(state.params, plan, mask)
             folder.metrics.append("eval", step, **found, mask=mask)
             more = {name: value for name, value in found.items() if name != "bpb"}
             board.write(step, validation_bits_per_byte=found["bpb"], **more)
@@ -435,14 +465,14 @@ class _Runner:
                 due = step in (start, end, start + ramp) or (
                     (step - start) % settings.eval.every_steps == 0
                 )
-                if due and step not in measured:
+                if due and step not in evaluated:
                     evaluate()
                 save = step == end or (step - start) % settings.checkpoint.every_steps == 0
                 if step > resumed_at and (save or asked):
                     if pending:  # a state is saved only once its loss is known to be finite
                         asked = max(asked, report(*pending))
                         pending = None
-                    now, found = position_now(), measured.get(step, {})
+                    now, found = position_now(), evaluated.get(step, {})
                     checkpoints.save(step, now.state, now.progress(), found.get(job.best_by))
                     last_good = step
                 if step == end:
@@ -485,9 +515,9 @@ class _Runner:
         processes.once(lambda: self.folder.add_stage(entry()))
 
     def entry(
-        self, job: Job, folder: StageFolder, plan: growth.Plan | None, step: int, **measured: Any
+        self, job: Job, folder: StageFolder, plan: growth.Plan | None, step: int, **more: Any
     ) -> dict[str, Any]:
-        """A stage in lineage.json; `measured` is added to what job and folder say."""
+        """A stage in lineage.json; `more` is added to what job and folder say."""
         stage = job.stage
         evals = folder.metrics.rows("eval")
         ends = {"start": evals[0], "end": next(row for row in evals if row["step"] == step)}
@@ -511,5 +541,5 @@ class _Runner:
             },
             "receipt": json.loads(folder.receipt.read_text()) if job.parent else None,
             "data_fingerprint": job.fingerprint,
-            **measured,
+            **more,
         }

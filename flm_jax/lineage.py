@@ -6,6 +6,7 @@ writes here through `processes.once`, except the metrics, for which nobody waits
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pathlib
@@ -34,6 +35,19 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
 
 def write_json(path: pathlib.Path, value: Any) -> None:
     write_atomically(path, json.dumps(value, indent=1) + "\n")
+
+
+def _link(source: str, target: str) -> None:
+    """A hard link, on another disk a copy; what an interrupted call made is kept."""
+    if os.path.exists(target):
+        return
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        shutil.copy2(source, target + ".tmp")
+        os.replace(target + ".tmp", target)
 
 
 class MetricsFile:
@@ -145,32 +159,23 @@ class RunFolder:
             )
         return data["stages"]
 
-    def branch(self, other: RunFolder, last: int | None = None) -> None:
-        """Makes `other` a run that goes on from this one's finished stages, up to index `last`.
+    def branch(self, other: RunFolder, stages: int | None = None) -> None:
+        """Makes `other` a run that goes on from this one's first finished stages (None: all).
 
-        Files are hard links where they can be: a checkpoint never changes once it is complete.
+        Files are hard links where that can be: a checkpoint never changes once it is complete.
         """
         if other.lineage.exists():
             return
-        stages = [s for s in self.stages() if last is None or s["index"] <= last]
-        for entry in stages:
+        entries = self.stages()[:stages]
+        for entry in entries:
             stage = self.stage(entry["index"], entry["name"])
             copy = other.stage(entry["index"], entry["name"])
             shutil.copytree(stage.path, copy.path, copy_function=_link, dirs_exist_ok=True)
-        write_json(other.lineage, {"version": VERSION, "stages": stages})
+        write_json(other.lineage, {"version": VERSION, "stages": entries})
 
     def add_stage(self, entry: dict[str, Any]) -> None:
         earlier = [s for s in self.stages() if s["index"] < entry["index"]]
         write_json(self.lineage, {"version": VERSION, "stages": [*earlier, entry]})
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except FileExistsError:  # branched before, and killed
-        pass
-    except OSError:  # another file system
-        shutil.copy2(source, target)
 
 
 def identity(config: ExperimentConfig, index: int, fingerprint: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from tests.commands import ROOT
 # Each module imports only from its own line and the lines above it.
 LAYERS = [
     {"errors"},
-    {"config", "precision", "host", "hlo", "processes"},
+    {"config", "precision", "host", "hlo", "pieces", "processes", "threefry"},
     {"axes"},
     {"mup", "counts", "sharding"},
     {"models", "optim", "state", "losses"},
@@ -20,6 +20,7 @@ LAYERS = [
     {
         "data",
         "checkpoint",
+        "leaves",
         "lineage",
         "metrics",
         "evaluate",
@@ -30,7 +31,7 @@ LAYERS = [
     },
     {"generate", "interop", "ligo", "run_state", "study", "roofline"},
     {"chain", "check_growth", "coordinates", "sweep", "through_growth", "predict"},
-    {"probe", "benchmark", "ahead", "sft"},
+    {"probe", "benchmark", "ahead", "grow_checkpoint", "sft"},
     {"report", "mup_report"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -40,7 +41,8 @@ OWNERS = {
     "flax": {"models"},
     "seqio": {"data"},
     "tensorflow": {"data"},
-    "orbax": {"checkpoint", "lineage"},
+    "orbax": {"checkpoint"},
+    "tensorstore": {"leaves"},
 }
 
 

@@ -47,6 +47,21 @@ class Receipt:
     layer_map: tuple[int, ...]
 
 
+def unmeasured(plan: Plan, layer_distances: tuple[float, ...] | None) -> dict[str, Any]:
+    """The receipt of a growth that no model was run through yet: what is claimed, and nulls."""
+    return {
+        **dict.fromkeys(field.name for field in dataclasses.fields(Receipt)),
+        "operator": plan.recipe,
+        "exactness": plan.exactness,
+        "layer_distances": layer_distances,
+        "layer_map": plan.layer_map,
+    }
+
+
+def measured(receipt: Mapping[str, Any]) -> bool:
+    return receipt["loss_after"] is not None
+
+
 def difference(
     before_BTV: jax.Array, after_BTV: jax.Array, weights_BT: jax.Array
 ) -> dict[str, float]:

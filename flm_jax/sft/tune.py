@@ -284,7 +284,7 @@ def run(
     folder = RunFolder(workdir)
     folder.open()
     if base.stages and not _same(folder.path, pathlib.Path(config.base)):
-        RunFolder(config.base).branch(folder, last=base.stages[-1]["index"])
+        RunFolder(config.base).branch(folder, stages=len(base.stages))
     if not finished(job, folder):
         chain.run_jobs([job], folder)
     return Tuned(folder.stages()[job.index], base, corpus.vocabulary, talk)
