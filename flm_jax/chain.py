@@ -352,7 +352,7 @@ class _Runner:
     def before_growth(
         self, job: Job, before: Position
     ) -> tuple[dict[str, np.ndarray], dict[str, jax.Array]]:
-        """The calibration batch, whole in every process, and the parent's `measure.source` on it."""
+        """The calibration batch, whole in every process, and `measure.source` of the parent."""
         batch = calibration(job.batches(job.stage.growth.calibration_sequences), before.data)
         with jax.set_mesh(job.parent_layout.mesh):
             return batch, measure.source(before.state.params, batch, job.small)
