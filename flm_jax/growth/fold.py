@@ -10,10 +10,10 @@ Derived here, for every axis by what its mask m does in `models/layers.py`:
 For `embed`, of size D, let what writes the residual stream be multiplied by sqrt(m). Then the
 stream is x' = sqrt(m) x, and its plain mean square is M / D of the masked one, so that
 
-    sqrt(M / D) sqrt(m) gain x' / sqrt(mean(x'^2) + eps M / D)  =  m gain x / sqrt(sum(m x^2) / M + eps)
+    sqrt(m M / D) gain x' / sqrt(mean(x'^2) + eps M / D)  =  m gain x / sqrt(sum(m x^2) / M + eps)
 
-with both sides exact: gains times sqrt(m M / D), eps times M / D. `vocab` adds log m to the logits,
-which takes a bias, so only 1 can be folded.
+exactly: gains times sqrt(m M / D), eps times M / D. `vocab` adds log m to the logits, which takes a
+bias, so only 1 can be folded.
 """
 
 from __future__ import annotations
