@@ -2,14 +2,10 @@ r"""52B -> 102B -> 1T: the chain of arXiv 2407.02783, 2.3 trillion tokens.
 
   python -m experiments.describe --config=configs/tele_flm_1t_chain.py --json
 
-Each stage fits the topology below, which its compiler says (docs/scaling.md):
+Each stage holds topologies, meshes and batches that it fits; the accelerators' compilers say so
+(docs/scaling.md; ten minutes on two CPU cores, with the extras `[tpu]` and `[gpu-aot]`):
 
-  52b   v5p:4x4x4  fsdp=16,tensor=4   batch 16   or  h100:8x8    fsdp=8,tensor=8    batch 8
-  102b  v5p:4x4x8  fsdp=32,tensor=4   batch 32   or  h100:16x8   fsdp=16,tensor=8   batch 16
-  1t    v5p:8x8x8  fsdp=32,tensor=16  batch 32   or  h100:128x8  fsdp=64,tensor=16  batch 64
-
-  python -m experiments.compile_ahead --config=configs/tele_flm_1t_chain.py --stage=2 \
-    --topology=v5p:8x8x8 --mesh=fsdp=32,tensor=16 --batch=32 --what=train_masked
+  python -m experiments.compile_ahead --config=configs/tele_flm_1t_chain.py
 
 The authors used 896 A800 GPUs. It was not trained here. Each stage is described in its own file;
 the learning rate stays on the 52B's cosine through both growths.
@@ -18,7 +14,16 @@ the learning rate stays on the 52B's cosine through both growths.
 import ml_collections
 
 from configs import common, tele_flm_1t, tele_flm_52b, tele_flm_102b
-from flm_jax.config import ExperimentConfig
+from flm_jax.config import ExperimentConfig, LayoutConfig
+
+LAYOUTS = (
+    LayoutConfig("52b", "v5p:4x4x4", batch_size=16, fsdp=16, tensor=4),
+    LayoutConfig("52b", "h100:8x8", batch_size=8, fsdp=8, tensor=8),
+    LayoutConfig("102b", "v5p:4x4x8", batch_size=32, fsdp=32, tensor=4),
+    LayoutConfig("102b", "h100:16x8", batch_size=16, fsdp=16, tensor=8),
+    LayoutConfig("1t", "v5p:8x8x8", batch_size=32, fsdp=32, tensor=16),
+    LayoutConfig("1t", "h100:128x8", batch_size=64, fsdp=64, tensor=16),
+)
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
@@ -26,5 +31,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     t = tele_flm_52b
     stages = (tele_flm_52b.stage(), tele_flm_102b.stage(), tele_flm_1t.stage())
     return common.to_config_dict(
-        ExperimentConfig(stages, t.DATA, t.OPTIMIZER, t.SCHEDULE, t.EVAL, t.CHECKPOINT)
+        ExperimentConfig(
+            stages, t.DATA, t.OPTIMIZER, t.SCHEDULE, t.EVAL, t.CHECKPOINT, layouts=LAYOUTS
+        )
     )

@@ -4,13 +4,18 @@
     --topology=v5p:8x8x8 --mesh=fsdp=32,tensor=16 --batch=32 --what=train_masked
 
 TPUs need the extra `[tpu]`, GPU clusters `[gpu-aot]`. `--search` tries the meshes of the topology
-and prints those that fit, best first.
+and prints those that fit, best first. Without `--topology` every layout that the config holds is
+compiled, each in a process of its own: the step, the masked step and the growth, unless `--what`
+chooses one.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
+import subprocess
+import sys
 from typing import Any
 
 import ml_collections
@@ -19,13 +24,13 @@ import rich.table
 from absl import flags
 
 from experiments import cli
-from flm_jax.config import ExperimentConfig
+from flm_jax.config import ExperimentConfig, LayoutConfig
 from flm_jax.errors import UserError
 
 TOPOLOGY = flags.DEFINE_string("topology", None, "As v5p:8x8x8, v5e:16x16, h100:16x8.")
 MESH = flags.DEFINE_string("mesh", "", "As fsdp=32,tensor=16.")
 BATCH = flags.DEFINE_integer("batch", 0, "Sequences in one step; 0: the stage's.")
-WHAT = flags.DEFINE_string("what", "train", "train, train_masked or growth.")
+WHAT = flags.DEFINE_string("what", "", "train (if empty), train_masked or growth.")
 STAGE = flags.DEFINE_integer("stage", -1, "Of a chain: which stage; -1: the last.")
 QUICK = flags.DEFINE_bool("quick", False, "Compile with less optimisation: a tenth of the time.")
 SEARCH = flags.DEFINE_bool("search", False, "Try the topology's meshes, quickly.")
@@ -54,11 +59,41 @@ def _chain(config: ml_collections.ConfigDict) -> tuple[ExperimentConfig, int]:
     return chain, index
 
 
+def _programs(chain: ExperimentConfig, layout: LayoutConfig) -> list[str]:
+    """What to compile for a layout: a chain's first stage has no masks and no growth."""
+    if STAGE.present and layout.stage != chain.stages[STAGE.value].name:
+        return []
+    if WHAT.value:
+        return [WHAT.value]
+    first = layout.stage == chain.stages[0].name
+    return ["train"] if first else ["train", "train_masked", "growth"]
+
+
+def _apart(chain: ExperimentConfig, layout: LayoutConfig, program: str) -> dict[str, Any]:
+    """The report of a layout's program, compiled in a process of its own.
+
+    TPU and GPU compilers read their settings once in a process, and peak memory is a process's.
+    """
+    given = [f for f in sys.argv[1:] if f.startswith(("--config", "--quick"))]
+    names = [stage.name for stage in chain.stages]
+    flags_of_layout = {
+        "topology": layout.topology, "stage": names.index(layout.stage), "what": program,
+        "mesh": f"data={layout.data},fsdp={layout.fsdp},tensor={layout.tensor}",
+        "batch": layout.batch_size,
+    }  # fmt: skip
+    command = [sys.executable, "-m", "experiments.compile_ahead", "--json", *given]
+    command += [f"--{name}={value}" for name, value in flags_of_layout.items()]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError((done.stderr.strip().splitlines() or ["the compiler ended silently"])[-1])
+    return dict(json.loads(done.stdout))
+
+
 def _row(report: dict[str, Any]) -> list[str]:
     limit = report["hbm_limit_bytes"]
     roofline = report.get("roofline")
     return [
-        report["what"], report["topology"],
+        report["stage"], report["what"], report["topology"],
         ",".join(f"{k}={v}" for k, v in report["mesh"].items() if v > 1),
         "yes" if report["fits"] else f"no: {report['missing_bytes'] / 1e9:.1f} GB missing",
         f"{report['hbm_bytes'] / 1e9:.1f} of {limit / 1e9:.1f} GB",
@@ -72,28 +107,36 @@ def main(config: ml_collections.ConfigDict) -> dict[str, Any]:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from flm_jax import ahead
 
-    if not TOPOLOGY.value:
-        raise UserError("--topology is missing; give one, as --topology=v5p:8x8x8")
-    if WHAT.value not in ahead.WHAT:
-        raise UserError(f"--what={WHAT.value}: choose one of {', '.join(ahead.WHAT)}")
+    what = WHAT.value or "train"
+    if what not in ahead.WHAT:
+        raise UserError(f"--what={what}: choose one of {', '.join(ahead.WHAT)}")
     chain, index = _chain(config)
     console = rich.console.Console(stderr=True, highlight=False)
-    if SEARCH.value:
+    if not TOPOLOGY.value:
+        if not chain.layouts or MESH.value or BATCH.value or SEARCH.value:
+            raise UserError("--topology is missing; give one, as --topology=v5p:8x8x8")
+        reports = []
+        for layout in chain.layouts:
+            for program in _programs(chain, layout):
+                reports.append(_apart(chain, layout, program))
+                console.print("  ".join(_row(reports[-1])))
+        result: dict[str, Any] = {"layouts": reports}
+    elif SEARCH.value:
         reports = []
         count = len(ahead.devices_of(TOPOLOGY.value))
         for shape in ahead.meshes(chain, index, count):
-            report = ahead.compile_for(chain, index, WHAT.value, TOPOLOGY.value, shape, quick=True)
+            report = ahead.compile_for(chain, index, what, TOPOLOGY.value, shape, quick=True)
             reports.append(report)
             console.print("  ".join(_row(report)))
         reports.sort(key=lambda r: (not r["fits"], r.get("roofline", {}).get("step_s", 0)))
-        result: dict[str, Any] = {"meshes": reports}
+        result = {"meshes": reports}
     else:
         report = ahead.compile_for(
-            chain, index, WHAT.value, TOPOLOGY.value, _mesh(MESH.value), quick=QUICK.value
+            chain, index, what, TOPOLOGY.value, _mesh(MESH.value), quick=QUICK.value
         )
         reports, result = [report], report
     table = rich.table.Table(
-        "what", "topology", "mesh", "fits", "HBM", "bound on a step", "compile"
+        "stage", "what", "topology", "mesh", "fits", "HBM", "bound on a step", "compile"
     )
     for report in reports:
         table.add_row(*_row(report))

@@ -27,7 +27,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 from flm_jax import counts, growth, optim, sharding
 from flm_jax.chain import plan_of
-from flm_jax.config import ExperimentConfig, StageConfig
+from flm_jax.config import MESH_AXES, ExperimentConfig, StageConfig
 from flm_jax.errors import UserError
 from flm_jax.train import init_state, make_train_step
 
@@ -140,13 +140,12 @@ def devices_of(topology: str) -> list[Any]:
 
 def mesh_of(topology: str, shape: dict[str, int], devices: list[Any]) -> Mesh:
     """A mesh data x fsdp x tensor over the topology. Raises UserError if sizes do not match."""
-    names = ("data", "fsdp", "tensor")
-    unknown = set(shape) - set(names)
-    sizes = tuple(shape.get(name, 1) for name in names)
+    unknown = set(shape) - set(MESH_AXES)
+    sizes = tuple(shape.get(name, 1) for name in MESH_AXES)
     if unknown or math.prod(sizes) != len(devices):
         raise UserError(
             f"--mesh={','.join(f'{k}={v}' for k, v in shape.items())}: "
-            + (f"no mesh axis {min(unknown)!r}; axes are data, fsdp, tensor" if unknown else
+            + (f"no mesh axis {min(unknown)!r}; axes are {', '.join(MESH_AXES)}" if unknown else
                f"{math.prod(sizes)} devices, but {topology} has {len(devices)}; make the sizes "
                "multiply to that")
         )  # fmt: skip
@@ -154,7 +153,7 @@ def mesh_of(topology: str, shape: dict[str, int], devices: list[Any]) -> Mesh:
         grid = mesh_utils.create_device_mesh(sizes, devices)
     except (NotImplementedError, TypeError, ValueError):
         grid = np.array(devices).reshape(sizes)  # sizes that cut across the physical axes
-    return Mesh(grid, names, axis_types=(AxisType.Auto,) * 3)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def meshes(config: ExperimentConfig, index: int, devices: int) -> Iterator[dict[str, int]]:
@@ -185,7 +184,7 @@ def program(
     def abstract_state(i: int) -> Any:
         tx = optim.optimizer(stage_at(i), config.optimizer, shape, grown_at)
         state = jax.eval_shape(lambda: init_state(stage_at(i).model, tx, jax.random.key(0)))
-        placed = sharding.shardings(state, mesh)
+        placed = sharding.shardings(state, mesh, config.mesh.rules)
         return jax.tree.map(
             lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), state, placed
         )
@@ -206,7 +205,7 @@ def program(
         def grow(state: Any) -> Any:
             return growth.grow(state, plan, jax.random.key(0))
 
-        placed = sharding.shardings(jax.eval_shape(grow, before), mesh)
+        placed = sharding.shardings(jax.eval_shape(grow, before), mesh, config.mesh.rules)
         return jax.jit(grow, out_shardings=placed, donate_argnums=0), (before,)
     tx = optim.optimizer(stage, config.optimizer, shape, grown_at)
     length = config.data_of(index).sequence_length
@@ -218,7 +217,7 @@ def program(
             ("positions", jnp.int32), ("weights", jnp.float32),
         )
     }  # fmt: skip
-    step = make_train_step(stage, tx, mesh, plan)
+    step = make_train_step(stage, tx, mesh, plan, config.mesh.rules)
     mask = (jax.ShapeDtypeStruct((), jnp.float32),) if what == "train_masked" else ()
     return step, (abstract_state(index), batch, *mask)
 
@@ -250,7 +249,7 @@ def compile_for(
         )
     for model in [s.model for s in config.stages[max(index - 1, 0) : index + 1]]:
         if what == "growth" or model is stage.model:
-            sharding.check_divisible(model, mesh)
+            sharding.check_divisible(model, mesh, config.mesh.rules)
     report: dict[str, Any] = {
         "what": what, "topology": topology, "devices": len(devices), "mesh": dict(mesh.shape),
         "batch": stage.batch_size, "stage": stage.name, "fits": False, "hbm_bytes": None,

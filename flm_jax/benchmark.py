@@ -95,17 +95,18 @@ def measure(config: ExperimentConfig, index: int, steps: int) -> dict[str, Any]:
     """
     host.keep_freed()
     stage, length = config.stages[index], config.data_of(index).sequence_length
-    mesh = sharding.make_mesh(config.mesh)
-    sharding.check_divisible(stage.model, mesh)
+    mesh, rules = sharding.make_mesh(config.mesh), config.mesh.rules
+    sharding.check_divisible(stage.model, mesh, rules)
     shape = optim.schedule_shape(config.schedule, config.total_steps)
     tx = optim.optimizer(stage, config.optimizer, shape)
     plan = growth.plan(_half(stage.model), stage.model)
     with jax.set_mesh(mesh):
         key = jax.random.key(0)
-        placed = sharding.shardings(jax.eval_shape(lambda: init_state(stage.model, tx, key)), mesh)
+        abstract = jax.eval_shape(lambda: init_state(stage.model, tx, key))
+        placed = sharding.shardings(abstract, mesh, rules)
         state = jax.jit(lambda: init_state(stage.model, tx, key), out_shardings=placed)()
         batch = _batch(stage, length, mesh)
-        step = make_train_step(stage, tx, mesh, plan)
+        step = make_train_step(stage, tx, mesh, plan, rules)
         variants = [_compile(step, state, batch, extra) for extra in ((), (jnp.float32(0.5),))]
         peak = matmul_peak(stage.model.dtype)
         for repeat in range(steps + 1):  # the first is a warm-up

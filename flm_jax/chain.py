@@ -110,7 +110,7 @@ def check(config: ExperimentConfig, mesh: Mesh) -> None:
     """Raises UserError now for what would fail in a later stage."""
     rows = math.prod(mesh.shape[axis] for axis in ("data", "fsdp"))
     for stage in config.stages:
-        sharding.check_divisible(stage.model, mesh)
+        sharding.check_divisible(stage.model, mesh, config.mesh.rules)
         if stage.batch_size // stage.accumulate % rows:
             raise UserError(
                 f"stage {stage.name}: a microbatch of {stage.batch_size // stage.accumulate} "
@@ -134,6 +134,7 @@ def plan_of(
 class _Runner:
     def __init__(self, config: ExperimentConfig, folder: RunFolder, corpus: Any, mesh: Mesh):
         self.config, self.folder, self.corpus, self.mesh = config, folder, corpus, mesh
+        self.rules = config.mesh.rules
 
     def corpus_of(self, index: int) -> Any:
         """The corpus in the stage's sequence length."""
@@ -165,7 +166,7 @@ class _Runner:
         tx, _ = self.optimizer(index)
         model = self.config.stages[index].model
         state = jax.eval_shape(lambda: init_state(model, tx, jax.random.key(0)))
-        placed = sharding.shardings(state, self.mesh)
+        placed = sharding.shardings(state, self.mesh, self.rules)
         return jax.tree.map(
             lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), state, placed
         )
@@ -199,7 +200,7 @@ class _Runner:
             tx, _ = self.optimizer(0)
             key = jax.random.fold_in(jax.random.key(self.config.seed), 0)
             init = functools.partial(init_state, self.config.stages[0].model, tx)
-            placed = sharding.shardings(jax.eval_shape(init, key), self.mesh)
+            placed = sharding.shardings(jax.eval_shape(init, key), self.mesh, self.rules)
             state = jax.jit(init, out_shardings=placed)(key)
             return Position(state, self.batches(0).get_state(), 0.0)
         if before is None:
@@ -237,7 +238,8 @@ class _Runner:
             plan = ligo.fit(plan, before.state.params, batches, self.mesh, stage.growth, key)
 
         grow = functools.partial(growth.grow, plan=plan)
-        placed = sharding.shardings(jax.eval_shape(grow, before.state, key=key), self.mesh)
+        abstract = jax.eval_shape(grow, before.state, key=key)
+        placed = sharding.shardings(abstract, self.mesh, self.rules)
         state = jax.jit(grow, out_shardings=placed)(before.state, key=key)
         receipt = Receipt(
             operator=plan.recipe,
@@ -279,7 +281,7 @@ class _Runner:
         plan = growth.Plan.from_json(folder.plan.read_text()) if index > 0 else None
         ramp = stage.growth.ramp_steps if plan and plan.masked else 0
         tx, shape = self.optimizer(index)
-        train_step = make_train_step(stage, tx, self.mesh, plan)
+        train_step = make_train_step(stage, tx, self.mesh, plan, self.rules)
         state, batches = position.state, self.batches(index)
         batches.set_state(position.data)
         folder.metrics.rewind(step)

@@ -57,7 +57,28 @@ class Checkpoints:
           UserError: the checkpoint holds other leaves, shapes or dtypes; nothing is filled in.
         """
         metadata = self._checkpointer.metadata(step)
-        have, want = _described(metadata.metadata), _described(like)
+        self._check(step, _described(metadata.metadata), _described(like))
+        return self._checkpointer.load(step, like), dict(metadata.custom_metadata)
+
+    def restore_params(self, step: int, like: Tree) -> Tree:
+        """Reads only the parameters, of a checkpoint that may hold a whole state or nothing else.
+
+        Args:
+          step: of a checkpoint.
+          like: a tree of `ShapeDtypeStruct`s with shardings, of the parameters.
+
+        Raises:
+          UserError: the checkpoint holds other parameters, shapes or dtypes.
+        """
+        have = _described(self._checkpointer.metadata(step).metadata)
+        own = {name: what for name, what in have.items() if name.startswith("params/")}
+        self._check(step, own, _described({"params": like}))
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True
+        with context:
+            return self._checkpointer.load(step, {"params": like})["params"]
+
+    def _check(self, step: int, have: dict[str, str], want: dict[str, str]) -> None:
         for name in dict.fromkeys([*want, *have]):
             if have.get(name) != want.get(name):
                 raise UserError(
@@ -65,7 +86,6 @@ class Checkpoints:
                     f"{want.get(name, 'no such leaf')}; use the config of this checkpoint, or "
                     "grow it (python -m experiments.grow)"
                 )
-        return self._checkpointer.load(step, like), dict(metadata.custom_metadata)
 
     def wait(self) -> None:
         """Until the checkpoint under way is complete on disk."""

@@ -25,6 +25,7 @@ SCHEDULES = ("constant", "cosine", "wsd")
 MOMENTS = ("dual", "asym", "reset")
 RATES = ("target", "carry", "ramp")
 PARAMETRISATIONS = ("mup", "sp")
+MESH_AXES = ("data", "fsdp", "tensor")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -268,10 +269,41 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class RulesConfig:
+    """Parameter axis -> the mesh axis that it is split over; "": not split.
+
+    With few key/value heads, `kv_heads=""` and `q_per_kv="tensor"` split the queries of each.
+    """
+
+    embed: str = "fsdp"
+    mlp: str = "tensor"
+    kv_heads: str = "tensor"
+    q_per_kv: str = ""
+    vocab: str = "tensor"
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _require_choice(self, field.name, ("", *MESH_AXES))
+
+
+@dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Devices along each mesh axis; data = 0 takes what the other axes leave."""
 
     data: int = 0
+    fsdp: int = 1
+    tensor: int = 1
+    rules: RulesConfig = RulesConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class LayoutConfig:
+    """A topology, a mesh and a batch that a stage fits: `experiments.compile_ahead` proves it."""
+
+    stage: str
+    topology: str
+    batch_size: int
+    data: int = 1
     fsdp: int = 1
     tensor: int = 1
 
@@ -287,6 +319,7 @@ class ExperimentConfig:
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     mesh: MeshConfig = MeshConfig()
+    layouts: tuple[LayoutConfig, ...] = ()  # for accelerators that are not here
     seed: int = 0
     quick_compile: bool = False  # on a CPU: less optimised programs, for runs of seconds
 
@@ -304,6 +337,11 @@ class ExperimentConfig:
                 f"its steps {stage.steps}; the masks must reach 1 before the stage ends",
             )
 
+        for layout in self.layouts:
+            _require(
+                layout.stage in names,
+                f"ExperimentConfig.layouts names stage {layout.stage!r}; it has {names}",
+            )
         for index in range(len(self.stages)):
             self.data_of(index)  # raises if the lengths do not fit each other
 

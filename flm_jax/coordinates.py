@@ -29,7 +29,7 @@ def _activations(params: Any, batch: dict[str, jax.Array], config: TransformerCo
     )  # fmt: skip
     layers = captured["intermediates"]["layers"]
     per_layer = {
-        "attention": layers["attention"]["__call__"][0],
+        "attention": layers["attention"]["__call__"][0][0],
         "mlp": layers["mlp"]["__call__"][0],
         "stream": layers["__call__"][0][0],
     }

@@ -151,10 +151,10 @@ class RunFolder:
 def identity(config: ExperimentConfig, index: int, fingerprint: str) -> dict[str, Any]:
     """What decides a stage's numbers: its own config, what all stages share, and the data.
 
-    The mesh, evaluation and checkpoint settings may change when a run goes on.
+    Mesh, layouts, evaluation and checkpoint settings may change when a run goes on.
     """
     shared = config_lib.to_dict(config)
-    for name in ("stages", "mesh", "eval", "checkpoint"):
+    for name in ("stages", "mesh", "layouts", "eval", "checkpoint"):
         del shared[name]
     shared["schedule"]["total_steps"] = config.schedule.total_steps or config.total_steps
     stage = config_lib.to_dict(config.stages[index])

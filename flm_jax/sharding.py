@@ -1,8 +1,8 @@
 """Mesh, and the place of every array on it, from the axis table.
 
-Axis -> mesh axis: `embed` is split over fsdp; `mlp`, `kv_heads` and `vocab` over tensor; the batch
-over data and fsdp; the residual stream's tokens over tensor, between a layer's branches. Everything
-else is replicated.
+Axis -> mesh axis, by default (`RulesConfig`): `embed` is split over fsdp; `mlp`, `kv_heads` and
+`vocab` over tensor. Always: the batch over data and fsdp; the residual stream's tokens over tensor,
+between a layer's branches. Everything else is replicated.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flm_jax import axes
-from flm_jax.config import MeshConfig, TransformerConfig
+from flm_jax.config import MESH_AXES, MeshConfig, RulesConfig, TransformerConfig
 from flm_jax.errors import UserError
 
-RULES = {"embed": "fsdp", "mlp": "tensor", "kv_heads": "tensor", "vocab": "tensor"}
+RULES = RulesConfig()
 BATCH_AXES = ("data", "fsdp")
 BATCH = PartitionSpec(BATCH_AXES)
 
@@ -35,36 +35,48 @@ def make_mesh(config: MeshConfig) -> Mesh:
             f"config.mesh is data {data} x fsdp {config.fsdp} x tensor {config.tensor} = "
             f"{data * rest} devices, but there are {devices}; change it, or set data to 0"
         )
-    shape, names = (data, config.fsdp, config.tensor), ("data", "fsdp", "tensor")
-    return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * 3)
+    shape = (data, config.fsdp, config.tensor)
+    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def one_device() -> Mesh:
     """The mesh of the first device alone."""
-    names = ("data", "fsdp", "tensor")
     return jax.make_mesh(
-        (1, 1, 1), names, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
+        (1, 1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
     )
 
 
-def param_spec(param: axes.Param) -> PartitionSpec:
-    return PartitionSpec(*(RULES.get(axis) for axis in param.axes))
+def param_spec(param: axes.Param, rules: RulesConfig = RULES) -> PartitionSpec:
+    return PartitionSpec(*(getattr(rules, axis, "") or None for axis in param.axes))
 
 
-def check_divisible(config: TransformerConfig, mesh: Mesh) -> None:
-    """Raises UserError, naming parameter, axis and both numbers, if an axis does not divide."""
+def check_divisible(config: TransformerConfig, mesh: Mesh, rules: RulesConfig = RULES) -> None:
+    """Raises UserError if a parameter cannot be split as the rules say.
+
+    Names parameter, axis and both numbers where an axis does not divide, and both axes where two
+    share a mesh axis.
+    """
     sizes = axes.axis_sizes(config)
     for path, param in axes.TABLE.items():
-        for axis in param.axes:
-            parts = mesh.shape[RULES[axis]] if axis in RULES else 1
-            if sizes[axis] % parts:
+        taken: dict[str, str] = {}
+        for axis, over in zip(param.axes, param_spec(param, rules), strict=True):
+            if over is None:
+                continue
+            if over in taken:
+                raise UserError(
+                    f"parameter {path!r}: axes {taken[over]!r} and {axis!r} are both split over "
+                    f"mesh axis {over!r}; change one in mesh.rules"
+                )
+            taken[over] = axis
+            if sizes[axis] % mesh.shape[over]:
                 raise UserError(
                     f"parameter {path!r}: axis {axis!r} of size {sizes[axis]} cannot be split "
-                    f"over {parts} devices of mesh axis {RULES[axis]!r}; change one of them"
+                    f"over {mesh.shape[over]} devices of mesh axis {over!r}; change one of them, "
+                    "or the rule (mesh.rules)"
                 )
 
 
-def shardings(tree: Any, mesh: Mesh) -> Any:
+def shardings(tree: Any, mesh: Mesh, rules: RulesConfig = RULES) -> Any:
     """A NamedSharding for every leaf: by the table where it is shaped like a parameter.
 
     Parameters, their gradients and their moments are nested dicts as in `axes.PARAMS`, so the
@@ -74,7 +86,7 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     def place(path: tuple[Any, ...], _: Any) -> NamedSharding:
         name = "/".join(k.key for k in path if isinstance(k, jax.tree_util.DictKey))
         param = axes.TABLE.get(name)
-        return NamedSharding(mesh, param_spec(param) if param else PartitionSpec())
+        return NamedSharding(mesh, param_spec(param, rules) if param else PartitionSpec())
 
     return jax.tree_util.tree_map_with_path(place, tree)
 
@@ -95,6 +107,18 @@ def constrain(x: jax.Array, *mesh_axes: str | tuple[str, ...] | None) -> jax.Arr
         )
         spec.append(names if size % parts == 0 else None)
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
+def head_axes(kv_heads: int, q_per_kv: int) -> tuple[str | None, str | None]:
+    """Where key/value heads, and the queries of each, are split: over tensor, one or the other.
+
+    Groups stay whole where they divide; else the queries of every group are split.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = 1 if mesh.empty else mesh.shape["tensor"]
+    if kv_heads % parts == 0:
+        return "tensor", None
+    return None, "tensor" if q_per_kv % parts == 0 else None
 
 
 def place_batch(batch: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:

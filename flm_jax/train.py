@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from flm_jax import sharding
-from flm_jax.config import StageConfig, TransformerConfig
+from flm_jax.config import RulesConfig, StageConfig, TransformerConfig
 from flm_jax.growth import Plan
 from flm_jax.losses import cross_entropy
 from flm_jax.models import Transformer
@@ -78,7 +78,11 @@ def gradients(
 
 
 def make_train_step(
-    stage: StageConfig, tx: optax.GradientTransformation, mesh: Mesh, plan: Plan | None
+    stage: StageConfig,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    plan: Plan | None,
+    rules: RulesConfig = sharding.RULES,
 ) -> TrainStep:
     """`step(state, batch, mask_value=None) -> (state, metrics)`, jitted; the state is donated.
 
@@ -98,5 +102,5 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt_state), metrics
 
     abstract = jax.eval_shape(lambda: init_state(stage.model, tx, jax.random.key(0)))
-    out = (sharding.shardings(abstract, mesh), None)
+    out = (sharding.shardings(abstract, mesh, rules), None)
     return jax.jit(step, donate_argnums=0, out_shardings=out)

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from flm_jax import ahead, axes, sharding
+from flm_jax import ahead
 from flm_jax.errors import UserError
 from tests.commands import json_of, mistake
 
@@ -66,62 +66,10 @@ def test_memory_report(tmp_path):
     assert ahead._memory_report(tmp_path) == 37306169568
 
 
-@pytest.mark.parametrize(
-    ("devices", "shape"), [(512, (1, 32, 16)), (4096, (1, 256, 16))], ids=["512", "4096"]
-)
-@pytest.mark.parametrize("name", ["tele_flm_52b", "tele_flm_102b", "tele_flm_1t"])
-def test_every_large_parameter_is_split_over_the_whole_mesh(name, devices, shape):
-    """Only the norms' gains, and nothing else, are on every device along a mesh axis."""
-    import importlib
-
-    config = importlib.import_module(f"configs.{name}").stage().model
-    mesh = dict(zip(("data", "fsdp", "tensor"), shape, strict=True))
-    held = 0
-    for path, param in axes.TABLE.items():
-        used = {name for name in sharding.param_spec(param) if name}
-        if "norm" not in path:
-            assert used == {"fsdp", "tensor"}, path
-        parts = 1
-        for axis, placed in zip(param.axes, sharding.param_spec(param), strict=True):
-            if placed:
-                assert axes.axis_sizes(config)[axis] % mesh[placed] == 0
-                parts *= mesh[placed]
-        held += axes.param_sizes(config)[path] / parts
-    total = sum(axes.param_sizes(config).values())
-    assert held < 1.01 * total / devices
-
-
-def test_golden_shards_of_the_1t():
-    """Shapes on one of 512 devices, fsdp 32 x tensor 16: written down once, by hand."""
-    from configs import tele_flm_1t
-
-    config = tele_flm_1t.stage().model
-    mesh = {"fsdp": 32, "tensor": 16}
-    found = {
-        path: tuple(
-            size // mesh.get(placed, 1)
-            for size, placed in zip(param.shape(config), sharding.param_spec(param), strict=True)
-        )
-        for path, param in axes.TABLE.items()
-    }
-    assert found == {
-        "embedding": (5000, 640),
-        "final_norm": (640,),
-        "head": (640, 5000),
-        "layers/attention/key": (140, 640, 10, 128),
-        "layers/attention/norm": (140, 640),
-        "layers/attention/out": (140, 10, 1, 128, 640),
-        "layers/attention/query": (140, 640, 10, 1, 128),
-        "layers/attention/value": (140, 640, 10, 128),
-        "layers/mlp/down": (140, 6144, 640),
-        "layers/mlp/gate": (140, 640, 6144),
-        "layers/mlp/norm": (140, 640),
-        "layers/mlp/up": (140, 640, 6144),
-    }
-
-
 def test_mistakes_are_one_line():
-    assert "--topology is missing" in mistake(*CHAIN)
+    assert "--topology is missing" in mistake(*CHAIN, "--batch=8")
+    demo = (CHAIN[0], "--config=configs/demo.py")
+    assert "--topology is missing" in mistake(*demo)
     assert "kinds: v4" in mistake(*CHAIN, "--topology=v9:2x2")
     assert "choose one of train" in mistake(*CHAIN, "--topology=v5p:2x2x1", "--what=think")
     assert "stages 0 to 2" in mistake(*CHAIN, "--topology=v5p:2x2x1", "--stage=5")

@@ -63,14 +63,6 @@ def test_losses_do_not_depend_on_the_mesh(mesh, one_device):
     assert up.addressable_shards[0].data.size == up.size // (mesh.fsdp * mesh.tensor)
 
 
-def test_an_axis_that_does_not_divide_is_refused():
-    mesh = sharding.make_mesh(MeshConfig(1, 1, 8))
-    with pytest.raises(UserError, match=r"attention/key': axis 'kv_heads' of size 4 .* 8 devices"):
-        sharding.check_divisible(MODEL, mesh)
-    with pytest.raises(UserError, match="data 3 x fsdp 1"):
-        sharding.make_mesh(MeshConfig(data=3))
-
-
 def test_a_ramp_compiles_once():
     plan = growth.plan(MODEL, BIG)
     stage = stage_of(BIG)

@@ -1,5 +1,6 @@
 """The decoder. The only place that imports flax.linen."""
 
+from flm_jax.models.cache import Cache
 from flm_jax.models.transformer import Transformer
 
-__all__ = ["Transformer"]
+__all__ = ["Cache", "Transformer"]

@@ -1,7 +1,7 @@
 """Causal attention inside packed documents: one function, a kernel per platform.
 
-Shapes: B batch, T length, Q queries of one chunk, S keys that the chunk can see, K key/value heads,
-G query heads per key/value head, H head size.
+Shapes: B batch, T length, Q queries of one chunk, S keys (slots of a cache, or those that a chunk
+can see), K key/value heads, G query heads per key/value head, H head size.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from flm_jax.precision import wide
-from flm_jax.sharding import BATCH_AXES
+from flm_jax.sharding import BATCH_AXES, head_axes
 
 # Queries are cut into at most this many chunks, each of which meets only the keys up to its end:
 # with 8, 44% of the score matrix is never computed.
@@ -70,7 +70,7 @@ def splash(
         splash_attention_mask as masks,
     )
 
-    T, _, G, H = q_BTKGH.shape[1:]
+    T, H = q_BTKGH.shape[1], q_BTKGH.shape[-1]
     block = next(b for b in (512, 256, SPLASH_TILE) if T % b == 0)
     blocks: dict[str, Any] = {
         name: block
@@ -81,6 +81,7 @@ def splash(
     def local(
         q_BTKGH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array
     ) -> jax.Array:
+        G = q_BTKGH.shape[3]  # this device's
         kernel = kernels.make_splash_mqa_single_device(
             mask=masks.MultiHeadMask([masks.CausalMask((T, T))] * G),
             block_sizes=kernels.BlockSizes(**blocks, use_fused_bwd_kernel=True),
@@ -102,8 +103,10 @@ def splash(
     scaled_BTKGH = q_BTKGH * jnp.asarray(H**-0.5, q_BTKGH.dtype)
     if jax.sharding.get_abstract_mesh().empty:
         return local(scaled_BTKGH, k_BTKH, v_BTKH, segment_ids_BT)
-    heads = PartitionSpec(BATCH_AXES, None, "tensor")
-    specs = (heads, heads, heads, PartitionSpec(BATCH_AXES))
+    groups, queries = head_axes(*q_BTKGH.shape[2:4])
+    heads = PartitionSpec(BATCH_AXES, None, groups, queries)
+    keys = PartitionSpec(BATCH_AXES, None, groups)
+    specs = (heads, keys, keys, PartitionSpec(BATCH_AXES))
     # The kernel says nothing of how its results vary over the mesh: nothing to check.
     mapped = jax.shard_map(local, in_specs=specs, out_specs=heads, check_vma=False)
     return mapped(scaled_BTKGH, k_BTKH, v_BTKH, segment_ids_BT)
@@ -125,29 +128,43 @@ def cudnn(
 def plain(
     q_BTKGH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array
 ) -> jax.Array:
-    """In chunks of queries, without a kernel: for every platform, length and dtype."""
-    T, H = q_BTKGH.shape[1], q_BTKGH.shape[-1]
+    """Without a kernel: for every platform, length and dtype."""
+    k_BKTH, v_BKTH = k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3)
+    return in_slots(q_BTKGH, k_BKTH, v_BKTH, segment_ids_BT, segment_ids_BT, 0)
+
+
+def in_slots(
+    q_BTKGH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    segment_ids_BT: jax.Array,
+    segment_ids_BS: jax.Array,
+    start: int | jax.Array,
+) -> jax.Array:
+    """Query t, which is in slot start + t, attends to that slot and earlier ones of its segment.
+
+    In chunks of queries; where `start` is known when it is compiled, a chunk meets only the slots
+    up to its end.
+    """
+    T, S, H = q_BTKGH.shape[1], k_BKSH.shape[2], q_BTKGH.shape[-1]
     # Heads before tokens: the batch axes of every product lead, so each is one plain matrix.
     q_BKGTH = (q_BTKGH * jnp.asarray(H**-0.5, q_BTKGH.dtype)).transpose(0, 2, 3, 1, 4)
-    k_BKTH, v_BKTH = k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3)
     chunk = max(_SMALLEST_CHUNK, -(-T // _CHUNKS))
     out = []
-    for start in range(0, T, chunk):
-        end = min(start + chunk, T)
-        q_BKGQH, k_BKSH, v_BKSH = (
-            q_BKGTH[:, :, :, start:end],
-            k_BKTH[:, :, :end],
-            v_BKTH[:, :, :end],
-        )
+    for first in range(0, T, chunk):
+        end = min(first + chunk, T)
+        seen = start + end if isinstance(start, int) else S
         scores_BKGQS = jnp.einsum(
-            "BKGQH,BKSH->BKGQS", q_BKGQH, k_BKSH, preferred_element_type=wide(q_BTKGH.dtype)
-        )
-        causal_QS = jnp.arange(start, end)[:, None] >= jnp.arange(end)[None]
-        same_BQS = segment_ids_BT[:, start:end, None] == segment_ids_BT[:, None, :end]
+            "BKGQH,BKSH->BKGQS", q_BKGTH[:, :, :, first:end], k_BKSH[:, :, :seen],
+            preferred_element_type=wide(q_BTKGH.dtype),
+        )  # fmt: skip
+        slots_Q = start + jnp.arange(first, end, dtype=jnp.int32)
+        causal_QS = slots_Q[:, None] >= jnp.arange(seen, dtype=jnp.int32)[None]
+        same_BQS = segment_ids_BT[:, first:end, None] == segment_ids_BS[:, None, :seen]
         # Added rather than selected: one cheap pass forward, and none backward.
         lowest = jnp.asarray(jnp.finfo(scores_BKGQS.dtype).min / 2, scores_BKGQS.dtype)
         bias_BQS = jnp.where(causal_QS[None] & same_BQS, jnp.zeros_like(lowest), lowest)
         scores_BKGQS += bias_BQS[:, None, None]
-        probs_BKGQS = jax.nn.softmax(scores_BKGQS, axis=-1).astype(v_BTKH.dtype)
-        out.append(jnp.einsum("BKGQS,BKSH->BKGQH", probs_BKGQS, v_BKSH))
+        probs_BKGQS = jax.nn.softmax(scores_BKGQS, axis=-1).astype(v_BKSH.dtype)
+        out.append(jnp.einsum("BKGQS,BKSH->BKGQH", probs_BKGQS, v_BKSH[:, :, :seen]))
     return jnp.concatenate(out, axis=3).transpose(0, 3, 1, 2, 4)

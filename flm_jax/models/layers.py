@@ -1,7 +1,7 @@
 """One pre-norm decoder layer: RMSNorm, rotary grouped-query attention, SwiGLU.
 
-Shapes: B batch, T length, D embed, F mlp, K key/value heads, G queries per key/value head,
-H head size.
+Shapes: B batch, T length, S slots of a cache, D embed, F mlp, K key/value heads, G queries per
+key/value head, H head size.
 
 Every layer takes `masks`: axis -> [size] values in [0, 1], present only for axes that are growing
 under a run-time mask (Masked Structural Growth, arXiv 2305.02869, adapted to pre-norm). A masked
@@ -23,11 +23,14 @@ from flax import linen as nn
 from flm_jax import mup
 from flm_jax.axes import Param, Role
 from flm_jax.config import TransformerConfig
-from flm_jax.models.attention import attention
+from flm_jax.models import cache as cache_lib
+from flm_jax.models.attention import attention, in_slots
 from flm_jax.precision import wide
-from flm_jax.sharding import BATCH_AXES, constrain
+from flm_jax.sharding import BATCH_AXES, constrain, head_axes
 
 Masks = Mapping[str, jax.Array]
+KeysValues = tuple[jax.Array, jax.Array]  # of one layer, [B, K, slots or new tokens, H]
+Slots = tuple[jax.Array, jax.Array]  # segment ids [B, S] and the first new token's slot
 
 
 def create(
@@ -118,7 +121,10 @@ class Attention(nn.Module):
         segment_ids_BT: jax.Array,
         angles: tuple[jax.Array, jax.Array],
         masks: Masks,
-    ) -> jax.Array:
+        past: KeysValues | None = None,
+        slots: Slots | None = None,
+    ) -> tuple[jax.Array, KeysValues | None]:
+        """The branch's output, and the tokens' keys and values if there is a cache (`past`)."""
         w = create(self, self.table, self.config)
         B, T, _ = x_BTD.shape
         y_BTD = rms_norm(x_BTD, w["norm"], self.config.rms_norm_eps, masks.get("embed"))
@@ -128,14 +134,24 @@ class Attention(nn.Module):
         v_BTKH = linear(y_BTD, w["value"])
         K, G, H = q_BTKGH.shape[2:]
         q_BTKGH = rotate(q_BTKGH.reshape(B, T, K * G, H), angles).reshape(B, T, K, G, H)
-        q_BTKGH = constrain(q_BTKGH, BATCH_AXES, None, "tensor", None, None)
-        k_BTKH, v_BTKH = (constrain(x, BATCH_AXES, None, "tensor", None) for x in (k_BTKH, v_BTKH))
-        out_BTKGH = attention(q_BTKGH, k_BTKH, v_BTKH, segment_ids_BT, self.config.attention)
+        groups, queries = head_axes(K, G)
+        q_BTKGH = constrain(q_BTKGH, BATCH_AXES, None, groups, queries, None)
+        k_BTKH, v_BTKH = (constrain(x, BATCH_AXES, None, groups, None) for x in (k_BTKH, v_BTKH))
+        if past is None or slots is None:
+            new = None
+            out_BTKGH = attention(q_BTKGH, k_BTKH, v_BTKH, segment_ids_BT, self.config.attention)
+        else:
+            segment_ids_BS, start = slots
+            new = k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3)
+            k_BKSH, v_BKSH = (
+                cache_lib.write(old, x, start, axis=2) for old, x in zip(past, new, strict=True)
+            )
+            out_BTKGH = in_slots(q_BTKGH, k_BKSH, v_BKSH, segment_ids_BT, segment_ids_BS, start)
         if "kv_heads" in masks:
             out_BTKGH *= masks["kv_heads"].astype(out_BTKGH.dtype)[None, None, :, None, None]
         if "q_per_kv" in masks:
             out_BTKGH *= masks["q_per_kv"].astype(out_BTKGH.dtype)[None, None, None, :, None]
-        return linear(out_BTKGH, w["out"])
+        return linear(out_BTKGH, w["out"]), new
 
 
 class MLP(nn.Module):
@@ -155,7 +171,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """x + attention, then + MLP. Under `nn.scan`, x is the carry."""
+    """x + attention, then + MLP. Under `nn.scan`: x the carry, new keys and values the output."""
 
     config: TransformerConfig
     table: Mapping[str, Any]
@@ -168,7 +184,9 @@ class Layer(nn.Module):
         segment_ids_BT: jax.Array,
         angles: tuple[jax.Array, jax.Array],
         masks: Masks,
-    ) -> tuple[jax.Array, None]:
+        past: KeysValues | None = None,
+        slots: Slots | None = None,
+    ) -> tuple[jax.Array, KeysValues | None]:
         def masked(branch_BTD: jax.Array) -> jax.Array:
             if layer_mask is None:
                 return branch_BTD
@@ -179,10 +197,11 @@ class Layer(nn.Module):
         # Between the branches the stream is split over its tokens too: norms and sums are local,
         # and what a layer keeps for its gradient is a tensor-th of it.
         stream = (BATCH_AXES, "tensor", None)
-        h_BTD = constrain(x_BTD + masked(attend(x_BTD, segment_ids_BT, angles, masks)), *stream)
+        branch_BTD, new = attend(x_BTD, segment_ids_BT, angles, masks, past, slots)
+        h_BTD = constrain(x_BTD + masked(branch_BTD), *stream)
         out_BTD = constrain(h_BTD + masked(feed_forward(h_BTD, masks)), *stream)
         self.sow("intermediates", "distance", relative_distance(x_BTD, out_BTD, segment_ids_BT))
-        return out_BTD, None
+        return out_BTD, new
 
 
 def relative_distance(x_BTD: jax.Array, out_BTD: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:

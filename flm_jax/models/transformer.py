@@ -16,6 +16,7 @@ from flax import linen as nn
 from flm_jax.axes import PARAMS, Param
 from flm_jax.config import TransformerConfig
 from flm_jax.models import layers as nn_layers
+from flm_jax.models.cache import Cache
 from flm_jax.precision import wide
 from flm_jax.sharding import BATCH_AXES, constrain
 
@@ -30,7 +31,6 @@ class Transformer(nn.Module):
 
     config: TransformerConfig
 
-    @nn.compact
     def __call__(
         self,
         tokens_BT: jax.Array,
@@ -46,13 +46,40 @@ class Transformer(nn.Module):
           positions_BT: position inside the document; None: 0 .. T-1.
           masks: axis -> [size], run-time growth masks (see `layers.py`); None: the plain model.
         """
-        config = self.config
-        table = {name: p for name, p in PARAMS.items() if isinstance(p, Param)}
-        w = nn_layers.create(self, table, config)
         if segment_ids_BT is None:
             segment_ids_BT = jnp.ones_like(tokens_BT)
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None], tokens_BT.shape)
+        return self._forward(tokens_BT, segment_ids_BT, positions_BT, masks, None)[0]
+
+    def extend(
+        self,
+        tokens_BT: jax.Array,
+        segment_ids_BT: jax.Array,
+        positions_BT: jax.Array,
+        cache: Cache,
+    ) -> tuple[jax.Array, Cache]:
+        """Logits of tokens that follow those in the cache, and the cache with them.
+
+        `Transformer(config).apply({"params": params}, tokens, segment_ids, positions, cache,
+        method="extend")`. The cache must have T free slots.
+        """
+        logits_BTV, extended = self._forward(tokens_BT, segment_ids_BT, positions_BT, None, cache)
+        assert extended is not None
+        return logits_BTV, extended
+
+    @nn.compact
+    def _forward(
+        self,
+        tokens_BT: jax.Array,
+        segment_ids_BT: jax.Array,
+        positions_BT: jax.Array,
+        masks: nn_layers.Masks | None,
+        cache: Cache | None,
+    ) -> tuple[jax.Array, Cache | None]:
+        config = self.config
+        table = {name: p for name, p in PARAMS.items() if isinstance(p, Param)}
+        w = nn_layers.create(self, table, config)
         masks = dict(masks or {})
         layer_mask_L = masks.pop("layers", None)
 
@@ -63,7 +90,16 @@ class Transformer(nn.Module):
         x_BTD = x_BTD * jnp.asarray(config.input_mult, config.dtype)
         x_BTD = constrain(x_BTD, BATCH_AXES, "tensor", None)
         angles = nn_layers.rotary_angles(positions_BT, config)
-        x_BTD, _ = self._layers()(x_BTD, layer_mask_L, segment_ids_BT, angles, masks)
+        past = slots = None
+        if cache is not None:
+            cache = cache.with_segments(segment_ids_BT)
+            past, slots = (
+                (cache.keys_LBKSH, cache.values_LBKSH),
+                (cache.segment_ids_BS, cache.length),
+            )
+        x_BTD, new = self._layers()(x_BTD, layer_mask_L, segment_ids_BT, angles, masks, past, slots)
+        if cache is not None:
+            cache = cache.extended(*new)
         x_BTD = nn_layers.rms_norm(x_BTD, w["final_norm"], config.rms_norm_eps, masks.get("embed"))
         stats = wide(config.dtype)
         logits_BTV = nn_layers.linear(constrain(x_BTD, BATCH_AXES, None, None), w["head"], stats)
@@ -73,7 +109,7 @@ class Transformer(nn.Module):
             # A token's probability is multiplied by its mask, up to the normaliser.
             hidden_V = jnp.log(masks["vocab"].astype(stats))
             logits_BTV += jnp.maximum(hidden_V, jnp.finfo(stats).min / 2)[None, None]
-        return logits_BTV
+        return logits_BTV, cache
 
     def _layers(self) -> Any:
         """All layers as one scanned module: parameters and layer mask are stacked on axis 0."""
@@ -85,7 +121,7 @@ class Transformer(nn.Module):
             layer,
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, 0, nn.broadcast),
             length=config.num_layers,
             unroll=config.scan_unroll,
         )

@@ -1,0 +1,104 @@
+"""Where every parameter lies: golden tables at the papers' sizes, rules, refusals."""
+
+import importlib
+import json
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh
+
+from flm_jax import axes, optim, sharding
+from flm_jax.config import MeshConfig, OptimizerConfig, RulesConfig, StageConfig
+from flm_jax.errors import UserError
+from flm_jax.train import init_state, make_train_step
+from tests.commands import ROOT
+from tests.models import SMALL, changed, packed_batch
+
+GOLDEN = json.loads((ROOT / "tests" / "golden" / "shards.json").read_text())
+SIZES = ("tele_flm_52b", "tele_flm_102b", "tele_flm_1t")
+MESHES = {512: (1, 32, 16), 4096: (1, 256, 16)}
+MODEL = changed(SMALL, d_model=16, num_heads=8, num_kv_heads=2, d_ff=24, vocab_size=32)
+
+
+def model_of(name):
+    return importlib.import_module(f"configs.{name}").stage().model
+
+
+def abstract_mesh(devices):
+    return AbstractMesh(MESHES[devices], ("data", "fsdp", "tensor"))
+
+
+def shards(config, devices):
+    """Parameter -> its shape on one device."""
+    mesh = abstract_mesh(devices)
+    sharding.check_divisible(config, mesh)
+    return {
+        path: list(
+            jax.sharding.NamedSharding(mesh, sharding.param_spec(param)).shard_shape(
+                param.shape(config)
+            )
+        )
+        for path, param in axes.TABLE.items()
+    }
+
+
+@pytest.mark.parametrize("devices", MESHES)
+@pytest.mark.parametrize("name", SIZES)
+def test_golden_shards(name, devices):
+    """Written down once; a change of the rules must change this table by hand."""
+    assert shards(model_of(name), devices) == GOLDEN[f"{name}/{devices}"]
+
+
+@pytest.mark.parametrize("devices", MESHES)
+@pytest.mark.parametrize("name", SIZES)
+def test_no_parameter_is_replicated_by_accident(name, devices):
+    """Only the norms' gains are on more than one device."""
+    config = model_of(name)
+    whole, parts = axes.param_sizes(config), shards(config, devices)
+    for path, shape in parts.items():
+        if "norm" not in path:
+            assert int(np.prod(shape, dtype=np.int64)) * devices == whole[path], path
+
+
+def losses_on(mesh_config, model):
+    stage = StageConfig("a", model, 8, 8, learning_rate=1e-2, matrix_learning_rate=1e-2)
+    tx = optim.optimizer(stage, OptimizerConfig(), optim.steady)
+    mesh, rules = sharding.make_mesh(mesh_config), mesh_config.rules
+    sharding.check_divisible(model, mesh, rules)
+    with jax.set_mesh(mesh):
+        state = init_state(model, tx, jax.random.key(0))
+        state = jax.device_put(state, sharding.shardings(state, mesh, rules))
+        step = make_train_step(stage, tx, mesh, None, rules)
+        losses = []
+        for seed in range(3):
+            batch = jax.tree.map(np.asarray, packed_batch(model, seed, batch=8))
+            state, metrics = step(state, sharding.place_batch(batch, mesh))
+            losses.append(float(metrics["loss"]))
+    return losses, state
+
+
+def test_rules_split_the_queries_of_few_groups():
+    model = changed(MODEL, dtype="float32")
+    plain, _ = losses_on(MeshConfig(data=8), model)
+    mesh = MeshConfig(1, 2, 4)
+    with pytest.raises(UserError, match=r"'kv_heads' of size 2 .* 4 devices"):
+        losses_on(mesh, model)
+    split = MeshConfig(1, 2, 4, RulesConfig(kv_heads="", q_per_kv="tensor"))
+    losses, state = losses_on(split, model)
+    np.testing.assert_allclose(losses, plain, rtol=2e-5)
+    query, key = (state.params["layers"]["attention"][name] for name in ("query", "key"))
+    assert query.addressable_shards[0].data.size == query.size // 8
+    assert key.addressable_shards[0].data.size == key.size // 2
+
+
+def test_what_cannot_be_split_is_refused():
+    mesh = sharding.make_mesh(MeshConfig(1, 1, 8))
+    with pytest.raises(UserError, match=r"attention/key': axis 'kv_heads' of size 2 .* 8 devices"):
+        sharding.check_divisible(MODEL, mesh)
+    with pytest.raises(UserError, match=r"'mlp' and 'embed' are both split over mesh axis 'fsdp'"):
+        sharding.check_divisible(MODEL, mesh, RulesConfig(mlp="fsdp", kv_heads=""))
+    with pytest.raises(UserError, match=r"RulesConfig\.embed is 'expert'"):
+        RulesConfig(embed="expert")
+    with pytest.raises(UserError, match="data 3 x fsdp 1"):
+        sharding.make_mesh(MeshConfig(data=3))
