@@ -290,7 +290,7 @@ class _Runner:
         recent: list[float] = []  # losses since the last row
 
         def mask_at(steps_done: int) -> float | None:
-            return steps_done / ramp if steps_done < ramp else None
+            return stage.growth.mask_at(steps_done) if ramp else None
 
         def position_now() -> Position:
             return Position(state, batches.get_state(), wall_before + time.monotonic() - began)

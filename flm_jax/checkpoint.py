@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pathlib
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import jax
@@ -113,9 +114,19 @@ def _key(key: Any) -> str:
 
 def params_digest(params: Any) -> str:
     """SHA-256 over names, dtypes, shapes and bytes: equal exactly for bit-equal parameters."""
+    return digest_of_leaves(
+        (path, value, [np.asarray(jax.device_get(value))]) for path, value in axes.flatten(params)
+    )
+
+
+def digest_of_leaves(leaves: Iterable[tuple[str, Any, Iterable[np.ndarray]]]) -> str:
+    """`params_digest`, in pieces.
+
+    Args: of each leaf its path, what has its dtype and shape, and its entries in C order.
+    """
     hashed = hashlib.sha256()
-    for path, value in sorted(axes.flatten(params)):
-        array = np.asarray(jax.device_get(value))
-        hashed.update(f"{path} {array.dtype.name} {array.shape}".encode())
-        hashed.update(np.ascontiguousarray(array).tobytes())
+    for path, leaf, pieces in sorted(leaves, key=lambda entry: entry[0]):
+        hashed.update(f"{path} {np.dtype(leaf.dtype).name} {leaf.shape}".encode())
+        for piece in pieces:
+            hashed.update(np.ascontiguousarray(piece).data)
     return hashed.hexdigest()

@@ -11,6 +11,54 @@ import rich.progress
 PLAIN_SECONDS = 10.0
 
 
+class Transfer:
+    """Shows bytes done, GB/s and time left of one transfer; a context manager.
+
+    Writes to standard error. `clock` is for tests.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        total: int,
+        clock: Callable[[], float] = time.monotonic,
+        console: rich.console.Console | None = None,
+    ):
+        self._console = console or rich.console.Console(stderr=True)
+        self._clock, self._name, self._total, self._done = clock, name, total, 0
+        self._began = self._last_line = clock()
+        self._bar = rich.progress.Progress(
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.BarColumn(),
+            rich.progress.TextColumn("{task.fields[status]}"),
+            rich.progress.TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task(name, total=total, status="")
+
+    def __enter__(self) -> Transfer:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def add(self, num_bytes: int) -> None:
+        """So many more bytes are done."""
+        self._done += num_bytes
+        now = self._clock()
+        speed = self._done / max(now - self._began, 1e-9)
+        status = f"{self._done / 1e9:.2f} of {self._total / 1e9:.2f} GB  {speed / 1e9:.2f} GB/s"
+        self._bar.update(self._task, completed=self._done, status=status)
+        if not self._console.is_terminal and (
+            now - self._last_line >= PLAIN_SECONDS or self._done == self._total
+        ):
+            self._last_line = now
+            left = (self._total - self._done) / speed
+            self._console.print(f"{self._name}  {status}  {left:.0f} s left", highlight=False)
+
+
 class Progress:
     """Shows loss, tokens/s, mask value and time left of one stage; a context manager.
 

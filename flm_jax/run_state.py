@@ -40,10 +40,9 @@ def open_stage(workdir: str, stage: str = "") -> Opened:
     Raises:
       UserError: there is no such run or stage.
     """
-    folder, entry = _finished(workdir, stage)
-    about = json.loads(folder.stage(entry["index"], entry["name"]).config.read_text())
-    del about["data_fingerprint"]
-    config = config_lib.experiment({"stages": [about.pop("stage")], **about})
+    folder = RunFolder(workdir)
+    entry = folder.finished_stage(stage)
+    config = folder.stage(entry["index"], entry["name"]).experiment()
     model = config.stages[0].model
     tx = optim.optimizer(config.stages[0], config.optimizer, optim.steady)
     like = _on_one_device(jax.eval_shape(lambda: init_state(model, tx, jax.random.key(0))))
@@ -125,21 +124,6 @@ def _open_checkpoint(path: pathlib.Path) -> OpenedModel:
     finally:
         checkpoints.close()
     return OpenedModel(params, stage.model, data, stage.name, path)
-
-
-def _finished(workdir: str, stage: str) -> tuple[RunFolder, dict[str, Any]]:
-    """A run's folder, and the entry of its last finished stage, or of the one that is named."""
-    folder = RunFolder(workdir)
-    finished = folder.stages()
-    if not finished:
-        raise UserError(f"{workdir} has no finished stage (no lineage.json); train one first")
-    chosen = [s for s in finished if stage in (str(s["index"]), s["name"])] or (
-        [] if stage else finished
-    )
-    if not chosen:
-        names = ", ".join(s["name"] for s in finished)
-        raise UserError(f"{workdir} has no finished stage {stage!r}; it has {names}")
-    return folder, chosen[-1]
 
 
 def _on_one_device(abstract: Any) -> Any:

@@ -66,7 +66,8 @@ def folded_config(config: TransformerConfig, masks: Masks) -> TransformerConfig:
     """The masked model's config as a plain one."""
     if "embed" not in masks:
         return config
-    return dataclasses.replace(config, rms_norm_eps=config.rms_norm_eps * masks["embed"].mean())
+    eps = config.rms_norm_eps * float(masks["embed"].mean())
+    return dataclasses.replace(config, rms_norm_eps=eps)
 
 
 def fold_block(x: Any, path: str, masks: Masks, index: Sequence[slice] | None = None) -> Any:

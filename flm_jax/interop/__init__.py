@@ -1,0 +1,71 @@
+"""Weights in and out: Hugging Face's Llama, TeleFLM and Granite, and the runs of this library.
+
+torch and transformers are not needed, but for torch's older .bin files.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from typing import Any
+
+from flm_jax import axes
+from flm_jax.config import TransformerConfig
+from flm_jax.interop.carried import Vocabulary
+from flm_jax.interop.convert import FORMATS, MEMORY, convert, write_hf
+from flm_jax.interop.sources import Source, open_source
+from flm_jax.interop.weights import Tree, Weights, whole
+
+__all__ = ["FORMATS", "MEMORY", "Source", "convert", "load", "load_hf", "open_source", "save_hf"]
+
+
+def load_hf(path: str | os.PathLike[str]) -> tuple[dict[str, Any], TransformerConfig]:
+    """Reads a folder of Hugging Face files: config.json, and safetensors or .bin.
+
+    Returns: parameters as numpy arrays, float32 (float64 where stored so), and their config.
+
+    Raises:
+      UserError: naming file, tensor or key: missing or damaged files, another architecture.
+    """
+    weights = open_source(str(path), hf_only=True).weights
+    return load(weights), weights.config
+
+
+def load(weights: Weights) -> dict[str, Any]:
+    """All parameters as nested dicts of numpy arrays."""
+    config = weights.config
+    return axes.unflatten({path: weights.read(path, whole(path, config)) for path in axes.TABLE})
+
+
+def save_hf(
+    path: str | os.PathLike[str],
+    params: Any,
+    config: TransformerConfig,
+    format: str,
+    *,
+    dtype: str = "float32",
+    vocabulary: str = "",
+    context: int = 0,
+) -> list[str]:
+    """Writes a folder that transformers opens.
+
+    Args:
+      path: of a folder that does not exist.
+      params: nested dicts as in `axes.PARAMS`; arrays of jax or numpy.
+      config: theirs.
+      format: "llama" (multipliers are multiplied into embedding and head), "teleflm" or "granite".
+      dtype: of the files: float32, bfloat16 or float16.
+      vocabulary: a folder whose tokenizer files and config.json keys come along, a SentencePiece
+        model, "bytes", or "": none.
+      context: the longest sequence, where that config.json does not say; 0: 2048.
+
+    Returns: notes on what was changed.
+
+    Raises:
+      UserError: the format has no such model; the path exists or cannot be written.
+    """
+    _, notes = write_hf(
+        pathlib.Path(path), Tree(params, config), format, dtype, Vocabulary(vocabulary),
+        context=context,
+    )  # fmt: skip
+    return notes
