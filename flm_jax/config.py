@@ -248,7 +248,8 @@ class StageConfig:
     def __post_init__(self) -> None:
         _require_positive(self, "batch_size", "accumulate", "learning_rate", "matrix_learning_rate")
         _require(
-            self.steps >= 0, f"stage {self.name}: steps is {self.steps}; give 0 (not trained) or more"
+            self.steps >= 0,
+            f"stage {self.name}: steps is {self.steps}; give 0 (not trained) or more",
         )
         _require(
             self.name.replace("-", "").replace("_", "").isalnum(),

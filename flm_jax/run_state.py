@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from flm_jax import config as config_lib
-from flm_jax import optim, sharding
+from flm_jax import interop, optim, sharding
 from flm_jax.checkpoint import Checkpoints
-from flm_jax.config import DataConfig, ExperimentConfig, StageConfig, TransformerConfig
-from flm_jax.errors import UserError
+from flm_jax.config import DataConfig, ExperimentConfig, TransformerConfig
 from flm_jax.lineage import RunFolder
-from flm_jax.models import Transformer
 from flm_jax.state import TrainState
 from flm_jax.train import init_state
 
@@ -84,46 +79,13 @@ def open_model(path: str, stage: str = "") -> OpenedModel:
     Raises:
       UserError: there is no such model, or it is not what its config says.
     """
-    folder = pathlib.Path(path).expanduser()
-    if (folder / "config.json").is_file() and "model_type" in _read_json(folder / "config.json"):
-        if stage:
-            raise UserError(f"stage is {stage!r}, but {path} holds one model; leave stage empty")
-        from flm_jax import interop
-
-        params, model = interop.load_hf(str(folder))
-        return OpenedModel(params, model, None, folder.name, folder)
-    if folder.parent.name == "checkpoints" and folder.is_dir():
-        if stage:
-            raise UserError(f"stage is {stage!r}, but {path} is one checkpoint; leave stage empty")
-        return _open_checkpoint(folder)
-    if not (folder / "stages").is_dir():
-        raise UserError(
-            f"{path} holds no model; give a run's folder (with lineage.json), a checkpoint inside "
-            "one, or a folder of Hugging Face files (with config.json)"
-        )
-    run, entry = _finished(str(folder), stage)
-    return _open_checkpoint(run.path / entry["checkpoint"])
-
-
-def _open_checkpoint(path: pathlib.Path) -> OpenedModel:
-    """A checkpoint of a stage: `.../checkpoints/<step>`, beside the stage's config.json."""
-    config_file = path.parent.parent / "config.json"
-    if not config_file.is_file() or not path.name.isdigit():
-        raise UserError(f"{path} is no checkpoint of a stage; give .../checkpoints/STEP of a run")
-    about = _read_json(config_file)
-    stage = config_lib.from_mapping(StageConfig, about["stage"], "stage")
-    data = config_lib.from_mapping(DataConfig, about["data"], "data")
-    length = stage.sequence_length or data.sequence_length
-    data = dataclasses.replace(data, sequence_length=length, window_length=0)
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    init = Transformer(stage.model).init
-    like = _on_one_device(jax.eval_shape(init, jax.random.key(0), tokens)["params"])
-    checkpoints = Checkpoints(path.parent, keep=None)
-    try:
-        params = checkpoints.restore_params(int(path.name), like)
-    finally:
-        checkpoints.close()
-    return OpenedModel(params, stage.model, data, stage.name, path)
+    source = interop.open_source(path, stage)
+    params, config = interop.load(source.weights), source.weights.config
+    data = None
+    if source.config is not None:
+        data = dataclasses.replace(source.config.data_of(0), window_length=0)
+    placed = jax.device_put(params, sharding.shardings(params, sharding.one_device()))
+    return OpenedModel(placed, config, data, source.name, source.path)
 
 
 def _on_one_device(abstract: Any) -> Any:
@@ -132,13 +94,3 @@ def _on_one_device(abstract: Any) -> Any:
     return jax.tree.map(
         lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), abstract, placed
     )
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}; restore the file") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds no JSON object; restore the file")
-    return values

@@ -20,6 +20,7 @@ LAYERS = [
     {
         "data",
         "checkpoint",
+        "leaves",
         "lineage",
         "metrics",
         "evaluate",
@@ -28,6 +29,7 @@ LAYERS = [
         "measure",
         "figures",
     },
+    {"interop"},
     {"ligo", "run_state", "study"},
     {"chain", "check_growth", "coordinates", "sweep", "through_growth", "predict"},
     {"probe", "benchmark", "ahead"},
@@ -40,7 +42,8 @@ OWNERS = {
     "flax": {"models"},
     "seqio": {"data"},
     "tensorflow": {"data"},
-    "orbax": {"checkpoint", "lineage"},
+    "orbax": {"checkpoint"},
+    "tensorstore": {"leaves"},
 }
 
 

@@ -12,11 +12,21 @@ from typing import Any
 from flm_jax import axes
 from flm_jax.config import TransformerConfig
 from flm_jax.interop.carried import Vocabulary
-from flm_jax.interop.convert import FORMATS, MEMORY, convert, write_hf
-from flm_jax.interop.sources import Source, open_source
+from flm_jax.interop.convert import DTYPES, FORMATS, MEMORY, convert, write_hf
+from flm_jax.interop.sources import Source, open_huggingface, open_source
 from flm_jax.interop.weights import Tree, Weights, whole
 
-__all__ = ["FORMATS", "MEMORY", "Source", "convert", "load", "load_hf", "open_source", "save_hf"]
+__all__ = [
+    "DTYPES",
+    "FORMATS",
+    "MEMORY",
+    "Source",
+    "convert",
+    "load",
+    "load_hf",
+    "open_source",
+    "save_hf",
+]
 
 
 def load_hf(path: str | os.PathLike[str]) -> tuple[dict[str, Any], TransformerConfig]:
@@ -27,7 +37,7 @@ def load_hf(path: str | os.PathLike[str]) -> tuple[dict[str, Any], TransformerCo
     Raises:
       UserError: naming file, tensor or key: missing or damaged files, another architecture.
     """
-    weights = open_source(str(path), hf_only=True).weights
+    weights = open_huggingface(pathlib.Path(path)).weights
     return load(weights), weights.config
 
 

@@ -142,7 +142,7 @@ def write_hf(
 
     Args:
       vocabulary: whose files come along, with the other keys of the config.json beside them.
-      context: the longest sequence, where that config.json does not say; 0: 2048, the default there.
+      context: the longest sequence, where that config.json does not say; 0: 2048.
 
     Raises:
       UserError: the format has no such model; the target exists or cannot be written.

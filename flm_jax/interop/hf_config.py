@@ -1,4 +1,4 @@
-"""config.json of Llama, TeleFLM and Granite <-> `TransformerConfig`, and what must be multiplied in.
+"""config.json of Llama, TeleFLM and Granite <-> `TransformerConfig` and factors of parameters.
 
 All three are this decoder. They differ in their scalars:
 
@@ -121,8 +121,9 @@ def _described(values: dict[str, Any], path: pathlib.Path) -> Described:
         }
         attention = float(number("attention_multiplier", 1.0)) * math.sqrt(head_dim)
         branch = float(number("residual_multiplier", 1.0))
+        usual = math.isclose(attention, 1, rel_tol=1e-12)
         scales = {
-            "layers/attention/query": 1.0 if math.isclose(attention, 1, rel_tol=1e-12) else attention,
+            "layers/attention/query": 1.0 if usual else attention,
             "layers/attention/out": branch,
             "layers/mlp/down": branch,
         }  # fmt: skip
@@ -219,10 +220,9 @@ def write(
         )
     if config.num_layers == 0:
         raise UserError(f"format {format!r}: the model has no layers; grow it first")
-    dropped = (*_SCALARS, "rope_scaling", "torch_dtype", "transformers_version", "_name_or_path")
-    same = str(carried.get("model_type")).lower() == model_type.lower()
-    if not same:
-        dropped = (*dropped, "auto_map")  # another architecture's code
+    dropped = {*_SCALARS, "rope_scaling", "torch_dtype", "transformers_version", "_name_or_path"}
+    if carried.get("model_type") != model_type:
+        dropped.add("auto_map")  # another architecture's code
     values = {key: value for key, value in carried.items() if key not in dropped}
     values |= {
         "architectures": [architecture],

@@ -79,14 +79,15 @@ def open_source(path: str, stage: str = "", step: int | None = None) -> Source:
     if folder.parent.name == "checkpoints":
         return _checkpoint(folder)
     if is_huggingface(folder):
-        return _huggingface(folder)
+        return open_huggingface(folder)
     raise UserError(
         f"{path} holds no model; give a run's folder (with lineage.json), a checkpoint inside one "
         "(.../checkpoints/STEP), or a folder of Hugging Face files (with config.json)"
     )
 
 
-def _huggingface(folder: pathlib.Path) -> Source:
+def open_huggingface(folder: pathlib.Path) -> Source:
+    """Raises UserError naming file, tensor or key that is missing, damaged or unknown."""
     files = HuggingFace(folder)
     tensors = files.tensors
     return Source(

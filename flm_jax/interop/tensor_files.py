@@ -103,7 +103,7 @@ class SafetensorsFile:
         shape, dtype = self.shapes[name], self.dtypes[name]
         row = math.prod(shape[1:])
         rows = np.empty((stop - start, *shape[1:]), dtype)
-        view = memoryview(rows.reshape(-1).view(np.uint8))
+        view = rows.reshape(-1).view(np.uint8).data
         with open(self.path, "rb", buffering=0) as file:
             file.seek(self._offsets[name] + start * row * dtype.itemsize)
             while view:
@@ -124,7 +124,7 @@ class BinFile:
         except ImportError:
             raise UserError(
                 f"{path}: .bin files are read by torch, which is not installed; install "
-                'flm_jax[hf], or convert the file to safetensors'
+                "flm_jax[hf], or convert the file to safetensors"
             ) from None
         self.path = path
         try:
@@ -211,7 +211,7 @@ class Tensors:
         for name, shape in expected.items():
             if name not in self.files:
                 raise UserError(
-                    f"{self.folder}: tensor {name} {list(shape)} is in no file; config.json needs it"
+                    f"{self.folder}: tensor {name} {list(shape)} is missing; config.json needs it"
                 )
             file = self.files[name]
             if file.shapes[name] != shape:
@@ -312,7 +312,7 @@ class TensorsWriter:
         data = np.ascontiguousarray(rows.astype(self._dtype, copy=False))
         with open(path, "r+b", buffering=0) as file:
             file.seek(begin + start * row_bytes)
-            view = memoryview(data.reshape(-1).view(np.uint8))
+            view = data.reshape(-1).view(np.uint8).data
             while view:
                 view = view[file.write(view) :]
 
