@@ -29,7 +29,7 @@ class Checkpoints:
     """Train states by step, each with a small JSON-able `progress` (data position, counters)."""
 
     def __init__(self, directory: pathlib.Path, keep: int | None = None):
-        """`keep`: the latest so many stay; None: all."""
+        """`keep`: the latest so many stay; None: all. The one with the lowest loss stays too."""
         policies = ocp.training
         self.directory = directory
         self._checkpointer = ocp.training.Checkpointer(
@@ -37,7 +37,14 @@ class Checkpoints:
             context=_context(),
             # The training loop decides when; orbax would skip a step that is due too early.
             save_decision_policy=policies.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=policies.preservation_policies.LatestN(keep),
+            preservation_policy=policies.preservation_policies.AnyPreservationPolicy(
+                [
+                    policies.preservation_policies.LatestN(keep),
+                    policies.preservation_policies.BestN(
+                        get_metric_fn=_goodness, n=1, keep_checkpoints_without_metrics=False
+                    ),
+                ]
+            ),
             cleanup_tmp_directories=True,
         )
 
@@ -47,12 +54,26 @@ class Checkpoints:
         latest = self._checkpointer.latest
         return None if latest is None else latest.step
 
+    @property
+    def best(self) -> int | None:
+        """The step of the lowest loss, the later one of two; without losses the newest."""
+        measured = [c for c in self._checkpointer.checkpoints if c.metrics is not None]
+        # As orbax ranks them, so that it is a checkpoint that stayed.
+        ranked = sorted(measured, key=lambda c: _goodness(c.metrics))
+        return ranked[-1].step if ranked else self.latest
+
     def path(self, step: int) -> pathlib.Path:
         return self.directory / str(step)
 
-    def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
-        """Writes in the background; a checkpoint appears only when it is complete."""
-        self._checkpointer.save_async(step, state, custom_metadata=progress)
+    def save(
+        self, step: int, state: Any, progress: dict[str, Any], loss: float | None = None
+    ) -> None:
+        """Writes in the background; a checkpoint appears only when it is complete.
+
+        `loss`: what the `best` one is chosen by.
+        """
+        metrics = None if loss is None else {"loss": loss}
+        self._checkpointer.save_async(step, state, metrics=metrics, custom_metadata=progress)
 
     def restore(self, step: int, like: Tree) -> tuple[Tree, dict[str, Any]]:
         """Reads a state back, onto the shardings of `like`.
@@ -83,6 +104,10 @@ class Checkpoints:
 
     def close(self) -> None:
         self._checkpointer.close()
+
+
+def _goodness(metrics: Any) -> float:
+    return -float(metrics["loss"])
 
 
 def _context() -> ocp.Context:

@@ -176,22 +176,38 @@ class RunFolder:
             raise UserError(f"{self.path} has no finished stage {stage!r}; it has {names}")
         return chosen[-1]
 
-    def branch(self, other: RunFolder) -> None:
-        """Makes `other` a run that goes on from this one's finished stages.
+    def branch(self, other: RunFolder, last: int | None = None) -> None:
+        """Makes `other` a run that goes on from this one's finished stages, up to index `last`.
 
-        Files are hard links: a checkpoint never changes once it is complete.
+        Files are hard links where they can be: a checkpoint never changes once it is complete.
         """
         if other.lineage.exists():
             return
-        for entry in self.stages():
+        stages = [s for s in self.stages() if last is None or s["index"] <= last]
+        for entry in stages:
             stage = self.stage(entry["index"], entry["name"])
             copy = other.stage(entry["index"], entry["name"])
-            shutil.copytree(stage.path, copy.path, copy_function=os.link, dirs_exist_ok=True)
-        write_json(other.lineage, {"version": VERSION, "stages": self.stages()})
+            shutil.copytree(stage.path, copy.path, copy_function=_link, dirs_exist_ok=True)
+        write_json(other.lineage, {"version": VERSION, "stages": stages})
 
     def add_stage(self, entry: dict[str, Any]) -> None:
         earlier = [s for s in self.stages() if s["index"] < entry["index"]]
         write_json(self.lineage, {"version": VERSION, "stages": [*earlier, entry]})
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except FileExistsError:  # branched before, and killed
+        pass
+    except OSError:  # another file system
+        shutil.copy2(source, target)
+
+
+def bits_per_byte(measured: dict[str, float | None]) -> str:
+    """A stage's `eval` as text; an imported one has none."""
+    start, end = measured["bpb_start"], measured["bpb_end"]
+    return "not measured" if start is None else f"{start:.4f} -> {end:.4f}"
 
 
 def identity(config: ExperimentConfig, index: int, fingerprint: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: a live bar on a terminal, plain lines elsewhere."""
+"""What a person sees while a command works: a live bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -51,9 +51,7 @@ class Transfer:
         speed = self._done / max(now - self._began, 1e-9)
         status = f"{self._done / 1e9:.2f} of {self._total / 1e9:.2f} GB  {speed / 1e9:.2f} GB/s"
         self._bar.update(self._task, completed=self._done, status=status)
-        if not self._console.is_terminal and (
-            now - self._last_line >= PLAIN_SECONDS or self._done == self._total
-        ):
+        if not self._console.is_terminal and now - self._last_line >= PLAIN_SECONDS:
             self._last_line = now
             left = (self._total - self._done) / speed
             self._console.print(f"{self._name}  {status}  {left:.0f} s left", highlight=False)

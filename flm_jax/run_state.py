@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from flm_jax import interop, optim, sharding
+from flm_jax import axes, interop, optim, sharding
 from flm_jax.checkpoint import Checkpoints
 from flm_jax.config import DataConfig, ExperimentConfig, TransformerConfig
 from flm_jax.lineage import RunFolder
@@ -80,12 +80,13 @@ def open_model(path: str, stage: str = "") -> OpenedModel:
       UserError: there is no such model, or it is not what its config says.
     """
     source = interop.open_source(path, stage)
-    params, config = interop.load(source.weights), source.weights.config
+    config = source.weights.config
     data = None
     if source.config is not None:
         data = dataclasses.replace(source.config.data_of(0), window_length=0)
-    placed = jax.device_put(params, sharding.shardings(params, sharding.one_device()))
-    return OpenedModel(placed, config, data, source.name, source.path)
+    placed = sharding.shardings(axes.PARAMS, sharding.one_device())
+    params = interop.place(source.weights, placed)
+    return OpenedModel(params, config, data, source.name, source.path)
 
 
 def _on_one_device(abstract: Any) -> Any:

@@ -32,7 +32,7 @@ LAYERS = [
     {"interop"},
     {"ligo", "run_state", "study"},
     {"chain", "check_growth", "coordinates", "sweep", "through_growth", "predict"},
-    {"probe", "benchmark", "ahead"},
+    {"probe", "benchmark", "ahead", "sft"},
     {"report", "mup_report"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

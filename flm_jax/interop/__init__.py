@@ -9,23 +9,28 @@ import os
 import pathlib
 from typing import Any
 
+import jax
+import numpy as np
+
 from flm_jax import axes
 from flm_jax.config import TransformerConfig
 from flm_jax.interop.carried import Vocabulary
 from flm_jax.interop.convert import DTYPES, FORMATS, MEMORY, convert, write_hf
-from flm_jax.interop.sources import Source, open_huggingface, open_source
+from flm_jax.interop.sources import open_huggingface, open_source, source_of
 from flm_jax.interop.weights import Tree, Weights, whole
+from flm_jax.precision import wide
 
 __all__ = [
     "DTYPES",
     "FORMATS",
     "MEMORY",
-    "Source",
     "convert",
     "load",
     "load_hf",
     "open_source",
+    "place",
     "save_hf",
+    "source_of",
 ]
 
 
@@ -45,6 +50,27 @@ def load(weights: Weights) -> dict[str, Any]:
     """All parameters as nested dicts of numpy arrays."""
     config = weights.config
     return axes.unflatten({path: weights.read(path, whole(path, config)) for path in axes.TABLE})
+
+
+def place(weights: Weights, shardings: Any) -> dict[str, Any]:
+    """All parameters as arrays on devices; every process reads its own part alone.
+
+    Args: `shardings`: of each parameter, in the same nested dicts.
+    """
+    config = weights.config
+
+    def placed(path: str, sharding: jax.sharding.Sharding) -> jax.Array:
+        shape = axes.TABLE[path].shape(config)
+
+        def read(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
+            cuts = (cut.indices(size) for cut, size in zip(index, shape, strict=True))
+            block = weights.read(path, tuple(slice(start, stop) for start, stop, _ in cuts))
+            return block.astype(wide(config.dtype), copy=False)
+
+        return jax.make_array_from_callback(shape, sharding, read)
+
+    return axes.unflatten({path: placed(path, s) for path, s in axes.flatten(shardings)})
 
 
 def save_hf(

@@ -45,6 +45,28 @@ class Source:
     masks: float | None
 
 
+# What decides the function that a model computes.
+_FUNCTION = ("vocab_size", "num_layers", "d_model", "num_heads", "kv_heads", "head_dim", "d_ff",
+             "rope_theta", "rms_norm_eps", "input_mult", "logit_mult")  # fmt: skip
+
+
+def source_of(stage: StageConfig) -> Source:
+    """What `stage.source` names.
+
+    Raises UserError if it is not there, or is another model than the stage's.
+    """
+    source = open_source(stage.source)
+    found = source.weights.config
+    for name in _FUNCTION:
+        have, want = getattr(found, name), getattr(stage.model, name)
+        if not math.isclose(have, want, rel_tol=1e-12):
+            raise UserError(
+                f"stage {stage.name}: model.{name} is {want}, but source {stage.source} has "
+                f"{have}; set it to {have}"
+            )
+    return source
+
+
 def is_huggingface(folder: pathlib.Path) -> bool:
     """Whether it holds a config.json that is not a stage's."""
     file = folder / "config.json"
