@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import rich.console
 from absl import flags
 
 from experiments import cli
@@ -48,11 +47,11 @@ def main(arguments: list[str]) -> dict[str, Any]:
         dtype=DTYPE.value, vocab_size=VOCAB_SIZE.value, memory=MEMORY.value,
     )  # fmt: skip
     if not cli.json_wanted():
-        rich.console.Console().print(
+        print(
             f"{done['target']}: {done['params']:,} parameters as {done['format']} in "
             f"{done['dtype']}, {done['bytes_written'] / 1e9:.2f} GB in {done['seconds']:.1f} s "
             f"({done['gb_per_s']:.2f} GB/s read and written)",
-            *done["notes"], sep="\n", highlight=False,
+            *done["notes"], sep="\n",
         )  # fmt: skip
     return done
 

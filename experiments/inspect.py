@@ -37,7 +37,7 @@ def _tree(folder: RunFolder, stages: Sequence[dict[str, Any]]) -> rich.tree.Tree
     for s in stages:
         text = (
             f"[bold]{s['index']} {s['name']}[/]  {s['params']:,} parameters  "
-            f"{s['steps']:,} steps  {bits_per_byte(s['eval'])} bits per byte"
+            f"{s['steps']:,} steps  bits per byte {bits_per_byte(s['eval'])}"
         )
         node = node.add(text)
         if receipt := s["receipt"]:

@@ -306,10 +306,19 @@ class TensorsWriter:
         return 8 + len(text)
 
     def write(self, name: str, start: int, rows: np.ndarray) -> None:
-        """Writes rows from `start` on, rounded to the files' dtype."""
+        """Writes rows from `start` on, rounded to the files' dtype.
+
+        Raises UserError if an entry is too large for it.
+        """
         path, begin = self._place[name]
         row_bytes = math.prod(self._shapes[name][1:]) * self._dtype.itemsize
-        data = np.ascontiguousarray(rows.astype(self._dtype, copy=False))
+        with np.errstate(over="ignore"):
+            data = np.ascontiguousarray(rows.astype(self._dtype, copy=False))
+        if self._dtype == np.float16 and not np.isfinite(data).all():
+            raise UserError(
+                f"{path.name}: {name} has entries that {self._dtype.name} cannot hold; choose "
+                "bfloat16 or float32"
+            )
         with open(path, "r+b", buffering=0) as file:
             file.seek(begin + start * row_bytes)
             view = data.reshape(-1).view(np.uint8).data
