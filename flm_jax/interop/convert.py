@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import math
 import pathlib
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from flm_jax.config import DataConfig, ExperimentConfig, StageConfig, Transforme
 from flm_jax.errors import UserError
 from flm_jax.interop import hf_config, names, tensor_files
 from flm_jax.interop.carried import Vocabulary, write_config
-from flm_jax.interop.names import TENSORS
+from flm_jax.interop.names import TENSORS, Index
 from flm_jax.interop.sources import Source, open_source
 from flm_jax.interop.tensor_files import TensorsWriter
 from flm_jax.interop.weights import Resized, Weights, scaled
@@ -33,8 +34,9 @@ FORMATS = ("flm", *hf_config.FORMATS)
 DTYPES = {d.name: d for d in tensor_files.DTYPES.values() if d.itemsize <= 4}
 MEMORY = 1 << 30  # bytes
 SHARD_BYTES = 5_000_000_000
+_THREADS = 2  # one reads and lays out while the other writes
 # A block is held as read, as float32, laid out anew, and as written.
-_COPIES = 8
+_COPIES = 4 * _THREADS
 _IMPORTED = "imported"
 
 
@@ -164,20 +166,34 @@ def write_hf(
         vocabulary.copy(folder, code=carried.get("model_type") == values["model_type"])
         writer = TensorsWriter(folder, names.shapes(config), DTYPES[dtype], shard_bytes)
         sizes = axes.axis_sizes(config)
-        with Transfer(f"writing {target.name}", writer.num_bytes) as progress:
-            for path, index in names.blocks(config, memory // _COPIES):
-                tensor, own = TENSORS[path], index
-                block, layer = weights.read(path, index), 0
-                if names.stacked(path):
-                    block, layer, own = block[0], index[0].start, index[1:]
-                first = own[names.own_axes(path).index(tensor.rows)].start
-                rows = names.to_rows(block, path)
-                start = first * tensor.row_size(sizes)
-                writer.write(tensor.name.format(layer=layer), start, rows)
-                progress.add(rows.size * DTYPES[dtype].itemsize)
+
+        def write(path: str, index: Index) -> int:
+            tensor, own = TENSORS[path], index
+            block, layer = weights.read(path, index), 0
+            if names.stacked(path):
+                block, layer, own = block[0], index[0].start, index[1:]
+            first = own[names.own_axes(path).index(tensor.rows)].start
+            rows = names.to_rows(block, path)
+            writer.write(tensor.name.format(layer=layer), first * tensor.row_size(sizes), rows)
+            return rows.size * DTYPES[dtype].itemsize
+
+        blocks = names.blocks(config, memory // _COPIES)
+        _in_threads(write, blocks, f"writing {target.name}", writer.num_bytes)
         writer.sync()
         write_config(folder, values)
     return writer.num_bytes, notes
+
+
+def _in_threads(
+    write: Callable[[str, Index], int], blocks: Iterable[tuple[str, Index]], name: str, total: int
+) -> None:
+    """Calls `write`, which returns a number of bytes, for every block; shows how far it is."""
+    with (
+        Transfer(name, total) as progress,
+        concurrent.futures.ThreadPoolExecutor(_THREADS) as pool,
+    ):
+        for num_bytes in pool.map(write, *zip(*blocks, strict=True)):
+            progress.add(num_bytes)
 
 
 def write_run(target: pathlib.Path, weights: Weights, source: Source, memory: int = MEMORY) -> int:
@@ -253,12 +269,14 @@ def _write_checkpoint(path: pathlib.Path, weights: Weights, memory: int) -> int:
     tree = {"params": axes.unflatten(like)}
     writer = CheckpointWriter(path, tree, {"data": {}, "wall_s": 0.0}, chunks)
     total = 4 * counts.params(config)
-    with Transfer(f"writing {_IMPORTED}", total) as progress:
-        for leaf in like:
-            for piece in writer.pieces(f"params/{leaf}"):
-                block = weights.read(leaf, piece).astype(np.float32, copy=False)
-                writer.write(f"params/{leaf}", piece, block)
-                progress.add(block.nbytes)
+
+    def write(leaf: str, piece: Index) -> int:
+        block = weights.read(leaf, piece).astype(np.float32, copy=False)
+        writer.write(f"params/{leaf}", piece, block)
+        return block.nbytes
+
+    pieces = ((leaf, piece) for leaf in like for piece in writer.pieces(f"params/{leaf}"))
+    _in_threads(write, pieces, f"writing {_IMPORTED}", total)
     writer.finish()
     return total
 

@@ -71,9 +71,8 @@ class HuggingFace:
     def read(self, path: str, index: Index) -> np.ndarray:
         if names.stacked(path):
             layers, *own = index
-            return np.stack([
-                self._read(path, layer, tuple(own)) for layer in range(layers.start, layers.stop)
-            ])  # fmt: skip
+            read = [self._read(path, i, tuple(own)) for i in range(layers.start, layers.stop)]
+            return read[0][None] if len(read) == 1 else np.stack(read)
         return self._read(path, 0, index)
 
     def _read(self, path: str, layer: int, index: Index) -> np.ndarray:
