@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +13,19 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from configs import demo
+from experiments import cli
 from flm_jax import axes, growth, interop
 from flm_jax.checkpoint import params_digest
 from flm_jax.config import TransformerConfig
 from flm_jax.errors import UserError
-from flm_jax.interop import names, tensor_files
+from flm_jax.interop import hf_config, names, tensor_files
 from flm_jax.interop.convert import write_hf
 from flm_jax.interop.names import TENSORS, Tensor
 from flm_jax.interop.weights import Tree
-from flm_jax.lineage import RunFolder
+from flm_jax.leaves import CheckpointWriter
+from flm_jax.lineage import RunFolder, identity, write_atomically, write_json
+from tests.commands import ROOT, json_of, mistake, run
 from tests.models import grow, logits_of, random_params
 
 torch = pytest.importorskip("torch", reason="the oracles are transformers' models: extra [hf]")
@@ -306,7 +312,7 @@ def test_bin_files_run_no_code_and_need_torch(saved, tmp_path, monkeypatch, caps
     with pytest.raises(UserError, match=rf"{file}: torch's loader for weights alone refuses it"):
         interop.load_hf(tmp_path)
     assert "was run" not in capsys.readouterr().out
-    monkeypatch.setitem(__import__("sys").modules, "torch", None)
+    monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(UserError, match=r"pytorch_model.bin: .*install flm_jax\[hf\]"):
         interop.load_hf(tmp_path)
 
@@ -469,11 +475,6 @@ def test_mistakes_about_the_target(saved, tmp_path, monkeypatch):
 
 def test_a_ramp_is_folded_by_its_step(saved, tmp_path):
     """A checkpoint inside a ramp: the stage's config, plan and step say how far the masks are."""
-    import orbax.checkpoint  # noqa: F401  (the layout of a run is made by hand here)
-
-    from flm_jax.leaves import CheckpointWriter
-    from flm_jax.lineage import identity, write_atomically, write_json
-
     _, folder = saved("grouped")
     interop.convert(str(folder), str(tmp_path / "run"), "flm")
     run = RunFolder(tmp_path / "run")
@@ -502,3 +503,88 @@ def test_a_ramp_is_folded_by_its_step(saved, tmp_path):
     done = interop.convert(str(stage.checkpoints / "10"), str(tmp_path / "after"), "llama")
     assert not done["notes"]
     assert equal(params, interop.load_hf(tmp_path / "after")[0])
+
+
+MEMORY_SCRIPT = """
+import json, sys
+from orbax.checkpoint import v1
+from flm_jax import interop
+
+def mib(key):
+    return int(open("/proc/self/status").read().split(key)[1].split()[0]) / 1024
+
+base = mib("VmRSS:")
+open("/proc/self/clear_refs", "w").write("5")
+done = interop.convert(*sys.argv[1:])
+print(json.dumps({"above": mib("VmHWM:") - base, **done}))
+"""
+
+
+@pytest.mark.slow
+def test_two_gigabytes_in_bounded_memory(tmp_path):
+    """A sharded checkpoint of 2 GB, into a run: at most 1.2 GiB above what is loaded."""
+    config = TransformerConfig(32000, 16, 2048, 16, 128, 2816, 4)
+    folder = tmp_path / "big"
+    folder.mkdir()
+    shapes = names.shapes(config)
+    writer = tensor_files.TensorsWriter(folder, shapes, np.dtype(np.float32), 500_000_000)
+    assert writer.num_bytes > 2e9 and len(list(folder.glob("*.safetensors"))) > 4
+    some = np.random.default_rng(0).normal(0, 0.02, 1 << 22).astype(np.float32)
+    for name, shape in shapes.items():
+        writer.write(name, 0, np.resize(some, shape))
+    values = hf_config.write(config, "llama", "float32", {}, 2048)
+    (folder / "config.json").write_text(json.dumps(values))
+    target = tmp_path / "run"
+    command = [sys.executable, "-c", MEMORY_SCRIPT, str(folder), str(target), "flm"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    result = json.loads(done.stdout)
+    assert result["bytes_read"] == writer.num_bytes
+    assert result["above"] < 1.2 * 1024
+    assert "GB/s" in done.stderr or result["seconds"] < 10
+
+
+@pytest.mark.slow
+def test_the_command(saved, tmp_path):
+    _, folder = saved("grouped")
+    run = tmp_path / "run"
+    to_run = ("experiments.convert", f"--source={folder}", f"--target={run}", "--format=flm")
+    done = json_of(*to_run)
+    assert done["format"] == "flm" and done["gb_per_s"] > 0
+    assert json_of("experiments.inspect", str(run))["stages"][0]["name"] == "imported"
+    assert "exists and is not empty" in mistake(*to_run)
+    assert "--format is missing" in mistake(*to_run[:3])
+    assert "float8" in mistake(*to_run[:2], "--target=x", "--format=llama", "--dtype=float8")
+
+
+@pytest.mark.slow
+def test_a_chain_goes_on_from_weights(tmp_path):
+    """The first stage's parameters come from a folder, are not trained, and grow."""
+    config = cli.experiment(demo.get_config("smoke"))
+    model = config.stages[0].model
+    params = random_params(model, 0)
+    interop.save_hf(tmp_path / "hf", params, model, "teleflm", vocabulary="bytes")
+    workdir = tmp_path / "run"
+    command = (
+        "experiments.grow", "--config=configs/demo.py:smoke", f"--workdir={workdir}",
+        f"--config.stages[0].source={tmp_path / 'hf'}", "--config.stages[0].steps=0",
+        "--config.stages[1].steps=8", "--config.stages[2].steps=8",
+    )  # fmt: skip
+    wrong = mistake(*command, "--config.stages[0].model.d_ff=88")
+    assert f"model.d_ff is 88, but source {tmp_path / 'hf'} has 84" in wrong
+    assert "does not exist" not in wrong and not any(workdir.iterdir())
+    status, _, err = run(*command)
+    assert status == 0, err
+    first, second, _ = RunFolder(workdir).stages()
+    assert first["params_digest"] == params_digest(params)
+    assert first["steps"] == first["tokens"] == 0
+    assert second["receipt"]["max_abs_logit_diff"] <= 1e-4 * second["receipt"]["logit_scale"]
+    assert abs(first["eval"]["bpb_end"] - second["eval"]["bpb_start"]) < 1e-4
+    # A grown stage goes out, with the bytes' tokenizer.
+    json_of(
+        "experiments.convert", f"--source={workdir}", f"--target={tmp_path / 'out'}",
+        "--format=granite", "--stage=medium",
+    )  # fmt: skip
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    text = "def f(x):\n\treturn 'é\x00\x7f\xad漢'"
+    assert tokenizer(text).input_ids == [byte + 3 for byte in text.encode()]
+    assert tokenizer.decode(tokenizer(text).input_ids) == text

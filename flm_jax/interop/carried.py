@@ -15,10 +15,8 @@ _TOKENIZER = ("tokenizer*", "tokenization_*.py", "special_tokens_map.json", "add
               "vocab.json", "merges.txt", "chat_template*")  # fmt: skip
 _GENERATION = "generation_config.json"
 _MODEL_CODE = ("configuration_*.py", "modeling_*.py")  # of a model that stock tools do not know
-BYTES = "bytes"  # the name of seqio's byte vocabulary; ByT5's is the same
-_BYT5 = {"tokenizer_class": "ByT5Tokenizer", "extra_ids": 0, "eos_token": "</s>",
-         "unk_token": "<unk>", "pad_token": "<pad>"}  # fmt: skip
-_BYT5_TOKENS = 259
+BYTES = "bytes"  # seqio's byte vocabulary: these three, then the bytes
+_BYTES_SPECIAL = ("<pad>", "</s>", "<unk>")
 
 
 class Vocabulary:
@@ -38,7 +36,7 @@ class Vocabulary:
     def num_tokens(self) -> int | None:
         """One more than the largest token id; None if there are no files that say it."""
         if self.path == BYTES:
-            return _BYT5_TOKENS
+            return len(_BYTES_SPECIAL) + 256
         if self._folder is None:
             return None
         if self._folder.is_file():
@@ -50,13 +48,7 @@ class Vocabulary:
             ids.append(_sentencepiece(file).vocab_size() - 1)
         if (file := self._folder / "added_tokens.json").exists():
             ids += _json(file).values()
-        if max(ids) >= 0:
-            return max(ids) + 1
-        return _BYT5_TOKENS if self._is_byt5() else None
-
-    def _is_byt5(self) -> bool:
-        file = (self._folder or pathlib.Path()) / "tokenizer_config.json"
-        return file.exists() and _json(file).get("tokenizer_class") == _BYT5["tokenizer_class"]
+        return max(ids) + 1 or None
 
     def special_tokens(self) -> dict[str, Any]:
         """The ids that config.json shall name, where the tokenizer's files alone know them."""
@@ -76,7 +68,7 @@ class Vocabulary:
     def copy(self, target: pathlib.Path, code: bool = False) -> None:
         """Copies the files into a folder; with `code` the model's own Python files too."""
         if self.path == BYTES:
-            _write(target / "tokenizer_config.json", _BYT5)
+            _write_byte_tokenizer(target)
         elif self._folder is None:
             return
         elif self._folder.is_file():
@@ -86,10 +78,6 @@ class Vocabulary:
                 for file in self._folder.glob(pattern):
                     if file.is_file():
                         shutil.copyfile(file, target / file.name)
-
-    def as_read_at(self, place: pathlib.Path) -> str:
-        """What `DataConfig.vocabulary` is once `copy` has put the files at `place`."""
-        return BYTES if self._is_byt5() or self.path == BYTES else str(place)
 
 
 def write_config(folder: pathlib.Path, values: Mapping[str, Any]) -> None:
@@ -119,6 +107,33 @@ def _json(file: pathlib.Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{file}: no JSON object; fetch it again")
     return values
+
+
+def _write_byte_tokenizer(folder: pathlib.Path) -> None:
+    """The byte vocabulary as a byte-level tokenizer.json without merges."""
+    import tokenizers
+
+    # Byte-level tokenizers write bytes as characters: printable ones as themselves, the others as
+    # those from 256 on (GPT-2's convention).
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = {byte: chr(byte) for byte in printable}
+    letters |= {byte: chr(256 + i) for i, byte in enumerate(others)}
+    tokens = [*_BYTES_SPECIAL, *(letters[byte] for byte in range(256))]
+    made = tokenizers.Tokenizer(
+        tokenizers.models.BPE({token: i for i, token in enumerate(tokens)}, merges=[])
+    )
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=False
+    )
+    made.decoder = tokenizers.decoders.ByteLevel()
+    made.add_special_tokens(list(_BYTES_SPECIAL))
+    made.save(str(folder / "tokenizer.json"))
+    pad, eos, unknown = _BYTES_SPECIAL
+    about = {"pad_token": pad, "eos_token": eos, "unk_token": unknown}
+    _write(
+        folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **about}
+    )
 
 
 def _sentencepiece(file: pathlib.Path) -> Any:

@@ -21,7 +21,7 @@ from flm_jax.checkpoint import digest_of_leaves
 from flm_jax.config import DataConfig, ExperimentConfig, StageConfig, TransformerConfig
 from flm_jax.errors import UserError
 from flm_jax.interop import hf_config, names, tensor_files
-from flm_jax.interop.carried import Vocabulary, write_config
+from flm_jax.interop.carried import BYTES, Vocabulary, write_config
 from flm_jax.interop.names import TENSORS, Index
 from flm_jax.interop.sources import Source, open_source
 from flm_jax.interop.tensor_files import TensorsWriter
@@ -206,11 +206,13 @@ def write_run(target: pathlib.Path, weights: Weights, source: Source, memory: in
         stage = run.stage(0, _IMPORTED)
         files = stage.path / "source"
         files.mkdir(parents=True)
-        source.vocabulary.copy(files, code=True)
-        if values := source.vocabulary.values():
-            write_json(files / "config.json", values)
-        place = target.absolute() / files.relative_to(run.path)
-        about = _imported(weights.config, source, source.vocabulary.as_read_at(place))
+        vocabulary = source.vocabulary.path
+        if vocabulary != BYTES:
+            source.vocabulary.copy(files, code=True)
+            if values := source.vocabulary.values():
+                write_json(files / "config.json", values)
+            vocabulary = str(target.absolute() / files.relative_to(run.path))
+        about = _imported(weights.config, source, vocabulary)
         saved = identity(about, 0, "")
         write_json(stage.config, saved)
         path = stage.checkpoints / "0"
