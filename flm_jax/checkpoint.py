@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -91,24 +91,6 @@ class Checkpoints:
         metadata = self._checkpointer.metadata(step)
         check_fits(self.path(step), shapes(metadata.metadata), shapes(like))
         return self._checkpointer.load(step, like), dict(metadata.custom_metadata)
-
-    def restore_params(self, step: int, like: Tree) -> Tree:
-        """Reads only the parameters, of a checkpoint that may hold a whole state or nothing else.
-
-        Args:
-          step: of a checkpoint.
-          like: a tree of `ShapeDtypeStruct`s with shardings, of the parameters.
-
-        Raises:
-          UserError: the checkpoint holds other parameters, shapes or dtypes.
-        """
-        have = shapes(self._checkpointer.metadata(step).metadata)
-        own = {name: what for name, what in have.items() if name.startswith("params/")}
-        check_fits(self.path(step), own, shapes({"params": like}))
-        context = ocp.Context()
-        context.pytree.loading.partial_load = True
-        with context:
-            return self._checkpointer.load(step, {"params": like})["params"]
 
     def wait(self) -> None:
         """Until the checkpoint under way is complete on disk."""
@@ -225,11 +207,21 @@ def params_digest(params: Any, piece_bytes: int = 1 << 30) -> str:
 
     Wherever the parameters are: pieces of at most `piece_bytes` are brought to every process.
     """
+    return digest_of_leaves(
+        (path, value, _pieces(value, piece_bytes)) for path, value in axes.flatten(params)
+    )
+
+
+def digest_of_leaves(leaves: Iterable[tuple[str, Any, Iterable[np.ndarray]]]) -> str:
+    """`params_digest`, in pieces.
+
+    Args: of each leaf its path, what has its dtype and shape, and its entries in C order.
+    """
     hashed = hashlib.sha256()
-    for path, value in sorted(axes.flatten(params)):
-        hashed.update(f"{path} {value.dtype.name} {value.shape}".encode())
-        for piece in _pieces(value, piece_bytes):
-            hashed.update(np.ascontiguousarray(piece))
+    for path, leaf, pieces in sorted(leaves, key=lambda entry: entry[0]):
+        hashed.update(f"{path} {np.dtype(leaf.dtype).name} {leaf.shape}".encode())
+        for piece in pieces:
+            hashed.update(np.ascontiguousarray(piece).data)
     return hashed.hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: a live bar on a terminal, plain lines elsewhere."""
+"""What a person sees while a command works: a live bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ class Transfer:
     def __init__(
         self,
         name: str,
-        done: int,
         total: int,
+        done: int = 0,
         clock: Callable[[], float] = time.monotonic,
         console: rich.console.Console | None = None,
     ):
