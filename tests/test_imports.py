@@ -28,7 +28,7 @@ LAYERS = [
         "measure",
         "figures",
     },
-    {"ligo", "run_state", "study"},
+    {"generate", "interop", "ligo", "run_state", "study"},
     {"chain", "check_growth", "coordinates", "sweep", "through_growth", "predict"},
     {"probe", "benchmark", "ahead"},
     {"report", "mup_report"},
