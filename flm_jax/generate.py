@@ -16,7 +16,7 @@ import numpy as np
 
 from flm_jax.config import TransformerConfig
 from flm_jax.errors import UserError
-from flm_jax.models import Cache, Transformer
+from flm_jax.models import Cache, Transformer, by_layer
 
 # Lengths are rounded up to these and powers of two times them, so that few programs are compiled.
 _BUCKETS = (64, 96)
@@ -69,8 +69,7 @@ def generate(
     _check(prompts, config)
     if not prompts:
         return []
-    config = dataclasses.replace(config, remat="none")
-    params = jax.tree.map(lambda x: x.astype(config.dtype), params)  # once, not at every token
+    params = by_layer(params, config)
     cache, last_B, padding_B = _read(params, config, prompts, sampling.max_new_tokens)
     keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(prompts)))
     limits = (
@@ -142,7 +141,10 @@ def prefill(
     padding_B: jax.Array,
     config: TransformerConfig,
 ) -> Cache:
-    """An empty cache with the prompts in it, the first `padding_B` of their tokens left out."""
+    """An empty cache with the prompts in it, the first `padding_B` of their tokens left out.
+
+    `params` are by layer, here and in `decode`.
+    """
     positions_BT = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None] - padding_B[:, None]
     real_BT = positions_BT >= 0
     return _extend(params, config, tokens_BT, real_BT, jnp.maximum(positions_BT, 0), cache)[1]

@@ -10,7 +10,7 @@ import pytest
 from flm_jax import generate as gen
 from flm_jax.errors import UserError
 from flm_jax.generate import Sampling, generate
-from flm_jax.models import Cache, Transformer
+from flm_jax.models import Cache, Transformer, by_layer
 from tests.models import SMALL, changed, random_params
 
 LENGTHS = (1, 4, 9)
@@ -48,12 +48,11 @@ def cached_logits(params, config, rows, first, shift=0, padding_seen=False, slot
     segments = np.where((positions >= 0) | padding_seen, 1, 0).astype(np.int32)
     positions = np.maximum(positions, 0)
     positions[:, first:] += shift
-    cache, out = Cache.empty(config, len(rows), WIDTH + 3), []
+    params, cache, out = by_layer(params, config), Cache.empty(config, len(rows), WIDTH + 3), []
     for start, end in [(0, first), *((t, t + 1) for t in range(first, WIDTH))]:
         part = np.s_[:, start:end]
         if start == first:
-            cache = Cache(cache.keys_LBKSH, cache.values_LBKSH, cache.segment_ids_BS,
-                          cache.length - slot)  # fmt: skip
+            cache = Cache(cache.layers, cache.segment_ids_BS, cache.length - slot)
         logits, cache = extend(
             params, tokens[part], segments[part], positions[part], cache, config=config
         )
@@ -168,13 +167,13 @@ def test_the_cache_is_updated_in_place():
     """The decode step holds one cache: it takes it over and writes into it."""
     config = changed(SMALL32, num_layers=6)
     params = random_params(config, 7)
-    cache = Cache.empty(config, 2, 1024)
+    params, cache = by_layer(params, config), Cache.empty(config, 2, 1024)
     row = jnp.zeros(2, jnp.int32)
     keys = jax.random.split(jax.random.key(0), 2)
     limits = jnp.float32(1), jnp.int32(1), jnp.float32(1)
     compiled = gen.decode.lower(params, cache, row, row, keys, limits, config, True).compile()
     memory = compiled.memory_analysis()
-    size = cache.keys_LBKSH.nbytes + cache.values_LBKSH.nbytes
+    size = sum(x.nbytes for x in jax.tree.leaves(cache.layers))
     assert memory.alias_size_in_bytes >= size
     assert memory.temp_size_in_bytes < size
 
