@@ -49,18 +49,18 @@ class Corpus:
       num_bytes: per split, empty where the task does not know.
     """
 
-    def __init__(self, config: DataConfig) -> None:
+    def __init__(self, config: DataConfig, whole: bool = False) -> None:
         if config.seed < 0:
             raise UserError(f"DataConfig.seed is {config.seed}; it must be 0 or more")
         self.config = config
         tokenizer = open_tokenizer(config.vocabulary)
-        self.task = tasks.make_task(config, tokenizer)
+        self.task = tasks.make_task(config, tokenizer, whole)
         self.vocabulary = self.task.output_features["targets"].vocabulary
         self.vocab_size = int(self.vocabulary.vocab_size)
         self.start_id, self.token_bytes = tokenizer.start_id, tokenizer.token_bytes
         parts = (tasks.fingerprint(self.task), tasks.vocabulary_digest(self.vocabulary))
         self.fingerprint = hashlib.sha256(" ".join(parts).encode()).hexdigest()
-        splits = ("train", "validation")
+        splits = ("all",) if whole else ("train", "validation")
         self.num_documents = {s: _num_documents(self.task, s) for s in splits}
         self.num_bytes: dict[str, int] = {}
         source = getattr(self.task, "source", None)  # a mixture has none
@@ -90,8 +90,17 @@ class Corpus:
         buffer = self._window_buffer()
         windows = windows.shuffle(buffer, seed=VALIDATION_SEED, reshuffle_each_iteration=False)
         windows = _cut(windows, self.config)
-        batches = windows.take(num_sequences).batch(batch_size).map(self.features)
-        return [_pad_rows(batch, batch_size) for batch in batches.as_numpy_iterator()]
+        return list(self._batches(windows.take(num_sequences), batch_size))
+
+    def sequences(self, split: str, batch_size: int) -> Iterator[Batch]:
+        """All of a split once, in order, packed as in training; the last batch as above."""
+        _require_positive(batch_size=batch_size)
+        windows = _cut(_windows(self.documents(split), self.config.window), self.config)
+        return self._batches(windows, batch_size)
+
+    def _batches(self, windows: tf.data.Dataset, batch_size: int) -> Iterator[Batch]:
+        batches = windows.batch(batch_size).map(self.features)
+        return (_pad_rows(batch, batch_size) for batch in batches.as_numpy_iterator())
 
     def documents(self, split: str, shuffle_seed: int | None = None) -> tf.data.Dataset:
         """One pass over the split: int32 [tokens] per document, shuffled only with a seed."""
@@ -141,13 +150,9 @@ class Corpus:
         return max(1, self.config.shuffle_tokens // self.config.window)
 
 
-def open_corpus(config: DataConfig) -> Corpus:
-    """Opens the documents and the vocabulary that `config` names.
-
-    Raises:
-      UserError: the task, the path, a document or the vocabulary is missing or malformed.
-    """
-    return Corpus(config)
+def open_corpus(config: DataConfig, whole: bool = False) -> Corpus:
+    """See `flm_jax.data.open_corpus`."""
+    return Corpus(config, whole)
 
 
 class BatchIterator:

@@ -161,8 +161,13 @@ def make_vocabulary(tokenizer: Tokenizer) -> seqio.Vocabulary:
     return seqio.SentencePieceVocabulary(tokenizer.name)
 
 
-def make_task(config: DataConfig, tokenizer: Tokenizer) -> seqio.Task | seqio.Mixture:
+def make_task(
+    config: DataConfig, tokenizer: Tokenizer, whole: bool = False
+) -> seqio.Task | seqio.Mixture:
     """The task that `config.task` names, with a feature `targets` of int tokens.
+
+    With `whole`, a task over the user's files has one split, "all", instead of train and
+    validation.
 
     A task or mixture from seqio's registry brings its own vocabulary, which must be the one that
     `config.vocabulary` names. Its source must be able to shuffle by a seed.
@@ -178,9 +183,12 @@ def make_task(config: DataConfig, tokenizer: Tokenizer) -> seqio.Task | seqio.Mi
         )
     vocabulary = make_vocabulary(tokenizer)
     if config.task in READS_PATH:
-        return _document_task(config.task, READS_PATH[config.task](config), vocabulary)
+        documents = READS_PATH[config.task](config)
+        splits = {"all": documents} if whole else _split(config.task, documents)
+        return _document_task(config.task, splits, vocabulary)
     if config.task == "python_stdlib":
-        return _document_task(config.task, _stdlib_documents(), vocabulary)
+        splits = _split(config.task, _stdlib_documents())
+        return _document_task(config.task, splits, vocabulary)
     if config.task == "c4":
         task = _c4_task(vocabulary)
     elif config.task in (*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()):
@@ -254,13 +262,13 @@ def fingerprint(task: seqio.Task | seqio.Mixture) -> str:
 
 
 def _document_task(
-    name: str, documents: list[Document], vocabulary: seqio.Vocabulary
+    name: str, splits: Mapping[str, list[Document]], vocabulary: seqio.Vocabulary
 ) -> seqio.Task:
     ahead = vocabulary.own if isinstance(vocabulary, HuggingFaceVocabulary) else None
     tokenize = functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False)
     return seqio.Task(
         name,
-        source=DocumentSource(_split(name, documents), ahead),
+        source=DocumentSource(splits, ahead),
         preprocessors=[*([] if ahead else [tokenize]), seqio.preprocessors.append_eos],
         output_features={"targets": seqio.Feature(vocabulary)},
         shuffle_buffer_size=None,  # the source permutes all documents
