@@ -31,7 +31,7 @@ from flm_jax.config import (
     StageConfig,
 )
 from flm_jax.errors import UserError
-from flm_jax.evaluate import bits_per_byte, nats_per_token
+from flm_jax.evaluate import score
 from flm_jax.lineage import RunFolder, identity
 from flm_jax.run_state import OpenedModel, open_model
 from flm_jax.sft import made, pool
@@ -223,9 +223,10 @@ class _ChatJob:
 
     def evaluate(self, params: Any, plan: growth.Plan | None, mask: float | None) -> dict[str, Any]:
         model, mesh = self.stage.model, self.layout.mesh
+        token_bytes = self.corpus.token_bytes
         return {
-            "bpb": bits_per_byte(params, model, self.text, self.corpus.token_bytes, mesh),
-            "response_loss": nats_per_token(params, model, self.responses, mesh),
+            "bpb": score(params, model, self.text, token_bytes, mesh).bits_per_byte,
+            "response_loss": score(params, model, self.responses, token_bytes, mesh).loss,
         }
 
 
