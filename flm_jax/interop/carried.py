@@ -28,11 +28,6 @@ class Vocabulary:
         if self._folder and self._folder.name in ("tokenizer.json", "tokenizer.model"):
             self._folder = self._folder.parent
 
-    @property
-    def name(self) -> str:
-        """For messages."""
-        return repr(self.path) if self.path == BYTES else self.path
-
     def num_tokens(self) -> int | None:
         """One more than the largest token id; None if there are no files that say it."""
         if self.path == BYTES:
@@ -43,7 +38,7 @@ class Vocabulary:
             return _sentencepiece(self._folder).vocab_size()
         ids = [-1]
         if (file := self._folder / "tokenizer.json").exists():
-            ids += _tokenizer_json(file)
+            ids += _tokenizer_json(file).get_vocab(with_added_tokens=True).values()
         elif (file := self._folder / "tokenizer.model").exists():
             ids.append(_sentencepiece(file).vocab_size() - 1)
         if (file := self._folder / "added_tokens.json").exists():
@@ -51,14 +46,24 @@ class Vocabulary:
         return max(ids) + 1 or None
 
     def special_tokens(self) -> dict[str, Any]:
-        """The ids that config.json shall name, where the tokenizer's files alone know them."""
+        """The ids that config.json shall name, where no config.json beside the files says them."""
         if self.path == BYTES:
             return {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
-        if self._folder is None or not self._folder.is_file():
+        if self._folder is None or self.values():
             return {}
-        model = _sentencepiece(self._folder)
-        ids = {"bos": model.bos_id(), "eos": model.eos_id(), "pad": model.pad_id()}
-        return {f"{name}_token_id": None if i < 0 else i for name, i in ids.items()}
+        file = self._folder if self._folder.is_file() else self._folder / "tokenizer.model"
+        named = self._folder / "tokenizer_config.json"
+        ids: dict[str, int | None] = {}
+        if file.is_file():
+            model = _sentencepiece(file)
+            ids = {"bos": model.bos_id(), "eos": model.eos_id(), "pad": model.pad_id()}
+        elif named.exists() and (self._folder / "tokenizer.json").exists():
+            tokenizer, texts = _tokenizer_json(self._folder / "tokenizer.json"), _json(named)
+            ids = {
+                name: tokenizer.token_to_id(str(texts.get(f"{name}_token")))
+                for name in ("bos", "eos", "pad")
+            }
+        return {f"{name}_token_id": None if i == -1 else i for name, i in ids.items()}
 
     def values(self) -> dict[str, Any]:
         """config.json of the model that the files came with; {} if there is none."""
@@ -147,12 +152,10 @@ def _sentencepiece(file: pathlib.Path) -> Any:
     return model
 
 
-def _tokenizer_json(file: pathlib.Path) -> list[int]:
-    """All ids."""
+def _tokenizer_json(file: pathlib.Path) -> Any:
     import tokenizers
 
     try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        return tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises no narrower kind
         raise UserError(f"{file}: no tokenizer ({error}); fetch it again") from None
-    return list(tokenizer.get_vocab(with_added_tokens=True).values())

@@ -99,6 +99,10 @@ def convert(
     if vocab_size:
         weights = with_vocab_size(opened, weights, vocab_size, memory)
     check_vocabulary(opened, weights.config)
+    if opened.vocabulary.num_tokens() is None:
+        notes.append(
+            f"no tokenizer comes along: there are no files of one at {opened.vocabulary.name}"
+        )
     began = time.monotonic()
     if format == "flm":
         if dtype not in ("", "float32"):
@@ -313,8 +317,8 @@ def with_vocab_size(source: Source, weights: Weights, vocab_size: int, memory: i
     have, tokens = weights.config.vocab_size, source.vocabulary.num_tokens()
     if tokens is not None and vocab_size < tokens:
         raise UserError(
-            f"vocab_size is {vocab_size}, but {source.vocabulary.name} has {tokens} tokens; give "
-            f"{tokens} or more"
+            f"vocab_size is {vocab_size}, but vocabulary {source.vocabulary.path!r} has "
+            f"{tokens} tokens; give {tokens} or more"
         )
     if tokens is None and vocab_size < have and not _padding(weights, vocab_size, memory):
         raise UserError(
@@ -343,7 +347,7 @@ def check_vocabulary(source: Source, config: TransformerConfig) -> None:
     tokens = source.vocabulary.num_tokens()
     if tokens is not None and tokens > config.vocab_size:
         raise UserError(
-            f"{source.path}: {source.vocabulary.name} has {tokens} tokens, but the model's "
-            f"vocab_size is {config.vocab_size}; give the tokenizer of this model, or "
+            f"{source.path}: vocabulary {source.vocabulary.path!r} has {tokens} tokens, but the "
+            f"model's vocab_size is {config.vocab_size}; give the tokenizer of this model, or "
             f"--vocab_size={tokens}"
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -135,9 +135,3 @@ def from_rows(rows: np.ndarray, path: str, sizes: dict[str, int]) -> np.ndarray:
     order = [axis for merged in TENSORS[path].layout for axis in merged]
     x = rows.reshape([sizes[axis] for axis in order])
     return x.transpose([order.index(axis) for axis in own_axes(path)])
-
-
-def sizes_of(path: str, index: Sequence[slice]) -> dict[str, int]:
-    """Axis -> size, of a block."""
-    pairs = zip(axes.TABLE[path].axes, index, strict=True)
-    return {axis: here.stop - here.start for axis, here in pairs}
