@@ -130,7 +130,7 @@ def main(arguments: list[str]) -> dict[str, Any]:
         other = corpus
     scored = [_score(model, samples, asked is not None) for model in (one, two)]
     kept = [retention(m, c, SEQUENCES.value) for m, c in ((one, corpus), (two, other))]
-    comparison = compare.compare(*scored, SEED.value)
+    comparison = compare.compare(scored[0], scored[1], SEED.value)
     comparison[compare.RETENTION] = {"bpb": compare.retained(*kept)}
     console.print(_table(comparison, arguments))
     result: dict[str, Any] = {
@@ -143,9 +143,9 @@ def main(arguments: list[str]) -> dict[str, Any]:
     if folder:
         write_atomically(folder / "answers.jsonl", _answers(*scored))
     if asked and folder:
-        answers = [[s.answer for s in side] for side in scored]
-        note = counting("judge", progress)
-        verdicts = asked.verdicts(samples, *answers, folder / "verdicts.jsonl", note)
+        first, second = ([s.answer for s in side] for side in scored)
+        path, note = folder / "verdicts.jsonl", counting("judge", progress)
+        verdicts = asked.verdicts(samples, first, second, path, note)
         result["judge"] = judge.report(verdicts, SEED.value)
         _print_verdicts(result["judge"], console)
     if folder:

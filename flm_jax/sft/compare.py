@@ -42,12 +42,12 @@ def compare(a: Sequence[Scored], b: Sequence[Scored], seed: int = 0) -> Comparis
 def _difference(
     parts: Sequence[tuple[np.ndarray, np.ndarray]], count: int, seed: int
 ) -> dict[str, float | None]:
-    def values(drawn: np.ndarray) -> list[float]:
-        return [float(above[drawn].sum() / below[drawn].sum()) for above, below in parts]
+    def values(drawn: np.ndarray) -> np.ndarray:
+        return np.array([above[drawn].sum() / below[drawn].sum() for above, below in parts])
 
-    one, two = values(np.arange(count))
-    differences = [np.subtract(*values(drawn)[::-1]) for drawn in scoring.resampled(count, seed)]
-    low, high = np.percentile(differences, scoring.INTERVAL)
+    one, two = values(np.arange(count)).tolist()
+    drawn = np.array([values(drawn) for drawn in scoring.resampled(count, seed)])
+    low, high = np.percentile(drawn[:, 1] - drawn[:, 0], scoring.INTERVAL)
     return {
         "a": one, "b": two, "difference": two - one,
         "low": float(low), "high": float(high), "n": count,

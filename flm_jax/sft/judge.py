@@ -158,11 +158,11 @@ def _verdict(sample: Sample, orders: Sequence[dict[str, Any]]) -> Verdict:
     exchanged = {"a": "b", "b": "a", "tie": "tie"}
     points = {"a": 1.0, "b": 0.0, "tie": 0.5}
     winners = [first[0], exchanged[second[0]]]
-    scores: dict[str, float] = {}
+    score_a = score_b = None
     if first[1] is not None and second[1] is not None:
-        scores = {"score_a": (first[1] + second[2]) / 2, "score_b": (first[2] + second[1]) / 2}
+        score_a, score_b = (first[1] + second[2]) / 2, (first[2] + second[1]) / 2
     agreed = winners[0] == winners[1]
-    return Verdict(sample, sum(points[w] for w in winners) / 2, agreed, **scores)
+    return Verdict(sample, sum(points[w] for w in winners) / 2, agreed, score_a, score_b)
 
 
 def report(verdicts: Sequence[Verdict], seed: int = 0) -> dict[str, Any]:
