@@ -38,6 +38,7 @@ _DEFINE: dict[str, Any] = {
     "int": flags.DEFINE_integer,
     "float": flags.DEFINE_float,
     "str": flags.DEFINE_string,
+    "bool": flags.DEFINE_bool,
 }
 _GIVEN_ABOVE = ("quotas", "scripts")
 VALUES = {
