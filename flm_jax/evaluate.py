@@ -55,3 +55,17 @@ def bits_per_byte(
         nats += float(_nats(params, placed, config, plan if value is not None else None, value))
         count += int((token_bytes[batch["targets"]] * (batch["weights"] > 0)).sum())
     return nats / math.log(2) / count
+
+
+def nats_per_token(
+    params: Any,
+    config: TransformerConfig,
+    batches: Iterable[dict[str, np.ndarray]],
+    mesh: Mesh,
+) -> float:
+    """Mean negative log-likelihood of the targets of weight 1, over all batches."""
+    nats, count = 0.0, 0.0
+    for batch in batches:
+        nats += float(_nats(params, sharding.place_batch(batch, mesh), config, None, None))
+        count += float(batch["weights"].sum())
+    return nats / count
