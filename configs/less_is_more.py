@@ -18,6 +18,7 @@ from configs import common
 from flm_jax.config import CheckpointConfig, EvalConfig
 from flm_jax.sft.config import SftConfig
 from flm_jax.sft.less_is_more import LessIsMoreConfig, MixConfig
+from flm_jax.sft.select import SelectionConfig
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
@@ -31,9 +32,10 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         steps=64,
         learning_rate=1e-3,
         matrix_learning_rate=1e-3,
-        eval=EvalConfig(sequences=32, batch_size=8, every_steps=16),
+        eval=EvalConfig(sequences=16, batch_size=8, every_steps=16),
         checkpoint=CheckpointConfig(every_steps=16, keep=1),
-        score_samples=16,
+        held_out=0.1,
+        score_samples=20,
         max_new_tokens=64,
     )
     config = LessIsMoreConfig(
@@ -44,6 +46,9 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
             MixConfig("answers", more=("arithmetic",), without=("arithmetic_steps",)),
             MixConfig("steps", more=("arithmetic_steps",), without=("arithmetic",)),
         ),
+        selections=("random", "chosen", "clean"),
+        # Picked on a pile of another seed: what left the fewest defects there.
+        selection=SelectionConfig(size=1, worst_loss=0.3, rank="none"),
         defects=0.2,
         seeds=3,
     )
@@ -55,6 +60,12 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
             score_samples=2, max_new_tokens=8, quick_compile=True,
         )  # fmt: skip
         config = dataclasses.replace(
-            config, sft=sft, sizes=(8, 16), mixes=config.mixes[:1], seeds=1
+            config,
+            sft=sft,
+            sizes=(8, 16),
+            mixes=config.mixes[:1],
+            seeds=1,
+            defects=0.0,
+            selections=("random", "chosen"),
         )
     return common.to_config_dict(config)

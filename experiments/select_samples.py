@@ -34,7 +34,12 @@ CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Model that judges.")
 VOCABULARY = flags.DEFINE_string("vocabulary", None, "Of a model without a run: see DataConfig.")
 QUOTA = flags.DEFINE_multi_string("quota", [], "CATEGORY:SHARE of the chosen set; repeatable.")
 SCRIPTS = flags.DEFINE_list("scripts", [], "Scripts of the letters, as LATIN,CJK; empty: any.")
-_DEFINE = {"int": flags.DEFINE_integer, "float": flags.DEFINE_float, "str": flags.DEFINE_string}
+_DEFINE: dict[str, Any] = {
+    "int": flags.DEFINE_integer,
+    "float": flags.DEFINE_float,
+    "str": flags.DEFINE_string,
+    "bool": flags.DEFINE_bool,
+}
 _GIVEN_ABOVE = ("quotas", "scripts")
 VALUES = {
     f.name: _DEFINE[str(f.type)](

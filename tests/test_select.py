@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from flm_jax.errors import UserError
-from flm_jax.sft import chat, made, pool, select
+from flm_jax.sft import chat, made, pool, scoring, select
 from flm_jax.sft.chat import Message, Sample
 from flm_jax.sft.scoring import ResponseLoss
 from flm_jax.sft.select import Quota, SelectionConfig
@@ -112,6 +112,22 @@ def test_made_sets_do_not_contaminate_each_other():
     # Twin: a set against itself.
     with pytest.raises(UserError, match="nothing is left of 160 samples: 160 by contamination"):
         select.select(held_out, LOOSE, held_out)
+
+
+def test_answers_that_fail_their_own_check():
+    samples = made.make(0, 4)
+    pile = made.spoil(samples, 0, 0.5)
+    found = select.select(pile, LOOSE).dropped
+    failed = {d.id for d in found if d.step == "check"}
+    assert failed and all(name.partition("#")[2] in ("wrong", "cut", "noise") for name in failed)
+    wrong = {
+        s.id for s in pile if s.check and s.id.partition("#")[2] in ("wrong", "noise")
+        and not scoring.check_answer(s.check, s.messages[-1].content)[0]
+    }  # fmt: skip
+    assert len(wrong) >= 20 and wrong <= {d.id for d in found}
+    # Twin: without the step they stay.
+    lenient = select.select(pile, dataclasses.replace(LOOSE, verify=False)).chosen
+    assert wrong & {s.id for s in lenient}
 
 
 def losses_of(values):

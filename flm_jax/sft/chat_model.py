@@ -104,7 +104,7 @@ class ChatModel:
         """float32 [samples, D]: the last layer's output, mean over the conversation's tokens."""
         encoded = [encode(s.messages, self.vocabulary, self.template) for s in samples]
 
-        def means(rows: list[Encoded]) -> list[np.ndarray]:
+        def means(rows: list[Encoded]) -> list[Any]:
             return list(
                 np.asarray(_means(self.params, self._batch(rows), self.config))[: len(rows)]
             )

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import pathlib
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from flm_jax import config as config_lib
@@ -25,7 +25,7 @@ from flm_jax.sft.chat import Sample
 from flm_jax.sft.chat_model import ChatModel
 from flm_jax.sft.config import SftConfig
 
-SELECTIONS = ("random", "chosen")
+SELECTIONS = ("random", "chosen", "clean")
 BUDGETS = ("steps", "epochs")
 
 
@@ -59,15 +59,24 @@ class MixConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LessIsMoreConfig:
-    """A grid of fine-tunings. `sft.steps` is the budget of equal steps.
+    """A grid of fine-tunings.
 
-    With equal epochs an arm's steps are in proportion to its number of conversations; arms of the
-    largest size are the same under both budgets, and are run once.
+    The first mix is crossed with sizes, selections and budgets; the others are tried at the largest
+    size, chosen. `sft.steps` is the budget of equal steps; with equal epochs an arm's steps are in
+    proportion to its number of conversations, so that the largest arms are the same under both
+    budgets, and are run once.
+
+    Selections: "random" from the pool with its defects; "chosen" by `select.py`; "clean" at random
+    from what was not spoiled, which no selection could know: as good as choosing could be.
     """
 
     sft: SftConfig  # its conversations are the pool
     sizes: tuple[int, ...]  # conversations, ascending
     mixes: tuple[MixConfig, ...]
+    selections: tuple[str, ...]
+    selection: (
+        select.SelectionConfig
+    )  # how the chosen are chosen; its size and quotas are the arms'
     defects: float = 0.0  # of each kind of spoiled copy, over the pool's number: `made.spoil`
     seeds: int = 3  # of what is made and spoiled, of choice and order
     known: tuple[str, ...] = ("describe", "source", "code")  # categories like the base's own text
@@ -77,6 +86,11 @@ class LessIsMoreConfig:
             raise UserError(f"LessIsMoreConfig.sizes is {self.sizes}; give some, ascending")
         if not self.mixes or self.seeds < 1:
             raise UserError("LessIsMoreConfig: give at least one mix and one seed")
+        if self.selections[:1] != ("random",) or not set(self.selections) <= set(SELECTIONS):
+            raise UserError(
+                f"LessIsMoreConfig.selections is {self.selections}; give random first, then any of "
+                f"{', '.join(SELECTIONS[1:])}"
+            )
         if not self.sft.steps:
             raise UserError("LessIsMoreConfig.sft.steps is 0; give the steps of the largest arm")
 
@@ -93,27 +107,36 @@ class Arm:
     def name(self) -> str:
         return f"{self.size}-{self.selection}-{self.mix}-{self.budget}-{self.seed}"
 
+    def at(self, seed: int) -> Arm:
+        """The same arm of another seed."""
+        return dataclasses.replace(self, seed=seed)
+
 
 def arms_of(config: LessIsMoreConfig) -> list[Arm]:
-    """Seed by seed, so that an unfinished grid has whole seeds."""
-    return [
-        Arm(size, selection, mix.name, budget, seed)
-        for seed in range(config.seeds)
+    """Seed by seed, so that an unfinished grid has whole seeds; first the arm of `_Seed`."""
+    large, first = config.sizes[-1], config.mixes[0].name
+    crossed = [
+        Arm(size, selection, first, budget, 0)
         for budget in BUDGETS
-        for size in config.sizes
-        for selection in SELECTIONS
-        for mix in config.mixes
-        if budget == "steps" or size < config.sizes[-1]
+        for size in reversed(config.sizes)
+        for selection in config.selections
+        if budget == "steps" or size < large
     ]
+    mixed = [Arm(large, "chosen", mix.name, "steps", 0) for mix in config.mixes[1:]]
+    return [arm.at(seed) for seed in range(config.seeds) for arm in [*crossed, *mixed]]
 
 
 class _Seed:
-    """What the arms of one seed share: the pile, and the choices from it."""
+    """What the arms of one seed share: the pile, and the choices from it.
 
-    def __init__(self, config: LessIsMoreConfig, seed: int, model: ChatModel):
-        self.seed, self.model = seed, model
-        sft = dataclasses.replace(config.sft, seed=seed)
-        good, _ = _sides(sft)
+    Quality is judged by the seed's first arm, which learned from conversations taken at random: a
+    base that has never seen the template finds that no question helps. (arXiv 2308.12032 too lets
+    the model see some of the data first.)
+    """
+
+    def __init__(self, config: LessIsMoreConfig, seed: int, first_arm: Callable[[], ChatModel]):
+        self.seed, self.first_arm, self.selection = seed, first_arm, config.selection
+        good, self.held_out = _sides(dataclasses.replace(config.sft, seed=seed))
         self.mixes = {mix.name: mix for mix in config.mixes}
         self.pile = made.spoil(good, seed, config.defects)
         self.categories = sorted({s.category for s in good})
@@ -121,25 +144,36 @@ class _Seed:
     def choose(self, arm: Arm) -> list[Sample]:
         shares = self.mixes[arm.mix].shares(self.categories)
         if arm.selection == "random":
-            return self._at_random(shares, arm.size)
-        about = select.SelectionConfig(
+            return self._at_random(self.pile, shares, arm.size)
+        if arm.selection == "clean":
+            clean = [s for s in self.pile if "#" not in s.id]
+            return self._at_random(clean, shares, arm.size)
+        about = dataclasses.replace(
+            self.selection,
             size=arm.size,
             quotas=tuple(select.Quota(c, share) for c, share in shares.items()),
             near=2.0,  # filtered already
             worst_loss=0.0,
-            seed=arm.seed,
+            seed=self.seed,
         )
-        return self._select(self.filtered, about)
+        chosen = self._select(self.filtered, about)
+        self._check(len(chosen), arm.size, shares)
+        return chosen
 
     @functools.cached_property
     def filtered(self) -> list[Sample]:
         """What the filters leave of the pile: the costly part, the same for all arms."""
-        return self._select(self.pile, select.SelectionConfig(len(self.pile), seed=self.seed))
+        about = dataclasses.replace(self.selection, size=len(self.pile), seed=self.seed)
+        return self._select(self.pile, about)
 
     def _select(self, samples: Sequence[Sample], about: select.SelectionConfig) -> list[Sample]:
-        losses = functools.partial(self._kept, "losses")
-        unprompted = functools.partial(self._kept, "unprompted")
-        return select.select(samples, about, losses=losses, unprompted=unprompted).chosen
+        return select.select(
+            samples,
+            about,
+            evaluation=self.held_out,
+            losses=functools.partial(self._kept, "losses"),
+            unprompted=functools.partial(self._kept, "unprompted"),
+        ).chosen
 
     def _kept(self, what: str, samples: Sequence[Sample]) -> list[scoring.ResponseLoss]:
         """The base's losses, computed once for the pile: all choices look at them."""
@@ -149,12 +183,17 @@ class _Seed:
         return [known[s] for s in samples]
 
     @functools.cached_property
+    def model(self) -> ChatModel:
+        return self.first_arm()
+
+    @functools.cached_property
     def _known(self) -> dict[str, dict[Sample, scoring.ResponseLoss]]:
         return {}
 
-    def _at_random(self, shares: dict[str, float], size: int) -> list[Sample]:
-        rng = random.Random(f"{self.seed} random")
-        order = rng.sample(self.pile, len(self.pile))
+    def _at_random(
+        self, samples: Sequence[Sample], shares: dict[str, float], size: int
+    ) -> list[Sample]:
+        order = random.Random(f"{self.seed} random").sample(samples, len(samples))
         room = {category: round(size * share) for category, share in shares.items()}
         taken: collections.Counter[str] = collections.Counter()
         chosen = []
@@ -162,12 +201,16 @@ class _Seed:
             if taken[sample.category] < room.get(sample.category, 0):
                 taken[sample.category] += 1
                 chosen.append(sample)
-        if len(chosen) < sum(room.values()):
-            raise UserError(
-                f"the pool has too few conversations for {size} with shares {shares}; raise "
-                "per_category"
-            )
+        self._check(len(chosen), sum(room.values()), shares)
         return chosen
+
+    def _check(self, have: int, wanted: int, shares: dict[str, float]) -> None:
+        if have < wanted:
+            text = ", ".join(f"{c} {share:.0%}" for c, share in shares.items())
+            raise UserError(
+                f"the pool gives {have} conversations where {wanted} are wanted with shares "
+                f"{text}; give more (sft.paths, sft.made), or smaller sizes"
+            )
 
 
 def _sides(config: SftConfig) -> tuple[list[Sample], list[Sample]]:
@@ -190,6 +233,7 @@ def run(config: LessIsMoreConfig, workdir: str) -> list[dict[str, Any]]:
       RunStopped: a signal came; the same call goes on from there.
     """
     root = pathlib.Path(workdir)
+    arms = root / "arms"
     base = tune.open_base(config.sft)
     corpus = data.open_corpus(base.data)
     good, held_out = _sides(config.sft)
@@ -206,6 +250,9 @@ def run(config: LessIsMoreConfig, workdir: str) -> list[dict[str, Any]]:
             params, base.model.config, corpus.vocabulary, settings.template,
             settings.max_new_tokens, batch_size=64,
         )  # fmt: skip
+
+    def opened(path: pathlib.Path) -> Any:
+        return open_model(str(path), config.sft.name).params
 
     def scores(params: Any) -> dict[str, dict[str, float]]:
         model = chat(params)
@@ -226,17 +273,17 @@ def run(config: LessIsMoreConfig, workdir: str) -> list[dict[str, Any]]:
         done = row(arm.name)
         if done is None:
             if seed is None or seed.seed != arm.seed:
-                seed = _Seed(config, arm.seed, chat(base.model.params))
+                path = arms / arms_of(config)[0].at(arm.seed).name
+                seed = _Seed(config, arm.seed, lambda path=path: chat(opened(path)))  # type: ignore[misc]
             samples = seed.choose(arm)
             share = arm.size / config.sizes[-1] if arm.budget == "epochs" else 1.0
             steps = max(round(config.sft.steps * share), 1)
             settings = dataclasses.replace(config.sft, steps=steps, seed=arm.seed)
-            folder = root / "arms" / arm.name
-            stage = tune.run(settings, str(folder), samples, corpus).stage
+            stage = tune.run(settings, str(arms / arm.name), samples, corpus).stage
             done = keep(
                 arm.name, steps, **dataclasses.asdict(arm), steps=steps,
                 chosen=pool.fingerprint(samples), params_digest=stage["params_digest"],
-                bpb=stage["eval"], scores=scores(open_model(str(folder), stage["name"]).params),
+                bpb=stage["eval"], scores=scores(opened(arms / arm.name)),
             )  # fmt: skip
         found.append(done)
     return found

@@ -60,7 +60,7 @@ def make(
     """
     if split not in SPLITS:
         raise UserError(f"split is {split!r}; choose one of {', '.join(SPLITS)}")
-    samples = []
+    samples: list[Sample] = []
     for category in categories or CATEGORIES:
         if category not in _MAKERS:
             raise UserError(f"category is {category!r}; choose of {', '.join(CATEGORIES)}")

@@ -20,7 +20,7 @@ import numpy as np
 from flm_jax.errors import UserError
 from flm_jax.sft import pool
 from flm_jax.sft.chat import Sample
-from flm_jax.sft.scoring import Losses
+from flm_jax.sft.scoring import Losses, check_all
 
 RANKS = ("ifd", "loss", "none")
 _HASHES = 128  # of MinHash
@@ -49,6 +49,7 @@ class SelectionConfig:
     shingle: int = 3  # words in the pieces that are compared
     ngram: int = 8  # words in a piece of an evaluation sample's question
     overlap: float = 0.5  # share of such pieces that contaminates
+    verify: bool = True  # samples that bring a check must pass it
     worst_loss: float = 0.05  # share of each category with the highest losses that is dropped
     max_ifd: float = 1.0  # at 1 the question does not help
     rank: str = "ifd"  # first are: "ifd" the hardest to follow, "loss" the likeliest, "none" any
@@ -131,6 +132,7 @@ def select(
         ("duplicate", _duplicates),
         ("near_duplicate", functools.partial(_near_duplicates, config=config)),
         ("contamination", functools.partial(_contaminated, config=config, evaluation=evaluation)),
+        ("check", functools.partial(_unverified, config=config)),
         ("quality", quality),
         ("choice", lambda left: _not_chosen(left, config, merits, embed)),
     ]
@@ -295,13 +297,30 @@ def _contaminated(
     return reasons
 
 
+def _unverified(left: Mapping[int, Sample], config: SelectionConfig) -> Reasons:
+    """Last answers that fail the sample's own check. Code runs in the sandbox."""
+    if not config.verify:
+        return {}
+    checked = {row: s for row, s in left.items() if s.check}
+    answers = [
+        [m.content for m in s.messages if m.role == "assistant"][-1] for s in checked.values()
+    ]
+    verdicts = check_all(list(checked.values()), answers)
+    return {
+        row: f"fails its check: {why}"
+        for row, (right, why) in zip(checked, verdicts, strict=True)
+        if not right
+    }
+
+
 def _quality(
     left: Mapping[int, Sample], config: SelectionConfig, losses: Losses, unprompted: Losses
 ) -> tuple[dict[int, float], Reasons]:
     """Merits and reasons, by response loss and instruction-following difficulty.
 
     IFD = loss(answer | question) / loss(answer), nats per token (arXiv 2308.12032): above 1 the
-    question makes the answer less likely; below, the higher, the more is left to learn.
+    question makes the answer less likely; below, the higher, the more is left to learn. It says
+    something only of a model that knows the chat format: the paper first fine-tunes it briefly.
     """
     given = _per_token(losses(list(left.values())))
     alone = _per_token(unprompted(list(left.values())))
