@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pathlib
 from typing import Any
@@ -18,6 +19,7 @@ from flm_jax.errors import UserError
 from flm_jax.lineage import RunFolder
 from flm_jax.models import Transformer
 from flm_jax.state import TrainState
+from flm_jax.tokenizer import Tokenizer, open_tokenizer
 from flm_jax.train import init_state
 
 
@@ -66,6 +68,7 @@ class OpenedModel:
         elsewhere.
       name: of the stage or the folder.
       path: what was opened: a checkpoint of a run, or a folder of Hugging Face files.
+      context: tokens that the model was trained to read at once; 0: its files do not say.
     """
 
     params: Any
@@ -73,6 +76,28 @@ class OpenedModel:
     data: DataConfig | None
     name: str
     path: pathlib.Path
+    context: int
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """What it was trained with. Raises UserError if it is not there or does not fit."""
+        found = open_tokenizer(self.data.vocabulary if self.data else str(self.path))
+        if found.vocab_size > self.config.vocab_size:
+            raise UserError(
+                f"{found.name} has {found.vocab_size} tokens, but the model {self.path} has "
+                f"vocab_size {self.config.vocab_size}; give the tokenizer of this model"
+            )
+        return found
+
+    def prompt(self, text: str, special: bool = False) -> list[int]:
+        """The text's tokens as the model reads a document's beginning.
+
+        With the start token, unless the model comes from elsewhere and its tokenizer adds none.
+        `special` is that of `Tokenizer.encode`.
+        """
+        ids = self.tokenizer.encode(text, special)
+        start = self.data is not None or self.tokenizer.adds_start or not ids
+        return [self.tokenizer.start_id] * start + ids
 
 
 def open_model(path: str, stage: str = "") -> OpenedModel:
@@ -92,7 +117,8 @@ def open_model(path: str, stage: str = "") -> OpenedModel:
         from flm_jax import interop
 
         params, model = interop.load_hf(str(folder))
-        return OpenedModel(params, model, None, folder.name, folder)
+        context = _read_json(folder / "config.json").get("max_position_embeddings", 0)
+        return OpenedModel(params, model, None, folder.resolve().name, folder, context)
     if folder.parent.name == "checkpoints" and folder.is_dir():
         if stage:
             raise UserError(f"stage is {stage!r}, but {path} is one checkpoint; leave stage empty")
@@ -124,7 +150,7 @@ def _open_checkpoint(path: pathlib.Path) -> OpenedModel:
         params = checkpoints.restore_params(int(path.name), like)
     finally:
         checkpoints.close()
-    return OpenedModel(params, stage.model, data, stage.name, path)
+    return OpenedModel(params, stage.model, data, stage.name, path, length)
 
 
 def _finished(workdir: str, stage: str) -> tuple[RunFolder, dict[str, Any]]:
