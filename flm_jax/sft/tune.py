@@ -222,11 +222,10 @@ class _ChatJob:
         return in_order(self.talk.held_out, self.sequence_length, self.config.eval.batch_size)
 
     def evaluate(self, params: Any, plan: growth.Plan | None, mask: float | None) -> dict[str, Any]:
-        model, mesh = self.stage.model, self.layout.mesh
-        token_bytes = self.corpus.token_bytes
+        about = (self.corpus.token_bytes, self.layout.mesh)
         return {
-            "bpb": score(params, model, self.text, token_bytes, mesh).bits_per_byte,
-            "response_loss": score(params, model, self.responses, token_bytes, mesh).loss,
+            "bpb": score(params, self.stage.model, self.text, *about).bits_per_byte,
+            "response_loss": score(params, self.stage.model, self.responses, *about).loss,
         }
 
 
