@@ -134,7 +134,7 @@ class DataConfig:
     task: str = "python_stdlib"  # a registered seqio task; text_files and jsonl_files read `path`
     path: str = ""  # file or folder of the user's own text
     text_field: str = "text"  # field of a JSONL row
-    vocabulary: str = "bytes"  # "bytes", or the path of a SentencePiece model
+    vocabulary: str = "bytes"  # "bytes", or a SentencePiece model, tokenizer.json or their folder
     sequence_length: int = 256  # tokens
     seed: int = 0
     shuffle_tokens: int = 1 << 24  # size of the shuffle buffer, in tokens

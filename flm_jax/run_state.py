@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 from typing import Any
 
@@ -11,8 +12,10 @@ import jax
 from flm_jax import axes, interop, optim, sharding
 from flm_jax.checkpoint import Checkpoints
 from flm_jax.config import DataConfig, ExperimentConfig, TransformerConfig
+from flm_jax.errors import UserError
 from flm_jax.lineage import RunFolder
 from flm_jax.state import TrainState
+from flm_jax.tokenizer import Tokenizer, open_tokenizer
 from flm_jax.train import init_state
 
 
@@ -60,6 +63,7 @@ class OpenedModel:
         elsewhere.
       name: of the stage or the folder.
       path: what was opened: a checkpoint of a run, or a folder of Hugging Face files.
+      context: tokens that the model was trained to read at once; 0: its files do not say.
     """
 
     params: Any
@@ -67,6 +71,28 @@ class OpenedModel:
     data: DataConfig | None
     name: str
     path: pathlib.Path
+    context: int
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """What it was trained with. Raises UserError if it is not there or does not fit."""
+        found = open_tokenizer(self.data.vocabulary if self.data else str(self.path))
+        if found.vocab_size > self.config.vocab_size:
+            raise UserError(
+                f"{found.name} has {found.vocab_size} tokens, but the model {self.path} has "
+                f"vocab_size {self.config.vocab_size}; give the tokenizer of this model"
+            )
+        return found
+
+    def prompt(self, text: str, special: bool = False) -> list[int]:
+        """The text's tokens as the model reads a document's beginning.
+
+        With the start token, unless the model comes from elsewhere and its tokenizer adds none.
+        `special` is that of `Tokenizer.encode`.
+        """
+        ids = self.tokenizer.encode(text, special)
+        start = self.data is not None or self.tokenizer.adds_start or not ids
+        return [self.tokenizer.start_id] * start + ids
 
 
 def open_model(path: str, stage: str = "") -> OpenedModel:
@@ -86,7 +112,7 @@ def open_model(path: str, stage: str = "") -> OpenedModel:
         data = dataclasses.replace(source.config.data_of(0), window_length=0)
     placed = sharding.shardings(axes.PARAMS, sharding.one_device())
     params = interop.place(source.weights, placed)
-    return OpenedModel(params, config, data, source.name, source.path)
+    return OpenedModel(params, config, data, source.name, source.path, source.context)
 
 
 def _on_one_device(abstract: Any) -> Any:

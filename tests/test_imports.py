@@ -11,7 +11,7 @@ from tests.commands import ROOT
 # Each module imports only from its own line and the lines above it.
 LAYERS = [
     {"errors"},
-    {"config", "precision", "host"},
+    {"config", "precision", "host", "tokenizer"},
     {"axes"},
     {"mup", "counts", "sharding"},
     {"models", "optim", "state", "losses"},
@@ -30,7 +30,7 @@ LAYERS = [
         "figures",
     },
     {"interop"},
-    {"ligo", "run_state", "study"},
+    {"generate", "ligo", "run_state", "study"},
     {"chain", "check_growth", "coordinates", "sweep", "through_growth", "predict"},
     {"probe", "benchmark", "ahead", "sft"},
     {"report", "mup_report"},

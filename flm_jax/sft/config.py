@@ -73,7 +73,8 @@ class SftConfig:
         default_factory=lambda: CheckpointConfig(every_steps=50, keep=1)
     )
     mesh: MeshConfig = field(default_factory=MeshConfig)
-    score_samples: int = 0  # made conversations of each category to score before and after
+    score_samples: int = 16  # conversations of each category to score before and after
+    max_new_tokens: int = 160  # of an answer that is scored
     seed: int = 0  # of the order of conversations, and of what is made
     quick_compile: bool = False  # on a CPU: less optimised programs, for runs of seconds
 

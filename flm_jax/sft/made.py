@@ -60,7 +60,7 @@ def make(
     """
     if split not in SPLITS:
         raise UserError(f"split is {split!r}; choose one of {', '.join(SPLITS)}")
-    samples = []
+    samples: list[Sample] = []
     for category in categories or CATEGORIES:
         if category not in _MAKERS:
             raise UserError(f"category is {category!r}; choose of {', '.join(CATEGORIES)}")
@@ -109,7 +109,7 @@ def _spoiled(sample: Sample, defect: str, samples: Sequence[Sample], rng: random
     messages = list(sample.messages)
     question, answer = messages[0].content, messages[-1].content
     if defect == "near":
-        messages[0] = Message("user", f"{question} Thanks!")
+        messages[0] = Message("user", f"Please {question}")
     elif defect == "wrong":
         others = [
             other

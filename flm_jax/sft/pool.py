@@ -2,7 +2,8 @@
 
 A row is an object with `messages`, a list of {"role", "content"}; or with `instruction` and
 `response`, and perhaps `input` (appended to the instruction) and `system`. Both may have
-`category`, `id`, and `check` ({"kind", "expected"}, see `chat.py`).
+`category`, `id`, and `check` ({"kind", "expected"}, see `chat.py`, whose `write_jsonl` writes such
+files).
 """
 
 from __future__ import annotations
@@ -11,11 +12,10 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flm_jax.errors import UserError
-from flm_jax.lineage import write_atomically
 from flm_jax.sft.chat import ROLES, Check, Message, Sample
 
 
@@ -82,17 +82,6 @@ def _text(row: Mapping[str, Any], name: str, default: str | None = None) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{name} is {value!r}; it must be text")
     return value
-
-
-def write(samples: Iterable[Sample], path: pathlib.Path) -> None:
-    """Writes a file that `read` gives back."""
-    rows = (json.dumps(_row(s), ensure_ascii=False) + "\n" for s in samples)
-    write_atomically(path, "".join(rows))
-
-
-def _row(sample: Sample) -> dict[str, Any]:
-    row = dataclasses.asdict(sample)
-    return {name: value for name, value in row.items() if value}
 
 
 def content_hash(sample: Sample) -> str:
