@@ -106,14 +106,13 @@ def open_model(path: str, stage: str = "") -> OpenedModel:
       UserError: there is no such model, or it is not what its config says.
     """
     source = interop.open_source(path, stage)
-    if source.config is None:
-        data, context = None, int(source.vocabulary.values().get("max_position_embeddings", 0))
-    else:
+    config = source.weights.config
+    data = None
+    if source.config is not None:
         data = dataclasses.replace(source.config.data_of(0), window_length=0)
-        context = data.sequence_length
     placed = sharding.shardings(axes.PARAMS, sharding.one_device())
     params = interop.place(source.weights, placed)
-    return OpenedModel(params, source.weights.config, data, source.name, source.path, context)
+    return OpenedModel(params, config, data, source.name, source.path, source.context)
 
 
 def _on_one_device(abstract: Any) -> Any:

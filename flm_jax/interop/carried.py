@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flm_jax.errors import UserError
+from flm_jax.tokenizer import byte_alphabet, open_tokenizer
 
 # Of a tokenizer and of what else text passes through.
 _TOKENIZER = ("tokenizer*", "tokenization_*.py", "special_tokens_map.json", "added_tokens.json",
@@ -47,23 +48,14 @@ class Vocabulary:
 
     def special_tokens(self) -> dict[str, Any]:
         """The ids that config.json shall name, where no config.json beside the files says them."""
-        if self.path == BYTES:
-            return {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
-        if self._folder is None or self.values():
+        if not self.path or self.values():
             return {}
-        file = self._folder if self._folder.is_file() else self._folder / "tokenizer.model"
-        named = self._folder / "tokenizer_config.json"
-        ids: dict[str, int | None] = {}
-        if file.is_file():
-            model = _sentencepiece(file)
-            ids = {"bos": model.bos_id(), "eos": model.eos_id(), "pad": model.pad_id()}
-        elif named.exists() and (self._folder / "tokenizer.json").exists():
-            tokenizer, texts = _tokenizer_json(self._folder / "tokenizer.json"), _json(named)
-            ids = {
-                name: tokenizer.token_to_id(str(texts.get(f"{name}_token")))
-                for name in ("bos", "eos", "pad")
-            }
-        return {f"{name}_token_id": None if i == -1 else i for name, i in ids.items()}
+        tokenizer = open_tokenizer(self.path)
+        return {
+            "bos_token_id": tokenizer.start_id,
+            "eos_token_id": tokenizer.eos_id,
+            "pad_token_id": 0 if tokenizer.start_id == 0 else None,
+        }
 
     def values(self) -> dict[str, Any]:
         """config.json of the model that the files came with; {} if there is none."""
@@ -118,13 +110,7 @@ def _write_byte_tokenizer(folder: pathlib.Path) -> None:
     """The byte vocabulary as a byte-level tokenizer.json without merges."""
     import tokenizers
 
-    # Byte-level tokenizers write bytes as characters: printable ones as themselves, the others as
-    # those from 256 on (GPT-2's convention).
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    letters = {byte: chr(byte) for byte in printable}
-    letters |= {byte: chr(256 + i) for i, byte in enumerate(others)}
-    tokens = [*_BYTES_SPECIAL, *(letters[byte] for byte in range(256))]
+    tokens = [*_BYTES_SPECIAL, *byte_alphabet()]
     made = tokenizers.Tokenizer(
         tokenizers.models.BPE({token: i for i, token in enumerate(tokens)}, merges=[])
     )

@@ -113,7 +113,7 @@ def convert(
         dtype = dtype or (opened.dtype.name if opened.dtype.name in DTYPES else "float32")
         num_bytes, more = write_hf(
             pathlib.Path(target), weights, format, dtype, opened.vocabulary, memory,
-            context=opened.config.data.sequence_length if opened.config else 0,
+            context=opened.context,
         )  # fmt: skip
         notes += more
     if not np.can_cast(opened.dtype, DTYPES[dtype]):
@@ -249,11 +249,10 @@ def _imported(model: TransformerConfig, source: Source, vocabulary: str) -> Expe
     if source.config is not None:
         stage, data = source.config.stages[0], source.config.data_of(0)
     else:
-        context = source.vocabulary.values().get("max_position_embeddings", 2048)
         stage = StageConfig(
             _IMPORTED, model, steps=0, batch_size=1, learning_rate=1e-4, matrix_learning_rate=1e-4
         )
-        data = DataConfig(sequence_length=context)
+        data = DataConfig(sequence_length=source.context or 2048)
     stage = dataclasses.replace(
         stage, name=_IMPORTED, model=model, steps=0, source=str(source.path)
     )

@@ -32,6 +32,7 @@ class Source:
       config: of a run, with this stage alone; None for Hugging Face files.
       dtype: of the parameters on disk.
       num_bytes: of the parameters on disk.
+      context: the longest sequence, in tokens; 0: not said.
       masks: the value of run-time masks that were folded in; None: there were none.
     """
 
@@ -42,6 +43,7 @@ class Source:
     config: ExperimentConfig | None
     dtype: np.dtype
     num_bytes: int
+    context: int
     masks: float | None
 
 
@@ -120,6 +122,7 @@ def open_huggingface(folder: pathlib.Path) -> Source:
         config=None,
         dtype=tensors.dtype,
         num_bytes=tensors.num_bytes,
+        context=files.described.values.get("max_position_embeddings") or 0,
         masks=None,
     )
 
@@ -143,6 +146,7 @@ def _checkpoint(path: pathlib.Path) -> Source:
         config=config,
         dtype=max((leaf.dtype for leaf in leaves), key=lambda dtype: dtype.itemsize),
         num_bytes=sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves),
+        context=config.data_of(0).sequence_length,
         masks=masks,
     )
 
