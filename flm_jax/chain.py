@@ -271,7 +271,7 @@ class _Runner:
         checkpoints.wait()
         return position
 
-    def calibration(self, index: int, state: dict[str, Any]) -> dict[str, np.ndarray]:
+    def calibration(self, index: int, state: dict[str, Any]) -> dict[str, Any]:
         """The training data's next sequences, without consuming them; whole in every process."""
         sequences = self.config.stages[index].growth.calibration_sequences
         batches = self.corpus_of(index).train(sequences)

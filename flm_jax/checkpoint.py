@@ -102,7 +102,7 @@ def params_digest(params: Any, piece_bytes: int = 1 << 30) -> str:
     for path, value in sorted(axes.flatten(params)):
         hashed.update(f"{path} {value.dtype.name} {value.shape}".encode())
         for piece in _pieces(value, piece_bytes):
-            hashed.update(np.ascontiguousarray(piece))
+            hashed.update(piece.tobytes())
     return hashed.hexdigest()
 
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import shutil
 import signal
 import socket
 import time
@@ -161,7 +162,7 @@ def start_two(*args):
     return [start(*args, *group, f"--process={i}", devices=4) for i in range(2)]
 
 
-def ended(started, timeout=240):
+def ended(started, timeout=400):
     """Of each process: status, standard output, standard error without what libraries log."""
     found = []
     for process in started:
@@ -171,7 +172,7 @@ def ended(started, timeout=240):
     return found
 
 
-def wait_for(pattern, workdir, started, timeout=240):
+def wait_for(pattern, workdir, started, timeout=400):
     end = time.monotonic() + timeout
     while not list(workdir.glob(pattern)):
         for process in started:
@@ -217,7 +218,8 @@ def alone(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_one_killed_ends_the_other_and_two_train_as_one(alone, tmp_path):
+def test_two_processes_killed_stopped_and_resumed_train_as_one(alone, tmp_path):
+    """One killed ends the other; a signal to one stops both; what they train is the same."""
     workdir = tmp_path / "run"
     started = start_two(*CHAIN, f"--workdir={workdir}")
     wait_for("stages/0-small/checkpoints/3", workdir, started)
@@ -228,6 +230,13 @@ def test_one_killed_ends_the_other_and_two_train_as_one(alone, tmp_path):
     assert status == 1
     assert "process 0 of 2: another process was lost; start all of them again" in lines[-1]
     assert not any("Traceback" in line for line in lines)
+
+    started = start_two(*CHAIN, f"--workdir={workdir}")
+    wait_for("stages/0-small/checkpoints/6", workdir, started)
+    started[1].send_signal(signal.SIGTERM)
+    (one, _, lines), (two, _, theirs) = ended(started)
+    assert one == two == 130, lines + theirs
+    assert "SIGTERM: stopped at step" in lines[-1] and lines[-1] == theirs[-1]
 
     for status, out, lines in ended(start_two(*CHAIN, "--json", f"--workdir={workdir}")):
         assert status == 0, lines
@@ -240,30 +249,29 @@ def test_one_killed_ends_the_other_and_two_train_as_one(alone, tmp_path):
 
 
 @pytest.mark.slow
-def test_stopped_and_resumed_in_other_layouts(alone, tmp_path):
-    """8 devices, 4, then 2 x 4, on other meshes; a signal to one of two stops both."""
+def test_a_checkpoint_goes_on_in_another_layout(alone, tmp_path):
+    """From 8 devices to 4, over a growth onto another mesh, and to 2 processes x 4 on a third."""
     workdir = tmp_path / "run"
-    command = (*CHAIN[:1], f"{CHAIN[1]}:relayout", f"--workdir={workdir}")
+    shutil.copytree(alone / "stages" / "0-small", workdir / "stages" / "0-small")
+    shutil.rmtree(workdir / "stages" / "0-small" / "checkpoints" / "12")
 
-    def mesh(data, fsdp, tensor):
-        sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-        return [f"--config.mesh.{axis}={size}" for axis, size in sizes.items()]
+    def layout(first, second):
+        """The command with these meshes of its two stages."""
+        meshes = {"config.mesh": first, "config.stages[1].mesh": second}
+        sizes = [
+            f"--{name}.{axis}={size}"
+            for name, mesh in meshes.items()
+            for axis, size in dataclasses.asdict(mesh).items()
+        ]
+        return (CHAIN[0], f"{CHAIN[1]}:relayout", f"--workdir={workdir}", *sizes)
 
-    def stopped(started, pattern, who=0):
-        wait_for(pattern, workdir, started)
-        started[who].send_signal(signal.SIGTERM)
-        for status, _, lines in ended(started):
-            assert status == 130, lines
-            steps.append(lines[-1].split("SIGTERM: stopped at ")[1])
-
-    steps: list[str] = []
-    stopped([start(*command, *mesh(2, 2, 2), devices=8)], "stages/0-small/metrics.jsonl")
-    own = [f"--config.stages[1].mesh.{axis}=1" for axis in ("data", "tensor")]
-    args = (*mesh(1, 2, 2), *own, "--config.stages[1].mesh.fsdp=4")
-    stopped([start(*command, *args, devices=4)], "stages/0-small/checkpoints/6")
-    stopped(start_two(*command, *mesh(4, 2, 1)), "stages/0-small/checkpoints/9", who=1)
-    assert steps[2] == steps[3]  # both at the same step
-    for status, _, lines in ended(start_two(*command, *mesh(1, 2, 4))):
+    four = [start(*layout(MeshConfig(1, 2, 2), MeshConfig(1, 4, 1)), devices=4)]
+    wait_for("stages/1-large/checkpoints/15", workdir, four)
+    four[0].send_signal(signal.SIGTERM)
+    ((status, _, lines),) = ended(four)
+    assert status == 130, lines
+    two = start_two(*layout(MeshConfig(8, 1, 1), MeshConfig(2, 1, 4)))
+    for status, _, lines in ended(two):
         assert status == 0, lines
     assert_same_run(workdir, alone)
 
