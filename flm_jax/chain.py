@@ -167,7 +167,7 @@ def plan_of(
     )  # fmt: skip
 
 
-def calibration(batches: Any, state: dict[str, Any]) -> dict[str, np.ndarray]:
+def calibration(batches: Any, state: dict[str, Any]) -> dict[str, Any]:
     """The next sequences at a place in the training data; they are not consumed."""
     batches.set_state(state)
     return next(batches)
@@ -361,7 +361,7 @@ class _Runner:
 
     def before_growth(
         self, job: Job, before: Position
-    ) -> tuple[dict[str, np.ndarray], dict[str, jax.Array]]:
+    ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
         """The calibration batch, whole in every process, and `measure.source` of the parent."""
         batch = calibration(job.batches(job.stage.growth.calibration_sequences), before.data)
         with jax.set_mesh(job.parent_layout.mesh):
@@ -371,7 +371,7 @@ class _Runner:
         self,
         job: Job,
         old: dict[str, jax.Array],
-        batch: dict[str, np.ndarray],
+        batch: dict[str, Any],
         state: TrainState,
         plan: growth.Plan,
         folder: StageFolder,

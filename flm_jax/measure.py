@@ -89,8 +89,9 @@ def function_change(
 ) -> dict[str, Any]:
     """Receipt fields of logits and losses, behind the masks at 0; `before` is from `source`."""
     logits, loss = _grown(params, batch, plan)
+    change = difference(before["logits"], logits, batch["weights"])
     return {
-        **difference(before["logits"], logits, batch["weights"]),
+        **{name: float(value) for name, value in change.items()},
         "loss_before": float(before["loss"]),
         "loss_after": float(loss),
     }

@@ -162,7 +162,8 @@ def place_batch(
     def place(part: np.ndarray) -> jax.Array:
         rows, before = len(part) * count, len(part) * index
 
-        def local(at: tuple[slice, ...]) -> np.ndarray:
+        def local(at: tuple[slice, ...] | None) -> np.ndarray:
+            assert at is not None
             start, stop, _ = at[0].indices(rows)
             return part[start - before : stop - before]
 

@@ -62,18 +62,19 @@ def measured(receipt: Mapping[str, Any]) -> bool:
     return receipt["loss_after"] is not None
 
 
+@jax.jit
 def difference(
     before_BTV: jax.Array, after_BTV: jax.Array, weights_BT: jax.Array
-) -> dict[str, float]:
+) -> dict[str, jax.Array]:
     """max_abs_logit_diff, logit_scale and kl of two models' logits, over the first's tokens."""
     common_BTV = after_BTV[..., : before_BTV.shape[-1]]
     log_p_BTV, log_q_BTV = (jax.nn.log_softmax(x, axis=-1) for x in (before_BTV, common_BTV))
     kl_BT = jnp.sum(jnp.exp(log_p_BTV) * (log_p_BTV - log_q_BTV), axis=-1)
     weights_BT = weights_BT.astype(kl_BT.dtype)
     return {
-        "max_abs_logit_diff": float(jnp.max(jnp.abs(common_BTV - before_BTV))),
-        "logit_scale": float(jnp.sqrt(jnp.mean(jnp.square(before_BTV)))),
-        "kl": float(jnp.sum(kl_BT * weights_BT) / jnp.sum(weights_BT)),
+        "max_abs_logit_diff": jnp.max(jnp.abs(common_BTV - before_BTV)),
+        "logit_scale": jnp.sqrt(jnp.mean(jnp.square(before_BTV))),
+        "kl": jnp.sum(kl_BT * weights_BT) / jnp.sum(weights_BT),
     }
 
 
