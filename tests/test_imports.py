@@ -11,7 +11,7 @@ from tests.commands import ROOT
 # Each module imports only from its own line and the lines above it.
 LAYERS = [
     {"errors"},
-    {"config", "precision", "host", "tokenizer"},
+    {"config", "pieces", "precision", "host", "tokenizer"},
     {"axes"},
     {"mup", "counts", "sharding"},
     {"models", "optim", "state", "losses"},
