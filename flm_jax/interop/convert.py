@@ -249,12 +249,11 @@ def _imported(model: TransformerConfig, source: Source, vocabulary: str) -> Expe
         stage, data = source.config.stages[0], source.config.data_of(0)
     else:
         stage = StageConfig(
-            _IMPORTED, model, steps=0, batch_size=1, learning_rate=1e-4, matrix_learning_rate=1e-4
-        )
+            _IMPORTED, model, steps=0, batch_size=1, learning_rate=1e-4, matrix_learning_rate=1e-4,
+            source=str(source.path),
+        )  # fmt: skip
         data = DataConfig(sequence_length=source.context or 2048)
-    stage = dataclasses.replace(
-        stage, name=_IMPORTED, model=model, steps=0, source=str(source.path)
-    )
+    stage = dataclasses.replace(stage, name=_IMPORTED, model=model, steps=0)
     data = dataclasses.replace(data, vocabulary=vocabulary)
     return ExperimentConfig(stages=(stage,), data=data)
 
