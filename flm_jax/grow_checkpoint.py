@@ -84,7 +84,7 @@ def grow(
     total = sum(x.size * x.dtype.itemsize for x in writer.leaves.values())
     names = jax.tree.unflatten(jax.tree.structure(state), list(by_name(state)))
     began = time.monotonic()
-    with Transfer(f"growing {config.stages[index].name}", total, writer.held_bytes()) as shown:
+    with Transfer(f"growing {config.stages[index].name}", writer.held_bytes(), total) as shown:
         written = stream.grow(reader, writer, names, plan, key, shown.add)
     writer.finish()
     seconds = time.monotonic() - began

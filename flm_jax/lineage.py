@@ -6,6 +6,7 @@ writes here through `processes.once`, except the metrics, for which nobody waits
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -119,11 +120,13 @@ class StageFolder:
         """
         try:
             about = json.loads(self.config.read_text(encoding="utf-8"))
-            stage = about.pop("stage")
-            del about["data_fingerprint"]
-        except (ValueError, KeyError, AttributeError):
+            stage = about["stage"]
+        except (ValueError, KeyError, TypeError):
             raise UserError(f"{self.config}: no config of a stage; restore the file") from None
-        return config_lib.experiment({"stages": [stage], **about})
+        # Fine-tuning and the data say more there.
+        fields = {field.name for field in dataclasses.fields(ExperimentConfig)}
+        shared = {name: value for name, value in about.items() if name in fields}
+        return config_lib.experiment({**shared, "stages": [stage]})
 
     def start(self) -> int:
         """Steps that the run had done when this stage began."""

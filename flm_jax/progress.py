@@ -80,8 +80,8 @@ class Transfer:
     def __init__(
         self,
         name: str,
+        done: int,
         total: int,
-        done: int = 0,
         clock: Callable[[], float] = time.monotonic,
         console: rich.console.Console | None = None,
     ):

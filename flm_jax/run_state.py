@@ -64,6 +64,7 @@ class OpenedModel:
       name: of the stage or the folder.
       path: what was opened: a checkpoint of a run, or a folder of Hugging Face files.
       context: tokens that the model was trained to read at once; 0: its files do not say.
+      trained: by this library, where a start token precedes every document.
     """
 
     params: Any
@@ -72,6 +73,7 @@ class OpenedModel:
     name: str
     path: pathlib.Path
     context: int
+    trained: bool
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -91,7 +93,7 @@ class OpenedModel:
         `special` is that of `Tokenizer.encode`.
         """
         ids = self.tokenizer.encode(text, special)
-        start = self.data is not None or self.tokenizer.adds_start or not ids
+        start = self.trained or self.tokenizer.adds_start or not ids
         return [self.tokenizer.start_id] * start + ids
 
 
@@ -107,12 +109,14 @@ def open_model(path: str, stage: str = "") -> OpenedModel:
     """
     source = interop.open_source(path, stage)
     config = source.weights.config
-    data = None
+    data, trained = None, False
     if source.config is not None:
         data = dataclasses.replace(source.config.data_of(0), window_length=0)
+        stage_config = source.config.stages[0]
+        trained = not stage_config.source or stage_config.steps > 0
     placed = sharding.shardings(axes.PARAMS, sharding.one_device())
     params = interop.place(source.weights, placed)
-    return OpenedModel(params, config, data, source.name, source.path, source.context)
+    return OpenedModel(params, config, data, source.name, source.path, source.context, trained)
 
 
 def _on_one_device(abstract: Any) -> Any:

@@ -25,6 +25,7 @@ from flm_jax.interop.names import TENSORS, Tensor
 from flm_jax.interop.weights import Tree
 from flm_jax.leaves import CheckpointWriter
 from flm_jax.lineage import RunFolder, identity, write_atomically, write_json
+from flm_jax.run_state import open_model
 from tests.commands import ROOT, json_of, mistake, run
 from tests.models import grow, logits_of, random_params
 
@@ -235,6 +236,10 @@ def test_a_run_comes_and_goes_bit_equal(saved, tmp_path):
     checkpoint = tmp_path / "run" / entry["checkpoint"]
     opened = interop.open_source(str(checkpoint))
     assert equal(params, interop.load(opened.weights)) and opened.name == "imported"
+    for path in (folder, tmp_path / "run"):
+        model = open_model(str(path))
+        assert equal(params, model.params) and model.config == config
+        assert model.context == 64 and not model.trained
 
 
 def test_dtypes_are_widened_and_rounded_once(saved, tmp_path):

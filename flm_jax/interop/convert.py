@@ -26,8 +26,9 @@ from flm_jax.interop.names import TENSORS, Index
 from flm_jax.interop.sources import Source, open_source
 from flm_jax.interop.tensor_files import TensorsWriter
 from flm_jax.interop.weights import Resized, Weights, scaled
-from flm_jax.leaves import CHUNK_BYTES, CheckpointReader, CheckpointWriter, chunk_shape
+from flm_jax.leaves import CHUNK_BYTES, CheckpointReader, CheckpointWriter
 from flm_jax.lineage import RunFolder, identity, write_json
+from flm_jax.pieces import cells, chunk_shape
 from flm_jax.progress import Transfer
 
 FORMATS = ("flm", *hf_config.FORMATS)
@@ -100,9 +101,7 @@ def convert(
         weights = with_vocab_size(opened, weights, vocab_size, memory)
     check_vocabulary(opened, weights.config)
     if opened.vocabulary.num_tokens() is None:
-        notes.append(
-            f"no tokenizer comes along: there are no files of one at {opened.vocabulary.name}"
-        )
+        notes.append(f"no tokenizer comes along: no files at {opened.vocabulary.path!r}")
     began = time.monotonic()
     if format == "flm":
         if dtype not in ("", "float32"):
@@ -193,7 +192,7 @@ def _in_threads(
 ) -> None:
     """Calls `write`, which returns a number of bytes, for every block; shows how far it is."""
     with (
-        Transfer(name, total) as progress,
+        Transfer(name, 0, total) as progress,
         concurrent.futures.ThreadPoolExecutor(_THREADS) as pool,
     ):
         for num_bytes in pool.map(write, *zip(*blocks, strict=True)):
@@ -250,12 +249,11 @@ def _imported(model: TransformerConfig, source: Source, vocabulary: str) -> Expe
         stage, data = source.config.stages[0], source.config.data_of(0)
     else:
         stage = StageConfig(
-            _IMPORTED, model, steps=0, batch_size=1, learning_rate=1e-4, matrix_learning_rate=1e-4
-        )
+            _IMPORTED, model, steps=0, batch_size=1, learning_rate=1e-4, matrix_learning_rate=1e-4,
+            source=str(source.path),
+        )  # fmt: skip
         data = DataConfig(sequence_length=source.context or 2048)
-    stage = dataclasses.replace(
-        stage, name=_IMPORTED, model=model, steps=0, source=str(source.path)
-    )
+    stage = dataclasses.replace(stage, name=_IMPORTED, model=model, steps=0)
     data = dataclasses.replace(data, vocabulary=vocabulary)
     return ExperimentConfig(stages=(stage,), data=data)
 
@@ -289,17 +287,14 @@ def _write_checkpoint(path: pathlib.Path, weights: Weights, memory: int) -> int:
 def _digest(reader: CheckpointReader, memory: int) -> str:
     """`params_digest` of a checkpoint, read back from the disk."""
     total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in reader.leaves.values())
-    with Transfer("reading back", total) as progress:
+    with Transfer("reading back", 0, total) as progress:
 
         def pieces(name: str) -> Iterator[np.ndarray]:
             leaf = reader.leaves[name]
-            cut = chunk_shape(leaf.shape, leaf.dtype.itemsize, memory // _COPIES)
-            grid = [math.ceil(size / step) for size, step in zip(leaf.shape, cut, strict=True)]
-            for cell in np.ndindex(*grid):
-                piece = reader.read(
-                    name, [slice(i * c, min((i + 1) * c, n))
-                           for i, c, n in zip(cell, cut, leaf.shape, strict=True)]
-                )  # fmt: skip
+            for index in cells(
+                leaf.shape, chunk_shape(leaf.shape, leaf.dtype.itemsize, memory // _COPIES)
+            ):
+                piece = reader.read(name, index)
                 progress.add(piece.nbytes)
                 yield piece
 
