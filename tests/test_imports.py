@@ -29,7 +29,8 @@ LAYERS = [
         "figures",
     },
     {"generate", "interop", "ligo", "run_state", "study"},
-    {"chain", "check_growth", "coordinates", "sweep", "through_growth", "predict"},
+    {"likelihood"},
+    {"chain", "check_growth", "coordinates", "harness", "sweep", "through_growth", "predict"},
     {"probe", "benchmark", "ahead"},
     {"report", "mup_report"},
 ]
