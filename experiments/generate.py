@@ -8,8 +8,6 @@ the line as it is. Several prompts are generated as one batch. With --chat a pro
 says, and is put into the chat format of Tele-FLM's instruct model.
 
 A text ends at --max_new_tokens, at the model's end-of-sequence token, or at a text given by --stop.
---benchmark compares tokens per second with and without the key/value cache; with --config instead
-of --checkpoint it does so for random weights of a config's last stage.
 """
 
 from __future__ import annotations

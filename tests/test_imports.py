@@ -31,7 +31,7 @@ LAYERS = [
     {"generate", "interop", "ligo", "run_state", "study"},
     {"likelihood"},
     {"chain", "check_growth", "coordinates", "harness", "sweep", "through_growth", "predict"},
-    {"probe", "benchmark", "ahead"},
+    {"probe", "benchmark", "generate_benchmark", "ahead"},
     {"report", "mup_report"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
