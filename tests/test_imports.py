@@ -11,7 +11,7 @@ from tests.commands import ROOT
 # Each module imports only from its own line and the lines above it.
 LAYERS = [
     {"errors"},
-    {"config", "precision", "host", "tokenizer"},
+    {"config", "precision", "host", "hlo", "tokenizer"},
     {"axes"},
     {"mup", "counts", "sharding"},
     {"models", "optim", "state", "losses"},
@@ -28,7 +28,7 @@ LAYERS = [
         "measure",
         "figures",
     },
-    {"generate", "interop", "ligo", "run_state", "study"},
+    {"generate", "interop", "ligo", "run_state", "study", "roofline"},
     {"likelihood"},
     {"chain", "check_growth", "coordinates", "harness", "sweep", "through_growth", "predict"},
     {"probe", "benchmark", "generate_benchmark", "ahead"},
