@@ -2,7 +2,8 @@
 
   python -m experiments.NAME --config=configs/FILE.py[:variant] --workdir=DIR [--config.field=value]
 
-Exit status 0 on success, 2 on a user's mistake, 130 when a signal stopped the run.
+Exit status 0 on success, 2 on a user's mistake, 3 when a command's gate does not hold, 130 when a
+signal stopped the run.
 """
 
 from __future__ import annotations
@@ -193,13 +194,14 @@ def _mistakes_as_one_line() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        _exit(2, str(error))
+        exit_with(2, str(error))
     except RunStopped as stopped:
-        _exit(130, str(stopped))
+        exit_with(130, str(stopped))
     except KeyboardInterrupt:
-        _exit(130, "stopped")
+        exit_with(130, "stopped")
 
 
-def _exit(status: int, message: str) -> NoReturn:
+def exit_with(status: int, message: str) -> NoReturn:
+    """Ends the command, with one line on standard error."""
     print(f"{pathlib.Path(sys.argv[0]).stem}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)

@@ -82,10 +82,10 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
 def _tokens(model: OpenedModel, prompt: str) -> list[int]:
     if not CHAT.value:
         return model.prompt(prompt)
-    from flm_jax.sft import template
     from flm_jax.sft.chat import Message
+    from flm_jax.sft.template import encode_prompt
 
-    return model.prompt(template.prompt([Message("user", prompt)]), special=True)
+    return model.begun(encode_prompt([Message("user", prompt)], model.tokenizer))
 
 
 def _show(text: str) -> None:

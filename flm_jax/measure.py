@@ -61,8 +61,11 @@ def first_steps(
 ) -> dict[str, Any]:
     """Receipt fields of the first steps: Adam's, at the full learning rate, on one batch.
 
-    Without decay and clipping, which neither wake a slot nor part two copies.
+    Without decay and clipping, which neither wake a slot nor part two copies. No steps are taken
+    if nothing was added.
     """
+    if not plan.expansions:
+        return {"dead_slots": 0, "locked_copies": 0, "first_update_over_lr": 0.0}
     sizes = axes.axis_sizes(stage.model)
     adam = optim.scale_by_slot_adam(sizes, settings.b1, settings.b2, settings.eps)
     rate = optim.scale_by_mup_learning_rate(stage, optim.steady)

@@ -13,7 +13,7 @@ import rich.table
 
 from flm_jax import probe
 from flm_jax.figures import ACCENT, GUIDE, LINE, clean, plt, save
-from flm_jax.lineage import RunFolder, StageFolder, write_atomically, write_json
+from flm_jax.lineage import RunFolder, StageFolder, bits_per_byte, write_atomically, write_json
 
 _COLUMNS = (
     "stage", "params", "steps", "tokens", "FLOPs", "time", "bits per byte",
@@ -23,7 +23,7 @@ _ON_SCREEN = ("stage", "params", "tokens", "time", "bits per byte", "logit chang
 
 
 def _row(stage: dict[str, Any]) -> list[str]:
-    receipt, bpb = stage["receipt"], stage["eval"]
+    receipt = stage["receipt"]
     growth = ["", "", "", ""]
     if receipt:
         growth = [
@@ -39,7 +39,7 @@ def _row(stage: dict[str, Any]) -> list[str]:
         f"{stage['tokens']:,}",
         f"{stage['flops']:.2e}",
         f"{stage['wall_s']:.0f} s",
-        f"{bpb['bpb_start']:.4f} -> {bpb['bpb_end']:.4f}",
+        bits_per_byte(stage["eval"]),
         *growth,
     ]
 
@@ -64,6 +64,11 @@ def _folders(folder: RunFolder, stages: Sequence[dict[str, Any]]) -> list[StageF
     return [folder.stage(s["index"], s["name"]) for s in stages]
 
 
+def _grown(stages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without the first stage and those that were fine-tuned."""
+    return [s for s in stages if s["receipt"] and s["receipt"]["operator"] != "none"]
+
+
 def _curves(folder: RunFolder, stages: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
     """Validation bits per byte against tokens and against FLOPs, growth points marked."""
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
@@ -73,18 +78,20 @@ def _curves(folder: RunFolder, stages: Sequence[dict[str, Any]], path: pathlib.P
         done, step0 = 0.0, 0
         worst = 0.0
         for stage, at in zip(stages, _folders(folder, stages), strict=True):
-            per_step = stage[unit] / stage["steps"]
+            per_step = stage[unit] / max(stage["steps"], 1)
             rows = at.metrics.rows("eval")
             # The untrained model's first point would flatten all others.
             rows = [r for r in rows if r["step"] > 0]
             xs = [done + (r["step"] - step0) * per_step for r in rows]
             ys = [r["bpb"] for r in rows]
-            worst = max(worst, *ys)
+            worst = max([worst, *ys])
             panel.plot(xs, ys, color=LINE, marker="o", markersize=3)
             if stage["index"] > 0:
                 panel.axvline(done, color=ACCENT, linestyle="--", linewidth=1)
+                grew = stage in _grown(stages)
                 panel.annotate(
-                    f"grow to {stage['params'] / 1e6:.3g}M", (done, 1), (3, -4),
+                    f"grow to {stage['params'] / 1e6:.3g}M" if grew else stage["name"],
+                    (done, 1), (3, -4),
                     xycoords=("data", "axes fraction"), textcoords="offset points",
                     color=ACCENT, fontsize=8, rotation=90, va="top",
                 )  # fmt: skip
@@ -99,7 +106,7 @@ def _curves(folder: RunFolder, stages: Sequence[dict[str, Any]], path: pathlib.P
 
 def _ramps(folder: RunFolder, stages: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
     """Training loss and mask value over each grown stage's first steps."""
-    grown = [s for s in stages if s["receipt"]]
+    grown = _grown(stages)
     figure, panels = plt.subplots(1, len(grown), figsize=(4.5 * len(grown), 3.4), squeeze=False)
     for panel, stage in zip(panels[0], grown, strict=True):
         rows = folder.stage(stage["index"], stage["name"]).metrics.rows("train")
@@ -120,7 +127,7 @@ def _ramps(folder: RunFolder, stages: Sequence[dict[str, Any]], path: pathlib.Pa
 
 def _distances(folder: RunFolder, stages: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
     """How far each layer is from the identity, and which were copied."""
-    grown = [s for s in stages if s["receipt"]]
+    grown = _grown(stages)
     figure, panels = plt.subplots(1, len(grown), figsize=(4.5 * len(grown), 3.2), squeeze=False)
     for panel, stage in zip(panels[0], grown, strict=True):
         distances = stage["receipt"]["layer_distances"]
@@ -184,7 +191,7 @@ def write(folder: RunFolder) -> pathlib.Path:
     stages = folder.stages()
     folder.report.mkdir(exist_ok=True)
     figures = [("curve.png", "Validation bits per byte; dashed: growth.", _curves)]
-    if any(s["receipt"] for s in stages):
+    if _grown(stages):
         figures += [
             ("ramp.png", "The run-time masks' ramps.", _ramps),
             ("distances.png", "Layer distances on the calibration batch.", _distances),

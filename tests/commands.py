@@ -5,6 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -46,6 +47,18 @@ def mistake(*args: str) -> str:
     assert len(lines) == 1, err
     assert out == ""
     return lines[0]
+
+
+def wait_for(pattern, workdir, process, timeout=120):
+    """Until a file of that pattern is there; fails if the process ends before."""
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        if list(workdir.glob(pattern)):
+            return
+        if process.poll() is not None:
+            raise AssertionError(f"ended before {pattern}: {process.communicate()[1]}")
+        time.sleep(0.02)
+    raise AssertionError(f"no {pattern} after {timeout} s")
 
 
 def peak_memory(*args: str) -> int:

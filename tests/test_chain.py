@@ -9,7 +9,7 @@ import time
 import pytest
 
 from flm_jax.lineage import MetricsFile
-from tests.commands import json_of, mistake, run, start
+from tests.commands import json_of, mistake, run, start, wait_for
 
 SMOKE = ("experiments.grow", "--config=configs/demo.py:smoke")
 
@@ -64,17 +64,6 @@ def test_a_second_call_says_complete_and_changes_nothing(finished):
     assert status == 0 and "the run is complete" in out
     assert time.monotonic() - began < 60
     assert (finished / "lineage.json").read_bytes() == before
-
-
-def wait_for(pattern, workdir, process, timeout=120):
-    end = time.monotonic() + timeout
-    while time.monotonic() < end:
-        if list(workdir.glob(pattern)):
-            return
-        if process.poll() is not None:
-            raise AssertionError(f"ended before {pattern}: {process.communicate()[1]}")
-        time.sleep(0.02)
-    raise AssertionError(f"no {pattern} after {timeout} s")
 
 
 def test_killed_and_stopped_anywhere_it_ends_in_the_same_bits(finished, tmp_path):

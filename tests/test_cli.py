@@ -22,6 +22,8 @@ from flm_jax.config import (
 )
 from flm_jax.errors import UserError
 from flm_jax.models import Transformer
+from flm_jax.sft.config import SftConfig
+from flm_jax.sft.less_is_more import LessIsMoreConfig
 from tests.commands import ROOT, json_of, mistake, peak_memory, run
 
 CONFIGS = sorted(p for p in (ROOT / "configs").glob("*.py") if p.stem not in ("__init__", "common"))
@@ -37,15 +39,19 @@ def load(path, variant=""):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_config_resolves_and_opens_with_its_command(path):
     config, doc = load(path)
+    assert f"--config=configs/{path.name}" in doc
+    with pytest.raises(UserError, match="variant 'nonsense'"):
+        load(path, "nonsense")
+    if "base" in config or "sft" in config:  # fine-tuning: its model is the base's
+        kind = SftConfig if "base" in config else LessIsMoreConfig
+        assert isinstance(cli.dataclass_of(kind, config), kind)
+        return
     if "experiment" in config:  # a study over an experiment
         kind = ProbeConfig if "arms" in config else MupStudyConfig
         chain = cli.dataclass_of(kind, config).experiment
     else:
         chain = cli.experiment(config)
     assert isinstance(chain, ExperimentConfig)
-    assert f"--config=configs/{path.name}" in doc
-    with pytest.raises(UserError, match="variant 'nonsense'"):
-        load(path, "nonsense")
     for stage in chain.stages:
         shapes = jax.eval_shape(
             Transformer(stage.model).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)

@@ -269,12 +269,12 @@ def markdown() -> str:
 
 
 def choose(recipe: str) -> dict[str, Operator]:
-    """Axis -> operator, from a recipe's text.
+    """Axis -> operator, from a recipe's text; "none" grows no axis.
 
     Raises UserError on an unknown operator or axis, or one that does not grow the other.
     """
     chosen: dict[str, Operator] = {}
-    for entry in recipe.split(","):
+    for entry in recipe.split(",") if recipe != "none" else ():
         axis, equals, name = (part.strip() for part in entry.rpartition("="))
         if name not in OPERATORS:
             raise UserError(

@@ -1,0 +1,69 @@
+r"""Is less more? Few chosen conversations against many, on the demo's first stage.
+
+  make demo
+  python -m experiments.less_is_more --config=configs/less_is_more.py --workdir=runs/less_is_more
+
+MEASURED
+
+`:smoke` is two arms of a run of `configs/demo.py:smoke` in runs/demo-smoke, for tests.
+On your own model and data: copy this file, set `base`, `paths` and, if the files are as found,
+`defects=0.0`.
+"""
+
+import dataclasses
+
+import ml_collections
+
+from configs import common
+from flm_jax.config import CheckpointConfig, EvalConfig
+from flm_jax.sft.config import SftConfig
+from flm_jax.sft.less_is_more import LessIsMoreConfig, MixConfig
+from flm_jax.sft.select import SelectionConfig
+
+
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+    if variant not in ("", "smoke"):
+        raise common.unknown_variant(variant, ("smoke",))
+    sft = SftConfig(
+        base="runs/demo",
+        base_stage="small",
+        made=320,
+        batch_size=4,
+        steps=64,
+        learning_rate=1e-3,
+        matrix_learning_rate=1e-3,
+        eval=EvalConfig(sequences=16, batch_size=8, every_steps=16),
+        checkpoint=CheckpointConfig(every_steps=16, keep=1),
+        held_out=0.1,
+        score_samples=20,
+        max_new_tokens=64,
+    )
+    config = LessIsMoreConfig(
+        sft=sft,
+        sizes=(48, 384),
+        mixes=(
+            MixConfig("even"),
+            MixConfig("answers", more=("arithmetic",), without=("arithmetic_steps",)),
+            MixConfig("steps", more=("arithmetic_steps",), without=("arithmetic",)),
+        ),
+        # A model this small ranks noise as hardest and half answers as likeliest; so neither.
+        selection=SelectionConfig(size=1, worst_loss=0.1, rank="none"),
+        defects=0.2,
+        seeds=3,
+    )
+    if variant == "smoke":
+        sft = dataclasses.replace(
+            sft, base="runs/demo-smoke", base_stage="", made=6, steps=4, sequence_length=256,
+            eval=EvalConfig(sequences=8, batch_size=8, every_steps=4),
+            checkpoint=CheckpointConfig(every_steps=4, keep=1),
+            score_samples=2, max_new_tokens=8, quick_compile=True,
+        )  # fmt: skip
+        config = dataclasses.replace(
+            config,
+            sft=sft,
+            sizes=(8, 16),
+            mixes=config.mixes[:1],
+            seeds=1,
+            defects=0.0,
+        )
+    return common.to_config_dict(config)

@@ -1,0 +1,50 @@
+r"""Fine-tune the demo's last stage on conversations made on the machine.
+
+  make demo
+  python -m experiments.sft --config=configs/sft_demo.py
+
+MEASURED
+
+`:smoke` fine-tunes a run of `configs/demo.py:smoke` in runs/demo-smoke: for tests, under a minute.
+With files of your own: `--config.made=0 --config.paths=...` takes a copy of this file with
+`paths=("chats.jsonl",)`.
+"""
+
+import dataclasses
+
+import ml_collections
+
+from configs import common
+from flm_jax.config import CheckpointConfig, EvalConfig
+from flm_jax.sft.config import SftConfig
+
+
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+    if variant not in ("", "smoke"):
+        raise common.unknown_variant(variant, ("smoke",))
+    config = SftConfig(
+        base="runs/demo",
+        made=60,
+        batch_size=4,
+        epochs=2,
+        # Tele-FLM's 2.7e-5 is for 52B parameters; the demo's last stage began at 4e-4 and 1e-3.
+        learning_rate=2e-4,
+        matrix_learning_rate=5e-4,
+        eval=EvalConfig(sequences=64, batch_size=8, every_steps=30),
+        checkpoint=CheckpointConfig(every_steps=30, keep=1),
+        score_samples=16,
+    )
+    if variant == "smoke":
+        config = dataclasses.replace(
+            config,
+            base="runs/demo-smoke",
+            made=8,
+            sequence_length=256,
+            batch_size=4,
+            epochs=2,
+            eval=EvalConfig(sequences=16, batch_size=8, every_steps=4),
+            checkpoint=CheckpointConfig(every_steps=4, keep=1),
+            score_samples=2,
+            quick_compile=True,
+        )
+    return common.to_config_dict(config)

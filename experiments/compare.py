@@ -1,0 +1,159 @@
+"""Puts two models side by side: scores on chat samples, and what they retain of the base's text.
+
+  python -m experiments.compare runs/demo runs/sft
+  python -m experiments.compare runs/demo:medium runs/demo:large --samples=held_out.jsonl
+  python -m experiments.compare runs/v1 runs/v2 --fail_if=all/accuracy:0.02 \
+      --fail_if=retention/bpb:0.01
+  python -m experiments.compare runs/v1 runs/v2 --judge="python my_judge.py" --output=compared
+
+A model is a run's folder, with :STAGE if not the last; a checkpoint in one; or a folder of Hugging
+Face files (with --vocabulary). Without --samples they are made here (evaluation split). Exit status
+3 if a --fail_if (category/metric:margin; `all` for all samples) got worse from the first model to
+the second by more than its margin. docs/selection.md describes scores and the judge's protocol.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import rich.console
+import rich.table
+from absl import flags
+
+from experiments import cli
+from flm_jax import data
+from flm_jax.errors import UserError
+from flm_jax.lineage import write_atomically, write_json
+from flm_jax.progress import counting
+from flm_jax.sft import alignbench, compare, judge, made, pool, scoring
+from flm_jax.sft.chat import Sample
+from flm_jax.sft.chat_model import ChatModel, open_chat_model, retention
+
+SAMPLES = flags.DEFINE_multi_string("samples", [], "JSONL of held-out samples; repeatable.")
+PER_CATEGORY = flags.DEFINE_integer("per_category", 25, "Without --samples: made ones.", 1)
+SEED = flags.DEFINE_integer("seed", 0, "Of made samples and bootstraps.")
+SEQUENCES = flags.DEFINE_integer("retention_sequences", 96, "Of the base's validation text.", 1)
+MAX_NEW = flags.DEFINE_integer("max_new_tokens", 160, "Longest answer.", 1)
+FAIL_IF = flags.DEFINE_multi_string("fail_if", [], "category/metric:margin; repeatable.")
+VOCABULARY = flags.DEFINE_string("vocabulary", "", "Of models without a run: see DataConfig.")
+JUDGE = flags.DEFINE_string("judge", None, "Command that compares answers; needs --output.")
+JUDGE_TIMEOUT = flags.DEFINE_float("judge_timeout", 60.0, "Seconds for one question.", 0.0)
+OUTPUT = flags.DEFINE_string("output", None, "Folder for compare.json, answers and verdicts.")
+
+
+def _samples() -> list[Sample]:
+    if SAMPLES.value:
+        return pool.read(SAMPLES.value)
+    return made.make(SEED.value, PER_CATEGORY.value, "evaluation")
+
+
+def _open(given: str, console: rich.console.Console) -> tuple[ChatModel, Any]:
+    model, corpus = open_chat_model(given, VOCABULARY.value)
+    note = counting(given, console)
+    return dataclasses.replace(model, max_new_tokens=MAX_NEW.value, note=note), corpus
+
+
+def _table(comparison: compare.Comparison, names: list[str]) -> rich.table.Table:
+    table = rich.table.Table("category", "metric", *names, "difference (95%)", "n", box=None)
+    for category, metrics in comparison.items():
+        for metric, row in metrics.items():
+            interval = "" if row["low"] is None else f"  [{row['low']:+.4f}, {row['high']:+.4f}]"
+            table.add_row(
+                category, metric, f"{row['a']:.4f}", f"{row['b']:.4f}",
+                f"{row['difference']:+.4f}{interval}".replace("[", r"\["), str(row["n"]),
+            )  # fmt: skip
+    return table
+
+
+def _answers(one: list[scoring.Scored], two: list[scoring.Scored]) -> str:
+    rows = (
+        {
+            "id": a.sample.id, "category": a.sample.category,
+            "answer_a": a.answer, "right_a": a.right, "why_a": a.why,
+            "answer_b": b.answer, "right_b": b.right, "why_b": b.why,
+        }
+        for a, b in zip(one, two, strict=True)
+    )  # fmt: skip
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _score(model: ChatModel, samples: list[Sample], all_answers: bool) -> list[scoring.Scored]:
+    """With `all_answers` also of samples without a check."""
+    if not all_answers:
+        return scoring.score(samples, model.losses, model.answer)
+    answers = dict(zip(samples, model.answer(samples), strict=True))
+    scored = scoring.score(samples, model.losses, lambda asked: [answers[s] for s in asked])
+    return [dataclasses.replace(s, answer=answers[s.sample]) for s in scored]
+
+
+def _print_verdicts(found: dict[str, Any], console: rich.console.Console) -> None:
+    table = rich.table.Table("category", "win rate of the first", "failed", box=None)
+    for category, row in found["categories"].items():
+        rate = row["win_rate"]
+        text = "" if rate is None else (
+            rf"{rate:.3f}  \[{row['win_rate_low']:.3f}, {row['win_rate_high']:.3f}]"
+        )  # fmt: skip
+        table.add_row(category, text, f"{row['failed']} of {row['asked']}")
+    console.print(table)
+    if "overall_a" in found:
+        ours = f"{found['overall_a']:.2f} and {found['overall_b']:.2f}"
+        known = ", ".join(f"{name} {s['Overall']}" for name, s in alignbench.REPORTED.items())
+        console.print(f"overall, by AlignBench's rule: {ours} (reported: {known})")
+
+
+def main(arguments: list[str]) -> dict[str, Any]:
+    if len(arguments) != 2:
+        raise UserError(
+            "give two models: python -m experiments.compare RUN_A[:STAGE] RUN_B[:STAGE]"
+        )
+    gates = [compare.Gate.parse(text) for text in FAIL_IF.value]
+    asked = judge.Judge(JUDGE.value, JUDGE_TIMEOUT.value) if JUDGE.value else None
+    folder = pathlib.Path(OUTPUT.value) if OUTPUT.value else None
+    if asked and not folder:
+        raise UserError("--judge is given without --output; give a folder for its verdicts")
+    samples = _samples()
+    checked = {s.category: False for s in samples} | {s.category: True for s in samples if s.check}
+    for gate in gates:
+        gate.check(compare.metrics_of(checked))
+
+    console = rich.console.Console(stderr=cli.json_wanted())
+    progress = rich.console.Console(stderr=True)
+    (one, corpus), (two, other) = (_open(given, progress) for given in arguments)
+    if other.config.vocabulary != corpus.config.vocabulary:
+        # The same text for both: the first model's.
+        vocabulary = other.config.vocabulary
+        other = data.open_corpus(dataclasses.replace(corpus.config, vocabulary=vocabulary))
+    else:
+        other = corpus
+    scored = [_score(model, samples, asked is not None) for model in (one, two)]
+    kept = [retention(m, c, SEQUENCES.value) for m, c in ((one, corpus), (two, other))]
+    comparison = compare.compare(scored[0], scored[1], SEED.value)
+    comparison[compare.RETENTION] = {"bpb": compare.retained(*kept)}
+    console.print(_table(comparison, arguments))
+    result: dict[str, Any] = {
+        "a": {"model": arguments[0], "scores": scoring.flat(scoring.summarise(scored[0]))},
+        "b": {"model": arguments[1], "scores": scoring.flat(scoring.summarise(scored[1]))},
+        "difference": comparison,
+        "retention": {"bpb_a": kept[0], "bpb_b": kept[1]},
+        "failed": [text for gate in gates if (text := gate.failure(comparison))],
+    }
+    if folder:
+        write_atomically(folder / "answers.jsonl", _answers(*scored))
+    if asked and folder:
+        first, second = ([s.answer for s in side] for side in scored)
+        path, note = folder / "verdicts.jsonl", counting("judge", progress)
+        verdicts = asked.verdicts(samples, first, second, path, note)
+        result["judge"] = judge.report(verdicts, SEED.value)
+        _print_verdicts(result["judge"], console)
+    if folder:
+        write_json(folder / "compare.json", result)
+    return result
+
+
+if __name__ == "__main__":
+    failed = cli.run(main, needs_config=False)["failed"]
+    if failed:
+        cli.exit_with(3, "; ".join(failed))

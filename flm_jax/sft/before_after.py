@@ -1,0 +1,108 @@
+"""What fine-tuning changed: scores by category, before and after, and the knowledge retained."""
+
+from __future__ import annotations
+
+import collections
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import rich.box
+import rich.table
+
+from flm_jax.lineage import RunFolder, write_json
+from flm_jax.run_state import OpenedModel, open_model
+from flm_jax.sft import made, pool, scoring
+from flm_jax.sft.chat import Sample
+from flm_jax.sft.chat_model import ChatModel
+from flm_jax.sft.config import SftConfig
+from flm_jax.sft.packing import Counts
+from flm_jax.sft.tune import Tuned
+
+
+def samples_to_score(config: SftConfig, tuned: Tuned) -> list[Sample]:
+    """At most `score_samples` of each category, none of them trained on.
+
+    Of conversations made on the machine their evaluation side; of files what was held out.
+    """
+    if not config.paths:
+        return made.make(config.seed, config.score_samples, split="evaluation")
+    return few_of_each(tuned.talk.held_out_samples, config.score_samples)
+
+
+def few_of_each(samples: Sequence[Sample], most: int) -> list[Sample]:
+    """The first ones of each category, at most so many, that have an answer to compare with."""
+    seen: collections.Counter[str] = collections.Counter()
+    chosen = []
+    for sample in samples:
+        answered = any(m.role == "assistant" for m in sample.messages)
+        if answered and seen[sample.category] < most:
+            seen[sample.category] += 1
+            chosen.append(sample)
+    return chosen
+
+
+def of_model(
+    model: OpenedModel, config: SftConfig, vocabulary: Any, samples: list[Sample]
+) -> dict[str, dict[str, float]]:
+    """Scores by category and metric, with intervals: see `scoring.flat`."""
+    chat = ChatModel(model.params, model.config, vocabulary, config.template, config.max_new_tokens)
+    return scoring.flat(scoring.summarise(scoring.score(samples, chat.losses, chat.answer)))
+
+
+def scores(config: SftConfig, workdir: str, tuned: Tuned) -> dict[str, Any]:
+    """before, after, retention and stage, as `experiments.sft --json` prints them.
+
+    Kept in the stage's scores.json; computed again only for other samples or models.
+    """
+    stage, samples = tuned.stage, samples_to_score(config, tuned)
+    path = RunFolder(workdir).stage(stage["index"], stage["name"]).path / "scores.json"
+    about = {
+        "samples": pool.fingerprint(samples),
+        "params_digest": stage["params_digest"],
+        "max_new_tokens": config.max_new_tokens,
+    }
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    if kept.get("about") != about:
+        after = open_model(workdir, stage["name"])
+        kept = {
+            "about": about,
+            "before": of_model(tuned.base.model, config, tuned.vocabulary, samples),
+            "after": of_model(after, config, tuned.vocabulary, samples),
+        }
+        write_json(path, kept)
+    bpb = stage["eval"]
+    return {
+        "before": kept["before"],
+        "after": kept["after"],
+        "retention": {"bpb_before": bpb["bpb_start"], "bpb_after": bpb["bpb_end"]},
+        "stage": stage,
+        "conversations": {side: vars(c) for side, c in tuned.talk.counts.items()},
+    }
+
+
+def table(found: dict[str, Any]) -> rich.table.Table:
+    """Before -> after, by category."""
+    drawn = rich.table.Table(box=rich.box.SIMPLE)
+    for name in ("category", "response loss", "bits per byte", "right"):
+        drawn.add_column(name, no_wrap=True)
+    for category, before in found["before"].items():
+        after, cells = found["after"][category], []
+        for metric, form in (("loss", ".3f"), ("bpb", ".3f"), ("accuracy", ".0%")):
+            values = [format(s[metric], form) for s in (before, after) if metric in s]
+            cells.append(" -> ".join(values))
+        drawn.add_row(category, *cells)
+    return drawn
+
+
+def sentences(found: dict[str, Any]) -> list[str]:
+    """What the table does not say."""
+    stage, kept = found["stage"], found["retention"]
+    lines = [f"{side}: {Counts(**c)}" for side, c in found["conversations"].items()]
+    return [
+        *lines,
+        f"held-out response loss {stage['eval']['response_loss_start']:.3f} -> "
+        f"{stage['eval']['response_loss_end']:.3f} nats per token; base data "
+        f"{kept['bpb_before']:.4f} -> {kept['bpb_after']:.4f} bits per byte",
+        f"stage {stage['index']} {stage['name']}: {stage['checkpoint']}",
+    ]

@@ -1,0 +1,201 @@
+"""A model as functions of chat samples: its answers, its losses on theirs, what it makes of them.
+
+Letters: B samples, T tokens, D embed, V vocab, L layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flm_jax import data, sharding
+from flm_jax.config import DataConfig, TransformerConfig
+from flm_jax.errors import UserError
+from flm_jax.evaluate import bits_per_byte
+from flm_jax.generate import Sampling, bucket, generate
+from flm_jax.losses import cross_entropy
+from flm_jax.models import Transformer
+from flm_jax.precision import wide
+from flm_jax.run_state import open_model
+from flm_jax.sft.chat import Sample
+from flm_jax.sft.config import TemplateConfig
+from flm_jax.sft.packing import features
+from flm_jax.sft.scoring import ResponseLoss
+from flm_jax.sft.template import TELE_FLM, Encoded, encode, encode_prompt, end_token
+from flm_jax.train import Batch, logits_of
+
+T = TypeVar("T")
+
+_VALIDATION_BATCH = 8
+START = 0  # what the model reads before a text's first token
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatModel:
+    """A model, its vocabulary and its chat template.
+
+    Attributes:
+      params: of `config`.
+      vocabulary: seqio's, or what has its encode, decode and eos_id.
+      template: how conversations are written.
+      max_new_tokens: longest answer.
+      batch_size: samples computed side by side.
+      note: called with the number of samples that are done, and of all.
+    """
+
+    params: Any
+    config: TransformerConfig
+    vocabulary: Any
+    template: TemplateConfig = TELE_FLM
+    max_new_tokens: int = 160
+    batch_size: int = 16
+    note: Callable[[int, int], None] = lambda done, of: None
+
+    def answer(self, samples: Sequence[Sample]) -> list[str]:
+        """The likeliest answer to each conversation without its last assistant message."""
+        stop = end_token(self.vocabulary)
+        sampling = Sampling(self.max_new_tokens, stop_tokens=(stop,))
+
+        def prompt(sample: Sample) -> list[int]:
+            last = max(n for n, m in enumerate(sample.messages) if m.role == "assistant")
+            before = sample.messages[:last]
+            return [START, *encode_prompt(before, self.vocabulary, self.template)]
+
+        def answers(prompts: list[list[int]]) -> list[str]:
+            rows = prompts + prompts[:1] * (self.batch_size - len(prompts))
+            key = jax.random.key(0)  # not used: greedy
+            texts = generate(self.params, self.config, rows, sampling, key)
+            return [self.vocabulary.decode(text) for text in texts[: len(prompts)]]
+
+        return self._by_length([prompt(s) for s in samples], len, answers)
+
+    def losses(self, samples: Sequence[Sample]) -> list[ResponseLoss]:
+        """Of all assistant messages, each given what is before it."""
+        encoded = [encode(s.messages, self.vocabulary, self.template) for s in samples]
+
+        def nats(rows: list[Encoded]) -> list[float]:
+            return _nats(self.params, self._batch(rows), self.config)[: len(rows)].tolist()
+
+        return [
+            ResponseLoss(value, sum(e.learned), _response_bytes(s))
+            for s, e, value in zip(
+                samples, encoded, self._by_length(encoded, _tokens, nats), strict=True
+            )
+        ]
+
+    def unprompted(self, samples: Sequence[Sample]) -> list[ResponseLoss]:
+        """As `losses`, without the other roles' messages."""
+        alone = [
+            dataclasses.replace(
+                s, messages=tuple(m for m in s.messages if m.role == "assistant")
+            )
+            for s in samples
+        ]  # fmt: skip
+        return self.losses(alone)
+
+    def embeddings(self, samples: Sequence[Sample]) -> np.ndarray:
+        """float32 [samples, D]: the last layer's output, mean over the conversation's tokens."""
+        encoded = [encode(s.messages, self.vocabulary, self.template) for s in samples]
+
+        def means(rows: list[Encoded]) -> list[Any]:
+            return list(
+                np.asarray(_means(self.params, self._batch(rows), self.config))[: len(rows)]
+            )
+
+        return np.stack(self._by_length(encoded, _tokens, means))
+
+    def _batch(self, rows: list[Encoded]) -> Batch:
+        length = bucket(max(_tokens(e) for e in rows))
+        packed = [[e] for e in rows] + [[]] * (self.batch_size - len(rows))
+        return {name: jnp.asarray(x) for name, x in features(packed, length).items()}
+
+    def _by_length(
+        self, items: Sequence[Any], length: Callable[[Any], int], compute: Callable[[Any], list[T]]
+    ) -> list[T]:
+        """`compute` over batches of items of similar length; the results in the items' order."""
+        order = sorted(range(len(items)), key=lambda i: length(items[i]))
+        found: dict[int, T] = {}
+        for chosen in _batches(order, self.batch_size):
+            found |= zip(chosen, compute([items[i] for i in chosen]), strict=True)
+            self.note(len(found), len(items))
+        return [found[i] for i in range(len(items))]
+
+
+def open_chat_model(
+    given: str, vocabulary: str = "", template: TemplateConfig = TELE_FLM
+) -> tuple[ChatModel, Any]:
+    """A model, and the `data.Corpus` of its run.
+
+    Args:
+      given: PATH or PATH:STAGE, as `open_model` reads them.
+      vocabulary: of a model that has no run (see `DataConfig.vocabulary`); its corpus is then the
+        default one. "": the run's.
+      template: how conversations are written.
+
+    Raises:
+      UserError: there is no such model, or its vocabulary is not known.
+    """
+    model = open_model(*_split_stage(given))
+    about = model.data
+    if about is None and not vocabulary:
+        raise UserError(f"{given} has no run that names its vocabulary; give --vocabulary")
+    about = about or DataConfig()
+    if vocabulary:
+        about = dataclasses.replace(about, vocabulary=vocabulary)
+    corpus = data.open_corpus(about)
+    return ChatModel(model.params, model.config, corpus.vocabulary, template), corpus
+
+
+def _split_stage(given: str) -> tuple[str, str]:
+    path, colon, stage = given.rpartition(":")
+    if not colon or pathlib.Path(given).expanduser().exists():
+        return given, ""
+    return path, stage
+
+
+def retention(model: ChatModel, corpus: Any, sequences: int) -> float:
+    """Validation bits per byte of the base's text: what fine-tuning should not raise.
+
+    Of a corpus' first `sequences` validation sequences, as the runner measures a stage.
+    """
+    batches = corpus.validation(_VALIDATION_BATCH, sequences)
+    mesh = sharding.one_device()
+    return bits_per_byte(model.params, model.config, batches, corpus.token_bytes, mesh)
+
+
+def _tokens(encoded: Encoded) -> int:
+    return len(encoded.tokens)
+
+
+def _response_bytes(sample: Sample) -> int:
+    return sum(len(m.content.encode()) for m in sample.messages if m.role == "assistant")
+
+
+def _batches(order: list[int], size: int) -> Iterator[list[int]]:
+    return (order[n : n + size] for n in range(0, len(order), size))
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _nats(params: Any, batch: Batch, config: TransformerConfig) -> jax.Array:
+    """[B]: summed over a row's learned tokens."""
+    logits_BTV = logits_of(config, params, batch)
+    return jax.vmap(cross_entropy)(logits_BTV, batch["targets"], batch["weights"])[0]
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _means(params: Any, batch: Batch, config: TransformerConfig) -> jax.Array:
+    _, captured = Transformer(config).apply(
+        {"params": params}, batch["tokens"], batch["segment_ids"], batch["positions"],
+        capture_intermediates=True, mutable=["intermediates"],
+    )  # fmt: skip
+    stream_LBTD = captured["intermediates"]["layers"]["__call__"][0][0]
+    last_BTD = stream_LBTD[-1].astype(wide(config.dtype))
+    real_BT1 = (batch["segment_ids"] > 0).astype(last_BTD.dtype)[..., None]
+    return (last_BTD * real_BT1).sum(1) / jnp.maximum(real_BT1.sum(1), 1)

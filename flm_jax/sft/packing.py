@@ -1,0 +1,199 @@
+"""Conversations packed into rows, and the batches of many epochs, with a place that can be saved.
+
+Letters in array names: B rows of a batch, T tokens of a row. Features are those of
+`data.BatchIterator`: conversations in a row are segments that do not see each other, each at
+positions from 0, and `weights` are 1 on learned targets alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from flm_jax.errors import UserError
+from flm_jax.sft.chat import Sample
+from flm_jax.sft.config import TemplateConfig
+from flm_jax.sft.template import Encoded, Vocabulary, encode
+
+Batch = dict[str, np.ndarray]
+
+OPEN_ROWS = 256  # that a conversation may still go into
+# The stream depends on these, so a saved place holds only where they are equal.
+STREAM_IDENTITY = ("seed", "fingerprint", "rows")
+
+
+@dataclasses.dataclass
+class Counts:
+    """What became of the conversations; nothing is left out unseen."""
+
+    read: int = 0
+    used: int = 0
+    no_assistant: int = 0  # nothing to learn: left out
+    truncated: int = 0  # longer than the context: its end was cut off
+    dropped: int = 0  # longer than the context: left out
+    cut_to_nothing: int = 0  # the answer begins beyond the context: left out
+    tokens: int = 0
+    learned: int = 0  # tokens
+
+    def __str__(self) -> str:
+        names = {
+            "no_assistant": "without an assistant turn", "truncated": "truncated",
+            "dropped": "dropped as too long", "cut_to_nothing": "answered beyond the context",
+        }  # fmt: skip
+        odd = [f"{getattr(self, k)} {text}" for k, text in names.items() if getattr(self, k)]
+        return ", ".join([f"{self.used} of {self.read} conversations used", *odd])
+
+
+def encode_all(
+    samples: Sequence[Sample],
+    vocabulary: Vocabulary,
+    template: TemplateConfig,
+    length: int,
+    overlong: str,
+) -> tuple[list[Encoded], Counts]:
+    """The conversations that can be learned from, none longer than `length` tokens.
+
+    Raises UserError if none is left.
+    """
+    kept, counts = [], Counts(read=len(samples))
+    for sample in samples:
+        if all(message.role != "assistant" for message in sample.messages):
+            counts.no_assistant += 1
+            continue
+        encoded = encode(sample.messages, vocabulary, template)
+        if len(encoded.tokens) > length:
+            if overlong == "drop":
+                counts.dropped += 1
+                continue
+            encoded = Encoded(encoded.tokens[:length], encoded.learned[:length])
+            if not any(encoded.learned):
+                counts.cut_to_nothing += 1
+                continue
+            counts.truncated += 1
+        kept.append(encoded)
+        counts.tokens += len(encoded.tokens)
+        counts.learned += sum(encoded.learned)
+    counts.used = len(kept)
+    if not kept:
+        raise UserError(
+            f"no conversation is left to learn from: {counts}; the context is {length} tokens "
+            f"and overlong is {overlong!r}: give other data, or change these"
+        )
+    return kept, counts
+
+
+def first_fit(lengths: Iterable[int], capacity: int) -> list[list[int]]:
+    """Indices by row: each goes into the first of the open rows with room, else into a new one."""
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for index, length in enumerate(lengths):
+        for row in range(max(0, len(rows) - OPEN_ROWS), len(rows)):
+            if room[row] >= length:
+                break
+        else:
+            row = len(rows)
+            rows.append([])
+            room.append(capacity)
+        rows[row].append(index)
+        room[row] -= length
+    return rows
+
+
+def features(rows: Sequence[Sequence[Encoded]], length: int) -> Batch:
+    """The model's features of packed rows, all [B, T]; rest of a row: padding, weight 0."""
+    shape = (len(rows), length)
+    batch = {
+        name: np.zeros(shape, np.int32)
+        for name in ("tokens", "targets", "segment_ids", "positions")
+    }
+    batch["weights"] = np.zeros(shape, np.float32)
+    for b, row in enumerate(rows):
+        start = 0
+        for number, conversation in enumerate(row, start=1):
+            end = start + len(conversation.tokens)
+            batch["targets"][b, start:end] = conversation.tokens
+            batch["tokens"][b, start + 1 : end] = conversation.tokens[:-1]
+            batch["segment_ids"][b, start:end] = number
+            batch["positions"][b, start:end] = np.arange(end - start)
+            batch["weights"][b, start:end] = conversation.learned
+            start = end
+    return batch
+
+
+def in_order(conversations: Sequence[Encoded], length: int, batch_size: int) -> list[Batch]:
+    """Every conversation once, packed, in batches of equal size; the last has empty rows."""
+    packed = first_fit((len(c.tokens) for c in conversations), length)
+    rows = [[conversations[i] for i in row] for row in packed]
+    rows += [[]] * (-len(rows) % batch_size)
+    return [features(rows[n : n + batch_size], length) for n in range(0, len(rows), batch_size)]
+
+
+class ChatBatches:
+    """An endless stream of packed batches, as `data.BatchIterator`: epoch after epoch.
+
+    Conversations are packed once, in an order drawn by the seed; each epoch has all rows, in an
+    order of its own. A batch may hold the last rows of one epoch and the first of the next.
+    """
+
+    def __init__(
+        self,
+        conversations: Sequence[Encoded],
+        length: int,
+        batch_size: int,
+        seed: int,
+        fingerprint: str,
+        host_index: int = 0,
+        host_count: int = 1,
+    ):
+        if batch_size % host_count:
+            raise UserError(
+                f"batch_size is {batch_size} and there are {host_count} processes; make it a "
+                "multiple of them"
+            )
+        order = np.random.default_rng((seed, 0)).permutation(len(conversations))
+        shuffled = [conversations[i] for i in order]
+        packed = first_fit((len(c.tokens) for c in shuffled), length)
+        self.rows = [[shuffled[i] for i in row] for row in packed]
+        share = batch_size // host_count
+        self._host_rows = slice(host_index * share, (host_index + 1) * share)
+        self._length, self._batch_size, self._seed = length, batch_size, seed
+        self._identity = {"seed": seed, "fingerprint": fingerprint, "rows": len(self.rows)}
+        self._place = 0  # rows handed out, of all epochs
+
+    def __iter__(self) -> ChatBatches:
+        return self
+
+    def __next__(self) -> Batch:
+        places = range(self._place, self._place + self._batch_size)[self._host_rows]
+        order = functools.cache(self._order)
+        rows = []
+        for place in places:
+            epoch, offset = divmod(place, len(self.rows))
+            rows.append(self.rows[order(epoch)[offset]])
+        self._place += self._batch_size
+        return features(rows, self._length)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng((self._seed, 1, epoch)).permutation(len(self.rows))
+
+    def get_state(self) -> dict[str, Any]:
+        """The place after the batches handed out so far, as JSON values."""
+        return {"place": self._place, **self._identity}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Goes to the place of `get_state`, in any process and for any batch size.
+
+        Raises UserError if the state is of other conversations or another seed.
+        """
+        for name in STREAM_IDENTITY:
+            if state.get(name) != self._identity[name]:
+                raise UserError(
+                    f"{name} of the saved place is {state.get(name)!r}, of these conversations "
+                    f"{self._identity[name]!r}; resume with the data that the run began with, or "
+                    "give another --workdir"
+                )
+        self._place = state["place"]

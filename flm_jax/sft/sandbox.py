@@ -1,0 +1,173 @@
+"""Runs code that a model wrote, in a process of its own that can do little.
+
+The child is a Python in isolated mode, without site packages, with an empty environment and an
+empty folder. Before it runs anything it gives up, for good: CPU time and memory beyond a limit,
+bytes written to files, further processes (as root it first becomes `nobody`, who can be denied
+them); where the kernel permits (Linux, user namespaces) the network; where it permits (Linux,
+Landlock) every change of the file system. An audit hook refuses all but a few harmless events; it
+is a second fence, and the only one for what the kernel does not permit. Reading files is not
+prevented. The parent kills the process group at the wall-clock limit and reads at most
+`output_bytes` of what it says.
+
+The child never learns what its outputs should be: they are compared in the parent, so that exit
+codes, monkeypatching and early exits gain nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    cpu_seconds: int = 2
+    wall_seconds: float = 10.0
+    memory_bytes: int = 512 << 20  # of address space
+    output_bytes: int = 64 << 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What the examples printed, as far as they ran; `failure` says why there is nothing."""
+
+    outputs: tuple[str, ...] = ()
+    failure: str = ""
+
+
+def run_examples(source: str, examples: Sequence[str], limits: Limits = Limits()) -> Outcome:
+    """Executes a module's source, then each example as typed at the interpreter's prompt.
+
+    Returns each example's output, as doctest shows it: what was printed, then the value's repr, or
+    a traceback's last line after doctest's header.
+    """
+    task = {"source": source, "examples": list(examples), **dataclasses.asdict(limits)}
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)  # `nobody` stands in it
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _CHILD],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            cwd=folder,
+            env={},
+            start_new_session=True,
+        )
+        assert process.stdin and process.stdout
+        late = threading.Event()
+
+        def kill() -> None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+        def too_late() -> None:
+            late.set()
+            kill()
+
+        timer = threading.Timer(limits.wall_seconds, too_late)
+        timer.start()
+        try:
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.write(json.dumps(task).encode())
+                process.stdin.close()
+            said = process.stdout.read(limits.output_bytes + 1)
+        finally:
+            timer.cancel()
+            kill()
+            process.stdout.close()
+            process.wait()
+    if late.is_set():
+        return Outcome(failure=f"ran for more than {limits.wall_seconds:g} s")
+    if len(said) > limits.output_bytes:
+        return Outcome(failure=f"said more than {limits.output_bytes} bytes")
+    try:
+        result = json.loads(said)
+        return Outcome(tuple(map(str, result["outputs"])), str(result["failure"]))
+    except (ValueError, TypeError, KeyError):
+        return Outcome(failure="ended without a result (a limit, or an exit)")
+
+
+_CHILD = r"""
+import contextlib, ctypes, io, json, os, resource, sys, traceback
+# Imported now: as nobody, a Python in a private folder can no longer be read.
+import bisect, collections, datetime, functools, heapq, itertools, math, operator, random, re
+
+def confine(task):
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+    os.close(null)
+    for kind, limit in (
+        (resource.RLIMIT_CPU, task["cpu_seconds"]), (resource.RLIMIT_AS, task["memory_bytes"]),
+        (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0), (resource.RLIMIT_NOFILE, 16),
+        (resource.RLIMIT_NPROC, 0),
+    ):
+        resource.setrlimit(kind, (limit, limit))
+    if os.geteuid() == 0:
+        os.setgroups([])
+        os.setgid(65534)
+        os.setuid(65534)
+    if sys.platform.startswith("linux"):
+        libc = ctypes.CDLL(None)
+        libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
+        libc.unshare(0x10000000 | 0x40000000 | 0x08000000)  # CLONE_NEWUSER, NEWNET, NEWIPC
+        # Landlock, first version: a ruleset that handles every write and grants none.
+        handled = ctypes.c_uint64(0x1FF2)
+        ruleset = libc.syscall(444, ctypes.byref(handled), ctypes.c_size_t(8), 0)
+        if ruleset >= 0:
+            libc.syscall(446, ruleset, 0)
+            os.close(ruleset)
+    allowed = {
+        "import", "compile", "exec", "os.listdir", "os.scandir", "marshal.loads", "code.__new__",
+        "function.__new__", "object.__getattr__", "object.__setattr__", "object.__delattr__",
+        "builtins.id", "sys._getframe", "array.__new__", "time.sleep",
+    }
+
+    def hook(event, arguments):
+        if event in allowed:
+            return
+        if event == "open":
+            path, mode, flags = arguments
+            writes = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+            if not flags & writes:
+                return
+        raise PermissionError(f"the sandbox refuses {event}")
+
+    sys.addaudithook(hook)
+
+def run(task):
+    module = {"__name__": "answer"}
+    outputs = []
+    try:
+        exec(compile(task["source"], "<answer>", "exec"), module)
+    except BaseException as error:
+        return outputs, "".join(traceback.format_exception_only(error)).strip()[-300:]
+    for source in task["examples"]:
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            try:
+                exec(compile(source, "<example>", "single"), module)
+                output = said.getvalue()
+            except BaseException as error:
+                last = traceback.format_exception_only(error)[-1]
+                output = "Traceback (most recent call last):\n" + last
+        outputs.append(output)
+    return outputs, ""
+
+def main():
+    task = json.loads(sys.stdin.buffer.read())
+    answer = os.dup(1)
+    confine(task)
+    outputs, failure = run(task)
+    os.write(answer, json.dumps({"outputs": outputs, "failure": failure}).encode())
+    os._exit(0)
+
+main()
+"""

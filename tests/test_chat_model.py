@@ -1,0 +1,126 @@
+"""A model as functions of chat samples, against plain computations of one sample at a time."""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from flm_jax.errors import UserError
+from flm_jax.sft import chat_model
+from flm_jax.sft.chat import Message, Sample
+from flm_jax.sft.chat_model import ChatModel
+from flm_jax.sft.template import encode, encode_prompt
+from tests.models import SMALL, changed, logits_of, numpy_logits, random_params
+
+CONFIG = changed(SMALL, vocab_size=259)
+
+
+class Bytes:
+    """The byte vocabulary, without TensorFlow."""
+
+    eos_id = 1
+
+    def encode(self, text):
+        return [byte + 3 for byte in text.encode()]
+
+    def decode(self, ids):
+        return bytes(i - 3 for i in ids if i >= 3).decode(errors="replace")
+
+
+def sample(*texts):
+    roles = ("user", "assistant") * len(texts)
+    return Sample(tuple(Message(r, t) for r, t in zip(roles, texts, strict=False)))
+
+
+SAMPLES = [sample("ab", "cde"), sample("a", "b", "what is it?", "é"), sample("long " * 9, "x")]
+
+
+@pytest.fixture(scope="module")
+def model():
+    with jax.enable_x64(True):
+        params = random_params(CONFIG, 0)
+        yield ChatModel(params, CONFIG, Bytes(), max_new_tokens=4, batch_size=2)
+
+
+def plain_nats(model, s):
+    """Written token by token, with the model of plain numpy."""
+    encoded = encode(s.messages, Bytes())
+    tokens = np.array([[0, *encoded.tokens[:-1]]])
+    logits = numpy_logits(CONFIG, model.params, tokens, np.ones_like(tokens),
+                          np.arange(tokens.shape[1])[None])[0]  # fmt: skip
+    log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    picked = [log_probs[n, t] for n, t in enumerate(encoded.tokens) if encoded.learned[n]]
+    return -sum(picked)
+
+
+def test_losses(model):
+    with jax.enable_x64(True):
+        found = model.losses(SAMPLES)
+    for s, loss in zip(SAMPLES, found, strict=True):
+        assert loss.nats == pytest.approx(plain_nats(model, s), rel=1e-10)
+    # Two answers with two end tokens; é is two bytes.
+    assert (found[1].tokens, found[1].bytes) == (1 + 1 + 2 + 1, 3)
+    # Twin: another question gives another loss.
+    other = sample("aB", "cde")
+    assert abs(plain_nats(model, other) - found[0].nats) > 1e-6
+
+
+def test_unprompted_leaves_the_questions_out(model):
+    with jax.enable_x64(True):
+        alone, again = (model.unprompted([s])[0] for s in (sample("q", "cde"), sample("r", "cde")))
+        given = model.losses([sample("q", "cde")])[0]
+    assert alone == again and alone.tokens == given.tokens
+    assert abs(alone.nats - given.nats) > 1e-6
+
+
+def next_token(params, tokens):
+    """Of one text, in a row of fixed length: one program for all."""
+    n = len(tokens)
+    batch = {
+        "tokens": np.array([tokens + [0] * (96 - n)], np.int32),
+        "segment_ids": np.array([[1] * n + [0] * (96 - n)], np.int32),
+        "positions": np.array([[*range(n)] + [0] * (96 - n)], np.int32),
+    }
+    return int(np.argmax(logits_of(CONFIG, params, batch)[0, n - 1]))
+
+
+def test_answers_are_greedy(model):
+    with jax.enable_x64(True):
+        answers = model.answer(SAMPLES)
+        for s, answer in zip(SAMPLES, answers, strict=True):
+            tokens = [0, *encode_prompt(s.messages[:-1], Bytes())]
+            new: list[int] = []
+            while len(new) < 4 and 1 not in new:
+                new.append(next_token(model.params, tokens + new))
+            assert answer == Bytes().decode([t for t in new if t != 1])
+
+
+def test_embeddings_do_not_depend_on_the_batch(model):
+    with jax.enable_x64(True):
+        together = model.embeddings(SAMPLES)
+        alone = np.concatenate([dataclasses.replace(model, batch_size=1).embeddings([s])
+                                for s in SAMPLES[::-1]])[::-1]  # fmt: skip
+    assert together.shape == (3, CONFIG.d_model)
+    np.testing.assert_allclose(together, alone, rtol=1e-10)
+    assert np.abs(together[0] - together[2]).max() > 1e-3  # twin: samples differ
+
+
+def test_stage_after_the_colon(tmp_path):
+    folder = tmp_path / "with:colon"
+    folder.mkdir()
+    assert chat_model._split_stage("runs/demo:small") == ("runs/demo", "small")
+    assert chat_model._split_stage("runs/demo") == ("runs/demo", "")
+    assert chat_model._split_stage(str(folder)) == (str(folder), "")
+    assert chat_model._split_stage(f"{folder}:1") == (str(folder), "1")
+    with pytest.raises(UserError, match="nowhere holds no model"):
+        chat_model.open_chat_model("nowhere")
+
+
+def test_scores_of_a_uniform_model():
+    """All logits equal: log2(vocabulary) bits a token."""
+    params = jax.tree.map(np.zeros_like, random_params(changed(CONFIG, dtype="float32"), 0))
+    uniform = ChatModel(params, changed(CONFIG, dtype="float32"), Bytes())
+    loss = uniform.losses([sample("q", "abc")])[0]
+    assert loss.nats == pytest.approx(4 * math.log(259), rel=1e-6)

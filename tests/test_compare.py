@@ -1,0 +1,154 @@
+"""Two models side by side: differences, gates, exit statuses."""
+
+import dataclasses
+import json
+import shlex
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flm_jax.checkpoint import Checkpoints
+from flm_jax.config import DataConfig, ExperimentConfig, StageConfig
+from flm_jax.errors import UserError
+from flm_jax.lineage import RunFolder, identity, write_json
+from flm_jax.sft import chat, compare, made, scoring
+from flm_jax.sft.chat import Check, Message, Sample
+from flm_jax.sft.compare import Gate
+from flm_jax.sft.scoring import ResponseLoss, Scored
+from flm_jax.state import TrainState
+from tests.commands import mistake, run
+from tests.models import SMALL, changed, random_params
+
+
+def scored(right, nats, category="c"):
+    samples = [
+        Sample((Message("user", str(n)), Message("assistant", "x")), category, str(n),
+               None if r is None else Check("exact", "x"))
+        for n, r in enumerate(right)
+    ]  # fmt: skip
+    return [
+        Scored(s, ResponseLoss(float(n), 2, 1), "x", r)
+        for s, r, n in zip(samples, right, nats, strict=True)
+    ]
+
+
+def test_differences_are_paired():
+    rng = np.random.default_rng(0)
+    hardness = rng.uniform(1, 20, 80)  # of samples, the same for both models
+    one = scored([True] * 40 + [False] * 40, hardness)
+    two = scored([True] * 36 + [False] * 44, hardness + rng.uniform(0.1, 0.2, 80))
+    found = compare.compare(one, two)["all"]
+    assert found["accuracy"]["difference"] == pytest.approx(-0.05)
+    assert found["accuracy"]["low"] <= -0.05 <= found["accuracy"]["high"]
+    # A small rise is certain, though each model's own interval is wide.
+    alone = scoring.summarise(one)["all"]["loss"]
+    assert alone.high - alone.low > 1 and found["loss"]["low"] > 0
+    assert found["loss"]["high"] - found["loss"]["low"] < 0.05
+    # Twin: unpaired, it would not be.
+    shuffled = [dataclasses.replace(s, sample=o.sample) for s, o in
+                zip(rng.permutation(np.array(two, dtype=object)), one, strict=True)]  # fmt: skip
+    assert compare.compare(one, shuffled)["all"]["loss"]["low"] < 0
+    same = compare.compare(one, one)["all"]
+    assert all(row[k] == 0 for row in same.values() for k in ("difference", "low", "high"))
+
+
+def test_gates_know_which_way_is_worse():
+    found = compare.compare(scored([True] * 10, [1] * 10), scored([True] * 9 + [False], [2] * 10))
+    found["retention"] = {"bpb": compare.retained(1.5, 1.52)}
+
+    def failure(text):
+        return Gate.parse(text).failure(found)
+
+    assert failure("c/accuracy:0.05") == (
+        "c/accuracy went from 1.0000 to 0.9000, worse by 0.1000, and the margin is 0.05"
+    )
+    assert failure("c/accuracy:0.2") == ""
+    assert "worse by 0.5000" in failure("all/loss:0.4") and not failure("all/loss:0.5")
+    assert failure("retention/bpb:0.01") and not failure("retention/bpb:0.03")
+    # The other way round everything is better.
+    better = compare.compare(scored([False] * 2, [2, 2]), scored([True] * 2, [1, 1]))
+    assert not any(Gate("all", m, 0.0).failure(better) for m in compare.METRICS)
+    # What is no number does not pass.
+    broken = compare.compare(scored([None], [1]), scored([None], [float("nan")]))
+    assert Gate("all", "loss", 5.0).failure(broken)
+
+
+def test_gates_that_would_stand_open_are_refused():
+    for text in ("accuracy:0.1", "c/accuracy", "c/f1:0.1", "c/accuracy:-1", "c/accuracy:nan"):
+        with pytest.raises(UserError, match="write category/metric:margin"):
+            Gate.parse(text)
+    available = compare.metrics_of({"lists": True, "describe": False})
+    Gate.parse("a/b/accuracy:0.1")
+    for text in ("lists/accuracy:0", "all/accuracy:0", "describe/bpb:0", "retention/bpb:0"):
+        Gate.parse(text).check(available)
+    for text in ("describe/accuracy:0", "poems/bpb:0", "retention/accuracy:0"):
+        with pytest.raises(UserError, match="not measured here; there are lists/accuracy"):
+            Gate.parse(text).check(available)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A run of two stages, `one` and, worse, `two`; not trained; over a text of its own."""
+    folder = tmp_path_factory.mktemp("run")
+    text = folder / "text"
+    text.mkdir()
+    for n in range(4):
+        (text / f"{n}.txt").write_text(f"some text, number {n}. " * 40)
+    model = changed(SMALL, vocab_size=384, dtype="float32")
+    stages = tuple(StageConfig(name, model, 100, 1, 1e-3, 1e-3) for name in ("one", "two"))
+    data = DataConfig(task="text_files", path=str(text), sequence_length=64)
+    experiment = ExperimentConfig(stages, data)
+    run_folder = RunFolder(folder / "run")
+    entries = []
+    for index, stage in enumerate(stages):
+        of_stage = run_folder.stage(index, stage.name)
+        write_json(of_stage.config, identity(experiment, index, "none"))
+        checkpoints = Checkpoints(of_stage.checkpoints)
+        params = random_params(model, 0)
+        params["head"] = params["head"] * (1 + 4 * index)  # `two` is surer of what it guesses
+        checkpoints.save(1, TrainState(jnp.zeros((), jnp.int32), params, ()), {})
+        checkpoints.wait()
+        checkpoints.close()
+        path = checkpoints.path(1).relative_to(run_folder.path)
+        entries.append({"index": index, "name": stage.name, "checkpoint": str(path)})
+    write_json(run_folder.lineage, {"version": 1, "stages": entries})
+    return run_folder.path
+
+
+COMMAND = ("experiments.compare", "--retention_sequences=4", "--max_new_tokens=8")
+
+
+@pytest.mark.slow
+def test_the_command_gates_a_release(workdir, tmp_path):
+    path, out_path = tmp_path / "held_out.jsonl", tmp_path / "out"
+    chat.write_jsonl(path, made.make(0, 2, "evaluation", ["lists", "describe"]))
+    said = "import json; print(json.dumps({'winner': 'tie'}))"
+    judge = shlex.join([sys.executable, "-I", "-S", "-c", said])
+    status, out, err = run(
+        *COMMAND, f"{workdir}:one", f"{workdir}:two", f"--samples={path}", "--json",
+        f"--judge={judge}", f"--output={out_path}",
+        "--fail_if=all/loss:0.5", "--fail_if=all/accuracy:0.5",
+    )  # fmt: skip
+    # Of the two gates one fails, and says so in one line; the object is printed all the same.
+    assert status == 3
+    lines = [line for line in err.splitlines() if line.startswith("compare: ")]
+    assert len(lines) == 1 and "all/loss went from" in lines[0] and "accuracy" not in lines[0]
+    result = json.loads(out)
+    assert len(result["failed"]) == 1 and set(result["difference"]) == {
+        "lists", "describe", "all", "retention",
+    }  # fmt: skip
+    assert result["a"]["scores"]["lists"]["accuracy_n"] == 2
+    assert 5 < result["retention"]["bpb_a"] < result["retention"]["bpb_b"]
+    assert result["judge"]["categories"]["all"]["win_rate"] == 0.5
+    assert json.loads((out_path / "compare.json").read_text()) == result
+    assert (out_path / "answers.jsonl").read_text().count("\n") == 4
+    assert (out_path / "verdicts.jsonl").read_text().count("\n") == 8
+
+
+@pytest.mark.slow
+def test_mistakes_are_one_line(workdir):
+    model = str(workdir)
+    assert "not measured here" in mistake(*COMMAND, model, model, "--fail_if=poems/bpb:1")
+    assert "no finished stage 'three'" in mistake(*COMMAND, f"{workdir}:three", model)

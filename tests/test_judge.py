@@ -1,0 +1,117 @@
+"""The judge's command: verdicts, order, failures, resuming; AlignBench's rule."""
+
+import json
+import shlex
+import sys
+
+import pytest
+
+from flm_jax.errors import UserError
+from flm_jax.sft import alignbench, judge, made
+from flm_jax.sft.chat import Message, Sample
+from flm_jax.sft.judge import Judge
+
+
+def command(body):
+    """A judge in Python: `q` is what it was asked."""
+    code = f"import json, sys, time, os\nq = json.load(sys.stdin)\n{body}"
+    return shlex.join([sys.executable, "-I", "-S", "-c", code])
+
+
+LONGER = command(
+    "a, b = len(q['answer_a']), len(q['answer_b'])\n"
+    "print(json.dumps({'winner': 'a' if a > b else 'b' if b > a else 'tie'}))"
+)
+SAMPLES = [
+    Sample((Message("user", f"q{n}"), Message("assistant", "known")), f"c{n % 2}", f"s{n}")
+    for n in range(4)
+]
+
+
+def test_reported_scores_follow_the_rule():
+    scores = alignbench.REPORTED["FLM-2-52B-Instruct"]
+    assert round(alignbench.overall(scores), 2) == 6.23
+    for model, reported in alignbench.REPORTED.items():
+        assert alignbench.overall(reported) == pytest.approx(reported["Overall"], abs=0.005), model
+    # Twin: the plain mean is another number.
+    assert round(sum(scores[c] for c in alignbench.CATEGORIES) / 8, 2) == 7.11
+    assert alignbench.overall({"Math": 1.0}) is None
+
+
+def test_win_rates(tmp_path):
+    answers_a, answers_b = ["long"] * 3 + ["x"], ["x", "x", "long", "long"]
+    verdicts = Judge(LONGER).verdicts(SAMPLES, answers_a, answers_b, tmp_path / "said.jsonl")
+    assert [v.points for v in verdicts] == [1, 1, 0.5, 0]
+    found = judge.report(verdicts)["categories"]
+    assert found["all"]["win_rate"] == 0.625 and found["all"]["agreement"] == 1
+    assert found["c0"]["win_rate"] == 0.75 and found["c1"]["win_rate"] == 0.5
+    assert found["all"]["win_rate_low"] < 0.625 < found["all"]["win_rate_high"]
+    asked = judge._question(made.make(0, 1, categories=["dialogue"])[0], "1", "2", True)
+    assert asked["answer_a"] == "2" and asked["messages"][-1]["role"] == "user"
+    assert "check" not in asked  # the right answer is not given away
+
+
+def test_a_liking_for_the_first_cancels_out(tmp_path):
+    first = Judge(command("print(json.dumps({'winner': 'a', 'score_a': 9, 'score_b': 2}))"))
+    verdicts = first.verdicts(SAMPLES, ["x"] * 4, ["y"] * 4, tmp_path / "said.jsonl")
+    found = judge.report(verdicts)["categories"]["all"]
+    assert found["win_rate"] == 0.5 and found["agreement"] == 0
+    assert found["score_a"] == found["score_b"] == 5.5
+
+
+def test_scores_make_an_overall(tmp_path):
+    samples = [
+        Sample((Message("user", c), Message("assistant", "")), c) for c in alignbench.CATEGORIES
+    ]
+    scores = alignbench.REPORTED["FLM-2-52B-Instruct"]
+    body = f"s = {dict(scores)!r}[q['category']]\na = s if q['answer_a'] == 'ours' else 1\n"
+    body += (
+        "b = s if q['answer_b'] == 'ours' else 1\nprint(json.dumps({'score_a': a, 'score_b': b}))"
+    )
+    verdicts = Judge(command(body)).verdicts(samples, ["ours"] * 8, ["?"] * 8, tmp_path / "x.jsonl")
+    found = judge.report(verdicts)
+    assert round(found["overall_a"], 2) == 6.23 and found["overall_b"] == 1
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        ("sys.exit('out of credit')", "exit status 1: out of credit"),
+        ("time.sleep(60)", "no verdict within 0.5 s"),
+        ("print('A wins')", "not a JSON object"),
+        ("print(json.dumps({'winner': 'c'}))", "winner must be one of a, b, tie"),
+        ("print(json.dumps({'score_a': 3}))", "must be two numbers"),
+        ("print(json.dumps({'score_a': float('nan'), 'score_b': 1}))", "must be two numbers"),
+        ("print(json.dumps(['a']))", "winner must be one of"),
+    ],
+)
+def test_failures_are_counted(body, why, tmp_path):
+    verdicts = Judge(command(body), timeout=0.5 if "sleep" in body else 20).verdicts(
+        SAMPLES[:1], ["x"], ["y"], tmp_path / "said.jsonl"
+    )
+    found = judge.report(verdicts)["categories"]["all"]
+    assert found["failed"] == found["asked"] == 1 and found["win_rate"] is None
+    assert why in found["failures"][0]
+
+
+def test_nothing_is_lost_and_failures_are_asked_again(tmp_path):
+    path, broken = tmp_path / "said.jsonl", tmp_path / "broken"
+    calls = tmp_path / "calls"
+    body = (
+        f"open({str(calls)!r}, 'a').write('x')\n"
+        f"if os.path.exists({str(broken)!r}) and q['id'] == 's1': sys.exit('later')\n"
+        "print(json.dumps({'winner': 'tie'}))"
+    )
+    broken.touch()
+    given = (SAMPLES, ["x"] * 4, ["y"] * 4, path)
+    first = Judge(command(body)).verdicts(*given)
+    assert [v.points for v in first] == [0.5, None, 0.5, 0.5]
+    assert judge.report(first)["categories"]["all"]["failed"] == 1
+    broken.unlink()
+    again = Judge(command(body)).verdicts(*given)
+    assert [v.points for v in again] == [0.5] * 4
+    assert len(calls.read_text()) == 8 + 2  # two more for the one that failed
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["kind"] for row in rows].count("failure") == 2
+    with pytest.raises(UserError, match="judge 'no-such-judge --x': no such command"):
+        Judge("no-such-judge --x")

@@ -1,0 +1,196 @@
+"""Scores: checks by program, the sandbox's fences, intervals."""
+
+import dataclasses
+import math
+import os
+import re
+import sys
+import time
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from flm_jax.errors import UserError
+from flm_jax.sft import made, sandbox, scoring
+from flm_jax.sft.chat import Check, Message, Sample
+from flm_jax.sft.sandbox import Limits, run_examples
+from flm_jax.sft.scoring import ResponseLoss
+
+DOUBLE = Check(
+    "doctest", 'def f(x):\n    """Twice x.\n\n    >>> f(3)\n    6\n    >>> f(-1)\n    -2\n    """\n'
+)
+
+
+def test_checks():
+    def right(kind, expected, answer):
+        return scoring.check_answer(Check(kind, expected), answer)[0]
+
+    assert right("exact", "[1, 2]", " [1, 2]\n") and not right("exact", "[1, 2]", "[1,2]")
+    assert right("number", "7", "3 + 4 = 7. Answer: 7") and not right("number", "7", "7 or 8")
+    assert right("number", "-2", "it is -2") and right("number", "2", "5-2")
+    assert right("number", "1200", "1,200") and right("number", "0.5", "x = 0.50")
+    assert not right("number", "7", "seven")
+    for body in ("    return 2 * x", "return x + x", "    y = x\n    return y + x"):
+        assert scoring.check_answer(DOUBLE, body) == (True, "")
+    for body in ("    return 2 * x + 1", "    return 6", "    return x +", "", "pass"):
+        assert not scoring.check_answer(DOUBLE, body)[0]
+
+
+def test_examples_that_raise_and_their_options():
+    source = (
+        'def f(x):\n    """Raise.\n\n    >>> f(0)\n    Traceback (most recent call last):\n'
+        "        ...\n    ValueError: none\n    >>> f(1)  # doctest: +ELLIPSIS\n    [0, ..., 8]\n"
+        '    """\n'
+    )
+    body = "if not x: raise {}\nreturn list(range(9))"
+    assert scoring.check_answer(Check("doctest", source), body.format("ValueError('none')"))[0]
+    assert not scoring.check_answer(Check("doctest", source), body.format("ValueError('no')"))[0]
+
+
+@pytest.mark.parametrize(
+    "trick",
+    [
+        "import os\nos._exit(0)",
+        "raise SystemExit(0)",
+        "import doctest\ndoctest.OutputChecker.check_output = lambda *a: True",
+        "class Equal:\n    def __eq__(self, other): return True\nreturn Equal()",
+        "import sys\nsys.modules['__main__'].json.dumps = lambda x: 'x'",
+        # Writes a result itself: with the wanted outputs it would be right, without it cannot be.
+        "import os\nos.write(3, b'{\"outputs\": [\"7\", \"7\"], \"failure\": \"\"}')\nos._exit(0)",
+        "import os\nos.write(3, b'{\"outputs\": [], \"failure\": \"\"}')\nos._exit(0)",
+        "import os\nos.write(3, b'[]')\nos._exit(0)",
+        # What it should give, read from where doctest would find it.
+        "return int(f.__doc__.split('\\n')[-2])",
+    ],
+)  # fmt: skip
+def test_tricks_do_not_pass(trick):
+    right, why = scoring.check_answer(DOUBLE, trick)
+    assert not right and why
+
+
+def test_a_trick_that_gives_the_outputs_is_an_answer():
+    """Twin of the tricks above: the same channel, with the right outputs, passes."""
+    said = r'{"outputs": ["6\\n", "-2\\n"], "failure": ""}'
+    assert scoring.check_answer(DOUBLE, f"import os\nos.write(3, b'{said}')\nos._exit(0)")[0]
+
+
+def outcome_of(body, **limits):
+    return run_examples(f"def f():\n    {body}\n", ["f()\n"], Limits(**limits))
+
+
+def test_time_and_memory_end():
+    begin = time.monotonic()
+    assert "ended without" in outcome_of("while True: pass", cpu_seconds=1).failure
+    assert "more than 0.5 s" in outcome_of("import time; time.sleep(60)", wall_seconds=0.5).failure
+    assert "MemoryError" in outcome_of("return len([0] * 10**10)").outputs[0]
+    assert "MemoryError" in outcome_of("x = []\n    while True: x.append(' ' * 10**6)").outputs[0]
+    assert "said more" in outcome_of("print('x' * 10**6)").failure
+    assert "said more" in outcome_of("import os\n    while True: os.write(3, b'x' * 999)").failure
+    assert time.monotonic() - begin < 60
+
+
+ATTACKS = {
+    "writes": "open({path!r}, 'w').write('x')",
+    "removes": "import os; os.remove({path!r})",
+    "forks": "import os; os.fork()",
+    "network": "import socket; socket.socket().connect(('127.0.0.1', 9))",
+    "limits": "import resource; resource.setrlimit(resource.RLIMIT_CPU, (99, 99))",
+}
+
+
+def without_hook(monkeypatch):
+    child = sandbox._CHILD.replace("sys.addaudithook(hook)", "pass")
+    child = child.replace("import bisect", "import socket, bisect")
+    assert child.count("hook") < sandbox._CHILD.count("hook")
+    monkeypatch.setattr(sandbox, "_CHILD", child)
+
+
+@pytest.mark.parametrize("hook", [True, False])
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_each_fence_alone(attack, hook, tmp_path, monkeypatch):
+    """With the audit hook, and by the kernel's limits alone, where it has them."""
+    path = tmp_path / "file"
+    path.write_text("kept")
+    for folder in (tmp_path, *list(tmp_path.parents)[:3]):
+        if folder.owner() == tmp_path.owner() and folder.name != "tmp":
+            folder.chmod(0o755)
+    if not hook:
+        without_hook(monkeypatch)
+        if attack in ("writes", "removes", "network") and sys.platform != "linux":
+            pytest.skip("only Linux has Landlock and user namespaces")
+    outcome = outcome_of(ATTACKS[attack].format(path=str(path)))
+    assert outcome.outputs[0].startswith("Traceback"), outcome
+    if hook:
+        assert "sandbox refuses" in outcome.outputs[0] or "No module" in outcome.outputs[0]
+    assert path.read_text() == "kept"
+
+
+def test_the_environment_is_empty_and_the_folder_its_own(monkeypatch):
+    monkeypatch.setenv("A_SECRET", "1")
+    environment = outcome_of("import os; return 'A_SECRET' in os.environ or os.listdir('.')")
+    assert environment.outputs == ("[]\n",)
+    assert outcome_of("import numpy").outputs[0].endswith("No module named 'numpy'\n")
+    assert not os.path.exists("x")
+
+
+def test_wilson_and_bootstrap_against_scipy():
+    for right, count in ((0, 5), (3, 10), (50, 50)):
+        theirs = stats.binomtest(right, count).proportion_ci(0.95, "wilson")
+        ours = scoring.wilson(right, count)
+        np.testing.assert_allclose([ours.low, ours.high], [theirs.low, theirs.high], atol=1e-6)
+    rng = np.random.default_rng(0)
+    below = rng.uniform(1, 9, 200)
+    above = below * rng.uniform(1, 2, 200)
+    ours = scoring.ratio(above, below)
+    theirs = stats.bootstrap(
+        (above, below), lambda a, b, axis: a.sum(axis) / b.sum(axis), paired=True,
+        n_resamples=1000, method="percentile", rng=1,
+    ).confidence_interval  # fmt: skip
+    assert ours.value == above.sum() / below.sum()
+    width = ours.high - ours.low
+    np.testing.assert_allclose([ours.low, ours.high], [theirs.low, theirs.high], atol=width / 8)
+
+
+def test_scores_of_a_model_that_is_always_right():
+    samples = made.make(0, 4, "evaluation")
+
+    def answer(asked):
+        assert all(s.check for s in asked)
+        return [s.messages[-1].content for s in asked]
+
+    def losses(asked):
+        return [ResponseLoss(math.log(2) * 8, 4, 16) for _ in asked]
+
+    scores = scoring.summarise(scoring.score(samples, losses, answer))
+    assert set(scores) == {*made.CATEGORIES, "all"}
+    for category, metrics in scores.items():
+        assert metrics["bpb"].value == pytest.approx(0.5)
+        assert metrics["loss"].value == pytest.approx(2 * math.log(2))
+        if "accuracy" in metrics:
+            assert metrics["accuracy"].value == 1 and metrics["accuracy"].low < 1
+        assert ("accuracy" in metrics) == (category not in ("describe", "source"))
+    # Twin: one wrong answer is seen.
+    wrong = dataclasses.replace(samples[0], check=Check("number", "1000"))
+    again = scoring.summarise(scoring.score([wrong, *samples[1:]], losses, answer))
+    assert again["arithmetic"]["accuracy"].value == 0.75
+    flat = scoring.flat(again)["arithmetic"]
+    assert flat["accuracy"] == 0.75 and flat["accuracy_low"] < 0.75 < flat["accuracy_high"]
+    assert flat["accuracy_n"] == flat["bpb_n"] == 4
+
+
+def test_malformed_checks_are_one_line():
+    def error(kind, expected):
+        sample = Sample(
+            (Message("user", "q"), Message("assistant", "1")), "c", "c/1", Check(kind, expected)
+        )
+        with pytest.raises(UserError) as caught:
+            scoring.check_all([sample], ["1"])
+        return str(caught.value)
+
+    assert "sample 'c/1': its check is of kind 'regex'" in error("regex", "x")
+    assert "'none', which holds no number" in error("number", "none")
+    for source in ("def f(", "x = 1", "def f(x):\n    '''No example.'''", ""):
+        assert re.search("docstring with examples", error("doctest", source))
+    with pytest.raises(UserError, match="no samples to score"):
+        scoring.score([], lambda s: [], lambda s: [])

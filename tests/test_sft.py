@@ -1,0 +1,449 @@
+"""Fine-tuning: templates, conversations, packing, and what is learned from them."""
+
+import dataclasses
+import json
+import random
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flm_jax import run_state, train
+from flm_jax.checkpoint import Checkpoints, params_digest
+from flm_jax.config import EvalConfig
+from flm_jax.errors import UserError
+from flm_jax.lineage import RunFolder
+from flm_jax.sft import chat, packing, pool, template, tune
+from flm_jax.sft.chat import Message, Sample
+from flm_jax.sft.config import SftConfig, TemplateConfig
+from tests.commands import json_of, mistake, start, wait_for
+from tests.models import SMALL, changed, gradients, random_params
+
+
+class Bytes:
+    """A byte vocabulary, as seqio's: byte + 3, 1 ends."""
+
+    eos_id = 1
+
+    def encode(self, text):
+        return [byte + 3 for byte in text.encode()]
+
+    def decode(self, ids):
+        return bytes(i - 3 for i in ids if i >= 3).decode()
+
+
+VOCABULARY = Bytes()
+
+
+def talk(*turns, **about):
+    """A sample of user and assistant turns."""
+    roles = ("user", "assistant")
+    return Sample(tuple(Message(roles[n % 2], t) for n, t in enumerate(turns)), **about)
+
+
+def random_samples(count, seed=0, longest=12):
+    rng = random.Random(seed)
+
+    def text():
+        return "".join(rng.choice("abcd e") for _ in range(rng.randrange(1, longest)))
+
+    return [talk(*(text() for _ in range(2 * rng.randrange(1, 4)))) for _ in range(count)]
+
+
+def encoded(samples, how=template.TELE_FLM):
+    return [template.encode(s.messages, VOCABULARY, how) for s in samples]
+
+
+# Templates.
+
+
+def test_tele_flm_format():
+    messages = (Message("system", "be short"), *talk(" 1+1? \n", " 2", "and 2+2?").messages)
+    assert template.prompt(messages) == "<_user>1+1?<_bot> 2<_user>and 2+2?<_bot>"
+    assert template.prompt(messages, template.GENERIC) == (
+        "### System:\nbe short\n\n### User:\n1+1?\n\n### Assistant:\n 2"
+        "### User:\nand 2+2?\n\n### Assistant:\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        template.TELE_FLM,
+        template.GENERIC,
+        TemplateConfig("<s>{text}", "<u>{text}</u>", "<a>{text}</a>", strip=False),
+    ],
+)
+def test_answers_and_end_tokens_are_learned_and_nothing_else(how):
+    _, _, after = how.assistant.partition("{text}")
+    for sample in random_samples(30):
+        got = template.encode(sample.messages, VOCABULARY, how)
+        learned = [t for t, yes in zip(got.tokens, got.learned, strict=True) if yes]
+        answers = [m.content + after for m in sample.messages if m.role == "assistant"]
+        assert learned == [t for a in answers for t in (*VOCABULARY.encode(a), 1)]
+        # What generation begins from is what training saw before the answer.
+        prompt = template.encode_prompt(sample.messages[:-1], VOCABULARY, how)
+        assert got.tokens == (*prompt, *VOCABULARY.encode(answers[-1]), 1)
+
+
+def test_a_template_without_a_place_for_the_text_is_refused():
+    with pytest.raises(UserError, match=r"TemplateConfig.user is '<_user>'.*\{text\}"):
+        TemplateConfig(user="<_user>")
+
+
+# Conversations.
+
+
+def test_jsonl_is_read_as_written(tmp_path):
+    samples = [
+        talk("a", "b", category="x", id="1", check=chat.Check("exact", "b")),
+        talk("ü\n", "\u2028c"),
+    ]
+    chat.write_jsonl(tmp_path / "a.jsonl", samples)
+    row = {"instruction": "Add", "input": "1 2", "response": "3", "system": "s"}
+    (tmp_path / "b.jsonl").write_text(json.dumps(row) + "\n\n")
+    found = pool.read([str(tmp_path)])
+    assert found[:2] == samples
+    roles = [(m.role, m.content) for m in found[2].messages]
+    assert roles == [("system", "s"), ("user", "Add\n1 2"), ("assistant", "3")]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{", "Expecting"),
+        ("[1]", "not a JSON object"),
+        ("{}", "neither messages, nor instruction and response"),
+        ('{"messages": {}}', "list of objects"),
+        ('{"messages": [{"role": "bot", "content": ""}]}', "role is 'bot'"),
+        ('{"messages": [{"role": "user"}]}', "content is None"),
+        ('{"instruction": "x", "response": 3}', "response is 3"),
+        ('{"messages": [], "check": "x"}', "check must be"),
+    ],
+)
+def test_a_malformed_line_is_named(tmp_path, line, words):
+    path = tmp_path / "pool.jsonl"
+    path.write_text('{"instruction": "x", "response": "y"}\n' + line + "\n")
+    with pytest.raises(UserError, match=words) as caught:
+        pool.read([str(path)])
+    assert str(caught.value).startswith(f"{path}, line 2: ")
+
+
+def test_bytes_that_are_no_text_are_named(tmp_path):
+    (tmp_path / "pool.jsonl").write_bytes(b'{"instruction": "\xe9"}\n')
+    with pytest.raises(UserError, match=r"pool.jsonl, line 1: .*utf-8"):
+        pool.read([str(tmp_path)])
+    with pytest.raises(UserError, match="nowhere"):
+        pool.read([str(tmp_path / "nowhere")])
+
+
+def test_the_split_follows_content_alone():
+    samples = random_samples(300)
+    kept, held = pool.split(samples, 0.2)
+    assert len(kept) + len(held) == 300 and 30 < len(held) < 90
+    renamed = [dataclasses.replace(s, id="new", category="new") for s in samples]
+    again, _ = pool.split([*random_samples(100, seed=1), *renamed], 0.2)
+    assert {pool.content_hash(s) for s in kept} <= {pool.content_hash(s) for s in again}
+    kept, held = pool.split(samples[:3], 1e-9)  # one at least
+    assert len(kept) == 2 and len(held) == 1
+
+
+def test_what_does_not_fit_is_counted():
+    samples = [
+        Sample((Message("user", "only"),)),
+        talk("q", "a"),
+        talk("q", "a" * 100),
+        talk("q" * 100, "a"),
+    ]
+    about = (VOCABULARY, template.TELE_FLM, 40)
+    kept, counts = packing.encode_all(samples, *about, "drop")
+    assert len(kept) == counts.used == 1 and counts.no_assistant == 1 and counts.dropped == 2
+    kept, counts = packing.encode_all(samples, *about, "truncate")
+    assert [len(c.tokens) for c in kept] == [len("<_user>q<_bot>a") + 1, 40]
+    assert (counts.truncated, counts.cut_to_nothing, counts.used) == (1, 1, 2)
+    assert "1 truncated" in str(counts) and "1 without an assistant turn" in str(counts)
+    with pytest.raises(UserError, match=r"no conversation is left.*2 dropped as too long"):
+        packing.encode_all(samples[2:], *about, "drop")
+
+
+# Packing.
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_first_fit_loses_nothing_and_overfills_nothing(seed):
+    lengths = np.random.default_rng(seed).integers(1, 30, 700)
+    rows = packing.first_fit(lengths, 32)
+    assert sorted(i for row in rows for i in row) == list(range(700))
+    filled = [sum(lengths[i] for i in row) for row in rows]
+    assert max(filled) <= 32 and np.mean(filled) > 0.85 * 32
+
+
+CONFIG = changed(SMALL, vocab_size=260)
+LENGTH = 64
+
+
+@pytest.fixture(scope="module", autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+@jax.jit
+def nats_of(params, batch):
+    return train.summed_loss(params, batch, CONFIG)[0]
+
+
+@pytest.fixture(scope="module")
+def params():
+    return random_params(CONFIG, 0)
+
+
+def packed_and_alone():
+    """Eight conversations, packed into fewer rows and one to a row, in batches of one shape."""
+    conversations = encoded(random_samples(8, longest=6))
+    (packed,) = packing.in_order(conversations, LENGTH, 8)
+    alone = packing.features([[c] for c in conversations], LENGTH)
+    assert (packed["segment_ids"].max(1) > 1).any()
+    assert packed["weights"].sum() == alone["weights"].sum() > 0
+    return packed, alone
+
+
+def test_packing_changes_no_loss(params):
+    packed, alone = packed_and_alone()
+    assert abs(nats_of(params, packed) / nats_of(params, alone) - 1) < 1e-10
+    merged = packed | {"segment_ids": np.minimum(packed["segment_ids"], 1)}
+    assert abs(nats_of(params, merged) / nats_of(params, alone) - 1) > 1e-4  # the twin
+    shifted = packed | {
+        "positions": np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (8, LENGTH))
+    }
+    # Positions matter only relative to each other, so that this is no twin.
+    assert abs(nats_of(params, shifted) / nats_of(params, alone) - 1) < 1e-10
+
+
+def test_masked_tokens_receive_no_gradient(params):
+    packed, _ = packed_and_alone()
+    other = np.random.default_rng(0).integers(0, 260, packed["targets"].shape).astype(np.int32)
+    unlearned = packed | {"targets": np.where(packed["weights"] > 0, packed["targets"], other)}
+    everything = {"weights": np.ones_like(packed["weights"])}
+
+    def of(batch):
+        return gradients(params, {k: jnp.asarray(v) for k, v in batch.items()}, CONFIG, None, 1)
+
+    for a, b in zip(jax.tree.leaves(of(packed)), jax.tree.leaves(of(unlearned)), strict=True):
+        assert (a == b).all()
+    twins = of(packed | everything), of(unlearned | everything)
+    assert float(twins[0][0]) != float(twins[1][0])
+
+
+def batches(seed=0, batch_size=4, fingerprint="f"):
+    return packing.ChatBatches(encoded(random_samples(40)), 160, batch_size, seed, fingerprint)
+
+
+def test_an_epoch_has_every_conversation_once():
+    stream = batches(batch_size=1)
+    rows = len(stream.rows)
+    epochs = [[next(stream)["targets"][0].tobytes() for _ in range(rows)] for _ in range(2)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) and epochs[0] != epochs[1]
+    assert len(set(epochs[0])) == rows
+    found = sorted(c.tokens for row in stream.rows for c in row)
+    assert found == sorted(c.tokens for c in encoded(random_samples(40)))
+    other = batches(seed=1, batch_size=1)
+    assert [next(other)["targets"][0].tobytes() for _ in range(rows)] != epochs[0]
+
+
+def test_batches_resume_exactly():
+    stream = batches()
+    for _ in range(17):  # beyond an epoch
+        next(stream)
+    state = json.loads(json.dumps(stream.get_state()))
+    again = batches()
+    again.set_state(state)
+    halves = batches(batch_size=2)
+    halves.set_state(state)
+    for _ in range(9):
+        batch = next(stream)
+        one, two = next(halves), next(halves)
+        for name, x in next(again).items():
+            assert (x == batch[name]).all()
+            assert (np.concatenate([one[name], two[name]]) == x).all()
+    for other in (batches(seed=1), batches(fingerprint="g")):
+        with pytest.raises(UserError, match="of the saved place"):
+            other.set_state(state)
+
+
+def test_processes_share_a_batch():
+    conversations = encoded(random_samples(40))
+    whole = batches()
+    parts = [packing.ChatBatches(conversations, 160, 4, 0, "f", i, 2) for i in range(2)]
+    for _ in range(5):
+        got = np.concatenate([next(part)["tokens"] for part in parts])
+        assert (got == next(whole)["tokens"]).all()
+
+
+# The stage.
+
+
+def test_the_best_checkpoint_stays(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
+    state = {"w": jnp.zeros(3)}
+    for step, loss in enumerate([3.0, 1.0, 2.0, 1.0, None, 4.0], start=1):
+        checkpoints.save(step, state, {}, loss)
+        checkpoints.wait()
+    assert checkpoints.best == 4 and checkpoints.latest == 6
+    checkpoints.close()
+    kept = {p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()}
+    assert kept == {"4", "6"}
+    again = Checkpoints(tmp_path / "checkpoints", keep=1)
+    assert again.best == 4
+    again.close()
+
+
+def test_configs_that_cannot_work_are_refused():
+    for values, words in [
+        ({}, "give conversations"),
+        ({"made": 1, "overlong": "keep"}, "drop, truncate"),
+        ({"made": 1, "held_out": 1.0}, "held_out is 1.0"),
+        ({"made": 1, "final_learning_rate": 1.0}, "final_learning_rate is 1.0"),
+        ({"made": 1, "epochs": 0}, "epochs is 0"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            SftConfig(base="x", **values)
+    with pytest.raises(UserError, match="make demo"):
+        tune.open_base(SftConfig(base="runs/nowhere", made=1))
+
+
+# The commands, on a run of a few steps.
+
+SFT = ("experiments.sft", "--config=configs/sft_demo.py:smoke")
+
+
+def lineage(workdir):
+    return json.loads((workdir / "lineage.json").read_text())["stages"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A run to fine-tune: the smoke chain's first stage."""
+    workdir = tmp_path_factory.mktemp("base") / "run"
+    process = start("experiments.grow", "--config=configs/demo.py:smoke", f"--workdir={workdir}")
+    wait_for("lineage.json", workdir, process, timeout=400)
+    process.kill()
+    process.communicate()
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def tuned(base, tmp_path_factory):
+    """A fine-tuning that nothing disturbed: its folder, and what the command printed."""
+    workdir = tmp_path_factory.mktemp("tuned") / "run"
+    return workdir, json_of(*SFT, f"--config.base={base}", f"--workdir={workdir}")
+
+
+@pytest.mark.slow
+def test_the_stage_keeps_the_contract(base, tuned):
+    workdir, printed = tuned
+    first, stage = lineage(workdir)
+    assert first == lineage(base)[0]
+    assert stage == printed["stage"]
+    assert (stage["index"], stage["name"], stage["parent"]) == (1, "sft", "small")
+    receipt = stage["receipt"]
+    assert receipt["operator"] == "none" and receipt["exactness"] == "EXACT"
+    assert receipt["max_abs_logit_diff"] == receipt["dead_slots"] == receipt["locked_copies"] == 0
+    assert receipt["loss_before"] == receipt["loss_after"]
+    assert stage["plan_digest"] and (workdir / "stages/1-sft/plan.json").is_file()
+    assert stage["eval"]["response_loss_end"] < stage["eval"]["response_loss_start"]
+    assert printed["retention"] == {
+        "bpb_before": stage["eval"]["bpb_start"], "bpb_after": stage["eval"]["bpb_end"]
+    }  # fmt: skip
+    assert printed["before"].keys() == printed["after"].keys() > {"all", "arithmetic", "dialogue"}
+    for scores in (printed["before"]["arithmetic"], printed["after"]["arithmetic"]):
+        assert {"loss", "bpb", "accuracy", "accuracy_low", "accuracy_high"} <= scores.keys()
+    assert printed["after"]["all"]["loss"] < printed["before"]["all"]["loss"]
+
+
+@pytest.mark.slow
+def test_the_best_checkpoint_is_the_stage(tuned):
+    workdir, printed = tuned
+    stage = printed["stage"]
+    rows = RunFolder(workdir).stage(1, "sft").metrics.rows("eval")
+    evals = {r["step"]: r["response_loss"] for r in rows}
+    step = int(stage["checkpoint"].rsplit("/", 1)[1])
+    start = min(evals)
+    assert evals[step] == min(loss for s, loss in evals.items() if s > start)
+    assert evals[step] == stage["eval"]["response_loss_end"]
+    model = run_state.open_model(str(workdir), "sft")
+    assert params_digest(model.params) == stage["params_digest"]
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_it_ends_in_the_same_bits(base, tuned, tmp_path):
+    workdir, printed = tuned
+    again = tmp_path / "again"
+    (again / "stages").mkdir(parents=True)
+    shutil.copytree(workdir / "compiled", again / "compiled")
+    args = (*SFT, f"--config.base={base}", f"--workdir={again}")
+    process = start(*args)
+    wait_for("stages/1-sft/checkpoints/48", again, process, timeout=400)
+    process.kill()
+    process.communicate()
+    resumed = json_of(*args)
+    for key in ("params_digest", "eval", "plan_digest", "checkpoint", "config_digest"):
+        assert resumed["stage"][key] == printed["stage"][key], key
+    assert resumed["before"] == printed["before"] and resumed["after"] == printed["after"]
+    other = json_of(*args[:-1], f"--workdir={tmp_path / 'other'}", "--config.seed=1")
+    assert other["stage"]["params_digest"] != printed["stage"]["params_digest"]  # the twin
+    line = mistake(*args, "--config.learning_rate=1e-3")
+    assert "learning_rate" in line and "another --workdir" in line
+
+
+@pytest.mark.slow
+def test_mistakes_are_one_line_and_leave_nothing(base, tmp_path):
+    new = tmp_path / "new"
+    args = (*SFT, f"--config.base={base}", f"--workdir={new}")
+    (tmp_path / "bad.jsonl").write_text('{"instruction": "a", "response": "b"}\n{"messages"\n')
+    mute = [{"messages": [{"role": "user", "content": str(n)}]} for n in range(30)]
+    (tmp_path / "mute.jsonl").write_text("\n".join(map(json.dumps, mute)))
+    for more, words in [
+        ((f"--config.paths=('{tmp_path}/bad.jsonl',)",), ("bad.jsonl, line 2",)),
+        (
+            (f"--config.paths=('{tmp_path}/mute.jsonl',)", "--config.made=0"),
+            ("30 conversations", "without an assistant turn"),
+        ),
+        (("--config.sequence_length=8",), ("no conversation is left", "dropped as too long")),
+        (("--config.base=runs/nowhere",), ("runs/nowhere", "make demo")),
+        (("--config.base_stage=large",), ("no finished stage 'large'", "small")),
+    ]:
+        line = mistake(*args, *more)
+        assert all(word in line for word in words), line
+        assert not new.exists()
+
+
+@pytest.mark.slow
+def test_an_imported_model_begins_a_lineage(base, tmp_path):
+    """A model without a run: here, a checkpoint's folder."""
+    path = next((base / "stages/0-small/checkpoints").glob("[0-9]*"))
+    config = SftConfig(
+        base=str(path), made=2, steps=2, batch_size=8, sequence_length=256, quick_compile=True,
+        eval=EvalConfig(sequences=8, batch_size=8, every_steps=2),
+    )  # fmt: skip
+    with jax.enable_x64(False):
+        stage = tune.run(config, str(tmp_path / "run")).stage
+    assert (stage["index"], stage["parent"], stage["receipt"]) == (0, None, None)
+    assert lineage(tmp_path / "run") == [stage]
+
+
+@pytest.mark.slow
+def test_less_is_more_is_resumable_and_decides_by_its_rule(base, tmp_path):
+    args = ("experiments.less_is_more", "--config=configs/less_is_more.py:smoke",
+            f"--config.sft.base={base}", f"--workdir={tmp_path}")  # fmt: skip
+    found = json_of(*args)
+    names = [row["name"] for row in found["arms"]]
+    assert names[0] == "base" and len(names) == len(set(names)) == 1 + 4 + 2
+    assert {v["verdict"] for v in found["verdicts"]} == {"undecided"}  # one seed decides nothing
+    assert (tmp_path / "report/less_is_more_sizes.png").is_file()
+    lines = (tmp_path / "arms.jsonl").read_text().splitlines()
+    (tmp_path / "arms.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    again = json_of(*args)
+    assert again["arms"] == found["arms"]  # the same chosen sets, the same digests
