@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -86,15 +87,17 @@ class OpenedModel:
             )
         return found
 
-    def prompt(self, text: str, special: bool = False) -> list[int]:
-        """The text's tokens as the model reads a document's beginning.
+    def prompt(self, text: str) -> list[int]:
+        """The text's tokens as the model reads a document's beginning."""
+        return self.begun(self.tokenizer.encode(text))
 
-        With the start token, unless the model comes from elsewhere and its tokenizer adds none.
-        `special` is that of `Tokenizer.encode`.
+    def begun(self, ids: Sequence[int]) -> list[int]:
+        """With the start token before them, as in training.
+
+        Without it if the model comes from elsewhere and its tokenizer adds none.
         """
-        ids = self.tokenizer.encode(text, special)
         start = self.trained or self.tokenizer.adds_start or not ids
-        return [self.tokenizer.start_id] * start + ids
+        return [*([self.tokenizer.start_id] if start else []), *ids]
 
 
 def open_model(path: str, stage: str = "") -> OpenedModel:
