@@ -27,7 +27,7 @@ import optax
 from jax.sharding import Mesh
 
 from flm_jax import config as config_lib
-from flm_jax import counts, data, growth, host, ligo, measure, optim, sharding
+from flm_jax import counts, data, growth, host, interop, ligo, measure, optim, sharding
 from flm_jax.checkpoint import Checkpoints, params_digest
 from flm_jax.config import ExperimentConfig, StageConfig, TransformerConfig
 from flm_jax.errors import RunStopped, UserError
@@ -77,6 +77,9 @@ def run(config: ExperimentConfig, workdir: str) -> list[dict[str, Any]]:
     check_finished(config, folder, done)
     if len(done) >= len(config.stages):
         return done
+    first = config.stages[0]
+    if first.source and not folder.stage(0, first.name).config.exists():
+        interop.source_of(first)  # raises if it does not fit
 
     corpus = data.open_corpus(config.data_of(0))
     if corpus.vocab_size > min(stage.model.vocab_size for stage in config.stages):
@@ -168,7 +171,7 @@ class Job(Protocol):
         """The training stream from its start, as `data.BatchIterator`; 0: the stage's own size."""
 
     def fresh(self) -> Position:
-        """The start of a stage without a parent."""
+        """The start of a stage without a parent: drawn, or read from `StageConfig.source`."""
 
     def source(self) -> Position:
         """The parent's end: its state, and where this stage's data begins."""
@@ -223,6 +226,9 @@ class _ChainJob:
         init = functools.partial(init_state, self.stage.model, tx)
         placed = sharding.shardings(jax.eval_shape(init, key), self.mesh, self.config.mesh.rules)
         state = jax.jit(init, out_shardings=placed)(key)
+        if self.stage.source:
+            params = interop.place(interop.source_of(self.stage).weights, placed.params)
+            state = dataclasses.replace(state, params=params)
         return Position(state, self.batches().get_state(), 0.0)
 
     def source(self) -> Position:
@@ -299,7 +305,11 @@ class _Runner:
         if checkpoints.latest is not None:
             return restore(job, checkpoints, self.mesh)
         if job.parent is None:
-            return job.fresh()
+            position = job.fresh()
+            if job.stage.source:
+                checkpoints.save(position.step, position.state, position.progress())
+                checkpoints.wait()
+            return position
         return self.grow(job, before or job.source(), folder, checkpoints)
 
     def grow(
@@ -368,7 +378,7 @@ class _Runner:
         recent: list[float] = []  # losses since the last row
 
         def mask_at(steps_done: int) -> float | None:
-            return steps_done / ramp if steps_done < ramp else None
+            return stage.growth.mask_at(steps_done) if ramp else None
 
         def position_now() -> Position:
             return Position(state, batches.get_state(), wall_before + time.monotonic() - began)

@@ -134,7 +134,7 @@ class DataConfig:
     task: str = "python_stdlib"  # a registered seqio task; text_files and jsonl_files read `path`
     path: str = ""  # file or folder of the user's own text
     text_field: str = "text"  # field of a JSONL row
-    vocabulary: str = "bytes"  # "bytes", or the path of a SentencePiece model
+    vocabulary: str = "bytes"  # "bytes", or a SentencePiece model, tokenizer.json or their folder
     sequence_length: int = 256  # tokens
     seed: int = 0
     shuffle_tokens: int = 1 << 24  # size of the shuffle buffer, in tokens
@@ -223,6 +223,10 @@ class GrowthConfig:
         _require_choice(self, "moments", MOMENTS)
         _require_choice(self, "rates", RATES)
 
+    def mask_at(self, steps_done: int) -> float | None:
+        """The masks' value after so many steps of the stage; None once they are at 1."""
+        return steps_done / self.ramp_steps if steps_done < self.ramp_steps else None
+
 
 @dataclasses.dataclass(frozen=True)
 class StageConfig:
@@ -230,17 +234,22 @@ class StageConfig:
 
     name: str
     model: TransformerConfig
-    steps: int
+    steps: int  # 0: as it begins
     batch_size: int  # sequences in one optimizer step
     learning_rate: float  # peak, of vector-like parameters (embedding, gains, head)
     matrix_learning_rate: float  # peak, of matrix-like parameters at the µP base width
     accumulate: int = 1  # microbatches that one optimizer step is cut into
     growth: GrowthConfig = GrowthConfig()
     sequence_length: int = 0  # tokens; 0: the data's. RoPE needs no growth for a longer context
+    # Of the first stage: where its parameters come from, instead of a fresh draw: a run's folder,
+    # a checkpoint inside one, or a folder of Hugging Face files.
+    source: str = ""
 
     def __post_init__(self) -> None:
-        _require_positive(
-            self, "steps", "batch_size", "accumulate", "learning_rate", "matrix_learning_rate"
+        _require_positive(self, "batch_size", "accumulate", "learning_rate", "matrix_learning_rate")
+        _require(
+            self.steps >= 0,
+            f"stage {self.name}: steps is {self.steps}; give 0 (not trained) or more",
         )
         _require(
             self.name.replace("-", "").replace("_", "").isalnum(),
@@ -331,6 +340,11 @@ class ExperimentConfig:
             f"ExperimentConfig.stages has names {names}; give each stage a name of its own",
         )
         for stage in self.stages[1:]:
+            _require(
+                not stage.source,
+                f"stage {stage.name}: source is {stage.source!r}, but it grows out of the stage "
+                "before; only the first stage can have a source",
+            )
             _require(
                 stage.growth.ramp_steps <= stage.steps,
                 f"stage {stage.name}: growth.ramp_steps is {stage.growth.ramp_steps}, more than "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Iterable
@@ -29,7 +30,25 @@ def _nats(
     return summed_loss(params, batch, config, masks)[0]
 
 
-def bits_per_byte(
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """The negative log-likelihood of some text, and how much text it was."""
+
+    nats: float
+    tokens: int
+    bytes: int
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return self.nats / self.tokens
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.nats / math.log(2) / self.bytes
+
+
+def score(
     params: Any,
     config: TransformerConfig,
     batches: Iterable[dict[str, np.ndarray]],
@@ -37,8 +56,8 @@ def bits_per_byte(
     mesh: Mesh,
     plan: Plan | None = None,
     mask_value: float | None = None,
-) -> float:
-    """Negative log2-likelihood of the batches over the bytes that their targets stand for.
+) -> Score:
+    """Scores the targets of all batches; their bytes are what `token_bytes` adds up to.
 
     Args:
       params: of `config`.
@@ -48,24 +67,25 @@ def bits_per_byte(
       mesh: where to compute.
       plan, mask_value: evaluate behind the plan's masks at this value; None: the plain model.
     """
-    nats, count = 0.0, 0
+    nats, tokens, count = 0.0, 0, 0
     value = None if mask_value is None else np.float32(mask_value)
     for batch in batches:
         placed = sharding.place_batch(batch, mesh)
         nats += float(_nats(params, placed, config, plan if value is not None else None, value))
-        count += int((token_bytes[batch["targets"]] * (batch["weights"] > 0)).sum())
-    return nats / math.log(2) / count
+        real = batch["weights"] > 0
+        tokens += int(real.sum())
+        count += int((token_bytes[batch["targets"]] * real).sum())
+    return Score(nats, tokens, count)
 
 
-def nats_per_token(
+def bits_per_byte(
     params: Any,
     config: TransformerConfig,
     batches: Iterable[dict[str, np.ndarray]],
+    token_bytes: np.ndarray,
     mesh: Mesh,
+    plan: Plan | None = None,
+    mask_value: float | None = None,
 ) -> float:
-    """Mean negative log-likelihood of the targets of weight 1, over all batches."""
-    nats, count = 0.0, 0.0
-    for batch in batches:
-        nats += float(_nats(params, sharding.place_batch(batch, mesh), config, None, None))
-        count += float(batch["weights"].sum())
-    return nats / count
+    """Negative log2-likelihood of the batches over their bytes; arguments as of `score`."""
+    return score(params, config, batches, token_bytes, mesh, plan, mask_value).bits_per_byte

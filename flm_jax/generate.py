@@ -5,6 +5,7 @@ Shapes: B prompts, T tokens of the longest, S slots of the cache, V vocab.
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -16,7 +17,8 @@ import numpy as np
 
 from flm_jax.config import TransformerConfig
 from flm_jax.errors import UserError
-from flm_jax.models import Cache, Transformer
+from flm_jax.models import Cache, Transformer, by_layer
+from flm_jax.tokenizer import Tokenizer
 
 # Lengths are rounded up to these and powers of two times them, so that few programs are compiled.
 _BUCKETS = (64, 96)
@@ -49,7 +51,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     key: jax.Array,
-    on_token: Callable[[int, int], None] | None = None,
+    on_token: Callable[[int, int], bool | None] | None = None,
 ) -> list[list[int]]:
     """Continues each prompt; returns the new tokens of each, a stop token left out.
 
@@ -61,7 +63,8 @@ def generate(
       prompts: token ids as the model reads them, its start token included, of any lengths.
       sampling: how tokens are chosen.
       key: for temperatures above 0. Prompt i draws its n-th token from a key of i and n alone.
-      on_token: called with a prompt's index and its next token, as soon as it is known.
+      on_token: called with a prompt's index and its next token, as soon as it is known; where it
+        returns True, the prompt's text ends with this token.
 
     Raises:
       UserError: a prompt is empty or holds an id that the model does not have.
@@ -69,8 +72,7 @@ def generate(
     _check(prompts, config)
     if not prompts:
         return []
-    config = dataclasses.replace(config, remat="none")
-    params = jax.tree.map(lambda x: x.astype(config.dtype), params)  # once, not at every token
+    params = by_layer(params, config)
     cache, last_B, padding_B = _read(params, config, prompts, sampling.max_new_tokens)
     keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(prompts)))
     limits = (
@@ -90,8 +92,8 @@ def generate(
                 unfinished.remove(row)
                 continue
             texts[row].append(token)
-            if on_token:
-                on_token(row, token)
+            if on_token and on_token(row, token):
+                unfinished.remove(row)
 
     pending = None
     for _ in range(sampling.max_new_tokens):
@@ -142,7 +144,10 @@ def prefill(
     padding_B: jax.Array,
     config: TransformerConfig,
 ) -> Cache:
-    """An empty cache with the prompts in it, the first `padding_B` of their tokens left out."""
+    """An empty cache with the prompts in it, the first `padding_B` of their tokens left out.
+
+    `params` are by layer, here and in `decode`.
+    """
     positions_BT = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None] - padding_B[:, None]
     real_BT = positions_BT >= 0
     return _extend(params, config, tokens_BT, real_BT, jnp.maximum(positions_BT, 0), cache)[1]
@@ -209,6 +214,68 @@ def sample(
     kept_BV = in_k_BV & ((before_BV < top_p.astype(probs_BV.dtype)) | (rank_V[None] == 0))
     drawn_B = jax.vmap(jax.random.categorical)(keys_B, jnp.where(kept_BV, sorted_BV, lowest))
     return jnp.take_along_axis(order_BV, drawn_B[:, None], axis=-1)[:, 0].astype(jnp.int32)
+
+
+class TextStream:
+    """The text of one row, token by token: shown as soon as it is sure, ended at a stop text.
+
+    What could be the beginning of a stop text, or a part of a character, is held back.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stops: Sequence[str] = (),
+        show: Callable[[str], None] | None = None,
+    ):
+        self._tokenizer, self._stops, self._show = tokenizer, tuple(s for s in stops if s), show
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._text, self._shown = "", 0
+        self.stopped = False
+
+    def add(self, token: int) -> bool:
+        """Takes the next token; returns whether a stop text is complete."""
+        self._take(self._decoder.decode(self._tokenizer.decode_bytes([token])), last=False)
+        return self.stopped
+
+    def end(self) -> str:
+        """The whole text, without the stop text; shows what was held back."""
+        if not self.stopped:
+            self._take(self._decoder.decode(b"", final=True), last=True)
+        return self._text
+
+    def _take(self, more: str, last: bool) -> None:
+        searched = max(0, len(self._text) - max(map(len, self._stops), default=0))
+        self._text += more
+        found = [at for s in self._stops if (at := self._text.find(s, searched)) >= 0]
+        if found:
+            self._text, self.stopped = self._text[: min(found)], True
+        sure = len(self._text)
+        if not (last or self.stopped):
+            sure -= max((_overlap(self._text, stop) for stop in self._stops), default=0)
+        if self._show and sure > self._shown:
+            self._show(self._text[self._shown : sure])
+        self._shown = max(sure, self._shown)
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of the text that `stop` begins with."""
+    lengths = range(min(len(text), len(stop) - 1), 0, -1)
+    return next((n for n in lengths if text.endswith(stop[:n])), 0)
+
+
+def check_context(prompts: Sequence[Sequence[int]], max_new_tokens: int, context: int) -> None:
+    """Raises UserError if a prompt and its continuation are longer than the model has read.
+
+    RoPE itself has no end; beyond the lengths of training the model is untried.
+    """
+    for index, prompt in enumerate(prompts):
+        if context and len(prompt) + max_new_tokens > context:
+            raise UserError(
+                f"prompt {index} has {len(prompt)} tokens, with max_new_tokens {max_new_tokens} "
+                f"that is more than the model's context of {context}; shorten one, or go beyond it "
+                "with --context"
+            )
 
 
 def _check(prompts: Sequence[Sequence[int]], config: TransformerConfig) -> None:

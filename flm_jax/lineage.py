@@ -5,6 +5,7 @@ Every file is written whole or not at all.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -66,12 +67,46 @@ class StageFolder:
     """`DIR/stages/<index>-<name>/`."""
 
     def __init__(self, run: RunFolder, index: int, name: str):
+        self.run, self.index = run, index
         self.path = run.path / "stages" / f"{index}-{name}"
         self.checkpoints = self.path / "checkpoints"
         self.config = self.path / "config.json"
         self.plan = self.path / "plan.json"
         self.receipt = self.path / "receipt.json"
         self.metrics = MetricsFile(self.path / "metrics.jsonl")
+
+    @classmethod
+    def of_checkpoint(cls, path: pathlib.Path) -> StageFolder:
+        """The stage of `.../stages/<index>-<name>/checkpoints/<step>`.
+
+        Raises UserError if that is not where the path lies.
+        """
+        stage, (index, _, name) = path.parent.parent, path.parent.parent.name.partition("-")
+        folder = cls(RunFolder(stage.parent.parent), int(index), name) if index.isdigit() else None
+        if folder is None or folder.checkpoints != path.parent or not folder.config.is_file():
+            raise UserError(
+                f"{path} is no checkpoint of a stage; give RUN/stages/INDEX-NAME/checkpoints/STEP"
+            )
+        return folder
+
+    def experiment(self) -> ExperimentConfig:
+        """What the stage was trained with, as an experiment of this stage alone.
+
+        Raises UserError if config.json is not one of this code.
+        """
+        try:
+            about = json.loads(self.config.read_text(encoding="utf-8"))
+            stage = about["stage"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{self.config}: no config of a stage; restore the file") from None
+        # Fine-tuning and the data say more there.
+        fields = {field.name for field in dataclasses.fields(ExperimentConfig)}
+        shared = {name: value for name, value in about.items() if name in fields}
+        return config_lib.experiment({**shared, "stages": [stage]})
+
+    def start(self) -> int:
+        """Steps that the run had done when this stage began."""
+        return sum(s["steps"] for s in self.run.stages() if s["index"] < self.index)
 
 
 class RunFolder:
@@ -130,6 +165,20 @@ class RunFolder:
             )
         return data["stages"]
 
+    def finished_stage(self, stage: str = "") -> dict[str, Any]:
+        """The entry of the last finished stage, or of the one with that index or name.
+
+        Raises UserError if there is none.
+        """
+        finished = self.stages()
+        if not finished:
+            raise UserError(f"{self.path} has no finished stage (no lineage.json); train one first")
+        chosen = [s for s in finished if stage in ("", str(s["index"]), s["name"])]
+        if not chosen:
+            names = ", ".join(s["name"] for s in finished)
+            raise UserError(f"{self.path} has no finished stage {stage!r}; it has {names}")
+        return chosen[-1]
+
     def branch(self, other: RunFolder, last: int | None = None) -> None:
         """Makes `other` a run that goes on from this one's finished stages, up to index `last`.
 
@@ -156,6 +205,12 @@ def _link(source: str, target: str) -> None:
         pass
     except OSError:  # another file system
         shutil.copy2(source, target)
+
+
+def bits_per_byte(measured: dict[str, float | None]) -> str:
+    """A stage's `eval` as text; an imported one has none."""
+    start, end = measured["bpb_start"], measured["bpb_end"]
+    return "not measured" if start is None else f"{start:.4f} -> {end:.4f}"
 
 
 def identity(config: ExperimentConfig, index: int, fingerprint: str) -> dict[str, Any]:

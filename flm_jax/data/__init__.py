@@ -23,13 +23,15 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 
-def open_corpus(config: DataConfig) -> Corpus:
+def open_corpus(config: DataConfig, whole: bool = False) -> Corpus:
     """Opens the documents and the vocabulary that `config` names.
+
+    With `whole`, the user's files are one split, "all", and one document is enough.
 
     Raises:
       UserError: the task, the path, a document or the vocabulary is missing or malformed.
     """
-    return _pipeline().open_corpus(config)
+    return _pipeline().open_corpus(config, whole)
 
 
 def train_sentencepiece(config: DataConfig, vocab_size: int, output_path: str) -> None:

@@ -21,6 +21,7 @@ import tensorflow as tf
 from flm_jax.config import DataConfig
 from flm_jax.data import tasks
 from flm_jax.errors import UserError
+from flm_jax.tokenizer import open_tokenizer
 
 Batch = dict[str, np.ndarray]
 
@@ -28,8 +29,6 @@ Batch = dict[str, np.ndarray]
 GROUP_DOCUMENTS = 256
 # Of the order in which validation windows are drawn: the same for every config.
 VALIDATION_SEED = 0
-# What SentencePiece writes for a space in its pieces.
-SPACE = "\u2581"
 # The stream depends on these, so a saved place holds only where they are equal.
 STREAM_IDENTITY = ("seed", "window_length", "fingerprint")
 
@@ -41,24 +40,27 @@ class Corpus:
       config: what it was opened from.
       vocab_size: number of tokens, special ones included.
       token_bytes: int32 [vocab_size], UTF-8 bytes that each token stands for, 0 for special ones.
-        Over a document they add up to its length in bytes, for the byte vocabulary and for models
-        by `train_sentencepiece`. (SentencePiece itself reads U+2581 as a space, and counts 1.)
+        Over a document they add up to its length in bytes, for the byte vocabulary, for models
+        by `train_sentencepiece`, and for byte-level tokenizers that do not normalise.
+        (SentencePiece itself reads U+2581 as a space, and counts 1.)
+      start_id: the input at a segment's start.
       fingerprint: SHA-256, hex, of documents and vocabulary.
       num_documents: per split, None where the task does not know.
       num_bytes: per split, empty where the task does not know.
     """
 
-    def __init__(self, config: DataConfig) -> None:
+    def __init__(self, config: DataConfig, whole: bool = False) -> None:
         if config.seed < 0:
             raise UserError(f"DataConfig.seed is {config.seed}; it must be 0 or more")
         self.config = config
-        self.task = tasks.make_task(config)
+        tokenizer = open_tokenizer(config.vocabulary)
+        self.task = tasks.make_task(config, tokenizer, whole)
         self.vocabulary = self.task.output_features["targets"].vocabulary
         self.vocab_size = int(self.vocabulary.vocab_size)
-        self.token_bytes = _token_bytes(self.vocabulary)
+        self.start_id, self.token_bytes = tokenizer.start_id, tokenizer.token_bytes
         parts = (tasks.fingerprint(self.task), tasks.vocabulary_digest(self.vocabulary))
         self.fingerprint = hashlib.sha256(" ".join(parts).encode()).hexdigest()
-        splits = ("train", "validation")
+        splits = ("all",) if whole else ("train", "validation")
         self.num_documents = {s: _num_documents(self.task, s) for s in splits}
         self.num_bytes: dict[str, int] = {}
         source = getattr(self.task, "source", None)  # a mixture has none
@@ -88,8 +90,17 @@ class Corpus:
         buffer = self._window_buffer()
         windows = windows.shuffle(buffer, seed=VALIDATION_SEED, reshuffle_each_iteration=False)
         windows = _cut(windows, self.config)
-        batches = windows.take(num_sequences).batch(batch_size).map(_features)
-        return [_pad_rows(batch, batch_size) for batch in batches.as_numpy_iterator()]
+        return list(self._batches(windows.take(num_sequences), batch_size))
+
+    def sequences(self, split: str, batch_size: int) -> Iterator[Batch]:
+        """All of a split once, in order, packed as in training; the last batch as above."""
+        _require_positive(batch_size=batch_size)
+        windows = _cut(_windows(self.documents(split), self.config.window), self.config)
+        return self._batches(windows, batch_size)
+
+    def _batches(self, windows: tf.data.Dataset, batch_size: int) -> Iterator[Batch]:
+        batches = windows.batch(batch_size).map(self.features)
+        return (_pad_rows(batch, batch_size) for batch in batches.as_numpy_iterator())
 
     def documents(self, split: str, shuffle_seed: int | None = None) -> tf.data.Dataset:
         """One pass over the split: int32 [tokens] per document, shuffled only with a seed."""
@@ -114,6 +125,21 @@ class Corpus:
         windows = windows.shuffle(self._window_buffer(), seed=seed, reshuffle_each_iteration=False)
         return _cut(windows, config)
 
+    def features(self, windows: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        """The model's features of a batch of windows, all [B, T]; see `BatchIterator`."""
+        targets, positions = windows["targets"], windows["positions"]
+        inside = positions >= 0
+        segment_ids = tf.cumsum(tf.cast(positions == 0, tf.int32), axis=1)
+        shifted = tf.pad(targets[:, :-1], [[0, 0], [1, 0]])
+        starts = tf.where(inside, self.start_id, 0)
+        return {
+            "tokens": tf.where(positions > 0, shifted, starts),
+            "targets": targets,
+            "segment_ids": tf.where(inside, segment_ids, 0),
+            "positions": tf.maximum(positions, 0),
+            "weights": tf.cast(inside, tf.float32),
+        }
+
     def with_length(self, config: DataConfig) -> Corpus:
         """The same opened documents, read in another sequence length."""
         other = copy.copy(self)
@@ -124,13 +150,9 @@ class Corpus:
         return max(1, self.config.shuffle_tokens // self.config.window)
 
 
-def open_corpus(config: DataConfig) -> Corpus:
-    """Opens the documents and the vocabulary that `config` names.
-
-    Raises:
-      UserError: the task, the path, a document or the vocabulary is missing or malformed.
-    """
-    return Corpus(config)
+def open_corpus(config: DataConfig, whole: bool = False) -> Corpus:
+    """See `flm_jax.data.open_corpus`."""
+    return Corpus(config, whole)
 
 
 class BatchIterator:
@@ -138,7 +160,8 @@ class BatchIterator:
 
     A batch is a dict of numpy arrays [B, T], B being this host's share of the global batch:
       targets: int32, the tokens to predict, each document's EOS included; 0 for padding.
-      tokens: int32, `targets` shifted right in each segment; 0 at its start and for padding.
+      tokens: int32, `targets` shifted right in each segment, `start_id` at its start; 0 for
+        padding.
       segment_ids: int32, 1, 2, .. for each document in the window; 0 for padding.
       positions: int32, from 0 in each segment; 0 for padding.
       weights: float32, 1 for a target; 0 for padding.
@@ -211,7 +234,8 @@ class BatchIterator:
 
     def _open_stream(self) -> Iterator[Batch]:
         windows = self._corpus.epoch(self._epoch).skip(self._offset)
-        batches = windows.batch(self._batch_size).map(_features).prefetch(tf.data.AUTOTUNE)
+        batches = windows.batch(self._batch_size).map(self._corpus.features)
+        batches = batches.prefetch(tf.data.AUTOTUNE)
         return batches.as_numpy_iterator()
 
     def get_state(self) -> dict[str, Any]:
@@ -334,20 +358,6 @@ def _num_documents(task: seqio.Task | seqio.Mixture, split: str) -> int | None:
     return None if None in counts else sum(counts)
 
 
-def _token_bytes(vocabulary: seqio.Vocabulary) -> np.ndarray:
-    sizes = np.zeros(vocabulary.vocab_size, np.int32)
-    if isinstance(vocabulary, seqio.ByteVocabulary):
-        sizes[3 : 3 + 256] = 1
-        return sizes
-    model = vocabulary.tokenizer
-    for token in range(vocabulary.vocab_size):
-        if model.is_byte(token):
-            sizes[token] = 1
-        elif not (model.is_control(token) or model.is_unknown(token) or model.is_unused(token)):
-            sizes[token] = len(model.id_to_piece(token).replace(SPACE, " ").encode())
-    return sizes
-
-
 def _windows(documents: tf.data.Dataset, sequence_length: int) -> tf.data.Dataset:
     """Groups of documents, concatenated and cut: `targets` and `positions`, int32 [T].
 
@@ -385,18 +395,3 @@ def _cut(windows: tf.data.Dataset, config: DataConfig) -> tf.data.Dataset:
         return {"targets": targets, "positions": positions}
 
     return windows.map(pieces, num_parallel_calls=tf.data.AUTOTUNE).unbatch()
-
-
-def _features(windows: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-    """The model's features of a batch of windows, all [B, T]; see `BatchIterator`."""
-    targets, positions = windows["targets"], windows["positions"]
-    inside = positions >= 0
-    segment_ids = tf.cumsum(tf.cast(positions == 0, tf.int32), axis=1)
-    shifted = tf.pad(targets[:, :-1], [[0, 0], [1, 0]])
-    return {
-        "tokens": tf.where(positions > 0, shifted, 0),
-        "targets": targets,
-        "segment_ids": tf.where(inside, segment_ids, 0),
-        "positions": tf.maximum(positions, 0),
-        "weights": tf.cast(inside, tf.float32),
-    }

@@ -21,6 +21,7 @@ import tensorflow as tf
 
 from flm_jax.config import DataConfig
 from flm_jax.errors import UserError
+from flm_jax.tokenizer import Tokenizer
 
 VALIDATION_FRACTION = 0.04
 C4 = "c4/en:3.1.0"
@@ -54,10 +55,14 @@ class DocumentSource(seqio.DataSource):
     No Python runs inside the tf.data graph: a process that exits with such a graph half read hangs.
     """
 
-    def __init__(self, documents: Mapping[str, Sequence[Document]]) -> None:
+    def __init__(
+        self, documents: Mapping[str, Sequence[Document]], tokenizer: Tokenizer | None = None
+    ) -> None:
+        """With a tokenizer, examples are its tokens instead of text."""
         self.documents = documents
-        self._texts = {
-            split: tf.constant([row.text for row in rows]) for split, rows in documents.items()
+        self._examples = {
+            split: _examples([row.text for row in rows], tokenizer)
+            for split, rows in documents.items()
         }
         super().__init__(
             splits=tuple(documents),
@@ -81,42 +86,88 @@ class DocumentSource(seqio.DataSource):
     ) -> tf.data.Dataset:
         if shard_info and shard_info.num_shards > 1:
             raise ValueError("DocumentSource has one shard")
-        texts = self._texts[split]
-        order = np.arange(len(texts))
+        examples = self._examples[split]
+        order = np.arange(len(self.documents[split]))
         if shuffle:
             order = np.random.default_rng(seed).permutation(order)
         dataset = tf.data.Dataset.from_tensor_slices(order)
-        return dataset.map(lambda i: {"targets": tf.gather(texts, i)})
+        return dataset.map(lambda i: {"targets": tf.gather(examples, i)})
 
 
-def make_vocabulary(config: DataConfig) -> seqio.Vocabulary:
-    """The vocabulary that `config.vocabulary` names.
+def _examples(texts: list[bytes], tokenizer: Tokenizer | None) -> tf.Tensor | tf.RaggedTensor:
+    if tokenizer is None:
+        return tf.constant(texts)
+    rows = tokenizer.encode_batch([text.decode("utf-8") for text in texts], False)
+    values = np.concatenate([np.array(row, np.int32) for row in rows])
+    return tf.RaggedTensor.from_row_lengths(values, [len(row) for row in rows])
 
-    Raises:
-      UserError: the SentencePiece model is missing, malformed or without an end-of-sequence token.
-    """
-    if config.vocabulary == "bytes":
+
+class HuggingFaceVocabulary(seqio.Vocabulary):
+    """A tokenizer.json as seqio takes it."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.own = tokenizer
+        super().__init__()
+
+    @property
+    def bos_id(self) -> int:
+        return self.own.start_id
+
+    @property
+    def eos_id(self) -> int:
+        return self.own.eos_id
+
+    @property
+    def unk_id(self) -> int | None:
+        return None
+
+    @property
+    def _base_vocab_size(self) -> int:
+        return self.own.vocab_size
+
+    def _encode(self, s: str) -> list[int]:
+        return self.own.encode(s)
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self.own.decode(ids)
+
+    def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
+        """Runs Python inside the graph; documents of files are encoded before it instead."""
+
+        def encode(text: Any) -> np.ndarray:
+            data = np.asarray(text, object).item()  # bytes in a graph, an array outside
+            return np.array(self.own.encode(data.decode("utf-8")), np.int32)
+
+        encoded = tf.numpy_function(encode, [s], tf.int32)
+        encoded.set_shape([None])
+        return encoded
+
+    def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
+        return tf.numpy_function(self.own.decode_bytes, [ids], tf.string)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, HuggingFaceVocabulary) and self.own.digest == other.own.digest
+
+    def __str__(self) -> str:
+        return f"HuggingFaceVocabulary({self.own.name})"
+
+
+def make_vocabulary(tokenizer: Tokenizer) -> seqio.Vocabulary:
+    """The tokenizer as seqio takes it."""
+    if tokenizer.name == "bytes":
         return seqio.ByteVocabulary()
-    where = f"DataConfig.vocabulary is {config.vocabulary!r}"
-    path = pathlib.Path(config.vocabulary).expanduser()
-    if not path.is_file():
-        raise UserError(
-            f"{where}, but no such file exists; give 'bytes', or the path of a SentencePiece model "
-            "(python -m experiments.train_vocabulary makes one)"
-        )
-    vocabulary = seqio.SentencePieceVocabulary(str(path))
-    try:
-        vocabulary.load_model()
-    # protobuf's DecodeError is no RuntimeError.
-    except Exception as error:
-        raise UserError(f"{where}, which is not a SentencePiece model: {error}") from error
-    if vocabulary.eos_id < 0:
-        raise UserError(f"{where}, a model without an end-of-sequence token; train it with eos_id")
-    return vocabulary
+    if tokenizer.name.endswith(".json"):
+        return HuggingFaceVocabulary(tokenizer)
+    return seqio.SentencePieceVocabulary(tokenizer.name)
 
 
-def make_task(config: DataConfig) -> seqio.Task | seqio.Mixture:
+def make_task(
+    config: DataConfig, tokenizer: Tokenizer, whole: bool = False
+) -> seqio.Task | seqio.Mixture:
     """The task that `config.task` names, with a feature `targets` of int tokens.
+
+    With `whole`, a task over the user's files has one split, "all", instead of train and
+    validation.
 
     A task or mixture from seqio's registry brings its own vocabulary, which must be the one that
     `config.vocabulary` names. Its source must be able to shuffle by a seed.
@@ -130,11 +181,14 @@ def make_task(config: DataConfig) -> seqio.Task | seqio.Mixture:
             f"DataConfig.path is {config.path!r}, but task {config.task!r} reads no path; set task "
             f"to {' or '.join(READS_PATH)}, or leave path empty"
         )
-    vocabulary = make_vocabulary(config)
+    vocabulary = make_vocabulary(tokenizer)
     if config.task in READS_PATH:
-        return _document_task(config.task, READS_PATH[config.task](config), vocabulary)
+        documents = READS_PATH[config.task](config)
+        splits = {"all": documents} if whole else _split(config.task, documents)
+        return _document_task(config.task, splits, vocabulary)
     if config.task == "python_stdlib":
-        return _document_task(config.task, _stdlib_documents(), vocabulary)
+        splits = _split(config.task, _stdlib_documents())
+        return _document_task(config.task, splits, vocabulary)
     if config.task == "c4":
         task = _c4_task(vocabulary)
     elif config.task in (*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()):
@@ -179,6 +233,8 @@ def _check_task(config: DataConfig, task: seqio.Task, vocabulary: seqio.Vocabula
 
 def vocabulary_digest(vocabulary: seqio.Vocabulary) -> str:
     """Equal for vocabularies that give the same tokens."""
+    if isinstance(vocabulary, HuggingFaceVocabulary):
+        return vocabulary.own.digest
     if isinstance(vocabulary, seqio.SentencePieceVocabulary):
         return hashlib.sha256(vocabulary.sp_model).hexdigest()
     return str(vocabulary) if not isinstance(vocabulary, seqio.ByteVocabulary) else "bytes"
@@ -206,15 +262,14 @@ def fingerprint(task: seqio.Task | seqio.Mixture) -> str:
 
 
 def _document_task(
-    name: str, documents: list[Document], vocabulary: seqio.Vocabulary
+    name: str, splits: Mapping[str, list[Document]], vocabulary: seqio.Vocabulary
 ) -> seqio.Task:
+    ahead = vocabulary.own if isinstance(vocabulary, HuggingFaceVocabulary) else None
+    tokenize = functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False)
     return seqio.Task(
         name,
-        source=DocumentSource(_split(name, documents)),
-        preprocessors=[
-            functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False),
-            seqio.preprocessors.append_eos,
-        ],
+        source=DocumentSource(splits, ahead),
+        preprocessors=[*([] if ahead else [tokenize]), seqio.preprocessors.append_eos],
         output_features={"targets": seqio.Feature(vocabulary)},
         shuffle_buffer_size=None,  # the source permutes all documents
     )

@@ -23,14 +23,12 @@ from flax import linen as nn
 from flm_jax import mup
 from flm_jax.axes import Param, Role
 from flm_jax.config import TransformerConfig
-from flm_jax.models import cache as cache_lib
 from flm_jax.models.attention import attention, in_slots
+from flm_jax.models.cache import KeysValues, Slots, write
 from flm_jax.precision import wide
 from flm_jax.sharding import BATCH_AXES, constrain, head_axes
 
 Masks = Mapping[str, jax.Array]
-KeysValues = tuple[jax.Array, jax.Array]  # of one layer, [B, K, slots or new tokens, H]
-Slots = tuple[jax.Array, jax.Array]  # segment ids [B, S] and the first new token's slot
 
 
 def create(
@@ -124,7 +122,7 @@ class Attention(nn.Module):
         past: KeysValues | None = None,
         slots: Slots | None = None,
     ) -> tuple[jax.Array, KeysValues | None]:
-        """The branch's output, and the tokens' keys and values if there is a cache (`past`)."""
+        """The branch's output; with a cache (`past`), also the cache with the new tokens."""
         w = create(self, self.table, self.config)
         B, T, _ = x_BTD.shape
         y_BTD = rms_norm(x_BTD, w["norm"], self.config.rms_norm_eps, masks.get("embed"))
@@ -138,20 +136,20 @@ class Attention(nn.Module):
         q_BTKGH = constrain(q_BTKGH, BATCH_AXES, None, groups, queries, None)
         k_BTKH, v_BTKH = (constrain(x, BATCH_AXES, None, groups, None) for x in (k_BTKH, v_BTKH))
         if past is None or slots is None:
-            new = None
             out_BTKGH = attention(q_BTKGH, k_BTKH, v_BTKH, segment_ids_BT, self.config.attention)
         else:
             segment_ids_BS, start = slots
-            new = k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3)
-            k_BKSH, v_BKSH = (
-                cache_lib.write(old, x, start, axis=2) for old, x in zip(past, new, strict=True)
+            k_BKSH, v_BKSH = past = (
+                write(past[0], k_BTKH.transpose(0, 2, 1, 3), start, axis=2),
+                write(past[1], v_BTKH.transpose(0, 2, 1, 3), start, axis=2),
             )
             out_BTKGH = in_slots(q_BTKGH, k_BKSH, v_BKSH, segment_ids_BT, segment_ids_BS, start)
+        out_BTKGH = constrain(out_BTKGH, BATCH_AXES, None, groups, queries, None)
         if "kv_heads" in masks:
             out_BTKGH *= masks["kv_heads"].astype(out_BTKGH.dtype)[None, None, :, None, None]
         if "q_per_kv" in masks:
             out_BTKGH *= masks["q_per_kv"].astype(out_BTKGH.dtype)[None, None, None, :, None]
-        return linear(out_BTKGH, w["out"]), new
+        return linear(out_BTKGH, w["out"]), past
 
 
 class MLP(nn.Module):
@@ -171,7 +169,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """x + attention, then + MLP. Under `nn.scan`: x the carry, new keys and values the output."""
+    """x + attention, then + MLP; and the layer's cache. Under `nn.scan`, x is the carry."""
 
     config: TransformerConfig
     table: Mapping[str, Any]
@@ -197,11 +195,11 @@ class Layer(nn.Module):
         # Between the branches the stream is split over its tokens too: norms and sums are local,
         # and what a layer keeps for its gradient is a tensor-th of it.
         stream = (BATCH_AXES, "tensor", None)
-        branch_BTD, new = attend(x_BTD, segment_ids_BT, angles, masks, past, slots)
+        branch_BTD, past = attend(x_BTD, segment_ids_BT, angles, masks, past, slots)
         h_BTD = constrain(x_BTD + masked(branch_BTD), *stream)
         out_BTD = constrain(h_BTD + masked(feed_forward(h_BTD, masks)), *stream)
         self.sow("intermediates", "distance", relative_distance(x_BTD, out_BTD, segment_ids_BT))
-        return out_BTD, new
+        return out_BTD, past
 
 
 def relative_distance(x_BTD: jax.Array, out_BTD: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:

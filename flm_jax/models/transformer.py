@@ -16,7 +16,7 @@ from flax import linen as nn
 from flm_jax.axes import PARAMS, Param
 from flm_jax.config import TransformerConfig
 from flm_jax.models import layers as nn_layers
-from flm_jax.models.cache import Cache
+from flm_jax.models.cache import Cache, layer_name, write
 from flm_jax.precision import wide
 from flm_jax.sharding import BATCH_AXES, constrain
 
@@ -61,8 +61,8 @@ class Transformer(nn.Module):
     ) -> tuple[jax.Array, Cache]:
         """Logits of tokens that follow those in the cache, and the cache with them.
 
-        `Transformer(config).apply({"params": params}, tokens, segment_ids, positions, cache,
-        method="extend")`. The cache must have T free slots.
+        `Transformer(config).apply({"params": by_layer(params, config)}, tokens, segment_ids,
+        positions, cache, method="extend")`. The cache must have T free slots.
         """
         logits_BTV, extended = self._forward(tokens_BT, segment_ids_BT, positions_BT, None, cache)
         assert extended is not None
@@ -90,16 +90,10 @@ class Transformer(nn.Module):
         x_BTD = x_BTD * jnp.asarray(config.input_mult, config.dtype)
         x_BTD = constrain(x_BTD, BATCH_AXES, "tensor", None)
         angles = nn_layers.rotary_angles(positions_BT, config)
-        past = slots = None
-        if cache is not None:
-            cache = cache.with_segments(segment_ids_BT)
-            past, slots = (
-                (cache.keys_LBKSH, cache.values_LBKSH),
-                (cache.segment_ids_BS, cache.length),
-            )
-        x_BTD, new = self._layers()(x_BTD, layer_mask_L, segment_ids_BT, angles, masks, past, slots)
-        if cache is not None:
-            cache = cache.extended(*new)
+        if cache is None:
+            x_BTD, _ = self._layers()(x_BTD, layer_mask_L, segment_ids_BT, angles, masks)
+        else:
+            x_BTD, cache = self._cached_layers(x_BTD, segment_ids_BT, angles, cache)
         x_BTD = nn_layers.rms_norm(x_BTD, w["final_norm"], config.rms_norm_eps, masks.get("embed"))
         stats = wide(config.dtype)
         logits_BTV = nn_layers.linear(constrain(x_BTD, BATCH_AXES, None, None), w["head"], stats)
@@ -121,8 +115,25 @@ class Transformer(nn.Module):
             layer,
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, 0, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=config.num_layers,
             unroll=config.scan_unroll,
         )
         return scanned(config, PARAMS["layers"], name="layers")
+
+    def _cached_layers(
+        self,
+        x_BTD: jax.Array,
+        segment_ids_BT: jax.Array,
+        angles: tuple[jax.Array, jax.Array],
+        cache: Cache,
+    ) -> tuple[jax.Array, Cache]:
+        """All layers one after the other, each with its own parameters and its own cache."""
+        ids_BS = write(cache.segment_ids_BS, segment_ids_BT, cache.length, axis=1)
+        slots, layers = (ids_BS, cache.length), []
+        for index, past in enumerate(cache.layers):
+            layer = nn_layers.Layer(self.config, PARAMS["layers"], name=layer_name(index))
+            x_BTD, past = layer(x_BTD, None, segment_ids_BT, angles, {}, past, slots)
+            assert past is not None
+            layers.append(past)
+        return x_BTD, Cache(tuple(layers), ids_BS, cache.length + x_BTD.shape[1])

@@ -25,7 +25,7 @@ from flm_jax.sft.chat import Sample
 from flm_jax.sft.chat_model import ChatModel
 from flm_jax.sft.config import SftConfig
 
-SELECTIONS = ("random", "chosen", "clean")
+SELECTIONS = ("random", "chosen")
 BUDGETS = ("steps", "epochs")
 
 
@@ -66,14 +66,12 @@ class LessIsMoreConfig:
     proportion to its number of conversations, so that the largest arms are the same under both
     budgets, and are run once.
 
-    Selections: "random" from the pool with its defects; "chosen" by `select.py`; "clean" at random
-    from what was not spoiled, which no selection could know: as good as choosing could be.
+    Selections: "random" from the pool with its defects; "chosen" by `select.py`.
     """
 
     sft: SftConfig  # its conversations are the pool
     sizes: tuple[int, ...]  # conversations, ascending
     mixes: tuple[MixConfig, ...]
-    selections: tuple[str, ...]
     selection: (
         select.SelectionConfig
     )  # how the chosen are chosen; its size and quotas are the arms'
@@ -86,11 +84,6 @@ class LessIsMoreConfig:
             raise UserError(f"LessIsMoreConfig.sizes is {self.sizes}; give some, ascending")
         if not self.mixes or self.seeds < 1:
             raise UserError("LessIsMoreConfig: give at least one mix and one seed")
-        if self.selections[:1] != ("random",) or not set(self.selections) <= set(SELECTIONS):
-            raise UserError(
-                f"LessIsMoreConfig.selections is {self.selections}; give random first, then any of "
-                f"{', '.join(SELECTIONS[1:])}"
-            )
         if not self.sft.steps:
             raise UserError("LessIsMoreConfig.sft.steps is 0; give the steps of the largest arm")
 
@@ -119,7 +112,7 @@ def arms_of(config: LessIsMoreConfig) -> list[Arm]:
         Arm(size, selection, first, budget, 0)
         for budget in BUDGETS
         for size in reversed(config.sizes)
-        for selection in config.selections
+        for selection in SELECTIONS
         if budget == "steps" or size < large
     ]
     mixed = [Arm(large, "chosen", mix.name, "steps", 0) for mix in config.mixes[1:]]
@@ -144,15 +137,13 @@ class _Seed:
     def choose(self, arm: Arm) -> list[Sample]:
         shares = self.mixes[arm.mix].shares(self.categories)
         if arm.selection == "random":
-            return self._at_random(self.pile, shares, arm.size)
-        if arm.selection == "clean":
-            clean = [s for s in self.pile if "#" not in s.id]
-            return self._at_random(clean, shares, arm.size)
+            return self._at_random(shares, arm.size)
         about = dataclasses.replace(
             self.selection,
             size=arm.size,
             quotas=tuple(select.Quota(c, share) for c, share in shares.items()),
             near=2.0,  # filtered already
+            verify=False,
             worst_loss=0.0,
             seed=self.seed,
         )
@@ -190,10 +181,8 @@ class _Seed:
     def _known(self) -> dict[str, dict[Sample, scoring.ResponseLoss]]:
         return {}
 
-    def _at_random(
-        self, samples: Sequence[Sample], shares: dict[str, float], size: int
-    ) -> list[Sample]:
-        order = random.Random(f"{self.seed} random").sample(samples, len(samples))
+    def _at_random(self, shares: dict[str, float], size: int) -> list[Sample]:
+        order = random.Random(f"{self.seed} random").sample(self.pile, len(self.pile))
         room = {category: round(size * share) for category, share in shares.items()}
         taken: collections.Counter[str] = collections.Counter()
         chosen = []

@@ -32,7 +32,7 @@ from flm_jax.config import (
     StageConfig,
 )
 from flm_jax.errors import UserError
-from flm_jax.evaluate import bits_per_byte, nats_per_token
+from flm_jax.evaluate import score
 from flm_jax.lineage import RunFolder, identity
 from flm_jax.run_state import OpenedModel, open_model
 from flm_jax.sft import made, pool
@@ -220,10 +220,10 @@ class _ChatJob:
         return in_order(self.talk.held_out, self.sequence_length, self.config.eval.batch_size)
 
     def evaluate(self, params: Any, plan: growth.Plan | None, mask: float | None) -> dict[str, Any]:
-        model = self.stage.model
+        about = (self.corpus.token_bytes, self.mesh)
         return {
-            "bpb": bits_per_byte(params, model, self.text, self.corpus.token_bytes, self.mesh),
-            "response_loss": nats_per_token(params, model, self.responses, self.mesh),
+            "bpb": score(params, self.stage.model, self.text, *about).bits_per_byte,
+            "response_loss": score(params, self.stage.model, self.responses, *about).loss,
         }
 
 

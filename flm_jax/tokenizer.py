@@ -1,0 +1,244 @@
+"""Tokenizers without TensorFlow: bytes, SentencePiece models, Hugging Face's tokenizer.json.
+
+Every token stands for bytes, none for a special one. With this one table per tokenizer a text is
+decoded (token by token, as it is generated) and bits per byte are counted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from flm_jax.errors import UserError
+
+# What SentencePiece writes for a space in its pieces.
+SPACE = "\u2581"
+# Names of the end-of-sequence token, for a tokenizer.json without a file that says which it is.
+_EOS_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eos|>", "<|im_end|>")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """Text to token ids and back.
+
+    Attributes:
+      name: what was opened.
+      pieces: of each id, the bytes that it stands for; b"" for special tokens. Those of a document
+        add up to it, unless the tokenizer changes text (Unicode normalisation, an added space).
+      eos_id: ends a document.
+      start_id: the model's input where a document begins: padding where that is token 0, else the
+        beginning-of-sequence token that the tokenizer adds, else `eos_id`.
+      adds_start: the tokenizer's own files say that `start_id` goes before every text.
+      digest: SHA-256, hex, of the file; "bytes" for bytes.
+    """
+
+    name: str
+    pieces: tuple[bytes, ...]
+    eos_id: int
+    start_id: int
+    adds_start: bool
+    digest: str
+    encode_batch: Callable[[Sequence[str], bool], list[list[int]]] = dataclasses.field(repr=False)
+
+    @property
+    def vocab_size(self) -> int:
+        """Special tokens included."""
+        return len(self.pieces)
+
+    @property
+    def token_bytes(self) -> np.ndarray:
+        """int32 [vocab_size]: how many bytes each token stands for."""
+        return np.array([len(piece) for piece in self.pieces], np.int32)
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Token ids of the text alone: no start and no end.
+
+        Args:
+          special: names of special tokens in the text (of a tokenizer.json) are those tokens, as
+            in a chat template; else they are text like any other.
+        """
+        return self.encode_batch([text], special)[0]
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Special tokens, and ids beyond the vocabulary (of a padded model), give nothing."""
+        return b"".join(self.pieces[i] for i in ids if i < len(self.pieces))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """As text; what is not UTF-8 is replaced by U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", "replace")
+
+
+def open_tokenizer(vocabulary: str) -> Tokenizer:
+    """The tokenizer that `DataConfig.vocabulary` names.
+
+    Args:
+      vocabulary: "bytes"; a SentencePiece model; a tokenizer.json; or a folder with tokenizer.json
+        or tokenizer.model.
+
+    Raises:
+      UserError: there is no such file, it is malformed, or has no end-of-sequence token.
+    """
+    if vocabulary == "bytes":
+        return _bytes()
+    path = pathlib.Path(vocabulary).expanduser()
+    where = f"DataConfig.vocabulary is {vocabulary!r}"
+    if path.is_dir():
+        files = [path / name for name in ("tokenizer.json", "tokenizer.model")]
+        found = [file for file in files if file.is_file()]
+        if not found:
+            raise UserError(f"{where}, a folder without tokenizer.json and tokenizer.model")
+        path = found[0]
+    if not path.is_file():
+        raise UserError(
+            f"{where}, but no such file exists; give 'bytes', a tokenizer.json, or a SentencePiece "
+            "model (python -m experiments.train_vocabulary makes one)"
+        )
+    read = _hugging_face if path.suffix == ".json" else _sentencepiece
+    return read(path, where)
+
+
+def _bytes() -> Tokenizer:
+    """seqio's: byte + 3; 0 is padding, 1 the end, 2 unknown."""
+    pieces = (b"", b"", b"", *(bytes([i]) for i in range(256)))
+
+    def encode(texts: Sequence[str], special: bool) -> list[list[int]]:
+        return [[byte + 3 for byte in text.encode("utf-8")] for text in texts]
+
+    return Tokenizer("bytes", pieces, 1, 0, True, "bytes", encode)
+
+
+def _sentencepiece(path: pathlib.Path, where: str) -> Tokenizer:
+    import sentencepiece
+
+    data = path.read_bytes()
+    model = sentencepiece.SentencePieceProcessor()
+    try:
+        model.load_from_serialized_proto(data)
+    except RuntimeError as error:
+        raise UserError(f"{where}, which is not a SentencePiece model: {error}") from error
+    if model.eos_id() < 0:
+        raise UserError(f"{where}, a model without an end-of-sequence token; train it with eos_id")
+
+    def piece(token: int) -> bytes:
+        text = model.id_to_piece(token)
+        if model.is_byte(token):
+            return bytes([int(text[1:-1], 16)])  # <0x0A>
+        if model.is_control(token) or model.is_unknown(token) or model.is_unused(token):
+            return b""
+        return text.replace(SPACE, " ").encode("utf-8")
+
+    def encode(texts: Sequence[str], special: bool) -> list[list[int]]:
+        return model.encode(list(texts))
+
+    begins = model.bos_id() if model.bos_id() >= 0 else model.eos_id()
+    return Tokenizer(
+        name=str(path),
+        pieces=tuple(piece(token) for token in range(model.get_piece_size())),
+        eos_id=model.eos_id(),
+        start_id=0 if model.pad_id() == 0 else begins,
+        adds_start=bool(_beside(path, "tokenizer_config.json").get("add_bos_token", False)),
+        digest=hashlib.sha256(data).hexdigest(),
+        encode_batch=encode,
+    )
+
+
+def _hugging_face(path: pathlib.Path, where: str) -> Tokenizer:
+    import tokenizers
+
+    data = path.read_bytes()
+    try:
+        about = json.loads(data)
+        model = tokenizers.Tokenizer.from_buffer(data)
+    except Exception as error:  # the library raises bare Exceptions
+        raise UserError(f"{where}, which is not a tokenizer.json: {error}") from error
+    added = {token["id"]: token for token in about.get("added_tokens", ())}
+    piece_of = _piece_reader(about, where)
+    size = max(model.get_vocab(with_added_tokens=True).values()) + 1
+
+    def piece(token: int) -> bytes:
+        if token in added:
+            return b"" if added[token]["special"] else added[token]["content"].encode("utf-8")
+        text = model.id_to_token(token)
+        return b"" if text is None else piece_of(text)
+
+    def encode(texts: Sequence[str], special: bool) -> list[list[int]]:
+        model.encode_special_tokens = not special
+        return [e.ids for e in model.encode_batch(list(texts), add_special_tokens=False)]
+
+    eos = _eos_id(path, model, where)
+    starts = [token for token in model.encode("").ids if token != eos]
+    return Tokenizer(
+        name=str(path),
+        pieces=tuple(piece(token) for token in range(size)),
+        eos_id=eos,
+        start_id=starts[0] if starts else eos,
+        adds_start=bool(starts),
+        digest=hashlib.sha256(data).hexdigest(),
+        encode_batch=encode,
+    )
+
+
+def _piece_reader(about: dict[str, Any], where: str) -> Callable[[str], bytes]:
+    """How the file writes bytes in its tokens: in GPT-2's alphabet, or as SentencePiece does."""
+    text = json.dumps(about.get("decoder"))
+    if '"ByteLevel"' in text:
+        byte_of = {character: byte for byte, character in enumerate(byte_alphabet())}
+
+        def byte_level(token: str) -> bytes:
+            return bytes(byte_of[c] for c in token)
+
+        return byte_level
+    if '"ByteFallback"' not in text and '"Metaspace"' not in text and SPACE not in text:
+        raise UserError(
+            f"{where}, whose tokens do not say which bytes they stand for (its decoder is "
+            f"{(about.get('decoder') or {}).get('type')}); use a byte-level or SentencePiece-like "
+            "tokenizer"
+        )
+
+    def with_fallback(token: str) -> bytes:
+        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            return bytes([int(token[1:-1], 16)])
+        return token.replace(SPACE, " ").encode("utf-8")
+
+    return with_fallback
+
+
+def byte_alphabet() -> list[str]:
+    """A printable character for each byte, as GPT-2 writes tokens: itself where it prints, else
+    the next one from U+0100 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+def _eos_id(path: pathlib.Path, model: Any, where: str) -> int:
+    """From the files beside tokenizer.json, else by its usual names."""
+    named = []
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        token = _beside(path, file).get("eos_token")
+        named.append(token.get("content") if isinstance(token, dict) else token)
+    for name in [*named, *_EOS_NAMES]:
+        if name is not None and model.token_to_id(name) is not None:
+            return int(model.token_to_id(name))
+    raise UserError(
+        f"{where}, which has no end-of-sequence token: eos_token in tokenizer_config.json beside "
+        f"it names none of its tokens, nor does it have one of {', '.join(_EOS_NAMES)}; add it"
+    )
+
+
+def _beside(path: pathlib.Path, name: str) -> dict[str, Any]:
+    """The JSON object in a file of the same folder; empty if there is none."""
+    file = path.with_name(name)
+    if not file.is_file():
+        return {}
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is not JSON: {error}; restore it") from error
+    return values if isinstance(values, dict) else {}

@@ -1,0 +1,193 @@
+"""Tokenizers: text and bytes come back, ends are found, and the data pipeline agrees."""
+
+import json
+
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from flm_jax import data
+from flm_jax.config import DataConfig
+from flm_jax.errors import UserError
+from flm_jax.tokenizer import open_tokenizer
+
+TEXTS = (
+    "def f(x):\n    return x  # naïve\n",
+    "  two  spaces\t\ttabs, µP, 分词器, 🙂\r\n",
+    "one <|endoftext|> in the text",
+    "",
+)
+
+
+def save(tokenizer, folder, **config):
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    if config:
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return str(folder / "tokenizer.json")
+
+
+def byte_level(bos=False):
+    """As GPT-2 and Llama 3 have it."""
+    made = tokenizers.Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>", "<|begin|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator(TEXTS * 3, trainer)
+    if bos:
+        made.post_processor = processors.TemplateProcessing(
+            single="<|begin|> $A", special_tokens=[("<|begin|>", 1)]
+        )
+    return made
+
+
+def with_fallback():
+    """As Llama 2 has it: SentencePiece's spaces, bytes for what the vocabulary lacks."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *"\u2581defrtuxnw"]
+    merges = [("\u2581", "r"), ("d", "e"), ("de", "f")]
+    vocab = {p: i for i, p in enumerate([*pieces, *(a + b for a, b in merges)])}
+    made = tokenizers.Tokenizer(
+        models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
+    made.normalizer = normalizers.Replace(" ", "\u2581")
+    made.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    made.add_special_tokens(["<s>", "</s>"])
+    return made
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tokenizers")
+    documents = root / "documents"
+    documents.mkdir()
+    for number, text in enumerate(TEXTS[:3]):
+        (documents / f"{number}.txt").write_text(text * 20)
+    train = DataConfig(task="text_files", path=str(documents), sequence_length=16)
+    data.train_sentencepiece(train, 300, str(root / "own" / "tokenizer.model"))
+    return {
+        "bytes": "bytes",
+        "byte-level": save(byte_level(), root / "gpt", eos_token="<|endoftext|>"),
+        "byte-level with start": save(byte_level(bos=True), root / "llama3"),
+        "fallback": save(with_fallback(), root / "llama2", eos_token={"content": "</s>"}),
+        "sentencepiece": str(root / "own" / "tokenizer.model"),
+        "folder": str(root / "own"),
+        "documents": str(documents),
+    }
+
+
+KINDS = ("bytes", "byte-level", "byte-level with start", "fallback", "sentencepiece", "folder")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_text_comes_back_and_its_bytes_add_up(files, kind):
+    tokenizer = open_tokenizer(files[kind])
+    for text in TEXTS:
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.token_bytes[ids].sum() == len(text.encode())
+        # Token by token, as it is streamed.
+        assert b"".join(tokenizer.decode_bytes([i]) for i in ids) == text.encode()
+    assert tokenizer.pieces[tokenizer.eos_id] == b""
+    assert tokenizer.decode([tokenizer.vocab_size + 5]) == ""  # a padded model's extra tokens
+    # Twin: one byte too many in one piece is seen.
+    wrong = tokenizer.token_bytes + 1
+    assert wrong[tokenizer.encode(TEXTS[0])].sum() != len(TEXTS[0].encode())
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "fallback"])
+def test_pieces_are_what_the_library_decodes(files, kind):
+    """Another reading of the same file: the decoder of `tokenizers`, token by token."""
+    library = tokenizers.Tokenizer.from_file(files[kind])
+    tokenizer = open_tokenizer(files[kind])
+    compared = 0
+    for token, piece in enumerate(tokenizer.pieces):
+        try:
+            text = piece.decode()
+        except UnicodeDecodeError:
+            continue  # a part of a character: the library shows U+FFFD
+        assert library.decode([token]) == text
+        compared += 1
+    assert compared > 128
+
+
+def test_special_tokens_are_text_unless_asked_for(files):
+    tokenizer = open_tokenizer(files["byte-level"])
+    assert tokenizer.eos_id not in tokenizer.encode("<|endoftext|>")
+    assert tokenizer.encode("<|endoftext|>", special=True) == [tokenizer.eos_id]
+    assert tokenizer.eos_id not in tokenizer.encode("<|endoftext|>")
+
+
+def test_where_a_document_starts(files):
+    expected = {"bytes": 0, "byte-level": 0, "byte-level with start": 1, "fallback": 2,
+                "sentencepiece": 0}  # fmt: skip
+    assert {k: open_tokenizer(files[k]).start_id for k in expected} == expected
+    adds = {k: open_tokenizer(files[k]).adds_start for k in ("byte-level", "byte-level with start")}
+    assert adds == {"byte-level": False, "byte-level with start": True}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_pipeline_has_the_same_tokens(files, kind):
+    """seqio's tokens of every document, and what the model reads at a segment's start."""
+    config = DataConfig(
+        task="text_files", path=files["documents"], vocabulary=files[kind], sequence_length=64
+    )
+    corpus, tokenizer = data.open_corpus(config), open_tokenizer(files[kind])
+    np.testing.assert_array_equal(corpus.token_bytes, tokenizer.token_bytes)
+    assert corpus.vocab_size == tokenizer.vocab_size
+    wanted = sorted([*tokenizer.encode(text * 20), tokenizer.eos_id] for text in TEXTS[:3])
+    got = [
+        [int(t) for t in document]
+        for split in ("train", "validation")
+        for document in corpus.documents(split).as_numpy_iterator()
+    ]
+    assert sorted(got) == wanted
+    batch = next(corpus.train(2))
+    starts = (batch["positions"] == 0) & (batch["weights"] > 0)
+    assert (batch["tokens"][starts] == tokenizer.start_id).all()
+    assert (batch["tokens"][batch["weights"] == 0] == 0).all()
+    text = "naïve x"
+    assert list(corpus.vocabulary.encode(text)) == tokenizer.encode(text)
+    assert corpus.vocabulary.decode(tokenizer.encode(text)) == text
+
+
+def test_a_registered_task_may_tokenize_in_the_graph(files):
+    import tensorflow as tf
+
+    from flm_jax.data import tasks
+
+    vocabulary = tasks.make_vocabulary(open_tokenizer(files["byte-level"]))
+    encoded = vocabulary.encode_tf(tf.constant(TEXTS[0]))
+    assert list(encoded.numpy()) == vocabulary.encode(TEXTS[0])
+    assert vocabulary.decode_tf(encoded).numpy().decode() == TEXTS[0]
+    assert vocabulary == tasks.make_vocabulary(open_tokenizer(files["byte-level"]))
+    assert vocabulary != tasks.make_vocabulary(open_tokenizer(files["fallback"]))
+
+
+def test_mistakes_are_named(files, tmp_path):
+    no_end = tokenizers.Tokenizer(models.BPE({"a": 0, "b": 1}, []))
+    no_end.decoder = decoders.ByteLevel()
+    words = tokenizers.Tokenizer(models.WordPiece({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    words.decoder = decoders.WordPiece()
+    (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "broken.model").write_text("nothing")
+    broken_beside = save(byte_level(), tmp_path / "beside")
+    (tmp_path / "beside" / "tokenizer_config.json").write_text("{")
+    for path, message in (
+        (str(tmp_path / "absent"), "no such file exists; give 'bytes', a tokenizer.json"),
+        (str(tmp_path), "a folder without tokenizer.json and tokenizer.model"),
+        (str(tmp_path / "broken.json"), "not a tokenizer.json"),
+        (str(tmp_path / "broken.model"), "not a SentencePiece model"),
+        (save(no_end, tmp_path / "no_end"), "no end-of-sequence token: eos_token in tokenizer_c"),
+        (save(words, tmp_path / "words"), r"do not say which bytes .* \(its decoder is WordPiece"),
+        (broken_beside, "tokenizer_config.json is not JSON"),
+    ):
+        with pytest.raises(UserError, match=message):
+            open_tokenizer(path)
