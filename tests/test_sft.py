@@ -18,23 +18,11 @@ from flm_jax.lineage import RunFolder
 from flm_jax.sft import chat, packing, pool, template, tune
 from flm_jax.sft.chat import Message, Sample
 from flm_jax.sft.config import SftConfig, TemplateConfig
+from flm_jax.tokenizer import open_tokenizer
 from tests.commands import json_of, mistake, start, wait_for
 from tests.models import SMALL, changed, gradients, random_params
 
-
-class Bytes:
-    """A byte vocabulary, as seqio's: byte + 3, 1 ends."""
-
-    eos_id = 1
-
-    def encode(self, text):
-        return [byte + 3 for byte in text.encode()]
-
-    def decode(self, ids):
-        return bytes(i - 3 for i in ids if i >= 3).decode()
-
-
-VOCABULARY = Bytes()
+BYTES = open_tokenizer("bytes")
 
 
 def talk(*turns, **about):
@@ -53,7 +41,7 @@ def random_samples(count, seed=0, longest=12):
 
 
 def encoded(samples, how=template.TELE_FLM):
-    return [template.encode(s.messages, VOCABULARY, how) for s in samples]
+    return [template.encode(s.messages, BYTES, how) for s in samples]
 
 
 # Templates.
@@ -79,13 +67,13 @@ def test_tele_flm_format():
 def test_answers_and_end_tokens_are_learned_and_nothing_else(how):
     _, _, after = how.assistant.partition("{text}")
     for sample in random_samples(30):
-        got = template.encode(sample.messages, VOCABULARY, how)
+        got = template.encode(sample.messages, BYTES, how)
         learned = [t for t, yes in zip(got.tokens, got.learned, strict=True) if yes]
         answers = [m.content + after for m in sample.messages if m.role == "assistant"]
-        assert learned == [t for a in answers for t in (*VOCABULARY.encode(a), 1)]
+        assert learned == [t for a in answers for t in (*BYTES.encode(a), 1)]
         # What generation begins from is what training saw before the answer.
-        prompt = template.encode_prompt(sample.messages[:-1], VOCABULARY, how)
-        assert got.tokens == (*prompt, *VOCABULARY.encode(answers[-1]), 1)
+        prompt = template.encode_prompt(sample.messages[:-1], BYTES, how)
+        assert got.tokens == (*prompt, *BYTES.encode(answers[-1]), 1)
 
 
 def test_a_template_without_a_place_for_the_text_is_refused():
@@ -157,7 +145,7 @@ def test_what_does_not_fit_is_counted():
         talk("q", "a" * 100),
         talk("q" * 100, "a"),
     ]
-    about = (VOCABULARY, template.TELE_FLM, 40)
+    about = (BYTES, template.TELE_FLM, 40)
     kept, counts = packing.encode_all(samples, *about, "drop")
     assert len(kept) == counts.used == 1 and counts.no_assistant == 1 and counts.dropped == 2
     kept, counts = packing.encode_all(samples, *about, "truncate")
@@ -203,8 +191,8 @@ def params():
 def packed_and_alone():
     """Eight conversations, packed into fewer rows and one to a row, in batches of one shape."""
     conversations = encoded(random_samples(8, longest=6))
-    (packed,) = packing.in_order(conversations, LENGTH, 8)
-    alone = packing.features([[c] for c in conversations], LENGTH)
+    (packed,) = packing.in_order(conversations, LENGTH, 8, 0)
+    alone = packing.features([[c] for c in conversations], LENGTH, 0)
     assert (packed["segment_ids"].max(1) > 1).any()
     assert packed["weights"].sum() == alone["weights"].sum() > 0
     return packed, alone
@@ -238,7 +226,7 @@ def test_masked_tokens_receive_no_gradient(params):
 
 
 def batches(seed=0, batch_size=4, fingerprint="f"):
-    return packing.ChatBatches(encoded(random_samples(40)), 160, batch_size, seed, fingerprint)
+    return packing.ChatBatches(encoded(random_samples(40)), 160, batch_size, seed, fingerprint, 0)
 
 
 def test_an_epoch_has_every_conversation_once():
@@ -276,7 +264,7 @@ def test_batches_resume_exactly():
 def test_processes_share_a_batch():
     conversations = encoded(random_samples(40))
     whole = batches()
-    parts = [packing.ChatBatches(conversations, 160, 4, 0, "f", i, 2) for i in range(2)]
+    parts = [packing.ChatBatches(conversations, 160, 4, 0, "f", 0, i, 2) for i in range(2)]
     for _ in range(5):
         got = np.concatenate([next(part)["tokens"] for part in parts])
         assert (got == next(whole)["tokens"]).all()

@@ -24,6 +24,7 @@ from flm_jax.sft.before_after import few_of_each
 from flm_jax.sft.chat import Sample
 from flm_jax.sft.chat_model import ChatModel
 from flm_jax.sft.config import SftConfig
+from flm_jax.tokenizer import open_tokenizer
 
 SELECTIONS = ("random", "chosen")
 BUDGETS = ("steps", "epochs")
@@ -224,7 +225,7 @@ def run(config: LessIsMoreConfig, workdir: str) -> list[dict[str, Any]]:
     root = pathlib.Path(workdir)
     arms = root / "arms"
     base = tune.open_base(config.sft)
-    corpus = data.open_corpus(base.data)
+    corpus, tokenizer = data.open_corpus(base.data), open_tokenizer(base.data.vocabulary)
     good, held_out = _sides(config.sft)
     for mix in config.mixes:
         mix.check({s.category for s in good})
@@ -236,7 +237,7 @@ def run(config: LessIsMoreConfig, workdir: str) -> list[dict[str, Any]]:
     def chat(params: Any) -> ChatModel:
         settings = config.sft
         return ChatModel(
-            params, base.model.config, corpus.vocabulary, settings.template,
+            params, base.model.config, tokenizer, settings.template,
             settings.max_new_tokens, batch_size=64,
         )  # fmt: skip
 
