@@ -10,12 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import less_is_more as grid
+from experiments import cli
 from flm_jax import run_state, train
 from flm_jax.checkpoint import Checkpoints, params_digest
-from flm_jax.config import EvalConfig
+from flm_jax.config import EvalConfig, from_mapping
 from flm_jax.errors import UserError
 from flm_jax.lineage import RunFolder
-from flm_jax.sft import chat, packing, pool, template, tune
+from flm_jax.sft import chat, claims, less_is_more, made, packing, pool, template, tune
 from flm_jax.sft.chat import Message, Sample
 from flm_jax.sft.config import SftConfig, TemplateConfig
 from flm_jax.tokenizer import open_tokenizer
@@ -302,6 +304,49 @@ def test_configs_that_cannot_work_are_refused():
         tune.open_base(SftConfig(base="runs/nowhere", made=1))
 
 
+# Claims.
+
+
+def verdict(gains, metric="loss"):
+    """Of a claim whose better side is ahead by these, seed by seed."""
+    sign = -1 if metric == "loss" else 1
+    settings = [(8, "random", "even", "steps"), (16, "random", "even", "steps")]
+    rows = claims.Rows.__new__(claims.Rows)
+    rows.arms = {
+        setting: {
+            seed: {"scores": {"a": {metric: 3 + seed + part * sign * gain}}}
+            for seed, gain in enumerate(gains)
+        }
+        for part, setting in enumerate(settings)
+    }
+    better, worse = (claims.Side(setting, ("a",)) for setting in settings[::-1])
+    return claims.decide(claims.Claim("it helps", better, worse, metric), rows)
+
+
+@pytest.mark.parametrize("metric", ["loss", "accuracy"])
+def test_claims_are_decided_by_the_interval_over_seeds(metric):
+    assert verdict([0.1, 0.11, 0.12], metric).word == "supported"
+    assert verdict([-0.1, -0.11, -0.12], metric).word == "not supported"
+    assert verdict([-0.1, 0.2, 0.1], metric).word == "undecided"
+    assert verdict([0.1], metric).word == "undecided"  # one seed decides nothing
+    assert verdict([], metric) is None
+    found = verdict([0.1, 0.2, 0.3], metric)
+    # Student's t, 2 degrees of freedom: 4.303 standard errors.
+    assert found.high - found.gain == pytest.approx(4.302653 * 0.1 / 3**0.5, rel=1e-6)
+
+
+def test_the_grid_shares_the_largest_arms_and_runs_seed_by_seed():
+    config = from_mapping(less_is_more.LessIsMoreConfig, cli.plain(grid.get_config()))
+    arms = less_is_more.arms_of(config)
+    assert len({a.name for a in arms}) == len(arms) == 3 * (4 + 2 + 2)
+    assert [a.seed for a in arms] == sorted(a.seed for a in arms)
+    assert arms[0].selection == "random" and arms[0].size == 384
+    for mix in config.mixes:
+        shares = mix.shares(made.CATEGORIES)
+        assert sum(shares.values()) == pytest.approx(1)
+        assert all(shares[c] == 0.5 for c in mix.more) and not set(mix.without) & set(shares)
+
+
 # The commands, on a run of a few steps.
 
 SFT = ("experiments.sft", "--config=configs/sft_demo.py:smoke")
@@ -409,17 +454,26 @@ def test_mistakes_are_one_line_and_leave_nothing(base, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_imported_model_begins_a_lineage(base, tmp_path):
-    """A model without a run: here, a checkpoint's folder."""
-    path = next((base / "stages/0-small/checkpoints").glob("[0-9]*"))
+def test_inside_the_base_and_from_a_model_without_a_run(base, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(base, copy)
     config = SftConfig(
-        base=str(path), made=2, steps=2, batch_size=8, sequence_length=256, quick_compile=True,
+        base=str(copy), made=2, steps=2, batch_size=8, sequence_length=256, quick_compile=True,
         eval=EvalConfig(sequences=8, batch_size=8, every_steps=2),
     )  # fmt: skip
     with jax.enable_x64(False):
-        stage = tune.run(config, str(tmp_path / "run")).stage
+        stage = tune.run(config, str(copy)).stage
+        assert lineage(copy) == [*lineage(base), stage]
+        assert tune.run(config, str(copy)).stage == stage  # not fine-tuned once more
+        other = dataclasses.replace(config, name="other", base_stage="small")
+        with pytest.raises(UserError, match=r"stages small, sft.*give another --workdir"):
+            tune.run(other, str(copy))  # its place in the lineage is taken
+
+        path = next((base / "stages/0-small/checkpoints").glob("[0-9]*"))
+        alone = dataclasses.replace(config, base=str(path))
+        stage = tune.run(alone, str(tmp_path / "alone")).stage
     assert (stage["index"], stage["parent"], stage["receipt"]) == (0, None, None)
-    assert lineage(tmp_path / "run") == [stage]
+    assert lineage(tmp_path / "alone") == [stage]
 
 
 @pytest.mark.slow

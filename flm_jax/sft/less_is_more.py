@@ -73,9 +73,7 @@ class LessIsMoreConfig:
     sft: SftConfig  # its conversations are the pool
     sizes: tuple[int, ...]  # conversations, ascending
     mixes: tuple[MixConfig, ...]
-    selection: (
-        select.SelectionConfig
-    )  # how the chosen are chosen; its size and quotas are the arms'
+    selection: select.SelectionConfig  # of the chosen; size and quotas are the arms'
     defects: float = 0.0  # of each kind of spoiled copy, over the pool's number: `made.spoil`
     seeds: int = 3  # of what is made and spoiled, of choice and order
     known: tuple[str, ...] = ("describe", "source", "code")  # categories like the base's own text
@@ -168,7 +166,7 @@ class _Seed:
         ).chosen
 
     def _kept(self, what: str, samples: Sequence[Sample]) -> list[scoring.ResponseLoss]:
-        """The base's losses, computed once for the pile: all choices look at them."""
+        """The first arm's losses, computed once for the pile: all choices look at them."""
         known = self._known.setdefault(what, {})
         new = list(dict.fromkeys(s for s in samples if s not in known))
         known |= zip(new, getattr(self.model, what)(new), strict=True)
