@@ -40,10 +40,15 @@ def open_stage(workdir: str, stage: str = "") -> Opened:
       stage: its index or name; "": the last one.
 
     Raises:
-      UserError: there is no such run or stage.
+      UserError: there is no such run or stage, or it was fine-tuned on conversations.
     """
     folder, entry = _finished(workdir, stage)
     about = json.loads(folder.stage(entry["index"], entry["name"]).config.read_text())
+    if "sft" in about:
+        raise UserError(
+            f"{workdir}: stage {entry['name']} learned from conversations and has no place in a "
+            "text; give a run that ends with a stage trained on text"
+        )
     del about["data_fingerprint"]
     config = config_lib.experiment({"stages": [about.pop("stage")], **about})
     model = config.stages[0].model
