@@ -38,9 +38,10 @@ from flm_jax.sft import made, pool
 from flm_jax.sft.chat import Sample
 from flm_jax.sft.config import SftConfig
 from flm_jax.sft.packing import ChatBatches, Counts, encode_all, in_order
-from flm_jax.sft.template import Encoded, Vocabulary
+from flm_jax.sft.template import Encoded
 from flm_jax.sharding import Layout
 from flm_jax.state import TrainState
+from flm_jax.tokenizer import Tokenizer, open_tokenizer
 
 # Of a config, what decides no number of the stage, or is in its identity in another form.
 _NOT_IDENTITY = (
@@ -105,10 +106,17 @@ class Conversations:
     held_out_samples: list[Sample]
     counts: dict[str, Counts]  # of both
     fingerprint: str
+    start_id: int
+
+    def batches(self, length: int, batch_size: int, seed: int, *sharing: int) -> ChatBatches:
+        """The training stream; `sharing`: index and number of processes."""
+        return ChatBatches(
+            self.train, length, batch_size, seed, self.fingerprint, self.start_id, *sharing
+        )
 
 
 def conversations(
-    config: SftConfig, samples: Sequence[Sample], vocabulary: Vocabulary, length: int
+    config: SftConfig, samples: Sequence[Sample], tokenizer: Tokenizer, length: int
 ) -> Conversations:
     """Splits and encodes. Raises UserError if a side is empty."""
     for_training, held_out = pool.split(samples, config.held_out)
@@ -117,7 +125,7 @@ def conversations(
             f"{len(samples)} conversations are too few to hold {config.held_out:.0%} out; give more"
         )
     encoded = [
-        encode_all(side, vocabulary, config.template, length, config.overlong)
+        encode_all(side, tokenizer, config.template, length, config.overlong)
         for side in (for_training, held_out)
     ]
     return Conversations(
@@ -126,6 +134,7 @@ def conversations(
         held_out_samples=held_out,
         counts={"train": encoded[0][1], "held_out": encoded[1][1]},
         fingerprint=pool.fingerprint(samples),
+        start_id=tokenizer.start_id,
     )
 
 
@@ -198,10 +207,7 @@ class _ChatJob:
         return tx, lambda step: shape(step - self.start)
 
     def batches(self, batch_size: int, index: int = 0, count: int = 1) -> ChatBatches:
-        return ChatBatches(
-            self.talk.train, self.sequence_length, batch_size, self.sft.seed,
-            self.talk.fingerprint, index, count,
-        )  # fmt: skip
+        return self.talk.batches(self.sequence_length, batch_size, self.sft.seed, index, count)
 
     def fresh(self) -> Position:
         tx, _ = self.optimizer()
@@ -219,7 +225,10 @@ class _ChatJob:
 
     @functools.cached_property
     def responses(self) -> list[dict[str, np.ndarray]]:
-        return in_order(self.talk.held_out, self.sequence_length, self.config.eval.batch_size)
+        return in_order(
+            self.talk.held_out, self.sequence_length, self.config.eval.batch_size,
+            self.talk.start_id,
+        )  # fmt: skip
 
     def evaluate(self, params: Any, plan: growth.Plan | None, mask: float | None) -> dict[str, Any]:
         about = (self.corpus.token_bytes, self.layout.mesh)
@@ -235,7 +244,7 @@ def sequence_length(config: SftConfig, base: Base) -> int:
 
 def steps_of(config: SftConfig, talk: Conversations, length: int) -> int:
     """Steps in which every row is seen `epochs` times; the last batch is filled up."""
-    rows = len(ChatBatches(talk.train, length, 1, config.seed, talk.fingerprint).rows)
+    rows = len(talk.batches(length, 1, config.seed).rows)
     return math.ceil(config.epochs * rows / config.batch_size)
 
 
@@ -245,7 +254,7 @@ class Tuned:
 
     stage: dict[str, Any]
     base: Base
-    vocabulary: Any
+    tokenizer: Tokenizer
     talk: Conversations
 
 
@@ -277,7 +286,8 @@ def run(
             f"{base.data.vocabulary!r} has {corpus.vocab_size} tokens; set data.vocabulary to the "
             "base's own"
         )
-    talk = conversations(config, samples, corpus.vocabulary, sequence_length(config, base))
+    tokenizer = open_tokenizer(base.data.vocabulary)
+    talk = conversations(config, samples, tokenizer, sequence_length(config, base))
     layout = sharding.make_layout(config.mesh)
     job = _ChatJob(config, base, corpus, talk, layout)
     chain.check(job.config, [layout])
@@ -287,7 +297,7 @@ def run(
         RunFolder(config.base).branch(folder, stages=len(base.stages))
     if not finished(job, folder):
         chain.run_jobs([job], folder)
-    return Tuned(folder.stages()[job.index], base, corpus.vocabulary, talk)
+    return Tuned(folder.stages()[job.index], base, tokenizer, talk)
 
 
 def _same(one: pathlib.Path, two: pathlib.Path) -> bool:
