@@ -56,7 +56,6 @@ def grow(
     check_fits(reader.path, reader.leaves, shapes(state))
     stream.check(chain.plan_of(config.stages[index - 1].model, config.stages[index]))
 
-    target.open()
     _check_target(target, entries)
     folder = target.stage(index, config.stages[index].name)
     about = identity(config, index, entries[-1]["data_fingerprint"])
@@ -72,6 +71,7 @@ def grow(
     chunks = stream.chunks(plan, shapes(grown), reader, memory)
     if folder.plan.exists() and growth.Plan.from_json(folder.plan.read_text()) != plan:
         raise UserError(f"{folder.plan}: another growth was begun here; give another --target")
+    target.open()
     _check_space(target.path, folder, grown)
     source.branch(target, index)
     write_json(folder.config, about)

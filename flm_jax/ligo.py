@@ -24,7 +24,7 @@ from flm_jax import axes, mup, sharding
 from flm_jax.axes import Role
 from flm_jax.config import GrowthConfig
 from flm_jax.growth import Plan
-from flm_jax.growth.apply import grow_value
+from flm_jax.growth.apply import grow_value, leaf_key
 from flm_jax.growth.expansion import Learned
 from flm_jax.progress import Progress
 from flm_jax.train import summed_loss
@@ -92,7 +92,10 @@ def fit(
 
     def loss(matrices: Matrices, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
         fitting = _with(plan, matrices)
-        grown = {path: grow_value(x, path, fitting, key) for path, x in axes.flatten(params)}
+        grown = {
+            path: grow_value(x, axes.TABLE[path], fitting, leaf_key(key, path))
+            for path, x in axes.flatten(params)
+        }
         total, tokens = summed_loss(axes.unflatten(grown), batch, plan.target, plan.masks(1.0))
         return total / tokens
 

@@ -75,12 +75,19 @@ def _checked(tree: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
 
 def _grow_params(tree: Any, plan: Plan, key: jax.Array) -> Any:
     leaves = _checked(tree, plan).items()
-    return axes.unflatten({path: grow_value(x, path, plan, key) for path, x in leaves})
+    return axes.unflatten(
+        {path: grow_value(x, axes.TABLE[path], plan, leaf_key(key, path)) for path, x in leaves}
+    )
+
+
+def leaf_key(key: jax.Array, path: str) -> jax.Array:
+    """Each parameter's own, from the growth's."""
+    return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
 def grow_value(
     x: jax.Array,
-    path: str,
+    param: Param,
     plan: Plan,
     key: jax.Array,
     window: Window | None = None,
@@ -90,16 +97,14 @@ def grow_value(
 
     Args:
       x: the parameter; for a window the sources of its slots (`gather`).
-      path: its name in the axis table.
+      param: its entry in the axis table.
       plan: of the growth. Noise and "mean" need the whole parameter.
-      key: of the growth.
+      key: from `leaf_key`.
       window: of the grown parameter; None: all of it.
       following: as x, one layer on, if the window cuts layers and the plan looks ahead.
     """
-    param = axes.TABLE[path]
-    # Each use of randomness has a key of its own: the leaf's, then what it is for.
-    leaf_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-    fill_key, noise_key, mean_key = leaf_key, *jax.random.split(leaf_key)
+    # Each use of randomness has a key of its own.
+    fill_key, noise_key, mean_key = key, *jax.random.split(key)
 
     expansions = plan.by_axis
     for e in expansions.values():
@@ -201,14 +206,13 @@ def carried(e: Expansion, moments: str) -> np.ndarray:
 
 
 def grow_moment(
-    x: jax.Array, path: str, plan: Plan, power: int, window: Window | None = None
+    x: jax.Array, param: Param, plan: Plan, power: int, window: Window | None = None
 ) -> jax.Array:
     """A first (power 1) or second (2) moment by the gradients' map; zero where none comes along.
 
     Exact where every slot has one source; a key/value head that is repeated gets an equal share
     of its gradient, of which only the sum is known. x and window as of `grow_value`.
     """
-    param = axes.TABLE[path]
     if plan.moments == "reset":
         return jnp.zeros(axes.window_shape(param.shape(plan.target), window), x.dtype)
     grown = weighted(
@@ -221,7 +225,9 @@ def grow_moment(
 
 def _grow_moments(tree: Any, plan: Plan, power: int) -> Any:
     leaves = _checked(tree, plan).items()
-    return axes.unflatten({path: grow_moment(x, path, plan, power) for path, x in leaves})
+    return axes.unflatten(
+        {path: grow_moment(x, axes.TABLE[path], plan, power) for path, x in leaves}
+    )
 
 
 def grow_slots(state: SlotAdamState, plan: Plan) -> SlotAdamState:

@@ -92,7 +92,7 @@ def gradient_error(plan: Plan, source: Mapping[str, Any], target: Mapping[str, A
         if any(axis not in param.axes for axis in splits):
             continue
         begins = any_slot(param, plan.by_axis, lambda e, role: ~carried(e, "dual"))
-        apart = jnp.abs(grow_moment(g, path, dual, power=1) - got)
+        apart = jnp.abs(grow_moment(g, param, dual, power=1) - got)
         apart = apart if begins is None else jnp.where(begins, 0, apart)
         worst, largest = max(worst, float(jnp.max(apart))), max(largest, float(jnp.abs(g).max()))
     return worst / largest

@@ -23,7 +23,14 @@ from flm_jax import axes
 from flm_jax.axes import Param
 from flm_jax.config import TransformerConfig
 from flm_jax.errors import UserError
-from flm_jax.growth.apply import grow_moment, grow_slots, grow_value, looks_ahead, next_layer
+from flm_jax.growth.apply import (
+    grow_moment,
+    grow_slots,
+    grow_value,
+    leaf_key,
+    looks_ahead,
+    next_layer,
+)
 from flm_jax.growth.expansion import NEW
 from flm_jax.growth.plan import Plan
 from flm_jax.optim import SlotAdamState
@@ -176,7 +183,7 @@ def grow(
 
 
 class _Programs:
-    """Compiled maps: one for each leaf and size of a piece, wherever the piece lies."""
+    """Compiled maps: one for each kind of leaf and size of a piece, wherever the piece lies."""
 
     def __init__(self, plan: Plan):
         self._plan = plan
@@ -185,18 +192,17 @@ class _Programs:
 
     def of(self, leaf: _Leaf, sizes: tuple[int | None, ...]) -> Callable[..., jax.Array]:
         """`f(x, following, key, starts)`; sizes: of the piece along each dimension, None: all."""
+        what = (leaf.param, leaf.power, sizes)
         with self._lock:
-            made = self._made.get((leaf.name, sizes))
-            if made is None:
-                made = self._made[leaf.name, sizes] = jax.jit(
-                    functools.partial(_map, self._plan, leaf, sizes)
-                )
-        return made
+            if what not in self._made:
+                self._made[what] = jax.jit(functools.partial(_map, self._plan, *what))
+            return self._made[what]
 
 
 def _map(
     plan: Plan,
-    leaf: _Leaf,
+    param: Param,
+    power: int,
     sizes: tuple[int | None, ...],
     x: jax.Array,
     following: jax.Array | None,
@@ -204,9 +210,9 @@ def _map(
     starts: jax.Array,
 ) -> jax.Array:
     window = [None if n is None else (starts[d], n) for d, n in enumerate(sizes)]
-    if leaf.power:
-        return grow_moment(x, leaf.path, plan, leaf.power, window)
-    return grow_value(x, leaf.path, plan, key, window, following)
+    if power:
+        return grow_moment(x, param, plan, power, window)
+    return grow_value(x, param, plan, key, window, following)
 
 
 def _grow_piece(
@@ -229,7 +235,8 @@ def _grow_piece(
         following = _read(source, plan, leaf, [after, *slots[1:]])
     sizes = tuple(s.stop - s.start if c else None for s, c in zip(piece, cut, strict=True))
     starts = np.array([s.start for s in piece], np.int32)
-    grown = np.asarray(programs.of(leaf, sizes)(x, following, key, starts))
+    program = programs.of(leaf, sizes)
+    grown = np.asarray(program(x, following, leaf_key(key, leaf.path), starts))
     target.write(leaf.name, piece, grown)
     return grown.nbytes
 
