@@ -32,6 +32,7 @@ LAYERS = [
     {"interop", "roofline"},
     {"generate", "ligo", "run_state", "study"},
     {"likelihood"},
+    {"runner"},
     {"chain", "check_growth", "coordinates", "harness", "sweep", "through_growth", "predict"},
     {"probe", "benchmark", "generate_benchmark", "ahead", "grow_checkpoint", "sft"},
     {"report", "mup_report"},
