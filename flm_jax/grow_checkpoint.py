@@ -1,8 +1,8 @@
 """Grows a run's last train state from disk to disk, into a run that goes on from there.
 
-The target gets what the runner (`runner.py`) would have made of the same chain: the finished stages,
-the next stage's config, plan and first checkpoint, bit for bit. Only its receipt is left open: it
-needs the whole model, and the runner completes it before it trains.
+The target gets what the runner (`runner.py`) would have made of the same chain: the finished
+stages, the next stage's config, plan and first checkpoint, bit for bit. Only its receipt is left
+open: it needs the whole model, and the runner completes it before it trains.
 """
 
 from __future__ import annotations
