@@ -121,3 +121,20 @@ class Transfer:
                 f"{decimal(int(rate))}/s  {(self._total - self._done) / max(rate, 1):.0f} s left",
                 highlight=False,
             )
+
+
+def counting(
+    name: str,
+    console: rich.console.Console,
+    clock: Callable[[], float] = time.monotonic,
+) -> Callable[[int, int], None]:
+    """`note(done, of)` that prints a line now and then, for work that only counts."""
+    last = clock()
+
+    def note(done: int, of: int) -> None:
+        nonlocal last
+        if clock() - last >= PLAIN_SECONDS:
+            last = clock()
+            console.print(f"{name}  {done}/{of}", highlight=False)
+
+    return note
