@@ -19,7 +19,7 @@ from absl import flags
 from experiments import cli
 from flm_jax import config as config_lib
 from flm_jax.errors import UserError
-from flm_jax.lineage import RunFolder
+from flm_jax.lineage import RunFolder, bits_per_byte
 
 COMPARE = flags.DEFINE_list("compare", [], "Two stage indices, as 0,2.")
 
@@ -37,8 +37,7 @@ def _tree(folder: RunFolder, stages: Sequence[dict[str, Any]]) -> rich.tree.Tree
     for s in stages:
         text = (
             f"[bold]{s['index']} {s['name']}[/]  {s['params']:,} parameters  "
-            f"{s['steps']:,} steps  {s['eval']['bpb_start']:.4f} -> "
-            f"{s['eval']['bpb_end']:.4f} bits per byte"
+            f"{s['steps']:,} steps  bits per byte {bits_per_byte(s['eval'])}"
         )
         node = node.add(text)
         if receipt := s["receipt"]:
@@ -64,10 +63,11 @@ def _comparison(one: dict[str, Any], two: dict[str, Any]) -> rich.table.Table:
     table = rich.table.Table("", one["name"], two["name"], "ratio")
     for key in ("params", "steps", "tokens", "flops", "wall_s"):
         a, b = one[key], two[key]
-        table.add_row(key, f"{a:,.4g}", f"{b:,.4g}", f"{b / a:.3g}")
+        table.add_row(key, f"{a:,.4g}", f"{b:,.4g}", f"{b / a:.3g}" if a else "")
     for key in ("bpb_start", "bpb_end"):
         a, b = one["eval"][key], two["eval"][key]
-        table.add_row(key, f"{a:.4f}", f"{b:.4f}", f"{b / a:.3f}")
+        shown = ["" if bpb is None else f"{bpb:.4f}" for bpb in (a, b)]
+        table.add_row(key, *shown, f"{b / a:.3f}" if a and b else "")
     return table
 
 

@@ -223,49 +223,9 @@ class GrowthConfig:
         _require_choice(self, "moments", MOMENTS)
         _require_choice(self, "rates", RATES)
 
-
-@dataclasses.dataclass(frozen=True)
-class StageConfig:
-    """One size of the chain and how long it trains."""
-
-    name: str
-    model: TransformerConfig
-    steps: int
-    batch_size: int  # sequences in one optimizer step
-    learning_rate: float  # peak, of vector-like parameters (embedding, gains, head)
-    matrix_learning_rate: float  # peak, of matrix-like parameters at the µP base width
-    accumulate: int = 1  # microbatches that one optimizer step is cut into
-    growth: GrowthConfig = GrowthConfig()
-    sequence_length: int = 0  # tokens; 0: the data's. RoPE needs no growth for a longer context
-
-    def __post_init__(self) -> None:
-        _require_positive(
-            self, "steps", "batch_size", "accumulate", "learning_rate", "matrix_learning_rate"
-        )
-        _require(
-            self.name.replace("-", "").replace("_", "").isalnum(),
-            f"StageConfig.name is {self.name!r}; use letters, digits, - and _: it names a folder",
-        )
-        _require(
-            self.batch_size % self.accumulate == 0,
-            f"stage {self.name}: batch_size {self.batch_size} is not a multiple of accumulate "
-            f"{self.accumulate}; change one",
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class EvalConfig:
-    """Validation: always the same first sequences of the validation split."""
-
-    sequences: int = 96
-    batch_size: int = 8
-    every_steps: int = 200
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckpointConfig:
-    every_steps: int = 200
-    keep: int = 2  # latest checkpoints kept in a stage; a stage's last one is always kept
+    def mask_at(self, steps_done: int) -> float | None:
+        """The masks' value after so many steps of the stage; None once they are at 1."""
+        return steps_done / self.ramp_steps if steps_done < self.ramp_steps else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,6 +254,56 @@ class MeshConfig:
     fsdp: int = 1
     tensor: int = 1
     rules: RulesConfig = RulesConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class StageConfig:
+    """One size of the chain and how long it trains."""
+
+    name: str
+    model: TransformerConfig
+    steps: int  # 0: as it begins
+    batch_size: int  # sequences in one optimizer step
+    learning_rate: float  # peak, of vector-like parameters (embedding, gains, head)
+    matrix_learning_rate: float  # peak, of matrix-like parameters at the µP base width
+    accumulate: int = 1  # microbatches that one optimizer step is cut into
+    growth: GrowthConfig = GrowthConfig()
+    sequence_length: int = 0  # tokens; 0: the data's. RoPE needs no growth for a longer context
+    mesh: MeshConfig | None = None  # None: the experiment's; a chain may change it at a growth
+    # Of the first stage: where its parameters come from, instead of a fresh draw: a run's folder,
+    # a checkpoint inside one, or a folder of Hugging Face files.
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "batch_size", "accumulate", "learning_rate", "matrix_learning_rate")
+        _require(
+            self.steps >= 0,
+            f"stage {self.name}: steps is {self.steps}; give 0 (not trained) or more",
+        )
+        _require(
+            self.name.replace("-", "").replace("_", "").isalnum(),
+            f"StageConfig.name is {self.name!r}; use letters, digits, - and _: it names a folder",
+        )
+        _require(
+            self.batch_size % self.accumulate == 0,
+            f"stage {self.name}: batch_size {self.batch_size} is not a multiple of accumulate "
+            f"{self.accumulate}; change one",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Validation: always the same first sequences of the validation split."""
+
+    sequences: int = 96
+    batch_size: int = 8
+    every_steps: int = 200
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    every_steps: int = 200
+    keep: int = 2  # latest checkpoints kept in a stage; a stage's last one is always kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -332,6 +342,11 @@ class ExperimentConfig:
         )
         for stage in self.stages[1:]:
             _require(
+                not stage.source,
+                f"stage {stage.name}: source is {stage.source!r}, but it grows out of the stage "
+                "before; only the first stage can have a source",
+            )
+            _require(
                 stage.growth.ramp_steps <= stage.steps,
                 f"stage {stage.name}: growth.ramp_steps is {stage.growth.ramp_steps}, more than "
                 f"its steps {stage.steps}; the masks must reach 1 before the stage ends",
@@ -348,6 +363,10 @@ class ExperimentConfig:
     @property
     def total_steps(self) -> int:
         return sum(stage.steps for stage in self.stages)
+
+    def mesh_of(self, index: int) -> MeshConfig:
+        """A stage's mesh."""
+        return self.stages[index].mesh or self.mesh
 
     def data_of(self, index: int) -> DataConfig:
         """A stage's data: its own sequence length, over the windows that all stages share."""

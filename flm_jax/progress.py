@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: a live bar on a terminal, plain lines elsewhere."""
+"""What a person sees while a command works: a live bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from collections.abc import Callable
 
 import rich.console
 import rich.progress
+from rich.filesize import decimal
+
+from flm_jax import processes
 
 PLAIN_SECONDS = 10.0
 
@@ -14,7 +17,7 @@ PLAIN_SECONDS = 10.0
 class Progress:
     """Shows loss, tokens/s, mask value and time left of one stage; a context manager.
 
-    Writes to standard error. `clock` is for tests.
+    Writes to standard error, of several processes in the first. `clock` is for tests.
     """
 
     def __init__(
@@ -25,7 +28,7 @@ class Progress:
         clock: Callable[[], float] = time.monotonic,
         console: rich.console.Console | None = None,
     ):
-        self._console = console or rich.console.Console(stderr=True)
+        self._console = console or rich.console.Console(stderr=True, quiet=not processes.first())
         self._clock, self._name, self._end = clock, name, end
         self._first, self._began, self._last_line = start, clock(), clock()
         self._bar = rich.progress.Progress(
@@ -66,6 +69,60 @@ class Progress:
     def note(self, text: str) -> None:
         """A line of its own, above the bar."""
         self._console.print(text, highlight=False)
+
+
+class Transfer:
+    """Shows bytes done, GB/s and time left; a context manager. Writes to standard error.
+
+    `clock` is for tests.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        done: int,
+        total: int,
+        clock: Callable[[], float] = time.monotonic,
+        console: rich.console.Console | None = None,
+    ):
+        """`done`: of `total` bytes, by an earlier call."""
+        self._console = console or rich.console.Console(stderr=True)
+        self._clock, self._name, self._total = clock, name, total
+        self._before = self._done = done
+        self._began = self._last_line = clock()
+        self._bar = rich.progress.Progress(
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.BarColumn(),
+            rich.progress.DownloadColumn(),
+            rich.progress.TransferSpeedColumn(),
+            rich.progress.TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task(name, total=total, completed=done)
+
+    def __enter__(self) -> Transfer:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def add(self, done: int) -> None:
+        """After `done` more bytes."""
+        self._done += done
+        self._bar.update(self._task, completed=self._done)
+        now = self._clock()
+        if not self._console.is_terminal and (
+            now - self._last_line >= PLAIN_SECONDS or self._done == self._total
+        ):
+            self._last_line = now
+            rate = (self._done - self._before) / max(now - self._began, 1e-9)
+            self._console.print(
+                f"{self._name}  {decimal(self._done)} of {decimal(self._total)}  "
+                f"{decimal(int(rate))}/s  {(self._total - self._done) / max(rate, 1):.0f} s left",
+                highlight=False,
+            )
 
 
 def counting(

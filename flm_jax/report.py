@@ -13,7 +13,7 @@ import rich.table
 
 from flm_jax import probe
 from flm_jax.figures import ACCENT, GUIDE, LINE, clean, plt, save
-from flm_jax.lineage import RunFolder, StageFolder, write_atomically, write_json
+from flm_jax.lineage import RunFolder, StageFolder, bits_per_byte, write_atomically, write_json
 
 _COLUMNS = (
     "stage", "params", "steps", "tokens", "FLOPs", "time", "bits per byte",
@@ -23,7 +23,7 @@ _ON_SCREEN = ("stage", "params", "tokens", "time", "bits per byte", "logit chang
 
 
 def _row(stage: dict[str, Any]) -> list[str]:
-    receipt, bpb = stage["receipt"], stage["eval"]
+    receipt = stage["receipt"]
     growth = ["", "", "", ""]
     if receipt:
         growth = [
@@ -39,7 +39,7 @@ def _row(stage: dict[str, Any]) -> list[str]:
         f"{stage['tokens']:,}",
         f"{stage['flops']:.2e}",
         f"{stage['wall_s']:.0f} s",
-        f"{bpb['bpb_start']:.4f} -> {bpb['bpb_end']:.4f}",
+        bits_per_byte(stage["eval"]),
         *growth,
     ]
 
@@ -78,13 +78,13 @@ def _curves(folder: RunFolder, stages: Sequence[dict[str, Any]], path: pathlib.P
         done, step0 = 0.0, 0
         worst = 0.0
         for stage, at in zip(stages, _folders(folder, stages), strict=True):
-            per_step = stage[unit] / stage["steps"]
+            per_step = stage[unit] / max(stage["steps"], 1)
             rows = at.metrics.rows("eval")
             # The untrained model's first point would flatten all others.
             rows = [r for r in rows if r["step"] > 0]
             xs = [done + (r["step"] - step0) * per_step for r in rows]
             ys = [r["bpb"] for r in rows]
-            worst = max(worst, *ys)
+            worst = max([worst, *ys])
             panel.plot(xs, ys, color=LINE, marker="o", markersize=3)
             if stage["index"] > 0:
                 panel.axvline(done, color=ACCENT, linestyle="--", linewidth=1)

@@ -188,7 +188,7 @@ def _piece_reader(about: dict[str, Any], where: str) -> Callable[[str], bytes]:
     """How the file writes bytes in its tokens: in GPT-2's alphabet, or as SentencePiece does."""
     text = json.dumps(about.get("decoder"))
     if '"ByteLevel"' in text:
-        byte_of = {character: byte for byte, character in enumerate(_byte_alphabet())}
+        byte_of = {character: byte for byte, character in enumerate(byte_alphabet())}
 
         def byte_level(token: str) -> bytes:
             return bytes(byte_of[c] for c in token)
@@ -209,7 +209,7 @@ def _piece_reader(about: dict[str, Any], where: str) -> Callable[[str], bytes]:
     return with_fallback
 
 
-def _byte_alphabet() -> list[str]:
+def byte_alphabet() -> list[str]:
     """A printable character for each byte, as GPT-2 writes tokens: itself where it prints, else
     the next one from U+0100 on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}

@@ -11,7 +11,7 @@ from tests.commands import ROOT
 # Each module imports only from its own line and the lines above it.
 LAYERS = [
     {"errors"},
-    {"config", "precision", "host", "tokenizer"},
+    {"config", "hlo", "host", "pieces", "precision", "processes", "threefry", "tokenizer"},
     {"axes"},
     {"mup", "counts", "sharding"},
     {"models", "optim", "state", "losses"},
@@ -20,6 +20,7 @@ LAYERS = [
     {
         "data",
         "checkpoint",
+        "leaves",
         "lineage",
         "metrics",
         "evaluate",
@@ -28,9 +29,11 @@ LAYERS = [
         "measure",
         "figures",
     },
-    {"generate", "interop", "ligo", "run_state", "study"},
-    {"chain", "check_growth", "coordinates", "sweep", "through_growth", "predict"},
-    {"probe", "benchmark", "ahead", "sft"},
+    {"interop", "roofline"},
+    {"generate", "ligo", "run_state", "study"},
+    {"likelihood"},
+    {"chain", "check_growth", "coordinates", "harness", "sweep", "through_growth", "predict"},
+    {"probe", "benchmark", "generate_benchmark", "ahead", "grow_checkpoint", "sft"},
     {"report", "mup_report"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -40,7 +43,8 @@ OWNERS = {
     "flax": {"models"},
     "seqio": {"data"},
     "tensorflow": {"data"},
-    "orbax": {"checkpoint", "lineage"},
+    "orbax": {"checkpoint"},
+    "tensorstore": {"leaves"},
 }
 
 

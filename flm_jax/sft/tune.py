@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
 
 from flm_jax import chain, data, growth, host, optim, sharding
 from flm_jax import config as config_lib
@@ -40,6 +39,7 @@ from flm_jax.sft.chat import Sample
 from flm_jax.sft.config import SftConfig
 from flm_jax.sft.packing import ChatBatches, Counts, encode_all, in_order
 from flm_jax.sft.template import Encoded
+from flm_jax.sharding import Layout
 from flm_jax.state import TrainState
 from flm_jax.tokenizer import Tokenizer, open_tokenizer
 
@@ -151,7 +151,9 @@ class _ChatJob:
 
     best_by = "response_loss"  # nats per learned token
 
-    def __init__(self, config: SftConfig, base: Base, corpus: Any, talk: Conversations, mesh: Mesh):
+    def __init__(
+        self, config: SftConfig, base: Base, corpus: Any, talk: Conversations, layout: Layout
+    ):
         model, length = base.model.config, sequence_length(config, base)
         steps = config.steps or steps_of(config, talk, length)
         self.stage = StageConfig(
@@ -180,7 +182,8 @@ class _ChatJob:
             mesh=config.mesh,
             seed=config.seed,
         )
-        self.sft, self.base, self.corpus, self.talk, self.mesh = config, base, corpus, talk, mesh
+        self.sft, self.base, self.corpus, self.talk = config, base, corpus, talk
+        self.layout = self.parent_layout = layout
         self.index, self.start = len(base.stages), base.steps
         self.parent = base.stages[-1]["name"] if base.stages else None
         self.small, self.sequence_length = model, length
@@ -203,18 +206,15 @@ class _ChatJob:
         tx = optim.optimizer(self.stage, self.config.optimizer, shape)
         return tx, lambda step: shape(step - self.start)
 
-    def batches(self, batch_size: int = 0) -> ChatBatches:
-        sharing = () if batch_size else (jax.process_index(), jax.process_count())
-        return self.talk.batches(
-            self.sequence_length, batch_size or self.stage.batch_size, self.sft.seed, *sharing
-        )
+    def batches(self, batch_size: int, index: int = 0, count: int = 1) -> ChatBatches:
+        return self.talk.batches(self.sequence_length, batch_size, self.sft.seed, index, count)
 
     def fresh(self) -> Position:
         tx, _ = self.optimizer()
         params = self.base.model.params
         state = TrainState(jnp.int32(self.start), params, tx.init(params))
-        placed = sharding.shardings(state, self.mesh, self.config.mesh.rules)
-        return Position(jax.device_put(state, placed), self.batches().get_state(), 0.0)
+        placed = sharding.shardings(state, *self.layout)
+        return Position(jax.device_put(state, placed), self.batches(1).get_state(), 0.0)
 
     source = fresh
 
@@ -231,7 +231,7 @@ class _ChatJob:
         )  # fmt: skip
 
     def evaluate(self, params: Any, plan: growth.Plan | None, mask: float | None) -> dict[str, Any]:
-        about = (self.corpus.token_bytes, self.mesh)
+        about = (self.corpus.token_bytes, self.layout.mesh)
         return {
             "bpb": score(params, self.stage.model, self.text, *about).bits_per_byte,
             "response_loss": score(params, self.stage.model, self.responses, *about).loss,
@@ -288,15 +288,15 @@ def run(
         )
     tokenizer = open_tokenizer(base.data.vocabulary)
     talk = conversations(config, samples, tokenizer, sequence_length(config, base))
-    mesh = sharding.make_mesh(config.mesh)
-    job = _ChatJob(config, base, corpus, talk, mesh)
-    chain.check(job.config, mesh)
+    layout = sharding.make_layout(config.mesh)
+    job = _ChatJob(config, base, corpus, talk, layout)
+    chain.check(job.config, [layout])
     folder = RunFolder(workdir)
     folder.open()
     if base.stages and not _same(folder.path, pathlib.Path(config.base)):
-        RunFolder(config.base).branch(folder, last=base.stages[-1]["index"])
+        RunFolder(config.base).branch(folder, stages=len(base.stages))
     if not finished(job, folder):
-        chain.run_jobs([job], folder, mesh)
+        chain.run_jobs([job], folder)
     return Tuned(folder.stages()[job.index], base, tokenizer, talk)
 
 

@@ -1,0 +1,137 @@
+"""The name map: every parameter of the axis table as a tensor of Llama's state dict, both ways.
+
+Hugging Face's linear layers hold [outputs, inputs], one tensor a layer, heads merged. Tele-FLM and
+Granite use Llama's names. Nothing here knows a parameter's size: shapes come from the axis table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from flm_jax import axes
+from flm_jax.axes import Role
+from flm_jax.config import TransformerConfig
+
+Index = tuple[slice, ...]  # a block of a parameter: one slice per axis, with a step of 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A parameter's name and layout there.
+
+    name: with {layer} where it has one tensor a layer.
+    layout: for each dimension the axes merged into it, slowest first.
+    """
+
+    name: str
+    layout: tuple[tuple[str, ...], ...]
+
+    @property
+    def rows(self) -> str:
+        """The axis that blocks of the tensor are cut along: rows of it are one piece of a file."""
+        return self.layout[0][0]
+
+    def shape(self, sizes: dict[str, int]) -> tuple[int, ...]:
+        return tuple(math.prod(sizes[axis] for axis in merged) for merged in self.layout)
+
+    def row_size(self, sizes: dict[str, int]) -> int:
+        """Rows of the tensor for one slot of the axis `rows`."""
+        return math.prod(sizes[axis] for axis in self.layout[0][1:])
+
+
+def _tensor(name: str, layout: str) -> Tensor:
+    """`_tensor("lm_head.weight", "vocab embed")`."""
+    return Tensor(name, tuple(tuple(merged.split(".")) for merged in layout.split()))
+
+
+_LAYER = "model.layers.{layer}."
+
+# In the order of the files. Query heads are grouped: those of one key/value head are neighbours.
+TENSORS: dict[str, Tensor] = {
+    "embedding": _tensor("model.embed_tokens.weight", "vocab embed"),
+    "layers/attention/norm": _tensor(_LAYER + "input_layernorm.weight", "embed"),
+    "layers/attention/query": _tensor(
+        _LAYER + "self_attn.q_proj.weight", "kv_heads.q_per_kv.head_dim embed"
+    ),
+    "layers/attention/key": _tensor(_LAYER + "self_attn.k_proj.weight", "kv_heads.head_dim embed"),
+    "layers/attention/value": _tensor(
+        _LAYER + "self_attn.v_proj.weight", "kv_heads.head_dim embed"
+    ),
+    "layers/attention/out": _tensor(
+        _LAYER + "self_attn.o_proj.weight", "embed kv_heads.q_per_kv.head_dim"
+    ),
+    "layers/mlp/norm": _tensor(_LAYER + "post_attention_layernorm.weight", "embed"),
+    "layers/mlp/gate": _tensor(_LAYER + "mlp.gate_proj.weight", "mlp embed"),
+    "layers/mlp/up": _tensor(_LAYER + "mlp.up_proj.weight", "mlp embed"),
+    "layers/mlp/down": _tensor(_LAYER + "mlp.down_proj.weight", "embed mlp"),
+    "final_norm": _tensor("model.norm.weight", "embed"),
+    "head": _tensor("lm_head.weight", "vocab embed"),
+}
+
+
+def stacked(path: str) -> bool:
+    """Whether the parameter is one tensor a layer there."""
+    return axes.TABLE[path].roles[0] is Role.STACK
+
+
+def own_axes(path: str) -> tuple[str, ...]:
+    """The parameter's axes but `layers`."""
+    return axes.TABLE[path].axes[stacked(path) :]
+
+
+def shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
+    """Tensor name -> shape, of all tensors of a model, in the order of the files."""
+    sizes = axes.axis_sizes(config)
+    found = {}
+    for path, layer in _in_file_order(config):
+        tensor = TENSORS[path]
+        found[tensor.name.format(layer=layer)] = tensor.shape(sizes)
+    return found
+
+
+def blocks(config: TransformerConfig, most_bytes: int) -> Iterator[tuple[str, Index]]:
+    """Cuts all parameters into blocks of at most so many bytes of float32, in file order.
+
+    A block lies in one layer and is whole on all axes but the one that is the tensor's rows.
+    A single row of that axis may be larger than `most_bytes`.
+    """
+    sizes = axes.axis_sizes(config)
+    for path, layer in _in_file_order(config):
+        names, rows = own_axes(path), TENSORS[path].rows
+        row_bytes = 4 * math.prod(sizes[axis] for axis in names) // sizes[rows]
+        step = max(1, most_bytes // row_bytes)
+        lead = (slice(layer, layer + 1),) if stacked(path) else ()
+        for start in range(0, sizes[rows], step):
+            stop = min(start + step, sizes[rows])
+            own = (slice(start, stop) if axis == rows else slice(0, sizes[axis]) for axis in names)
+            yield path, (*lead, *own)
+
+
+def _in_file_order(config: TransformerConfig) -> Iterator[tuple[str, int]]:
+    """(path, layer), the layers' parameters layer by layer; layer is 0 where there is none."""
+    paths = list(TENSORS)
+    layered = [path for path in paths if stacked(path)]
+    first = paths.index(layered[0])
+    yield from ((path, 0) for path in paths[:first])
+    yield from ((path, layer) for layer in range(config.num_layers) for path in layered)
+    yield from ((path, 0) for path in paths[first + len(layered) :])
+
+
+def to_rows(x: np.ndarray, path: str) -> np.ndarray:
+    """A block of one layer, in the table's axes, as rows of the tensor: a view where it can be."""
+    names = own_axes(path)
+    layout = TENSORS[path].layout
+    x = x.transpose([names.index(axis) for merged in layout for axis in merged])
+    sizes = dict(zip((axis for merged in layout for axis in merged), x.shape, strict=True))
+    return x.reshape([math.prod(sizes[axis] for axis in merged) for merged in layout])
+
+
+def from_rows(rows: np.ndarray, path: str, sizes: dict[str, int]) -> np.ndarray:
+    """The inverse of `to_rows`; `sizes` are those of the block."""
+    order = [axis for merged in TENSORS[path].layout for axis in merged]
+    x = rows.reshape([sizes[axis] for axis in order])
+    return x.transpose([order.index(axis) for axis in own_axes(path)])

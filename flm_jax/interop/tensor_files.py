@@ -1,0 +1,332 @@
+"""Files of named tensors, read and written row by row: safetensors, and PyTorch's older .bin.
+
+The safetensors format (8 bytes length, a JSON header, raw bytes) is read and written here rather
+than by its library, which cannot write a tensor in parts, and reads parts of one through a mapping
+of the file that counts as the process's memory. The tests hold both to the library's files.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import math
+import os
+import pathlib
+import struct
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import ml_dtypes
+import numpy as np
+
+from flm_jax.errors import UserError
+
+DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+WEIGHTS, BIN = "model.safetensors", "pytorch_model.bin"
+_LONGEST_HEADER = 100 << 20  # the library's own bound
+_TORCH_NAMES = {"torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16",
+                "torch.bfloat16": "BF16"}  # fmt: skip
+
+
+class TensorFile(Protocol):
+    """One file of tensors.
+
+    Attributes:
+      shapes, dtypes: by name.
+    """
+
+    path: pathlib.Path
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, np.dtype]
+
+    def read(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows start to stop of a tensor, in its own dtype."""
+
+
+class SafetensorsFile:
+    """Raises UserError if the file is missing, truncated, or holds what is not a float."""
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, np.dtype] = {}
+        self._offsets: dict[str, int] = {}
+        header, data = self._header()
+        end = data
+        for name, about in header.items():
+            if name == "__metadata__":
+                continue
+            try:
+                code, shape, (start, stop) = about["dtype"], about["shape"], about["data_offsets"]
+            except (KeyError, TypeError, ValueError):
+                raise self._torn(f"its header says {about!r} of {name}") from None
+            if code not in DTYPES:
+                raise UserError(
+                    f"{path}: {name} has dtype {code}; convert it to one of {', '.join(DTYPES)}"
+                )
+            self.dtypes[name], self.shapes[name] = DTYPES[code], tuple(shape)
+            self._offsets[name] = data + start
+            if stop - start != math.prod(shape) * DTYPES[code].itemsize:
+                raise self._torn(f"{name} {list(shape)} has {stop - start} bytes of {code}")
+            if data + stop > self._size:
+                raise self._torn(f"{name} ends at byte {data + stop:,} of {self._size:,}")
+            end = max(end, data + stop)
+        if end != self._size:
+            raise self._torn(f"its tensors end at byte {end:,} of {self._size:,}")
+
+    def _torn(self, what: str) -> UserError:
+        return UserError(f"{self.path}: truncated or damaged: {what}; fetch the file again")
+
+    def _header(self) -> tuple[Any, int]:
+        """The header, and where the data begins."""
+        self._size = self.path.stat().st_size
+        with open(self.path, "rb") as file:
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            if not 2 <= length <= min(self._size - 8, _LONGEST_HEADER):
+                raise self._torn(f"{self._size:,} bytes, header of {length:,}")
+            try:
+                header = json.loads(file.read(length))
+            except ValueError:
+                raise self._torn("its header is not JSON") from None
+        if not isinstance(header, dict):
+            raise self._torn("its header is no JSON object")
+        return header, 8 + length
+
+    def read(self, name: str, start: int, stop: int) -> np.ndarray:
+        shape, dtype = self.shapes[name], self.dtypes[name]
+        row = math.prod(shape[1:])
+        rows = np.empty((stop - start, *shape[1:]), dtype)
+        view = rows.reshape(-1).view(np.uint8).data
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(self._offsets[name] + start * row * dtype.itemsize)
+            while view:
+                read = file.readinto(view)
+                if not read:
+                    raise self._torn(f"{name} ends early")
+                view = view[read:]
+        return rows
+
+
+class BinFile:
+    """PyTorch's format, by its loader for tensors alone: no code of the file is run."""
+
+    def __init__(self, path: pathlib.Path):
+        """Raises UserError without torch, or if the file is damaged or holds other objects."""
+        try:
+            import torch
+        except ImportError:
+            raise UserError(
+                f"{path}: .bin files are read by torch, which is not installed; install "
+                "flm_jax[hf], or convert the file to safetensors"
+            ) from None
+        self.path = path
+        try:
+            self._tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except Exception as error:  # torch raises many kinds
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"{path}: torch's loader for weights alone refuses it ({reason}); fetch the file "
+                "again, or convert it to safetensors"
+            ) from error
+        self.shapes, self.dtypes = {}, {}
+        for name, tensor in self._tensors.items():
+            code = _TORCH_NAMES.get(str(getattr(tensor, "dtype", type(tensor).__name__)))
+            if code is None:
+                raise UserError(f"{path}: {name} is no tensor of floats; remove it")
+            self.shapes[name], self.dtypes[name] = tuple(tensor.shape), DTYPES[code]
+
+    def read(self, name: str, start: int, stop: int) -> np.ndarray:
+        import torch
+
+        rows = self._tensors[name][start:stop].contiguous()
+        if rows.dtype == torch.bfloat16:  # unknown to numpy
+            return rows.view(torch.int16).numpy().view(DTYPES["BF16"])
+        return rows.numpy()
+
+
+class Tensors:
+    """All tensors of a folder, over its shards."""
+
+    def __init__(self, folder: pathlib.Path):
+        """Reads headers alone.
+
+        Raises:
+          UserError: no weights; an index that is malformed or names a missing file; a tensor that
+            is not in the file that the index names, or in none of the index.
+        """
+        self.folder = folder
+        self.files: dict[str, TensorFile] = {}
+        for single, kind in ((WEIGHTS, SafetensorsFile), (BIN, BinFile)):
+            index = folder / f"{single}.index.json"
+            if index.exists():
+                self._read_index(index, kind)
+                return
+            if (folder / single).exists():
+                file = kind(folder / single)
+                self.files = dict.fromkeys(file.shapes, file)
+                return
+        raise UserError(
+            f"{folder}: no weights ({WEIGHTS}, {BIN}, or either's .index.json); give a folder that "
+            "has them"
+        )
+
+    def _read_index(self, index: pathlib.Path, kind: type[SafetensorsFile] | type[BinFile]) -> None:
+        try:
+            where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            names = {name: pathlib.PurePath(file).name for name, file in where.items()}
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise UserError(f"{index}: no JSON object with a weight_map; fetch it again") from None
+        by_file = collections.defaultdict(set)
+        for name, file in names.items():
+            by_file[file].add(name)
+        for file, expected in sorted(by_file.items()):
+            path = self.folder / file
+            if not path.exists():
+                raise UserError(
+                    f"{path}: missing; {index.name} says that it holds {min(expected)}"
+                    f"{_more(expected)}; fetch it"
+                )
+            shard = kind(path)
+            if absent := expected - set(shard.shapes):
+                raise UserError(
+                    f"{path}: no tensor {min(absent)}{_more(absent)}, which {index.name} says it "
+                    "holds; fetch both again"
+                )
+            if extra := set(shard.shapes) - expected:
+                raise UserError(
+                    f"{path}: tensor {min(extra)}{_more(extra)}, which {index.name} does not know; "
+                    "fetch both again"
+                )
+            self.files |= dict.fromkeys(expected, shard)
+
+    def check(self, expected: Mapping[str, tuple[int, ...]], optional: frozenset[str]) -> None:
+        """Raises UserError, naming file and tensor, unless these are the tensors and shapes."""
+        for name, shape in expected.items():
+            if name not in self.files:
+                raise UserError(
+                    f"{self.folder}: tensor {name} {list(shape)} is missing; config.json needs it"
+                )
+            file = self.files[name]
+            if file.shapes[name] != shape:
+                raise UserError(
+                    f"{file.path}: {name} is {list(file.shapes[name])}, config.json says "
+                    f"{list(shape)}; mend config.json or fetch the file again"
+                )
+        if extra := set(self.files) - set(expected) - optional:
+            raise UserError(
+                f"{self.files[min(extra)].path}: tensor {min(extra)}{_more(extra)} has no place in "
+                "this architecture; is config.json of another model?"
+            )
+
+    @property
+    def num_bytes(self) -> int:
+        """On disk."""
+        return sum(
+            math.prod(file.shapes[name]) * file.dtypes[name].itemsize
+            for name, file in self.files.items()
+        )
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The widest that any tensor has."""
+        dtypes = {file.dtypes[name] for name, file in self.files.items()}
+        return max(dtypes, key=lambda dtype: (dtype.itemsize, dtype.name))
+
+    def read(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows of a tensor, in its own dtype."""
+        return self.files[name].read(name, start, stop)
+
+
+def _more(names: set[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+class TensorsWriter:
+    """A folder of safetensors files in the making, each laid out at once and filled row by row."""
+
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        shapes: Mapping[str, tuple[int, ...]],
+        dtype: np.dtype,
+        shard_bytes: int,
+    ):
+        """Args: `shard_bytes`: a file is closed when the next tensor would make it larger."""
+        self._dtype, self._shapes = dtype, shapes
+        shards: list[dict[str, int]] = [{}]  # tensor -> where its bytes begin
+        size = 0
+        for name, shape in shapes.items():
+            need = math.prod(shape) * dtype.itemsize
+            if shards[-1] and size + need > shard_bytes:
+                shards.append({})
+                size = 0
+            shards[-1][name] = size
+            size += need
+        count = len(shards)
+        stem = pathlib.PurePath(WEIGHTS).stem
+        self._place: dict[str, tuple[pathlib.Path, int]] = {}
+        for i, shard in enumerate(shards):
+            file = WEIGHTS if count == 1 else f"{stem}-{i + 1:05}-of-{count:05}.safetensors"
+            start = self._lay_out(folder / file, shard)
+            self._place |= {name: (folder / file, start + at) for name, at in shard.items()}
+        if count > 1:
+            index = {
+                "metadata": {"total_size": self.num_bytes},
+                "weight_map": {name: path.name for name, (path, _) in self._place.items()},
+            }
+            text = json.dumps(index, indent=2) + "\n"
+            (folder / f"{WEIGHTS}.index.json").write_text(text, encoding="utf-8")
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all tensors."""
+        return sum(math.prod(shape) for shape in self._shapes.values()) * self._dtype.itemsize
+
+    def _lay_out(self, path: pathlib.Path, shard: Mapping[str, int]) -> int:
+        """Writes the header of a file; returns where its data begins."""
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+        end = 0
+        for name, start in shard.items():
+            shape = self._shapes[name]
+            end = start + math.prod(shape) * self._dtype.itemsize
+            code = _CODES[self._dtype]
+            header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # the data is aligned
+        with open(path, "wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            file.truncate(8 + len(text) + end)
+        return 8 + len(text)
+
+    def write(self, name: str, start: int, rows: np.ndarray) -> None:
+        """Writes rows from `start` on, rounded to the files' dtype.
+
+        Raises UserError if an entry is too large for it.
+        """
+        path, begin = self._place[name]
+        row_bytes = math.prod(self._shapes[name][1:]) * self._dtype.itemsize
+        with np.errstate(over="ignore"):
+            data = np.ascontiguousarray(rows.astype(self._dtype, copy=False))
+        if self._dtype == np.float16 and not np.isfinite(data).all():
+            raise UserError(
+                f"{path.name}: {name} has entries that {self._dtype.name} cannot hold; choose "
+                "bfloat16 or float32"
+            )
+        with open(path, "r+b", buffering=0) as file:
+            file.seek(begin + start * row_bytes)
+            view = data.reshape(-1).view(np.uint8).data
+            while view:
+                view = view[file.write(view) :]
+
+    def sync(self) -> None:
+        """All bytes are on the disk when this returns."""
+        for path in {path for path, _ in self._place.values()}:
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())

@@ -1,0 +1,184 @@
+"""A model's parameters wherever they lie, read block by block: one interface, and what changes it.
+
+Everything that goes in or out is a `Weights`: a Hugging Face folder, a checkpoint, a tree in
+memory, or one of these with a change: masks folded in, multipliers folded in, another vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from flm_jax import axes
+from flm_jax.config import TransformerConfig
+from flm_jax.errors import UserError
+from flm_jax.growth.fold import Masks, fold_block, folded_config
+from flm_jax.interop import hf_config, names
+from flm_jax.interop.names import TENSORS, Index
+from flm_jax.interop.tensor_files import Tensors
+from flm_jax.leaves import CheckpointReader
+from flm_jax.precision import wide
+
+
+class Weights(Protocol):
+    """All parameters of one model."""
+
+    @property
+    def config(self) -> TransformerConfig:
+        """Of the model that the parameters are of."""
+
+    def read(self, path: str, index: Index) -> np.ndarray:
+        """A block of a parameter in the axis table's layout, float32 (float64 where stored so)."""
+
+
+def whole(path: str, config: TransformerConfig) -> Index:
+    """The index of all of a parameter."""
+    return tuple(slice(0, size) for size in axes.TABLE[path].shape(config))
+
+
+class HuggingFace:
+    """A folder with config.json and safetensors or .bin files.
+
+    Attributes:
+      described: its config.json.
+      tensors: its files.
+      config: the model's.
+    """
+
+    def __init__(self, folder: pathlib.Path):
+        """Reads config.json and the files' headers.
+
+        Raises:
+          UserError: naming file and tensor, if a file is missing or damaged, or the tensors are
+            not those of the architecture.
+        """
+        self.described = hf_config.read(folder)
+        self.config = self.described.config
+        self.tensors = Tensors(folder)
+        expected = names.shapes(self.config)
+        head = TENSORS["head"].name
+        if self.described.tied:
+            del expected[head]  # some files hold it nevertheless
+        buffers = (f"model.layers.{i}.self_attn.rotary_emb.inv_freq"
+                   for i in range(self.config.num_layers))  # fmt: skip
+        self.tensors.check(expected, frozenset({head, *buffers}))
+        self._sizes = axes.axis_sizes(self.config)
+
+    def read(self, path: str, index: Index) -> np.ndarray:
+        if names.stacked(path):
+            layers, *own = index
+            read = [self._read(path, i, tuple(own)) for i in range(layers.start, layers.stop)]
+            return read[0][None] if len(read) == 1 else np.stack(read)
+        return self._read(path, 0, index)
+
+    def _read(self, path: str, layer: int, index: Index) -> np.ndarray:
+        """Rows of the tensor, cut on the other axes once they are read."""
+        tensor = TENSORS["embedding" if path == "head" and self.described.tied else path]
+        own = names.own_axes(path)
+        dim, row_size = own.index(tensor.rows), tensor.row_size(self._sizes)
+        rows = self.tensors.read(
+            tensor.name.format(layer=layer), index[dim].start * row_size, index[dim].stop * row_size
+        )
+        sizes = self._sizes | {tensor.rows: index[dim].stop - index[dim].start}
+        x = names.from_rows(rows, path, sizes)
+        others = tuple(slice(None) if d == dim else cut for d, cut in enumerate(index))
+        return np.ascontiguousarray(x[others], wide(rows.dtype))
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """The parameters of a checkpoint of this library; nothing else in it is read."""
+
+    reader: CheckpointReader
+    config: TransformerConfig
+
+    def __post_init__(self) -> None:
+        """Raises UserError if its parameters are not the config's."""
+        for path, param in axes.TABLE.items():
+            leaf = self.reader.leaves.get(f"params/{path}")
+            have, want = leaf and list(leaf.shape), list(param.shape(self.config))
+            if have != want:
+                raise UserError(
+                    f"{self.reader.path}: params/{path} is {have or 'missing'}, config.json of its "
+                    f"stage says {want}; restore this checkpoint"
+                )
+
+    def read(self, path: str, index: Index) -> np.ndarray:
+        return self.reader.read(f"params/{path}", index)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tree:
+    """Parameters in memory, as nested dicts of arrays."""
+
+    params: Any
+    config: TransformerConfig
+
+    def __post_init__(self) -> None:
+        """Raises UserError if they are not the config's."""
+        leaves = dict(axes.flatten(self.params))
+        for path in dict.fromkeys([*axes.TABLE, *leaves]):
+            have = leaves[path].shape if path in leaves else "missing"
+            want = axes.TABLE[path].shape(self.config) if path in axes.TABLE else "absent"
+            if have != want:
+                raise UserError(
+                    f"parameter {path!r} is {have}, its config says {want}; give the config of "
+                    "these parameters"
+                )
+
+    def read(self, path: str, index: Index) -> np.ndarray:
+        return np.asarray(dict(axes.flatten(self.params))[path][index])
+
+
+@dataclasses.dataclass(frozen=True)
+class Changed:
+    """Weights whose blocks are changed one by one; shapes stay."""
+
+    inner: Weights
+    config: TransformerConfig
+    change: Callable[[np.ndarray, str, Index], np.ndarray]
+
+    def read(self, path: str, index: Index) -> np.ndarray:
+        return self.change(self.inner.read(path, index), path, index)
+
+
+def scaled(weights: Weights, config: TransformerConfig, scales: Mapping[str, float]) -> Weights:
+    """Parameters times a number of their own, which makes them those of `config`."""
+
+    def change(x: np.ndarray, path: str, index: Index) -> np.ndarray:
+        return x * np.asarray(scales[path], x.dtype) if path in scales else x
+
+    return Changed(weights, config, change)
+
+
+def folded(weights: Weights, masks: Masks) -> Weights:
+    """A masked model as a plain one: see `growth/fold.py`."""
+    return Changed(
+        weights,
+        folded_config(weights.config, masks),
+        lambda x, path, index: fold_block(x, path, masks, index),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Resized:
+    """Another number of tokens: zero rows after the old ones, or rows cut off."""
+
+    inner: Weights
+    config: TransformerConfig
+
+    def read(self, path: str, index: Index) -> np.ndarray:
+        names_of = axes.TABLE[path].axes
+        if "vocab" not in names_of:
+            return self.inner.read(path, index)
+        dim, have = names_of.index("vocab"), self.inner.config.vocab_size
+        wanted = index[dim]
+        kept = slice(min(wanted.start, have), min(wanted.stop, have))
+        x = self.inner.read(path, (*index[:dim], kept, *index[dim + 1 :]))
+        more = [(0, 0)] * x.ndim
+        more[dim] = (0, (wanted.stop - wanted.start) - (kept.stop - kept.start))
+        return np.pad(x, more)
