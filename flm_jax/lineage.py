@@ -136,12 +136,13 @@ class StageFolder:
 class RunFolder:
     """A run folder: `lineage.json`, `stages/`, `tensorboard/`, `report/`, `compiled/`."""
 
-    def __init__(self, path: str | os.PathLike[str]):
+    def __init__(self, path: str | os.PathLike[str], compiled: pathlib.Path | None = None):
+        """`compiled`: of runs that share their compiled programs; None: a folder of its own."""
         self.path = pathlib.Path(path)
         self.lineage = self.path / "lineage.json"
         self.tensorboard = self.path / "tensorboard"
         self.report = self.path / "report"
-        self.compiled = self.path / "compiled"  # JAX's compilation cache
+        self.compiled = compiled or self.path / "compiled"  # JAX's compilation cache
 
     def stage(self, index: int, name: str) -> StageFolder:
         return StageFolder(self, index, name)

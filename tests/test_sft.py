@@ -427,8 +427,8 @@ def test_killed_and_resumed_it_ends_in_the_same_bits(base, tuned, tmp_path):
     assert resumed["before"] == printed["before"] and resumed["after"] == printed["after"]
     other = json_of(*args[:-1], f"--workdir={tmp_path / 'other'}", "--config.seed=1")
     assert other["stage"]["params_digest"] != printed["stage"]["params_digest"]  # the twin
-    line = mistake(*args, "--config.learning_rate=1e-3")
-    assert "learning_rate" in line and "another --workdir" in line
+    line = mistake(*args, "--config.matrix_learning_rate=1e-3")
+    assert "matrix_learning_rate: 0.0005 -> 0.001" in line and "another --workdir" in line
 
 
 @pytest.mark.slow

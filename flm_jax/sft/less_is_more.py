@@ -267,7 +267,8 @@ def run(config: LessIsMoreConfig, workdir: str) -> list[dict[str, Any]]:
             share = arm.size / config.sizes[-1] if arm.budget == "epochs" else 1.0
             steps = max(round(config.sft.steps * share), 1)
             settings = dataclasses.replace(config.sft, steps=steps, seed=arm.seed)
-            stage = tune.run(settings, str(arms / arm.name), samples, corpus).stage
+            folder = str(arms / arm.name)
+            stage = tune.run(settings, folder, samples, corpus, root / "compiled").stage
             done = keep(
                 arm.name, steps, **dataclasses.asdict(arm), steps=steps,
                 chosen=pool.fingerprint(samples), params_digest=stage["params_digest"],

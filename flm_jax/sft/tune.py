@@ -214,7 +214,9 @@ class _ChatJob:
         params = self.base.model.params
         state = TrainState(jnp.int32(self.start), params, tx.init(params))
         placed = sharding.shardings(state, *self.layout)
-        return Position(jax.device_put(state, placed), self.batches(1).get_state(), 0.0)
+        # A copy: the runner consumes it.
+        state = jax.device_put(state, placed, may_alias=False)
+        return Position(state, self.batches(1).get_state(), 0.0)
 
     source = fresh
 
@@ -259,7 +261,11 @@ class Tuned:
 
 
 def run(
-    config: SftConfig, workdir: str, samples: Sequence[Sample] | None = None, corpus: Any = None
+    config: SftConfig,
+    workdir: str,
+    samples: Sequence[Sample] | None = None,
+    corpus: Any = None,
+    compiled: pathlib.Path | None = None,
 ) -> Tuned:
     """Fine-tunes, or goes on with it.
 
@@ -268,6 +274,7 @@ def run(
       workdir: a new run folder, which gets the base's stages and the new one; or the base's own.
       samples: in place of the config's conversations.
       corpus: of the base's data, if it is open already.
+      compiled: see `RunFolder`.
 
     Raises:
       UserError: base, data, config or folder do not fit; nothing is overwritten.
@@ -291,7 +298,7 @@ def run(
     layout = sharding.make_layout(config.mesh)
     job = _ChatJob(config, base, corpus, talk, layout)
     chain.check(job.config, [layout])
-    folder = RunFolder(workdir)
+    folder = RunFolder(workdir, compiled)
     folder.open()
     if base.stages and not _same(folder.path, pathlib.Path(config.base)):
         RunFolder(config.base).branch(folder, stages=len(base.stages))
