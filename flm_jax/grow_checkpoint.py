@@ -51,15 +51,14 @@ def grow(
     source, target = RunFolder(source_dir), RunFolder(target_dir)
     index = _next_stage(config, source, target, stage)
     entries = source.stages()[:index]
-    reader = CheckpointReader(source.path / entries[-1]["checkpoint"])
-    state = _abstract_state(config, index - 1)
-    check_fits(reader.path, reader.leaves, shapes(state))
     stream.check(runner.plan_of(config.stages[index - 1].model, config.stages[index]))
-
     _check_target(target, entries)
     folder = target.stage(index, config.stages[index].name)
     about = identity(config, index, entries[-1]["data_fingerprint"])
     target.check_stage(folder, about)
+    reader = CheckpointReader(source.path / entries[-1]["checkpoint"])
+    state = _abstract_state(config, index - 1)
+    check_fits(reader.path, reader.leaves, shapes(state))
     result = {"stage": config.stages[index].name, "source": str(reader.path)}
     done = _steps_on_disk(folder)
     if done:
