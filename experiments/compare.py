@@ -65,13 +65,15 @@ def _open(given: str, console: rich.console.Console) -> tuple[ChatModel, Any]:
 
 
 def _table(comparison: compare.Comparison, names: list[str]) -> rich.table.Table:
-    table = rich.table.Table("category", "metric", *names, "difference (95%)", "n", box=None)
+    table = rich.table.Table(box=None, header_style="bold")
+    for column in ("category", "metric", *names, "difference", "95%", "n"):
+        table.add_column(column, no_wrap=column not in names, overflow="fold")
     for category, metrics in comparison.items():
         for metric, row in metrics.items():
-            interval = "" if row["low"] is None else f"  [{row['low']:+.4f}, {row['high']:+.4f}]"
+            interval = "" if row["low"] is None else f"{row['low']:+.4f} to {row['high']:+.4f}"
             table.add_row(
                 category, metric, f"{row['a']:.4f}", f"{row['b']:.4f}",
-                f"{row['difference']:+.4f}{interval}".replace("[", r"\["), str(row["n"]),
+                f"{row['difference']:+.4f}", interval, str(row["n"]),
             )  # fmt: skip
     return table
 
@@ -102,7 +104,7 @@ def _print_verdicts(found: dict[str, Any], console: rich.console.Console) -> Non
     for category, row in found["categories"].items():
         rate = row["win_rate"]
         text = "" if rate is None else (
-            rf"{rate:.3f}  \[{row['win_rate_low']:.3f}, {row['win_rate_high']:.3f}]"
+            f"{rate:.3f}, 95% {row['win_rate_low']:.3f} to {row['win_rate_high']:.3f}"
         )  # fmt: skip
         table.add_row(category, text, f"{row['failed']} of {row['asked']}")
     console.print(table)
