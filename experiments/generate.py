@@ -8,8 +8,6 @@ the line as it is. Several prompts are generated as one batch. With --chat a pro
 says, and is put into the chat format of Tele-FLM's instruct model.
 
 A text ends at --max_new_tokens, at the model's end-of-sequence token, or at a text given by --stop.
---benchmark compares tokens per second with and without the key/value cache; with --config instead
-of --checkpoint it does so for random weights of a config's last stage.
 """
 
 from __future__ import annotations
@@ -84,10 +82,10 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
 def _tokens(model: OpenedModel, prompt: str) -> list[int]:
     if not CHAT.value:
         return model.prompt(prompt)
-    from flm_jax.sft import template
     from flm_jax.sft.chat import Message
+    from flm_jax.sft.template import encode_prompt
 
-    return model.prompt(template.prompt([Message("user", prompt)]), special=True)
+    return model.begun(encode_prompt([Message("user", prompt)], model.tokenizer))
 
 
 def _show(text: str) -> None:

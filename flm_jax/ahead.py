@@ -7,7 +7,6 @@ fits, how much it moves, and what time the chips' published figures allow.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import importlib.util
 import math
@@ -25,35 +24,15 @@ import numpy as np
 from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from flm_jax import counts, growth, optim, sharding
+from flm_jax import counts, growth, hlo, optim, roofline, sharding
 from flm_jax.chain import plan_of
 from flm_jax.config import MESH_AXES, ExperimentConfig, StageConfig
 from flm_jax.errors import UserError
+from flm_jax.roofline import CHIPS, Chip
 from flm_jax.train import init_state, make_train_step
 
 WHAT = ("train", "train_masked", "growth")
 
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """Published figures of one device, per second; network is per device, one direction."""
-
-    flops: float  # bfloat16, dense
-    hbm_bytes: float
-    hbm_bandwidth: float
-    network: float
-    source: str
-
-
-CHIPS = {
-    "v4": Chip(275e12, 32 * 2**30, 1228e9, 300e9, "cloud.google.com/tpu/docs/v4"),
-    "v5e": Chip(197e12, 16 * 2**30, 819e9, 200e9, "cloud.google.com/tpu/docs/v5e"),
-    "v5p": Chip(459e12, 95 * 2**30, 2765e9, 600e9, "cloud.google.com/tpu/docs/v5p"),
-    "v6e": Chip(918e12, 32 * 2**30, 1640e9, 448e9, "cloud.google.com/tpu/docs/v6e"),
-    "h100": Chip(989e12, 80e9, 3350e9, 50e9, "NVIDIA H100 SXM data sheet; 400 Gb/s per GPU"),
-    "h200": Chip(989e12, 141e9, 4800e9, 50e9, "NVIDIA H200 SXM data sheet; 400 Gb/s per GPU"),
-}
-_GPU = ("h100", "h200")
 
 # What XLA needs to know of a Hopper GPU to compile for it without one (public specifications).
 _HOPPER = """
@@ -92,7 +71,7 @@ def devices_of(topology: str) -> list[Any]:
     """
     chip_of(topology)
     kind, sizes = topology.split(":")
-    gpu = kind in _GPU
+    gpu = CHIPS[kind].node > 1
     package, extra = ("jax_plugins.xla_cuda12", "gpu-aot") if gpu else ("libtpu", "tpu")
     try:
         found = importlib.util.find_spec(package)
@@ -122,8 +101,10 @@ def devices_of(topology: str) -> list[Any]:
             )
         else:
             # Otherwise libtpu asks a metadata server, and says so on standard error.
+            # It also locks the machine's TPUs, of which there are none: compilers may run at once.
             for name, value in (("TPU_ACCELERATOR_TYPE", "v5p-8"), ("TPU_MIN_LOG_LEVEL", "3"),
-                                ("TPU_WORKER_HOSTNAMES", "localhost")):  # fmt: skip
+                                ("TPU_WORKER_HOSTNAMES", "localhost"),
+                                ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")):  # fmt: skip
                 os.environ.setdefault(name, value)
             # Three axes: a torus of megacore chips, four to a host. Two: as the compiler has it.
             three = sizes.count("x") == 2
@@ -201,12 +182,11 @@ def program(
     if what == "growth":
         assert plan is not None
         before = abstract_state(index - 1)
-
-        def grow(state: Any) -> Any:
-            return growth.grow(state, plan, jax.random.key(0))
-
-        placed = sharding.shardings(jax.eval_shape(grow, before), mesh, config.mesh.rules)
-        return jax.jit(grow, out_shardings=placed, donate_argnums=0), (before,)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        return growth.growth_program(plan, before, sharding.Layout(mesh, config.mesh.rules)), (
+            before,
+            key,
+        )
     tx = optim.optimizer(stage, config.optimizer, shape, grown_at)
     length = config.data_of(index).sequence_length
     placed = NamedSharding(mesh, sharding.BATCH)
@@ -255,7 +235,7 @@ def compile_for(
         "batch": stage.batch_size, "stage": stage.name, "fits": False, "hbm_bytes": None,
         "hbm_limit_bytes": int(chip.hbm_bytes), "missing_bytes": None,
     }  # fmt: skip
-    attention = "plain" if topology.split(":")[0] in _GPU else "splash"
+    attention = "plain" if chip.node > 1 else "splash"
     began = time.monotonic()
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as dump:
         if quick:
@@ -286,7 +266,8 @@ def compile_for(
                 # The compiler's own count takes the body of a loop once: for ratios only.
                 "xla_flops": (compiled.cost_analysis() or {}).get("flops"),
             }
-            report["collectives"] = collectives(compiled.as_text())
+            moves = list(hlo.moves(compiled.as_text(), len(devices)))
+            report["collectives"] = hlo.collectives(moves)
     report["compile_s"] = time.monotonic() - began
     report["peak_host_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     length = config.data_of(index).sequence_length
@@ -294,7 +275,7 @@ def compile_for(
     model_flops = tokens * counts.flops_per_token_train(stage.model, length) / len(devices)
     report["model_flops_per_device"] = model_flops
     if "collectives" in report:
-        report["roofline"] = roofline(config, index, what, report, chip)
+        report["roofline"] = roofline.roofline(stage, what, report, moves, chip)
     return report
 
 
@@ -317,100 +298,3 @@ def _memory_report(folder: str) -> int | None:
             found = re.search(r"Memory Space: default.*?Total bytes: (\d+)", text, re.DOTALL)
             return int(found.group(1)) if found else None
     return None
-
-
-_SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4,
-          "u32": 4, "f64": 8, "s64": 8, "u64": 8}  # fmt: skip
-_KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-
-
-def _bytes(shape: str) -> int:
-    total = 0
-    for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shape):
-        if dtype in _SIZES:
-            total += _SIZES[dtype] * math.prod(int(d) for d in dims.split(",") if d)
-    return total
-
-
-def _computations(hlo: str) -> Iterator[tuple[str, list[str]]]:
-    name = ""
-    lines: list[str] = []
-    for line in hlo.splitlines():
-        if line and not line[0].isspace() and line.rstrip().endswith("{"):
-            head = line.split("(")[0].split()
-            name, lines = head[-1].lstrip("%") if head else "", []
-            if line.startswith("ENTRY"):
-                name = "ENTRY"
-        elif line.startswith("}"):
-            yield name, lines
-        else:
-            lines.append(line)
-
-
-def collectives(hlo: str) -> dict[str, dict[str, float]]:
-    """Kind -> how often in one call, and bytes of their results on one device.
-
-    The body of a loop counts as often as the loop runs: its known trip count, or the constant in
-    its condition.
-    """
-    bodies = dict(_computations(hlo))
-    found: dict[str, dict[str, float]] = collections.defaultdict(lambda: {"count": 0, "bytes": 0})
-
-    def visit(name: str, times: int) -> None:
-        for line in bodies.get(name, ()):
-            inner = times
-            condition = re.search(r" while\(.*condition=%?([\w.-]+)", line)
-            if condition:
-                bounds = re.findall(r"known_trip_count\W+n\W+(\d+)", line)
-                bounds += re.findall(r" constant\((\d+)\)", "".join(bodies[condition.group(1)]))
-                inner = times * max(map(int, bounds), default=1)
-            shape_op = re.search(r"= (.*?) ([\w-]+)\(", line)
-            if shape_op:
-                kind = shape_op.group(2).removesuffix("-start")
-                if kind in _KINDS:
-                    size = _bytes(shape_op.group(1))
-                    if shape_op.group(2).endswith("-start"):
-                        size //= 2  # operand and result are both in the tuple
-                    found[kind]["count"] += times
-                    found[kind]["bytes"] += times * size
-            for called in re.findall(r"(?:calls|body|to_apply|branch_computations)=\{?%?([\w.-]+)",
-                                     line):  # fmt: skip
-                visit(called, inner)
-
-    visit("ENTRY", 1)
-    return {kind: dict(found[kind]) for kind in _KINDS if kind in found}
-
-
-def roofline(
-    config: ExperimentConfig, index: int, what: str, report: dict[str, Any], chip: Chip
-) -> dict[str, Any]:
-    """The least time that arithmetic, HBM and network allow, each alone; which binds; utilisation.
-
-    Arithmetic: model FLOPs, and a third more for full rematerialisation. HBM: each device's weights
-    in the compute dtype three times, master weights and moments read and written once; a growth
-    reads its arguments and writes its results. Network: bytes of collectives' results. Perfect
-    overlap is assumed, so this is a bound, not a forecast.
-    """
-    stage = config.stages[index]
-    params = counts.params(stage.model)
-    recompute = 4 / 3 if stage.model.remat == "full" else 1.0
-    width = 2 if stage.model.dtype == "bfloat16" else 4
-    if what == "growth":
-        moved = 2 * report["argument_bytes"] + 2 * 12 * params / report["devices"]
-    else:
-        moved = 3 * width * params / report["mesh"]["tensor"] + 24 * params / report["devices"]
-    network = sum(c["bytes"] for c in report["collectives"].values())
-    seconds = {
-        "compute": recompute * report["model_flops_per_device"] / chip.flops,
-        "hbm": moved / chip.hbm_bandwidth,
-        "interconnect": network / chip.network,
-    }
-    bound = max(seconds, key=lambda name: seconds[name])
-    step = seconds[bound]
-    return {
-        "step_s": step,
-        "bound": bound,
-        "utilisation": report["model_flops_per_device"] / chip.flops / step if step else 0.0,
-        "seconds": seconds,
-        "figures": chip.source,
-    }

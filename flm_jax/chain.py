@@ -7,6 +7,9 @@ functions of the step, and a growth is a function of its parent checkpoint and t
 
 What a stage begins from, trains on and is measured by comes from its `Job`: a chain's own here,
 fine-tuning's in `sft/`.
+
+Several processes (`processes.py`) run this together, over one mesh of all their devices. Every
+line is run by all of them, but what is in `processes.once`, and the first alone shows and logs.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import dataclasses
 import functools
 import json
 import math
+import signal
 import statistics
 import time
 from collections.abc import Sequence
@@ -24,18 +28,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.experimental.compilation_cache import compilation_cache
 
 from flm_jax import config as config_lib
-from flm_jax import counts, data, growth, host, interop, ligo, measure, optim, sharding
+from flm_jax import counts, data, growth, host, interop, ligo, measure, optim, processes, sharding
 from flm_jax.checkpoint import Checkpoints, params_digest
 from flm_jax.config import ExperimentConfig, StageConfig, TransformerConfig
 from flm_jax.errors import RunStopped, UserError
 from flm_jax.evaluate import bits_per_byte
-from flm_jax.growth.receipt import Receipt
-from flm_jax.lineage import RunFolder, StageFolder, identity, write_atomically, write_json
+from flm_jax.growth.receipt import Receipt, measured
+from flm_jax.lineage import RunFolder, StageFolder, identity
 from flm_jax.metrics import TensorBoard
 from flm_jax.progress import Progress
+from flm_jax.sharding import Layout
 from flm_jax.state import TrainState
 from flm_jax.stop import StopRequest
 from flm_jax.train import init_state, make_train_step
@@ -69,12 +74,16 @@ def run(config: ExperimentConfig, workdir: str) -> list[dict[str, Any]]:
     host.keep_freed()
     if config.quick_compile:
         host.compile_quickly()
-    mesh = sharding.make_mesh(config.mesh)
-    check(config, mesh)
+    layouts = [
+        sharding.make_layout(
+            config.mesh_of(n), f"config.stages[{n}].mesh" if s.mesh else "config.mesh"
+        )
+        for n, s in enumerate(config.stages)
+    ]
+    check(config, layouts)
+    processes.check_same("the config", config_lib.digest(config_lib.to_dict(config)))
     folder = RunFolder(workdir)
-    folder.open()
-    done = folder.stages()
-    check_finished(config, folder, done)
+    done = processes.once(lambda: _open(config, folder))
     if len(done) >= len(config.stages):
         return done
     first = config.stages[0]
@@ -89,18 +98,28 @@ def run(config: ExperimentConfig, workdir: str) -> list[dict[str, Any]]:
             f"{corpus.vocab_size} or more"
         )
     jobs: list[_ChainJob] = []
-    for index in range(len(config.stages)):
-        jobs.append(_ChainJob(config, index, corpus, folder, mesh, jobs[-1] if jobs else None))
-    run_jobs(jobs[len(done) :], folder, mesh)
-    return folder.stages()
+    for index, layout in enumerate(layouts):
+        before = jobs[-1] if jobs else None
+        jobs.append(_ChainJob(config, index, corpus, folder, layout, before))
+    run_jobs(jobs[len(done) :], folder)
+    return processes.once(folder.stages)
 
 
-def run_jobs(jobs: Sequence[Job], folder: RunFolder, mesh: Mesh) -> None:
+def _open(config: ExperimentConfig, folder: RunFolder) -> list[dict[str, Any]]:
+    """The finished stages. Raises UserError if the folder cannot be used or is another run's."""
+    folder.open()
+    done = folder.stages()
+    check_finished(config, folder, done)
+    return done
+
+
+def run_jobs(jobs: Sequence[Job], folder: RunFolder) -> None:
     """Runs stages one after the other, each from wherever it stands in the folder."""
     # A restart finds its compiled steps again instead of making them anew.
     jax.config.update("jax_compilation_cache_dir", str(folder.compiled.absolute()))
-    runner = _Runner(folder, mesh)
-    with jax.set_mesh(mesh), StopRequest() as stop, TensorBoard(folder.tensorboard) as board:
+    compilation_cache.reset_cache()  # JAX asks for the folder once, at its first program
+    runner = _Runner(folder)
+    with StopRequest() as stop, TensorBoard(folder.tensorboard) as board:
         position = None
         for job in jobs:
             position = runner.stage(job, position, stop, board)
@@ -123,11 +142,11 @@ def check_finished(config: ExperimentConfig, folder: RunFolder, done: list[dict[
         folder.check_stage(folder.stage(index, entry["name"]), about)
 
 
-def check(config: ExperimentConfig, mesh: Mesh) -> None:
-    """Raises UserError now for what would fail in a later stage."""
-    rows = math.prod(mesh.shape[axis] for axis in ("data", "fsdp"))
-    for stage in config.stages:
-        sharding.check_divisible(stage.model, mesh, config.mesh.rules)
+def check(config: ExperimentConfig, layouts: Sequence[Layout]) -> None:
+    """Raises UserError now for what would fail in a later stage; a layout for each."""
+    for stage, (mesh, rules) in zip(config.stages, layouts, strict=True):
+        rows = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
+        sharding.check_divisible(stage.model, mesh, rules)
         if stage.batch_size // stage.accumulate % rows:
             raise UserError(
                 f"stage {stage.name}: a microbatch of {stage.batch_size // stage.accumulate} "
@@ -148,6 +167,12 @@ def plan_of(
     )  # fmt: skip
 
 
+def calibration(batches: Any, state: dict[str, Any]) -> dict[str, Any]:
+    """The next sequences at a place in the training data; they are not consumed."""
+    batches.set_state(state)
+    return next(batches)
+
+
 class Job(Protocol):
     """One stage as the runner sees it: what it begins from, trains on and is measured by."""
 
@@ -159,6 +184,8 @@ class Job(Protocol):
     small: TransformerConfig  # that stage's model
     sequence_length: int  # tokens
     fingerprint: str  # of the data
+    layout: Layout  # of its state
+    parent_layout: Layout  # of the state that it grows out of
     best_by: str  # a measure: the checkpoint where it is lowest is the stage's; "": the last is
 
     def identity(self) -> dict[str, Any]:
@@ -167,8 +194,8 @@ class Job(Protocol):
     def optimizer(self) -> tuple[optax.GradientTransformation, optim.Schedule]:
         """The stage's optimizer, and its learning-rate factor by global step."""
 
-    def batches(self, batch_size: int = 0) -> Any:
-        """The training stream from its start, as `data.BatchIterator`; 0: the stage's own size."""
+    def batches(self, batch_size: int, index: int = 0, count: int = 1) -> Any:
+        """The training stream from its start, as `data.BatchIterator`: a part of each batch."""
 
     def fresh(self) -> Position:
         """The start of a stage without a parent: drawn, or read from `StageConfig.source`."""
@@ -191,10 +218,11 @@ class _ChainJob:
         index: int,
         corpus: Any,
         folder: RunFolder,
-        mesh: Mesh,
+        layout: Layout,
         before: _ChainJob | None,
     ):
-        self.config, self.index, self.folder, self.mesh = config, index, folder, mesh
+        self.config, self.index, self.folder = config, index, folder
+        self.layout, self.parent_layout = layout, before.layout if before else layout
         self.stage, self.before = config.stages[index], before
         self.start: int = before.start + before.stage.steps if before else 0
         self.parent = before.stage.name if before else None
@@ -215,27 +243,25 @@ class _ChainJob:
         grown_at = self.start if self.before else None
         return optim.optimizer(self.stage, self.config.optimizer, shape, grown_at), shape
 
-    def batches(self, batch_size: int = 0) -> Any:
-        if batch_size:
-            return self.corpus.train(batch_size)
-        return self.corpus.train(self.stage.batch_size, jax.process_index(), jax.process_count())
+    def batches(self, batch_size: int, index: int = 0, count: int = 1) -> Any:
+        return self.corpus.train(batch_size, index, count)
 
     def fresh(self) -> Position:
         tx, _ = self.optimizer()
         key = jax.random.fold_in(jax.random.key(self.config.seed), 0)
         init = functools.partial(init_state, self.stage.model, tx)
-        placed = sharding.shardings(jax.eval_shape(init, key), self.mesh, self.config.mesh.rules)
+        placed = sharding.shardings(jax.eval_shape(init, key), *self.layout)
         state = jax.jit(init, out_shardings=placed)(key)
         if self.stage.source:
             params = interop.place(interop.source_of(self.stage).weights, placed.params)
             state = dataclasses.replace(state, params=params)
-        return Position(state, self.batches().get_state(), 0.0)
+        return Position(state, self.batches(1).get_state(), 0.0)
 
     def source(self) -> Position:
         assert self.before is not None
         folder = self.folder.stage(self.before.index, self.before.stage.name)
         ended = Checkpoints(folder.checkpoints, self.config.checkpoint.keep)
-        position = restore(self.before, ended, self.mesh)
+        position = restore(self.before, ended)
         ended.close()
         return position
 
@@ -251,24 +277,19 @@ class _ChainJob:
 
     def evaluate(self, params: Any, plan: growth.Plan | None, mask: float | None) -> dict[str, Any]:
         bpb = bits_per_byte(
-            params,
-            self.stage.model,
-            self.validation,
-            self.corpus.token_bytes,
-            self.mesh,
-            plan,
-            mask,
-        )
+            params, self.stage.model, self.validation, self.corpus.token_bytes, self.layout.mesh,
+            plan, mask,
+        )  # fmt: skip
         return {"bpb": bpb}
 
 
-def restore(job: Job, checkpoints: Checkpoints, mesh: Mesh, step: int | None = None) -> Position:
+def restore(job: Job, checkpoints: Checkpoints, step: int | None = None) -> Position:
     """A stage's position from its checkpoint of a step, else from its latest."""
     step = checkpoints.latest if step is None else step
     assert step is not None
     tx, _ = job.optimizer()
     state = jax.eval_shape(lambda: init_state(job.stage.model, tx, jax.random.key(0)))
-    placed = sharding.shardings(state, mesh, job.config.mesh.rules)
+    placed = sharding.shardings(state, *job.layout)
     like = jax.tree.map(
         lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), state, placed
     )
@@ -277,22 +298,21 @@ def restore(job: Job, checkpoints: Checkpoints, mesh: Mesh, step: int | None = N
 
 
 class _Runner:
-    def __init__(self, folder: RunFolder, mesh: Mesh):
-        self.folder, self.mesh = folder, mesh
+    def __init__(self, folder: RunFolder):
+        self.folder = folder
 
     def stage(
         self, job: Job, before: Position | None, stop: StopRequest, board: TensorBoard
     ) -> Position:
         """Runs one stage to its end, from wherever it stands on disk."""
         folder = self.folder.stage(job.index, job.stage.name)
-        about = job.identity()
-        self.folder.check_stage(folder, about)
-        write_json(folder.config, about)
+        processes.once(lambda: self.folder.begin_stage(folder, job.identity()))
         checkpoints = Checkpoints(folder.checkpoints, job.config.checkpoint.keep)
         try:
-            position = self.begin(job, before, folder, checkpoints)
-            del before
-            position = self.train(job, position, folder, checkpoints, stop, board)
+            with jax.set_mesh(job.layout.mesh):
+                position = self.begin(job, before, folder, checkpoints)
+                del before
+                position = self.train(job, position, folder, checkpoints, stop, board)
             self.finish(job, position, folder, checkpoints)
         finally:
             checkpoints.close()
@@ -303,7 +323,10 @@ class _Runner:
     ) -> Position:
         """The stage's latest checkpoint, else its start: a fresh model or a grown one."""
         if checkpoints.latest is not None:
-            return restore(job, checkpoints, self.mesh)
+            position = restore(job, checkpoints)
+            if job.parent and position.step == job.start:
+                self.complete_receipt(job, position, folder)
+            return position
         if job.parent is None:
             position = job.fresh()
             if job.stage.source:
@@ -315,43 +338,63 @@ class _Runner:
     def grow(
         self, job: Job, before: Position, folder: StageFolder, checkpoints: Checkpoints
     ) -> Position:
-        """Grows the parent's state; measures it; keeps plan, receipt and the grown checkpoint."""
-        began = time.monotonic()
-        stage = job.stage
-        batch = self.calibration(job, before.data)
-        key = jax.random.fold_in(jax.random.key(job.config.seed), job.index)
-        old = measure.source(before.state.params, batch, job.small)
-        distances = tuple(float(d) for d in old["distances"])
-        plan = plan_of(job.small, stage, distances)
-        if any(e.learned for e in plan.expansions):
-            batches = job.batches()
-            batches.set_state(before.data)
-            plan = ligo.fit(plan, before.state.params, batches, self.mesh, stage.growth, key)
+        """Grows the parent's state; measures it; keeps plan, receipt and the grown checkpoint.
 
-        grow = functools.partial(growth.grow, plan=plan)
-        abstract = jax.eval_shape(grow, before.state, key=key)
-        placed = sharding.shardings(abstract, self.mesh, job.config.mesh.rules)
-        state = jax.jit(grow, out_shardings=placed)(before.state, key=key)
-        receipt = Receipt(
-            operator=plan.recipe,
-            exactness=plan.exactness,
-            **measure.function_change(old, state.params, batch, plan),
-            **measure.first_steps(state, batch, plan, stage, job.config.optimizer),
-            layer_distances=distances,
-            layer_map=plan.layer_map,
-        )
-        write_atomically(folder.plan, plan.to_json() + "\n")
-        write_json(folder.receipt, dataclasses.asdict(receipt))
+        The parent's state is consumed.
+        """
+        began = time.monotonic()
+        stage, source = job.stage, job.parent_layout
+        batch, old = self.before_growth(job, before)
+        key = jax.random.fold_in(jax.random.key(job.config.seed), job.index)
+        plan = plan_of(job.small, stage, tuple(float(d) for d in np.asarray(old["distances"])))
+        if any(e.learned for e in plan.expansions):
+            batches = job.batches(stage.batch_size)
+            batches.set_state(before.data)
+            with jax.set_mesh(source.mesh):
+                plan = ligo.fit(plan, before.state.params, batches, source.mesh, stage.growth, key)
+        state = growth.grow_on_mesh(before.state, plan, key, source, job.layout)
+        self.keep_growth(job, old, batch, state, plan, folder)
         position = Position(state, before.data, time.monotonic() - began)
         checkpoints.save(position.step, state, position.progress())
         checkpoints.wait()
         return position
 
-    def calibration(self, job: Job, state: dict[str, Any]) -> dict[str, jax.Array]:
-        """The training data's next sequences, without consuming them."""
-        batches = job.batches(job.stage.growth.calibration_sequences)
-        batches.set_state(state)
-        return jax.tree.map(jnp.asarray, next(batches))
+    def before_growth(
+        self, job: Job, before: Position
+    ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+        """The calibration batch, whole in every process, and `measure.source` of the parent."""
+        batch = calibration(job.batches(job.stage.growth.calibration_sequences), before.data)
+        with jax.set_mesh(job.parent_layout.mesh):
+            return batch, measure.source(before.state.params, batch, job.small)
+
+    def keep_growth(
+        self,
+        job: Job,
+        old: dict[str, jax.Array],
+        batch: dict[str, Any],
+        state: TrainState,
+        plan: growth.Plan,
+        folder: StageFolder,
+    ) -> None:
+        """Measures the grown state against `old`; writes plan and receipt."""
+        receipt = Receipt(
+            operator=plan.recipe,
+            exactness=plan.exactness,
+            **measure.function_change(old, state.params, batch, plan),
+            **measure.first_steps(state, batch, plan, job.stage, job.config.optimizer),
+            layer_distances=tuple(float(d) for d in np.asarray(old["distances"])),
+            layer_map=plan.layer_map,
+        )
+        processes.once(lambda: folder.keep_growth(plan.to_json(), dataclasses.asdict(receipt)))
+
+    def complete_receipt(self, job: Job, position: Position, folder: StageFolder) -> None:
+        """Measures a growth that was made on disk (`grow_checkpoint.py`), if it was not yet."""
+        if measured(processes.once(lambda: json.loads(folder.receipt.read_text()))):
+            return
+        batch, old = self.before_growth(job, job.source())
+        plan = self.plan(job, folder)
+        assert plan is not None
+        self.keep_growth(job, old, batch, position.state, plan, folder)
 
     def train(
         self,
@@ -366,14 +409,16 @@ class _Runner:
         end, step = start + stage.steps, position.step
         resumed_at, began, wall_before = step, time.monotonic(), position.wall_s
 
-        plan = growth.Plan.from_json(folder.plan.read_text()) if job.parent else None
+        plan = self.plan(job, folder)
         ramp = stage.growth.ramp_steps if plan and plan.masked else 0
         tx, shape = job.optimizer()
-        train_step = make_train_step(stage, tx, self.mesh, plan, settings.mesh.rules)
-        state, batches = position.state, job.batches()
+        mesh, rules = job.layout
+        train_step = make_train_step(stage, tx, mesh, plan, rules)
+        share = sharding.share_of_batch(stage.batch_size, mesh)
+        state, batches = position.state, job.batches(stage.batch_size, *share)
         batches.set_state(position.data)
-        folder.metrics.rewind(step)
-        measured = {row["step"]: row for row in folder.metrics.rows("eval")}
+        rows = processes.once(lambda: folder.metrics.rewind(step))
+        evaluated = {row["step"]: row for row in rows if row["kind"] == "eval"}
         last_good = checkpoints.latest
         recent: list[float] = []  # losses since the last row
 
@@ -385,7 +430,7 @@ class _Runner:
 
         def evaluate() -> None:
             mask = mask_at(step - start)
-            measured[step] = found = job.evaluate(state.params, plan, mask)
+            evaluated[step] = found = job.evaluate(state.params, plan, mask)
             folder.metrics.append("eval", step, **found, mask=mask)
             more = {name: value for name, value in found.items() if name != "bpb"}
             board.write(step, validation_bits_per_byte=found["bpb"], **more)
@@ -395,8 +440,11 @@ class _Runner:
             bpb = f"{found['bpb']:.4f} bits per byte"
             progress.note(f"{stage.name}  step {step}/{end}  validation {bpb}{text}")
 
-        def report(done: int, metrics: dict[str, jax.Array]) -> None:
-            """Reads a step's metrics, after the next step was dispatched."""
+        def report(done: int, metrics: dict[str, jax.Array], asked: jax.Array) -> int:
+            """Reads a step's results, after the next step was dispatched.
+
+            Returns: the signal that asked some process to stop, or 0.
+            """
             loss = float(metrics["loss"])
             if not math.isfinite(loss):
                 raise UserError(
@@ -418,78 +466,90 @@ class _Runner:
                 folder.metrics.append("train", done, **row)
                 board.write(done, **row)
                 recent.clear()
+            return int(asked)
 
         with Progress(stage.name, step, end) as progress:
-            pending: tuple[int, dict[str, jax.Array]] | None = None
+            pending: tuple[int, dict[str, jax.Array], jax.Array] | None = None
+            asked = 0
             while True:
                 due = step in (start, end, start + ramp) or (
                     (step - start) % settings.eval.every_steps == 0
                 )
-                if due and step not in measured:
+                if due and step not in evaluated:
                     evaluate()
                 save = step == end or (step - start) % settings.checkpoint.every_steps == 0
-                if step > resumed_at and (save or stop.requested):
-                    if pending:
-                        report(*pending)  # a state is saved only if its loss is finite
+                if step > resumed_at and (save or asked):
+                    if pending:  # a state is saved only once its loss is known to be finite
+                        asked = max(asked, report(*pending))
                         pending = None
-                    now, found = position_now(), measured.get(step, {})
+                    now, found = position_now(), evaluated.get(step, {})
                     checkpoints.save(step, now.state, now.progress(), found.get(job.best_by))
                     last_good = step
                 if step == end:
                     break
-                if stop.requested:
+                if asked:
                     checkpoints.wait()
                     raise RunStopped(
-                        f"{stop.requested}: stopped at step {step} of {end} in stage "
+                        f"{signal.Signals(asked).name}: stopped at step {step} of {end} in stage "
                         f"{stage.name}; the same command goes on from there"
                     )
-                batch = sharding.place_batch(next(batches), self.mesh)
+                batch = sharding.place_batch(next(batches), mesh, *share)
                 mask = mask_at(step - start + 1)
                 if mask is None:
                     state, metrics = train_step(state, batch)
                 else:
                     state, metrics = train_step(state, batch, np.float32(mask))
                 step += 1
-                if pending:
-                    report(*pending)
-                pending = (step, metrics)
+                asked = report(*pending) if pending else 0
+                pending = (step, metrics, processes.largest(stop.requested))
         checkpoints.wait()
         return position_now()
+
+    def plan(self, job: Job, folder: StageFolder) -> growth.Plan | None:
+        """Of the stage's growth, as it is kept."""
+        return growth.Plan.from_json(processes.once(folder.plan.read_text)) if job.parent else None
 
     def finish(
         self, job: Job, position: Position, folder: StageFolder, checkpoints: Checkpoints
     ) -> None:
         """Writes the stage's entry in lineage.json."""
-        stage, wall_s, step = job.stage, position.wall_s, checkpoints.best
+        wall_s, step = position.wall_s, checkpoints.best
         if step != position.step:
-            position = restore(job, checkpoints, self.mesh, step)
+            position = restore(job, checkpoints, step)
+        checkpoint = str(checkpoints.path(position.step).relative_to(self.folder.path))
+        plan, digest = self.plan(job, folder), params_digest(position.state.params)
+        entry = functools.partial(
+            self.entry, job, folder, plan, position.step, wall_s=wall_s, params_digest=digest,
+            checkpoint=checkpoint,
+        )  # fmt: skip
+        processes.once(lambda: self.folder.add_stage(entry()))
+
+    def entry(
+        self, job: Job, folder: StageFolder, plan: growth.Plan | None, step: int, **more: Any
+    ) -> dict[str, Any]:
+        """A stage in lineage.json; `more` is added to what job and folder say."""
+        stage = job.stage
         evals = folder.metrics.rows("eval")
         ends = {"start": evals[0], "end": next(row for row in evals if row["step"] == step)}
-        receipt = json.loads(folder.receipt.read_text()) if job.parent else None
-        plan = growth.Plan.from_json(folder.plan.read_text()) if job.parent else None
         tokens = stage.steps * stage.batch_size * job.sequence_length
         per_token = counts.flops_per_token_train(stage.model, job.sequence_length)
-        self.folder.add_stage(
-            {
-                "index": job.index,
-                "name": stage.name,
-                "parent": job.parent,
-                "config_digest": config_lib.digest(json.loads(folder.config.read_text())),
-                "plan_digest": plan.digest() if plan else None,
-                "params": counts.params(stage.model),
-                "tokens": tokens,
-                "flops": tokens * per_token,
-                "wall_s": wall_s,
-                "steps": stage.steps,
-                "eval": {
-                    f"{name}_{when}": row[name]
-                    for name in evals[0]
-                    if name not in ("kind", "step", "mask")
-                    for when, row in ends.items()
-                },
-                "receipt": receipt,
-                "params_digest": params_digest(position.state.params),
-                "checkpoint": str(checkpoints.path(position.step).relative_to(self.folder.path)),
-                "data_fingerprint": job.fingerprint,
-            }
-        )
+        return {
+            "index": job.index,
+            "name": stage.name,
+            "parent": job.parent,
+            "config_digest": config_lib.digest(json.loads(folder.config.read_text())),
+            "plan_digest": plan.digest() if plan else None,
+            "params": counts.params(stage.model),
+            "tokens": tokens,
+            "flops": tokens * per_token,
+            "steps": stage.steps,
+            "eval": {
+                f"{name}_{when}": row[name]
+                for name in evals[0]
+                if name not in ("kind", "step", "mask")
+                for when, row in ends.items()
+            },
+            "receipt": json.loads(folder.receipt.read_text()) if job.parent else None,
+            "data_fingerprint": job.fingerprint,
+            **more,
+        }

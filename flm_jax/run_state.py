@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -36,11 +38,17 @@ def open_stage(workdir: str, stage: str = "") -> Opened:
       stage: its index or name; "": the last one.
 
     Raises:
-      UserError: there is no such run or stage.
+      UserError: there is no such run or stage, or it was fine-tuned on conversations.
     """
     folder = RunFolder(workdir)
     entry = folder.finished_stage(stage)
-    config = folder.stage(entry["index"], entry["name"]).experiment()
+    stage_folder = folder.stage(entry["index"], entry["name"])
+    if "sft" in json.loads(stage_folder.config.read_text()):
+        raise UserError(
+            f"{workdir}: stage {entry['name']} learned from conversations and has no place in a "
+            "text; give a run that ends with a stage trained on text"
+        )
+    config = stage_folder.experiment()
     model = config.stages[0].model
     tx = optim.optimizer(config.stages[0], config.optimizer, optim.steady)
     like = _on_one_device(jax.eval_shape(lambda: init_state(model, tx, jax.random.key(0))))
@@ -86,15 +94,17 @@ class OpenedModel:
             )
         return found
 
-    def prompt(self, text: str, special: bool = False) -> list[int]:
-        """The text's tokens as the model reads a document's beginning.
+    def prompt(self, text: str) -> list[int]:
+        """The text's tokens as the model reads a document's beginning."""
+        return self.begun(self.tokenizer.encode(text))
 
-        With the start token, unless the model comes from elsewhere and its tokenizer adds none.
-        `special` is that of `Tokenizer.encode`.
+    def begun(self, ids: Sequence[int]) -> list[int]:
+        """With the start token before them, as in training.
+
+        Without it if the model comes from elsewhere and its tokenizer adds none.
         """
-        ids = self.tokenizer.encode(text, special)
         start = self.trained or self.tokenizer.adds_start or not ids
-        return [self.tokenizer.start_id] * start + ids
+        return [*([self.tokenizer.start_id] if start else []), *ids]
 
 
 def open_model(path: str, stage: str = "") -> OpenedModel:

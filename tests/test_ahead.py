@@ -1,12 +1,14 @@
 """Compiling ahead: what is read from the compiler, and the compiler where it is installed."""
 
+import dataclasses
 import importlib.util
 import json
 
 import pytest
 
-from flm_jax import ahead
+from flm_jax import ahead, hlo
 from flm_jax.errors import UserError
+from flm_jax.roofline import CHIPS, seconds_of
 from tests.commands import json_of, mistake
 
 CHAIN = ("experiments.compile_ahead", "--config=configs/tele_flm_1t_chain.py")
@@ -15,12 +17,17 @@ HLO = """HloModule jit_step
 
 %body.1 (p: (s32[], f32[4,8])) -> (s32[], f32[4,8]) {
   %p = (s32[], f32[4,8]) parameter(0)
-  %g = f32[4,8]{1,0} all-gather(%x), dimensions={0}
+  %g = f32[4,8]{1,0} all-gather(%x), replica_groups=[4,2]<=[8], dimensions={0}
   ROOT %t = (s32[], f32[4,8]) tuple(%i, %g)
 }
 
 %inner (q: f32[2]) -> f32[2] {
-  ROOT %r = bf16[16]{0} reduce-scatter(%q), to_apply=%add
+  ROOT %r = bf16[16]{0} reduce-scatter(%q), replica_groups={{0,2,4,6},{1,3,5,7}}, to_apply=%add
+}
+
+%all-reduce-scatter.3 (q: f32[40]) -> f32[10] {
+  %all = f32[40] all-reduce(%q), replica_groups=[2,4]<=[4,2]T(1,0), to_apply=%add
+  ROOT %d = f32[10] dynamic-slice(%all, %i)
 }
 
 %cond.1 (p: (s32[], f32[4,8])) -> pred[] {
@@ -31,22 +38,57 @@ HLO = """HloModule jit_step
 ENTRY %main (a: f32[4,8]) -> f32[4,8] {
   %w = (s32[], f32[4,8]) while(%t0), condition=%cond.1, body=%body.1
   %f = f32[2] fusion(%a), kind=kLoop, calls=%inner
-  %s = (f32[10], f32[10]) all-reduce-start(%a), to_apply=%add
-  ROOT %d = f32[10] all-reduce-done(%s)
+  %h = f32[10] fusion(%a), kind=kCustom, calls=%all-reduce-scatter.3
+  %s = (f32[10], f32[6]) all-reduce-start(%a, %b), to_apply=%add
+  %e = (f32[10], f32[6]) all-reduce-done(%s)
+  %k = ((f32[1,4]{1,0}), f32[8,4]{1,0}) all-gather-start(%a), dimensions={0}
+  %m = (f32[6], f32[6], u32[]) collective-permute-start(%a), source_target_pairs={{0,0},{1,2}}
 }
 """
 
 
 def test_collectives_are_counted_as_often_as_loops_run():
-    assert ahead.collectives(HLO) == {
-        "all-gather": {"count": 7, "bytes": 7 * 4 * 8 * 4},
-        "all-reduce": {"count": 1, "bytes": 40},
-        "reduce-scatter": {"count": 1, "bytes": 32},
+    """Bytes that a device sends by the ring algorithm, by hand."""
+    assert hlo.collectives(hlo.moves(HLO, 8)) == {
+        "all-gather": {"count": 7 + 1, "bytes": 7 * 4 * 8 * 4 / 2 + 8 * 4 * 4 * 7 / 8},
+        "all-reduce": {"count": 1, "bytes": 2 * 64 * 7 / 8},
+        "reduce-scatter": {"count": 2, "bytes": 16 * 2 * 3 + 40 * 4 * 3 / 4},
+        "collective-permute": {"count": 1, "bytes": 24},
     }
     known = HLO.replace(
         "body=%body.1", 'body=%body.1, backend_config={"known_trip_count":{"n":"9"}}'
     )
-    assert ahead.collectives(known)["all-gather"]["count"] == 9
+    assert hlo.collectives(hlo.moves(known, 8))["all-gather"]["count"] == 10
+
+
+@pytest.mark.parametrize(
+    ("written", "group"),
+    [
+        ("{{0,2},{1,3}}", (0, 2)),
+        ("[4,2]<=[8]", (0, 1)),
+        ("[2,4]<=[4,2]T(1,0)", (0, 2, 4, 6)),
+        ("mesh['a'=4,'b'=2] {'a'}", (0, 2, 4, 6)),
+        ("mesh['a'=4,'b'=2] {'b'}", (0, 1)),
+        ("mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}", (0, 1)),
+        ("{}", tuple(range(8))),
+    ],
+)
+def test_groups_in_every_notation(written, group):
+    line = f"%g = f32[8] all-reduce(%x), channel_id=3, replica_groups={written}, to_apply=%add"
+    assert hlo._group(line, 8) == group
+
+
+def test_a_ring_among_nodes_uses_every_card():
+    """One device a node: its card alone. Two a node: half the bytes each, all of them inside."""
+    chip = dataclasses.replace(CHIPS["h100"], node=2, network=10.0, inside=1000.0)
+
+    def seconds(*group):
+        return seconds_of(hlo.Move("all-gather", 3, 100.0, group), chip)
+
+    assert seconds(0, 2, 4, 6) == 300 / 10
+    assert seconds(0, 1, 2, 3) == 300 / 20
+    assert seconds(0, 1) == 300 / 1000
+    assert seconds_of(hlo.Move("all-gather", 3, 100.0, (0, 1)), CHIPS["v5p"]) == 300 / 600e9
 
 
 def test_a_refusal_for_memory_says_how_much():

@@ -9,8 +9,9 @@ import pytest
 
 from flm_jax import generate as gen
 from flm_jax.errors import UserError
-from flm_jax.generate import Sampling, generate
+from flm_jax.generate import Sampling, TextStream, generate
 from flm_jax.models import Cache, Transformer, by_layer
+from flm_jax.tokenizer import open_tokenizer
 from tests.models import SMALL, changed, random_params
 
 LENGTHS = (1, 4, 9)
@@ -183,6 +184,35 @@ def test_buckets_waste_at_most_half_and_keep_their_order():
     assert sizes == sorted(sizes)
     assert all(n <= size < max(1.5 * n + 1, 65) for n, size in enumerate(sizes, start=1))
     assert len(set(sizes)) < 15
+
+
+def test_text_is_shown_as_soon_as_it_is_sure_and_ends_at_a_stop_text():
+    tokenizer = open_tokenizer("bytes")
+    shown = []
+    stream = TextStream(tokenizer, ["\n\n", "END"], shown.append)
+    told = [stream.add(token) for token in tokenizer.encode("µ1\n2E\nENx\n\nmore")[:-4]]
+    # Half a character is held back, and what may begin a stop text until it does not.
+    assert shown == ["µ", "1", "\n2", "E", "\n", "ENx"]
+    assert told == [False] * (len(told) - 1) + [True]
+    assert stream.end() == "µ1\n2E\nENx"
+    cut = TextStream(tokenizer, ["END"], shown.append)
+    for token in tokenizer.encode("aEN")[:-1] + tokenizer.encode("µ")[:1]:
+        cut.add(token)
+    assert cut.end() == "aE\ufffd"
+
+
+def test_a_row_ends_where_on_token_says_so():
+    params, prompts = random_params(SMALL32, 9), ragged(SMALL)
+    sampling = Sampling(max_new_tokens=8)
+    free = generate(params, SMALL32, prompts, sampling, jax.random.key(0))
+    seen = []
+
+    def two(row, token):
+        seen.append(row)
+        return seen.count(row) == 2
+
+    got = generate(params, SMALL32, prompts, sampling, jax.random.key(0), on_token=two)
+    assert got == [text[:2] for text in free]
 
 
 def test_mistakes_are_named():

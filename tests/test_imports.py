@@ -11,7 +11,7 @@ from tests.commands import ROOT
 # Each module imports only from its own line and the lines above it.
 LAYERS = [
     {"errors"},
-    {"config", "pieces", "precision", "host", "tokenizer"},
+    {"config", "hlo", "host", "pieces", "precision", "processes", "threefry", "tokenizer"},
     {"axes"},
     {"mup", "counts", "sharding"},
     {"models", "optim", "state", "losses"},
@@ -29,10 +29,11 @@ LAYERS = [
         "measure",
         "figures",
     },
-    {"interop"},
+    {"interop", "roofline"},
     {"generate", "ligo", "run_state", "study"},
-    {"chain", "check_growth", "coordinates", "sweep", "through_growth", "predict"},
-    {"probe", "benchmark", "ahead", "sft"},
+    {"likelihood"},
+    {"chain", "check_growth", "coordinates", "harness", "sweep", "through_growth", "predict"},
+    {"probe", "benchmark", "generate_benchmark", "ahead", "grow_checkpoint", "sft"},
     {"report", "mup_report"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -144,6 +144,7 @@ class Attention(nn.Module):
                 write(past[1], v_BTKH.transpose(0, 2, 1, 3), start, axis=2),
             )
             out_BTKGH = in_slots(q_BTKGH, k_BKSH, v_BKSH, segment_ids_BT, segment_ids_BS, start)
+        out_BTKGH = constrain(out_BTKGH, BATCH_AXES, None, groups, queries, None)
         if "kv_heads" in masks:
             out_BTKGH *= masks["kv_heads"].astype(out_BTKGH.dtype)[None, None, :, None, None]
         if "q_per_kv" in masks:

@@ -1,0 +1,150 @@
+"""What a compiled program moves between devices, read from its text (XLA's HLO)."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+_SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4,
+          "u32": 4, "f64": 8, "s64": 8, "u64": 8}  # fmt: skip
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+@dataclasses.dataclass(frozen=True)
+class Move:
+    """One collective of a program.
+
+    count: how often it runs in one call.
+    bytes: what each device sends each time, by the ring algorithm.
+    group: devices that take part together, one group of the equal ones; of a permutation, a
+      device and where it sends to.
+    """
+
+    kind: str
+    count: int
+    bytes: float
+    group: tuple[int, ...]
+
+
+def moves(text: str, devices: int) -> Iterator[Move]:
+    """The collectives of a compiled program over so many devices.
+
+    The body of a loop counts as often as the loop runs: its known trip count, or the constant in
+    its condition.
+    """
+    bodies = dict(_computations(text))
+
+    def visit(name: str, times: int) -> Iterator[Move]:
+        for line in bodies.get(name, ()):
+            inner = times
+            condition = re.search(r" while\(.*condition=%?([\w.-]+)", line)
+            if condition:
+                bounds = re.findall(r"known_trip_count\W+n\W+(\d+)", line)
+                bounds += re.findall(r" constant\((\d+)\)", "".join(bodies[condition.group(1)]))
+                inner = times * max(map(int, bounds), default=1)
+            operation = re.search(r"= (.*?) ([\w-]+)\(", line)
+            if operation:
+                kind = operation.group(2).removesuffix("-start")
+                if kind in KINDS:
+                    shape = operation.group(1)
+                    if operation.group(2).endswith("-start") and kind != "all-reduce":
+                        shape = _elements(shape)[1]  # of (operands, results, ..)
+                    group = _group(line, devices)
+                    result = _bytes(shape)
+                    if name.startswith("all-reduce-scatter"):
+                        # An all-reduce of which each device keeps its part.
+                        kind, result = "reduce-scatter", result // len(group)
+                    yield Move(kind, times, _sent(kind, result, len(group)), group)
+            for called in re.findall(
+                r"(?:calls|body|to_apply|branch_computations)=\{?%?([\w.-]+)", line
+            ):
+                yield from visit(called, inner)
+
+    return visit("ENTRY", 1)
+
+
+def collectives(found: Iterable[Move]) -> dict[str, dict[str, float]]:
+    """Kind -> how often in one call, and bytes that each device sends in it."""
+    total: dict[str, dict[str, float]] = collections.defaultdict(lambda: {"count": 0, "bytes": 0})
+    for move in found:
+        total[move.kind]["count"] += move.count
+        total[move.kind]["bytes"] += move.count * move.bytes
+    return {kind: dict(total[kind]) for kind in KINDS if kind in total}
+
+
+def _sent(kind: str, result: int, size: int) -> float:
+    """Bytes that each of `size` devices sends, from the bytes of its result."""
+    if kind == "collective-permute":
+        return result
+    if kind == "reduce-scatter":
+        return result * (size - 1)
+    return result * (size - 1) / size * (2 if kind == "all-reduce" else 1)
+
+
+def _group(line: str, devices: int) -> tuple[int, ...]:
+    """One of the groups of a collective: XLA writes them in three ways, or pairs of a permute."""
+    pair = next((p for p in re.findall(r"\{(\d+),(\d+)\}", line) if p[0] != p[1]), ("0", "0"))
+    if "source_target_pairs=" in line:
+        return tuple(map(int, pair))
+    mesh = re.search(r"replica_groups=mesh\[(.*?)\][^{]*\{(.*?)\}", line)
+    if mesh:
+        sizes = {n: int(s) for n, s in re.findall(r"'(\w+)'=(\d+)", mesh.group(1))}
+        chosen = re.findall(r"'(\w+)'", mesh.group(2))
+        order = re.search(r"device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\)", line)
+        ids = _iota(*order.groups()) if order else np.arange(math.prod(sizes.values()))
+        ids = ids.reshape(tuple(sizes.values()))
+        index = tuple(slice(None) if name in chosen else 0 for name in sizes)
+        return tuple(ids[index].ravel().tolist())
+    listed = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line)
+    if listed:
+        ids = _iota(*listed.groups()[2:])
+        return tuple(ids.reshape(-1, int(listed.group(2)))[0].tolist())
+    first = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
+    return tuple(map(int, first.group(1).split(","))) if first else tuple(range(devices))
+
+
+def _iota(shape: str, order: str | None) -> np.ndarray:
+    """0, 1, .. in a shape as "64,16", its axes then in the order as "1,0"."""
+    sizes = [int(n) for n in shape.split(",")]
+    ids = np.arange(math.prod(sizes)).reshape(sizes)
+    return ids.transpose([int(n) for n in order.split(",")]) if order else ids
+
+
+def _bytes(shape: str) -> int:
+    total = 0
+    for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shape):
+        if dtype in _SIZES:
+            total += _SIZES[dtype] * math.prod(int(d) for d in dims.split(",") if d)
+    return total
+
+
+def _elements(shape: str) -> list[str]:
+    """The elements of a tuple's shape: "((f32[2]), f32[4,2])" has "(f32[2])" and "f32[4,2]"."""
+    found, depth = [""], 0
+    for character in shape[1:-1]:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth == 0:
+            found.append("")
+        else:
+            found[-1] += character
+    return found
+
+
+def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
+    name = ""
+    lines: list[str] = []
+    for line in text.splitlines():
+        if line and not line[0].isspace() and line.rstrip().endswith("{"):
+            head = line.split("(")[0].split()
+            name, lines = head[-1].lstrip("%") if head else "", []
+            if line.startswith("ENTRY"):
+                name = "ENTRY"
+        elif line.startswith("}"):
+            yield name, lines
+        else:
+            lines.append(line)

@@ -1,0 +1,166 @@
+"""Opening models; bits per byte of files; log-likelihoods of continuations; the two commands."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flm_jax import data, evaluate, sharding
+from flm_jax.checkpoint import params_digest
+from flm_jax.config import DataConfig
+from flm_jax.errors import UserError
+from flm_jax.likelihood import loglikelihoods
+from flm_jax.run_state import open_model
+from tests import runs
+from tests.commands import json_of, mistake
+from tests.models import SMALL, changed, random_params
+from tests.test_generate import full
+
+TEXTS = ("def f(x):\n    return 'naïve'\n" * 4, "another one, µ\n")
+LONG = 64
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of two stages, and the parameters of each."""
+    models = (runs.BYTES, changed(runs.BYTES, num_layers=3))
+    return runs.save(tmp_path_factory.mktemp("runs") / "run", models)
+
+
+def test_a_model_is_opened_from_a_run_or_a_checkpoint(run):
+    folder, params = run
+    for where, stage, index in (
+        (folder, "", 1),
+        (folder, "s0", 0),
+        (folder, "0", 0),
+        (f"{folder}/stages/0-s0/checkpoints/7", "", 0),
+    ):
+        model = open_model(where, stage)
+        assert params_digest(model.params) == params_digest(params[index])
+        assert (model.name, model.context) == (f"s{index}", 32)
+        assert model.config.num_layers == 2 + index
+        assert model.prompt("a") == [0, 100]
+
+
+def test_wrong_places_of_models_are_named(run, tmp_path):
+    folder, _ = run
+    for where, stage, message in (
+        (str(tmp_path), "", "holds no model; give a run's folder"),
+        (folder, "s2", "no finished stage 's2'; it has s0, s1"),
+        (f"{folder}/stages/0-s0/checkpoints/7", "s0", "leave stage empty"),
+        (f"{folder}/stages/0-s0/checkpoints/8", "", "holds no model"),
+    ):
+        with pytest.raises(UserError, match=message):
+            open_model(where, stage)
+    other, _ = runs.save(tmp_path / "other", (runs.BYTES,))
+    config = tmp_path / "other" / "stages" / "0-s0" / "config.json"
+    config.write_text(config.read_text().replace('"d_ff": 20', '"d_ff": 21'))
+    with pytest.raises(UserError, match=r"params/layers/mlp/down is float32\[2, 20, 12\], the con"):
+        open_model(other)
+
+
+def nats_of(params, config, tokens):
+    """-log P of tokens[1:], each given those before it, by full forward passes on one length."""
+    row = np.zeros((1, LONG), np.int32)
+    row[0, : len(tokens)] = tokens
+    logits = np.asarray(full(params, row, config), np.float64)[0]
+    logp = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    found = [logp[i, t] for i, t in enumerate(tokens[1:])]
+    greedy = all(logits[i].argmax() == t for i, t in enumerate(tokens[1:]))
+    return -np.array(found), greedy
+
+
+def test_a_file_is_scored_whole(tmp_path):
+    """Against one forward pass per segment, unpadded and unpacked."""
+    length = 16
+    with jax.enable_x64(True):
+        config = changed(SMALL, vocab_size=260)
+        params = random_params(config, 1)
+        for number, text in enumerate(TEXTS):
+            (tmp_path / f"{number}.txt").write_text(text)
+        settings = DataConfig(task="text_files", path=str(tmp_path), sequence_length=length)
+        corpus = data.open_corpus(settings, whole=True)
+        mesh = sharding.one_device()
+        batches = list(corpus.sequences("all", 4))
+        with jax.set_mesh(mesh):
+            got = evaluate.score(params, config, batches, corpus.token_bytes, mesh)
+        size = sum(len(text.encode()) for text in TEXTS)
+        assert (got.bytes, got.tokens) == (size, size + len(TEXTS))
+        stream = [[byte + 3 for byte in text.encode()] + [1] for text in TEXTS]
+        want, place = 0.0, 0
+        for document in stream:
+            while document:
+                room = length - place % length
+                want += nats_of(params, config, [0, *document[:room]])[0].sum()
+                place += len(document[:room])
+                document = document[room:]
+        np.testing.assert_allclose(got.nats, want, rtol=1e-12)
+        np.testing.assert_allclose(got.bits_per_byte, want / math.log(2) / size, rtol=1e-12)
+        # Twin: packed documents that see each other score otherwise.
+        for batch in batches:
+            batch["segment_ids"] = np.minimum(batch["segment_ids"], 1)
+        with jax.set_mesh(mesh):
+            twin = evaluate.score(params, config, batches, corpus.token_bytes, mesh)
+        assert abs(twin.nats / want - 1) > 1e-6
+
+
+def test_log_likelihoods_are_those_of_single_forward_passes():
+    with jax.enable_x64(True):
+        config = changed(SMALL, vocab_size=40)
+        params = random_params(config, 2)
+        rng = np.random.default_rng(0)
+        pairs = [
+            ([int(t) for t in rng.integers(0, 40, a)], [int(t) for t in rng.integers(0, 40, b)])
+            for a, b in ((1, 1), (5, 9), (30, 2), (2, 40), (7, 0), (12, 3), (1, 20))
+        ]
+        # One whose continuation is the model's own choice.
+        first = full(params, jnp.asarray([[3] + [0] * (LONG - 1)], jnp.int32), config)
+        pairs.append(([3], [int(first[0, 0].argmax())]))
+        got = loglikelihoods(params, config, pairs, batch_size=3)
+        for (context, continuation), (value, greedy) in zip(pairs, got, strict=True):
+            nats, _ = nats_of(params, config, [*context, *continuation])
+            _, all_greedy = nats_of(params, config, [*context, *continuation])
+            scored = nats[len(context) - 1 :]
+            np.testing.assert_allclose(value, -scored.sum(), atol=1e-11)
+            if len(context) == 1:
+                assert greedy == all_greedy
+        assert got[4] == (0.0, True)
+        assert got[-1][1]
+        assert not got[1][1]
+        with pytest.raises(UserError, match="pair 0 has no context"):
+            loglikelihoods(params, config, [([], [1])])
+
+
+@pytest.mark.slow
+def test_the_commands(run, tmp_path):
+    folder, _ = run
+    text = tmp_path / "text.txt"
+    text.write_text(TEXTS[0])
+    got = json_of("experiments.evaluate", f"--checkpoint={folder}", f"--data={text}")
+    assert got["bytes"] == text.stat().st_size
+    assert got["tokens"] == got["bytes"] + 1
+    assert got["bits_per_byte"] * math.log(2) * got["bytes"] == pytest.approx(
+        got["loss"] * got["tokens"]
+    )
+    generate = ("experiments.generate", f"--checkpoint={folder}", "--stage=s0")
+    asked = ("--prompt=def", "--prompt=x", "--max_new_tokens=9", "--temperature=1", "--seed=3")
+    made = json_of(*generate, *asked)["completions"]
+    assert [c["prompt"] for c in made] == ["def", "x"]
+    assert made == json_of(*generate, *asked)["completions"]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "def"}\n"x"\n')
+    assert json_of(*generate, f"--prompts={prompts}", *asked[2:])["completions"] == made
+    for arguments, message in (
+        (("--prompt=a", "--max_new_tokens=31"), "prompt 0 has 2 tokens, with max_new_tokens 31"),
+        (("--prompt=a", "--top_p=0"), "top_p is 0"),
+        ((), "no prompt; give --prompt=TEXT"),
+        ((f"--prompts={tmp_path}/absent",), "give a text file"),
+    ):
+        assert message in mistake(*generate, *arguments)
+    empty = tmp_path / "empty.txt"
+    empty.touch()
+    evaluate_ = ("experiments.evaluate", f"--checkpoint={folder}")
+    assert "holds no text" in mistake(*evaluate_, f"--data={empty}")
+    assert "give either --data=FILE or --task=NAME" in mistake(*evaluate_)

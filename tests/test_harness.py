@@ -1,0 +1,151 @@
+"""The adapter to lm-evaluation-harness: against direct computation, and tasks end to end."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from flm_jax.run_state import open_model
+from tests import runs
+from tests.commands import ROOT, mistake
+from tests.models import changed
+from tests.test_evaluate import LONG, nats_of
+
+pytest.importorskip("lm_eval", reason="needs the extra [hf]")
+pytestmark = pytest.mark.slow
+TASKS = ROOT / "tests" / "harness_tasks"
+SAMPLES = [json.loads(line) for line in (TASKS / "samples.jsonl").read_text().splitlines()]
+CONTEXT = 32
+# Runs the command where any connection but to this machine's own sockets is an error.
+OFFLINE = """
+import runpy, socket, sys
+def refuse(self, address, *rest):
+    raise AssertionError(f"reached out to {address}")
+socket.socket.connect = socket.socket.connect_ex = refuse
+socket.getaddrinfo = lambda *a, **k: refuse(None, a)
+sys.argv = sys.argv[1:]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder, _ = runs.save(tmp_path_factory.mktemp("runs") / "run", (runs.BYTES,))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(run, tmp_path_factory):
+    """Three local tasks in one command, without a network."""
+    environment = {
+        **os.environ,
+        "HF_HOME": str(tmp_path_factory.mktemp("cache")),
+        "JAX_PLATFORMS": "cpu",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", OFFLINE, "experiments.harness", f"--checkpoint={run}",
+         "--tasks=flm_choice,flm_rolling,flm_generate", f"--include_path={TASKS}",
+         "--batch_size=4", "--json"],
+        cwd=ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") == 1
+    return json.loads(done.stdout)
+
+
+def direct(model, context, continuation):
+    """log P(continuation | context) by one unpadded forward pass."""
+    ids = [0, *model.tokenizer.encode(context), *model.tokenizer.encode(continuation)]
+    nats, _ = nats_of(model.params, model.config, ids)
+    return -nats[-len(model.tokenizer.encode(continuation)) :].sum()
+
+
+def test_tasks_run_end_to_end_with_the_numbers_of_a_direct_computation(run, results):
+    model, found = open_model(run), results["results"]
+    assert results["context"] == CONTEXT
+    assert all(found[task]["samples"] == len(SAMPLES) for task in found)
+    right = [
+        int(np.argmax([direct(model, s["question"], c) for c in s["choices"]])) == s["answer"]
+        for s in SAMPLES
+    ]
+    assert found["flm_choice"]["acc,none"] == pytest.approx(np.mean(right))
+    nats = size = 0
+    for text in (s["text"] for s in SAMPLES):
+        ids = model.tokenizer.encode(text)
+        size += len(text.encode())
+        for start in range(0, len(ids), CONTEXT):
+            # The last token of the window before, or the start token, and nothing earlier.
+            before = ids[start - 1] if start else 0
+            window = ids[start : start + CONTEXT]
+            if start + CONTEXT > len(ids) and start:  # the last window is as long as the others
+                window_start = len(ids) - CONTEXT
+                _, shown = None, ids[window_start - 1 : len(ids)]
+                nats += nats_of(model.params, model.config, shown)[0][-len(window) :].sum()
+            else:
+                nats += nats_of(model.params, model.config, [before, *window])[0].sum()
+    assert found["flm_rolling"]["bits_per_byte,none"] == pytest.approx(
+        nats / math.log(2) / size, rel=1e-5
+    )
+    assert found["flm_generate"]["exact_match,none"] in (0, 1 / 3, 2 / 3, 1)
+
+
+def test_answers_of_the_adapter(run):
+    from lm_eval.api.instance import Instance
+
+    from flm_jax.harness import Adapter
+
+    model = open_model(run)
+    adapter = Adapter(model, CONTEXT, batch_size=2)
+
+    def ask(kind, *arguments):
+        instances = [Instance(kind, {}, a, i) for i, a in enumerate(arguments)]
+        return getattr(adapter, kind)(instances)
+
+    pairs = [("def f(", "x):"), ("", "start"), ("a ", "b"), ("x" * 60, "end")]
+    got = [value for value, _ in ask("loglikelihood", *pairs)]
+    want = [direct(model, c, t) for c, t in (("def f(", "x):"), ("", "start"), ("a", " b"))]
+    np.testing.assert_allclose(got[:3], want, rtol=1e-5)
+    # The context's beginning is cut, its start token too: the last 32 inputs are read.
+    ids = model.tokenizer.encode("x" * 60 + "end")[-CONTEXT - 1 :]
+    cut = -nats_of(model.params, model.config, ids)[0][-3:].sum()
+    np.testing.assert_allclose(got[3], cut, rtol=1e-5)
+    assert abs(direct(model, "x" * 58, "end") - got[3]) > 1e-4  # twin: not cut
+
+    settings = {"until": ["\n"], "max_gen_toks": 6}
+    prompts = [("def f(", settings), ("import os", settings), ("x" * 80, settings)]
+    texts = ask("generate_until", *prompts)
+    assert texts == [ask("generate_until", prompt)[0] for prompt in prompts]
+    for (prompt, _), text in zip(prompts, texts, strict=True):
+        ids, out = model.prompt(prompt)[-(CONTEXT - 6) :], []
+        for _ in range(6):
+            row = np.zeros((1, LONG), np.int32)
+            row[0, : len(ids)] = ids
+            token = int(np.argmax(full_logits(model, row)[0, len(ids) - 1]))
+            ids.append(token)
+            out.append(token)
+        decoded = model.tokenizer.decode(out[: out.index(1)] if 1 in out else out)
+        assert text == decoded.split("\n")[0]
+
+
+def full_logits(model, row):
+    from tests.test_generate import full
+
+    return full(model.params, row, model.config)
+
+
+def test_mistakes(run):
+    command = ("experiments.harness", f"--checkpoint={run}")
+    assert "--tasks is missing" in mistake(*command)
+    assert "the harness has no task 'nonsense'" in mistake(
+        *command, "--tasks=nonsense", f"--include_path={TASKS}"
+    )
+
+
+def test_a_padded_model_is_served_too(tmp_path):
+    """More rows in the model than the tokenizer has tokens."""
+    folder, _ = runs.save(tmp_path / "run", (changed(runs.BYTES, vocab_size=320),))
+    assert open_model(folder).tokenizer.vocab_size == 259
