@@ -34,6 +34,7 @@ def main(config: ml_collections.ConfigDict) -> dict[str, Any]:
             raise UserError(f"--{name} is missing; give a run's folder, as --{name}=runs/NAME")
     if MEMORY.value <= 0:
         raise UserError(f"--memory={MEMORY.value}: give a number of bytes above 0")
+    host.keep_freed()
     experiment = cli.experiment(config)
     if experiment.quick_compile:
         host.compile_quickly()

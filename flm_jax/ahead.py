@@ -25,10 +25,10 @@ from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from flm_jax import counts, growth, hlo, optim, roofline, sharding
-from flm_jax.chain import plan_of
 from flm_jax.config import MESH_AXES, ExperimentConfig, StageConfig
 from flm_jax.errors import UserError
 from flm_jax.roofline import CHIPS, Chip
+from flm_jax.runner import plan_of
 from flm_jax.train import init_state, make_train_step
 
 WHAT = ("train", "train_masked", "growth")

@@ -1,8 +1,8 @@
 """Grows a run's last train state from disk to disk, into a run that goes on from there.
 
-The target gets what the runner (`chain.py`) would have made of the same chain: the finished stages,
-the next stage's config, plan and first checkpoint, bit for bit. Only its receipt is left open: it
-needs the whole model, and the runner completes it before it trains.
+The target gets what the runner (`runner.py`) would have made of the same chain: the finished
+stages, the next stage's config, plan and first checkpoint, bit for bit. Only its receipt is left
+open: it needs the whole model, and the runner completes it before it trains.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from flm_jax import chain, data, growth, measure, optim
+from flm_jax import chain, data, growth, measure, optim, runner
 from flm_jax.checkpoint import by_name, check_fits, shapes
 from flm_jax.config import ExperimentConfig
 from flm_jax.errors import UserError
@@ -51,15 +51,14 @@ def grow(
     source, target = RunFolder(source_dir), RunFolder(target_dir)
     index = _next_stage(config, source, target, stage)
     entries = source.stages()[:index]
-    reader = CheckpointReader(source.path / entries[-1]["checkpoint"])
-    state = _abstract_state(config, index - 1)
-    check_fits(reader.path, reader.leaves, shapes(state))
-    stream.check(chain.plan_of(config.stages[index - 1].model, config.stages[index]))
-
+    stream.check(runner.plan_of(config.stages[index - 1].model, config.stages[index]))
     _check_target(target, entries)
     folder = target.stage(index, config.stages[index].name)
     about = identity(config, index, entries[-1]["data_fingerprint"])
     target.check_stage(folder, about)
+    reader = CheckpointReader(source.path / entries[-1]["checkpoint"])
+    state = _abstract_state(config, index - 1)
+    check_fits(reader.path, reader.leaves, shapes(state))
     result = {"stage": config.stages[index].name, "source": str(reader.path)}
     done = _steps_on_disk(folder)
     if done:
@@ -149,8 +148,8 @@ def _plan(
     """The plan, and the layers' distances from the identity, if it depends on them."""
     small, stage = config.stages[index - 1].model, config.stages[index]
     order = list(map(float, range(small.num_layers)))
-    plan = chain.plan_of(small, stage, order)
-    if plan == chain.plan_of(small, stage, order[::-1]):
+    plan = runner.plan_of(small, stage, order)
+    if plan == runner.plan_of(small, stage, order[::-1]):
         return plan, None
     corpus = data.open_corpus(config.data_of(0))
     if corpus.fingerprint != fingerprint:
@@ -160,11 +159,11 @@ def _plan(
         )
     sequences = stage.growth.calibration_sequences
     batches = corpus.with_length(config.data_of(index)).train(sequences)
-    batch = chain.calibration(batches, reader.progress["data"])
+    batch = runner.calibration(batches, reader.progress["data"])
     distances = measure.layer_distances(
         lambda path, slices: reader.read(f"params/{path}", slices), batch, small
     )
-    return chain.plan_of(small, stage, distances), distances
+    return runner.plan_of(small, stage, distances), distances
 
 
 def _check_space(root: pathlib.Path, folder: StageFolder, grown: Any) -> None:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from flm_jax import chain, grow_checkpoint, growth, measure
+from flm_jax import grow_checkpoint, growth, measure, runner
 from flm_jax.checkpoint import Checkpoints, by_name
 from flm_jax.config import DataConfig, ExperimentConfig, GrowthConfig, StageConfig
 from flm_jax.errors import UserError
@@ -66,7 +66,7 @@ def test_a_full_disk_in_the_middle_is_one_line_and_the_same_call_goes_on(tmp_pat
     again = grow()
     assert 0 < again["bytes_written"] < again["bytes"]
     reader = CheckpointReader(again["checkpoint"])
-    plan = chain.plan_of(CONFIG, WIDER.stages[1])
+    plan = runner.plan_of(CONFIG, WIDER.stages[1])
     want = jax.jit(functools.partial(growth.grow, plan=plan))(state, key=KEY_OF_STAGE_1)
     assert_same_bits({n: reader.read(n) for n in reader.leaves}, by_name(want))
     assert reader.progress == {"data": {"place": 3}, "wall_s": 0.0}

@@ -32,9 +32,10 @@ LAYERS = [
     {"interop", "roofline"},
     {"generate", "ligo", "run_state", "study"},
     {"likelihood"},
+    {"runner"},
     {"chain", "check_growth", "coordinates", "harness", "sweep", "through_growth", "predict"},
     {"probe", "benchmark", "generate_benchmark", "ahead", "grow_checkpoint", "sft"},
-    {"report", "mup_report"},
+    {"report", "mup_report", "papers"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FILES = sorted((ROOT / "flm_jax").rglob("*.py"))

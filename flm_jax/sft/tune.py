@@ -1,6 +1,6 @@
 """Fine-tuning as a stage: a model of a run, or one from elsewhere, trained on conversations.
 
-The stage goes through the runner of `chain.py`. It is a growth that adds nothing, so that it has a
+The stage goes through the runner of `runner.py`. It is a growth that adds nothing, so that it has a
 parent, a plan and a receipt as every other; Adam begins anew.
 """
 
@@ -19,9 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from flm_jax import chain, data, growth, host, optim, sharding
+from flm_jax import chain, data, growth, host, optim, runner, sharding
 from flm_jax import config as config_lib
-from flm_jax.chain import Position
 from flm_jax.checkpoint import params_digest
 from flm_jax.config import (
     DataConfig,
@@ -34,6 +33,7 @@ from flm_jax.errors import UserError
 from flm_jax.evaluate import score
 from flm_jax.lineage import RunFolder, identity
 from flm_jax.run_state import OpenedModel, open_model
+from flm_jax.runner import Position
 from flm_jax.sft import made, pool
 from flm_jax.sft.chat import Sample
 from flm_jax.sft.config import SftConfig
@@ -303,7 +303,7 @@ def run(
     if base.stages and not _same(folder.path, pathlib.Path(config.base)):
         RunFolder(config.base).branch(folder, stages=len(base.stages))
     if not finished(job, folder):
-        chain.run_jobs([job], folder)
+        runner.run_jobs([job], folder)
     return Tuned(folder.stages()[job.index], base, tokenizer, talk)
 
 
