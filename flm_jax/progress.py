@@ -71,23 +71,6 @@ class Progress:
         self._console.print(text, highlight=False)
 
 
-def counting(
-    name: str,
-    console: rich.console.Console,
-    clock: Callable[[], float] = time.monotonic,
-) -> Callable[[int, int], None]:
-    """`note(done, of)` that prints a line now and then, for work that only counts."""
-    last = clock()
-
-    def note(done: int, of: int) -> None:
-        nonlocal last
-        if clock() - last >= PLAIN_SECONDS:
-            last = clock()
-            console.print(f"{name}  {done}/{of}", highlight=False)
-
-    return note
-
-
 class Transfer:
     """Shows bytes done, GB/s and time left; a context manager. Writes to standard error.
 
