@@ -34,7 +34,7 @@ LAYERS = [
     {"likelihood"},
     {"chain", "check_growth", "coordinates", "harness", "sweep", "through_growth", "predict"},
     {"probe", "benchmark", "generate_benchmark", "ahead", "sft"},
-    {"report", "mup_report"},
+    {"papers", "report", "mup_report"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FILES = sorted((ROOT / "flm_jax").rglob("*.py"))
