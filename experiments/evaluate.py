@@ -31,9 +31,9 @@ LONGEST_DEFAULT = 4096
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run, checkpoint or Hugging Face folder.")
 STAGE = flags.DEFINE_string("stage", "", "Of a run: index or name of a stage; else the last.")
-DATA = flags.DEFINE_string("data", None, "Text file, folder of text files, or .jsonl file.")
+DATA = flags.DEFINE_string("data", "", "Text file, folder of text files, or .jsonl file.")
 TEXT_FIELD = flags.DEFINE_string("text_field", "text", "Field of a .jsonl row that holds the text.")
-TASK = flags.DEFINE_string("task", None, "A seqio task, as python_stdlib.")
+TASK = flags.DEFINE_string("task", "", "A seqio task, as python_stdlib.")
 SPLIT = flags.DEFINE_string("split", "validation", "Split of --task.")
 SEQUENCE_LENGTH = flags.DEFINE_integer(
     "sequence_length", 0, f"Tokens of a sequence; 0: as trained, at most {LONGEST_DEFAULT}."

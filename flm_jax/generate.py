@@ -184,11 +184,11 @@ def _extend(
     positions_BT: jax.Array,
     cache: Cache,
 ) -> tuple[jax.Array, Cache]:
-    segment_ids_BT = real_BT.astype(jnp.int32)
-    logits_BTV, cache = Transformer(config).apply(
-        {"params": params}, tokens_BT, segment_ids_BT, positions_BT, cache, method="extend"
-    )  # type: ignore[misc]
-    return logits_BTV, cache
+    extended: Any = Transformer(config).apply(
+        {"params": params}, tokens_BT, real_BT.astype(jnp.int32), positions_BT, cache,
+        method="extend",
+    )  # fmt: skip
+    return extended
 
 
 def sample(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flm_jax import data, evaluate, sharding
+from flm_jax import data, evaluate, papers, sharding
 from flm_jax.checkpoint import params_digest
 from flm_jax.config import DataConfig
 from flm_jax.errors import UserError
@@ -49,15 +49,15 @@ def test_wrong_places_of_models_are_named(run, tmp_path):
     for where, stage, message in (
         (str(tmp_path), "", "holds no model; give a run's folder"),
         (folder, "s2", "no finished stage 's2'; it has s0, s1"),
-        (f"{folder}/stages/0-s0/checkpoints/7", "s0", "leave stage empty"),
-        (f"{folder}/stages/0-s0/checkpoints/8", "", "holds no model"),
+        (f"{folder}/stages/0-s0/checkpoints/7", "s0", "leave stage and step out"),
+        (f"{folder}/stages/0-s0/checkpoints/8", "", "is no checkpoint; give a folder"),
     ):
         with pytest.raises(UserError, match=message):
             open_model(where, stage)
     other, _ = runs.save(tmp_path / "other", (runs.BYTES,))
     config = tmp_path / "other" / "stages" / "0-s0" / "config.json"
     config.write_text(config.read_text().replace('"d_ff": 20', '"d_ff": 21'))
-    with pytest.raises(UserError, match=r"params/layers/mlp/down is float32\[2, 20, 12\], the con"):
+    with pytest.raises(UserError, match=r"params/layers/mlp/down is \[2, 20, 12\], config.json of"):
         open_model(other)
 
 
@@ -133,6 +133,33 @@ def test_log_likelihoods_are_those_of_single_forward_passes():
             loglikelihoods(params, config, [([], [1])])
 
 
+def test_the_papers_averages_are_those_of_their_rows():
+    def mean(group, count):
+        rows = [b for b in papers.BENCHMARKS if b.group == group and "average" not in b.name]
+        assert len(rows) == count
+        return sum(b.scores[papers.TELE_FLM] for b in rows) / count
+
+    reported = {
+        b.group: b.scores[papers.TELE_FLM] for b in papers.BENCHMARKS if "average of" in b.name
+    }
+    assert mean("English", 8) == pytest.approx(reported["English"], abs=0.006)
+    assert mean("Chinese", 5) == pytest.approx(reported["Chinese"], abs=0.006)
+    # AlignBench: the mean of reasoning and of language.
+    rows = {b.name: b.scores for b in papers.BENCHMARKS if b.group == "AlignBench"}
+    overall = rows.pop("overall")
+    for model, score in overall.items():
+        reasoning = (rows["Math"][model] + rows["Logic"][model]) / 2
+        language = [s[model] for name, s in rows.items() if name not in ("Math", "Logic")]
+        assert (reasoning + sum(language) / 6) / 2 == pytest.approx(score, abs=0.011)
+
+
+def test_own_scores_stand_beside_the_papers():
+    results = {"arc_challenge": {"samples": 3, "acc,none": 0.2, "acc_norm,none": 0.25}}
+    own = {b.name: papers.own_score(b, results) for b in papers.BENCHMARKS}
+    assert own["ARC"] == 25.0
+    assert own["GSM8K"] is None
+
+
 @pytest.mark.slow
 def test_the_commands(run, tmp_path):
     folder, _ = run
@@ -164,3 +191,18 @@ def test_the_commands(run, tmp_path):
     evaluate_ = ("experiments.evaluate", f"--checkpoint={folder}")
     assert "holds no text" in mistake(*evaluate_, f"--data={empty}")
     assert "give either --data=FILE or --task=NAME" in mistake(*evaluate_)
+
+    results = tmp_path / "results.json"
+    results.write_text('{"results": {"mmlu": {"acc,none": 0.5}}}')
+    rows = json_of("experiments.benchmarks", f"--results={results}")["benchmarks"]
+    assert [r["own"] for r in rows if r["name"] == "MMLU"] == [50.0]
+    results.write_text("[]")
+    assert "is not what experiments.harness" in mistake(
+        "experiments.benchmarks", f"--results={results}"
+    )
+    timed = json_of(
+        "experiments.benchmark_generate", "--config=configs/demo.py:smoke", "--new_tokens=3"
+    )
+    assert timed["cached_tokens_per_s"] / timed["uncached_tokens_per_s"] == timed["ratio"]
+    talk = json_of(*generate, "--chat", "--prompt=hello", "--max_new_tokens=4")
+    assert talk["completions"][0]["prompt"] == "hello"

@@ -133,7 +133,6 @@ class Transformer(nn.Module):
         slots, layers = (ids_BS, cache.length), []
         for index, past in enumerate(cache.layers):
             layer = nn_layers.Layer(self.config, PARAMS["layers"], name=layer_name(index))
-            x_BTD, past = layer(x_BTD, None, segment_ids_BT, angles, {}, past, slots)
-            assert past is not None
-            layers.append(past)
+            x_BTD, extended = layer(x_BTD, None, segment_ids_BT, angles, {}, past, slots)
+            layers.append(extended)
         return x_BTD, Cache(tuple(layers), ids_BS, cache.length + x_BTD.shape[1])
