@@ -194,10 +194,11 @@ def lineage(workdir):
     return json.loads((workdir / "lineage.json").read_text())["stages"]
 
 
-def assert_same_run(workdir, other, rtol):
+def assert_same_run(workdir, other):
+    """To float32's rounding: 8e-8 was measured, also between meshes."""
     ours, theirs = evaluations(workdir), evaluations(other)
     assert len(ours) == len(theirs) == 14 and theirs[0] - theirs[-1] > 0.5
-    np.testing.assert_allclose(ours, theirs, rtol=rtol)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6)
     for one, two in zip(lineage(workdir), lineage(other), strict=True):
         assert one["config_digest"] == two["config_digest"]
         assert (one["receipt"] is None) == (two["receipt"] is None)
@@ -236,7 +237,7 @@ def test_two_processes_killed_stopped_and_resumed_train_as_one(alone, tmp_path):
     for status, out, lines in ended(start_two(*CHAIN, "--json", f"--workdir={workdir}")):
         assert status == 0, lines
         assert json.loads(out)["stages"] == lineage(workdir)
-    assert_same_run(workdir, alone, rtol=1e-6)  # the same mesh: 8e-8 was measured
+    assert_same_run(workdir, alone)
     receipts = [lineage(w)[1]["receipt"] for w in (workdir, alone)]
     for name in ("dead_slots", "locked_copies", "layer_map", "exactness"):
         assert receipts[0][name] == receipts[1][name]
@@ -268,8 +269,7 @@ def test_a_checkpoint_goes_on_in_another_layout(alone, tmp_path):
     two = start_two(*layout(MeshConfig(8, 1, 1), MeshConfig(2, 1, 4)))
     for status, _, lines in ended(two):
         assert status == 0, lines
-    # On another mesh sums have another order, and Adam divides by sizes.
-    assert_same_run(workdir, alone, rtol=2e-5)
+    assert_same_run(workdir, alone)
 
 
 @pytest.mark.slow
