@@ -130,7 +130,8 @@ def joined(group: Group) -> Iterator[None]:
         if any(word in str(error) for word in _BETWEEN_PROCESSES):
             last_words.message = f"{lost} ({str(error).splitlines()[0]})"
         else:
-            traceback.print_exc()
+            if not isinstance(error, KeyboardInterrupt):
+                traceback.print_exc()
             last_words.message = f"{group.name} ends, and with it the others"
         last_words.say()
     jax.distributed.shutdown()
