@@ -20,7 +20,7 @@ from flm_jax.config import ExperimentConfig
 from flm_jax.errors import UserError
 from flm_jax.growth import stream
 from flm_jax.growth.receipt import unmeasured
-from flm_jax.leaves import CheckpointReader, CheckpointWriter
+from flm_jax.leaves import CheckpointReader, CheckpointWriter, disk_refusals
 from flm_jax.lineage import RunFolder, StageFolder, identity, write_atomically, write_json
 from flm_jax.progress import Transfer
 from flm_jax.train import init_state
@@ -72,10 +72,11 @@ def grow(
         raise UserError(f"{folder.plan}: another growth was begun here; give another --target")
     target.open()
     _check_space(target.path, folder, grown)
-    source.branch(target, index)
-    write_json(folder.config, about)
-    write_atomically(folder.plan, plan.to_json() + "\n")
-    write_json(folder.receipt, unmeasured(plan, distances))
+    with disk_refusals(f"{target.path} cannot be written"):
+        source.branch(target, index)
+        write_json(folder.config, about)
+        write_atomically(folder.plan, plan.to_json() + "\n")
+        write_json(folder.receipt, unmeasured(plan, distances))
 
     step = sum(s.steps for s in config.stages[:index])
     progress = {"data": reader.progress["data"], "wall_s": 0.0}

@@ -49,7 +49,7 @@ def _open(state: pathlib.Path, name: str, **how: Any) -> ts.TensorStore:
 
 
 @contextlib.contextmanager
-def _disk(what: str) -> Iterator[None]:
+def disk_refusals(what: str) -> Iterator[None]:
     """Turns what the system refuses into one line; tensorstore keeps the system's error number."""
     try:
         yield
@@ -87,7 +87,7 @@ class CheckpointReader:
         Raises UserError if the disk refuses.
         """
         array = self._arrays[name]
-        with _disk(f"{self.path}: {name} cannot be read"):
+        with disk_refusals(f"{self.path}: {name} cannot be read"):
             return (array if slices is None else array.oindex[tuple(slices)]).read().result()
 
     def chunk(self, name: str) -> tuple[int, ...]:
@@ -149,7 +149,7 @@ class CheckpointWriter:
         made = self._partial.with_name(self.path.name + ".begun")
         self._clear(made)
         try:
-            with _disk(f"{self.path} cannot be written"):
+            with disk_refusals(f"{self.path} cannot be written"):
                 made.parent.mkdir(parents=True, exist_ok=True)
                 write_skeleton(made, like, progress)
                 for name, x in self.leaves.items():
@@ -206,20 +206,24 @@ class CheckpointWriter:
         """
         array = self._arrays[name]
         target = array if slices is None else array[tuple(slices)]
-        with _disk(f"{self.path}: {name} cannot be written"):
+        with disk_refusals(f"{self.path}: {name} cannot be written"):
             target.write(values, can_reference_source_data_indefinitely=True).result()
 
     def finish(self) -> None:
-        """The checkpoint appears, whole and on disk. Raises ValueError if a piece is missing."""
+        """The checkpoint appears, whole and on disk.
+
+        Raises ValueError if a piece was not written, UserError if the disk refuses.
+        """
         for name in self.leaves:
             for piece in self.pieces(name):
                 if not self.holds(name, piece):
                     raise ValueError(f"{self.path}: {name} was never written at {piece}")
-        for folder, _, files in os.walk(self._partial, topdown=False):
-            for file in [*files, "."]:
-                _sync(pathlib.Path(folder, file))
-        self._partial.rename(self.path)
-        _sync(self.path.parent)
+        with disk_refusals(f"{self.path} cannot be written"):
+            for folder, _, files in os.walk(self._partial, topdown=False):
+                for file in [*files, "."]:
+                    _sync(pathlib.Path(folder, file))
+            self._partial.rename(self.path)
+            _sync(self.path.parent)
 
 
 def _sync(path: pathlib.Path) -> None:
