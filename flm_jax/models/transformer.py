@@ -134,5 +134,6 @@ class Transformer(nn.Module):
         for index, past in enumerate(cache.layers):
             layer = nn_layers.Layer(self.config, PARAMS["layers"], name=layer_name(index))
             x_BTD, extended = layer(x_BTD, None, segment_ids_BT, angles, {}, past, slots)
+            assert extended is not None
             layers.append(extended)
         return x_BTD, Cache(tuple(layers), ids_BS, cache.length + x_BTD.shape[1])
