@@ -45,6 +45,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
             eval=EvalConfig(sequences=16, batch_size=8, every_steps=4),
             checkpoint=CheckpointConfig(every_steps=4, keep=1),
             score_samples=2,
+            max_new_tokens=16,
             quick_compile=True,
         )
     return common.to_config_dict(config)

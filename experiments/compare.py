@@ -44,10 +44,18 @@ JUDGE_TIMEOUT = flags.DEFINE_float("judge_timeout", 60.0, "Seconds for one quest
 OUTPUT = flags.DEFINE_string("output", None, "Folder for compare.json, answers and verdicts.")
 
 
-def _samples() -> list[Sample]:
-    if SAMPLES.value:
-        return pool.read(SAMPLES.value)
-    return made.make(SEED.value, PER_CATEGORY.value, "evaluation")
+def _samples() -> tuple[list[Sample], int]:
+    """Those with an assistant turn to compare with, and how many have none."""
+    if not SAMPLES.value:
+        return made.make(SEED.value, PER_CATEGORY.value, "evaluation"), 0
+    samples = pool.read(SAMPLES.value)
+    answered = [s for s in samples if any(m.role == "assistant" for m in s.messages)]
+    if not answered:
+        raise UserError(
+            f"--samples: {len(samples)} conversations, none with an assistant turn; give some to "
+            "compare with"
+        )
+    return answered, len(samples) - len(answered)
 
 
 def _open(given: str, console: rich.console.Console) -> tuple[ChatModel, Any]:
@@ -114,7 +122,7 @@ def main(arguments: list[str]) -> dict[str, Any]:
     folder = pathlib.Path(OUTPUT.value) if OUTPUT.value else None
     if asked and not folder:
         raise UserError("--judge is given without --output; give a folder for its verdicts")
-    samples = _samples()
+    samples, unanswered = _samples()
     checked = {s.category: False for s in samples} | {s.category: True for s in samples if s.check}
     for gate in gates:
         gate.check(compare.metrics_of(checked))
@@ -133,7 +141,10 @@ def main(arguments: list[str]) -> dict[str, Any]:
     comparison = compare.compare(scored[0], scored[1], SEED.value)
     comparison[compare.RETENTION] = {"bpb": compare.retained(*kept)}
     console.print(_table(comparison, arguments))
+    if unanswered:
+        console.print(f"{unanswered} conversations without an assistant turn were left out")
     result: dict[str, Any] = {
+        "samples": {"scored": len(samples), "without_answer": unanswered},
         "a": {"model": arguments[0], "scores": scoring.flat(scoring.summarise(scored[0]))},
         "b": {"model": arguments[1], "scores": scoring.flat(scoring.summarise(scored[1]))},
         "difference": comparison,

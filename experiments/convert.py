@@ -16,7 +16,7 @@ from typing import Any
 from absl import flags
 
 from experiments import cli
-from flm_jax import interop
+from flm_jax import host, interop
 from flm_jax.errors import UserError
 
 SOURCE = flags.DEFINE_string("source", "", "What to read.")
@@ -42,6 +42,7 @@ def main(arguments: list[str]) -> dict[str, Any]:
     given = {flag.name: flag.value or "" for flag in (SOURCE, TARGET, FORMAT)}
     if missing := [name for name, value in given.items() if not value]:
         raise UserError(f"--{missing[0]} is missing; see --help")
+    host.keep_freed()
     done = interop.convert(
         *given.values(), stage=STAGE.value, step=STEP.value,
         dtype=DTYPE.value, vocab_size=VOCAB_SIZE.value, memory=MEMORY.value,

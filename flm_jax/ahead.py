@@ -25,10 +25,10 @@ from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from flm_jax import counts, growth, hlo, optim, roofline, sharding
-from flm_jax.chain import plan_of
 from flm_jax.config import MESH_AXES, ExperimentConfig, StageConfig
 from flm_jax.errors import UserError
 from flm_jax.roofline import CHIPS, Chip
+from flm_jax.runner import plan_of
 from flm_jax.train import init_state, make_train_step
 
 WHAT = ("train", "train_masked", "growth")
@@ -182,12 +182,11 @@ def program(
     if what == "growth":
         assert plan is not None
         before = abstract_state(index - 1)
-
-        def grow(state: Any) -> Any:
-            return growth.grow(state, plan, jax.random.key(0))
-
-        placed = sharding.shardings(jax.eval_shape(grow, before), mesh, config.mesh.rules)
-        return jax.jit(grow, out_shardings=placed, donate_argnums=0), (before,)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        return growth.growth_program(plan, before, sharding.Layout(mesh, config.mesh.rules)), (
+            before,
+            key,
+        )
     tx = optim.optimizer(stage, config.optimizer, shape, grown_at)
     length = config.data_of(index).sequence_length
     placed = NamedSharding(mesh, sharding.BATCH)

@@ -17,8 +17,11 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 from flm_jax.config import TransformerConfig
 
@@ -125,6 +128,22 @@ def multiplier_of(param: Param, config: TransformerConfig) -> float:
 def along(vector: Any, dim: int, ndim: int) -> Any:
     """The vector as an array of `ndim` dimensions that broadcasts along `dim`."""
     return vector.reshape([-1 if d == dim else 1 for d in range(ndim)])
+
+
+# A part of a leaf: for each dimension the first slot (may be traced) and how many, or None: all.
+Window = Sequence[tuple[Any, int] | None]
+
+
+def window_shape(shape: Sequence[int], window: Window | None) -> tuple[int, ...]:
+    cuts = window or (None,) * len(shape)
+    return tuple(cut[1] if cut else size for size, cut in zip(shape, cuts, strict=True))
+
+
+def slots_in(vector: Any, cut: tuple[Any, int] | None) -> Any:
+    """The part of a per-slot vector that lies in a window."""
+    if cut is None:
+        return vector
+    return jax.lax.dynamic_slice_in_dim(jnp.asarray(vector), cut[0], cut[1])
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

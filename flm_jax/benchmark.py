@@ -95,7 +95,7 @@ def measure(config: ExperimentConfig, index: int, steps: int) -> dict[str, Any]:
     """
     host.keep_freed()
     stage, length = config.stages[index], config.data_of(index).sequence_length
-    mesh, rules = sharding.make_mesh(config.mesh), config.mesh.rules
+    mesh, rules = sharding.make_layout(config.mesh_of(index))
     sharding.check_divisible(stage.model, mesh, rules)
     shape = optim.schedule_shape(config.schedule, config.total_steps)
     tx = optim.optimizer(stage, config.optimizer, shape)

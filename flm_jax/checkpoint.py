@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from flm_jax import axes
@@ -88,14 +89,7 @@ class Checkpoints:
           UserError: the checkpoint holds other leaves, shapes or dtypes; nothing is filled in.
         """
         metadata = self._checkpointer.metadata(step)
-        have, want = _described(by_name(metadata.metadata)), _described(by_name(like))
-        for name in dict.fromkeys([*want, *have]):
-            if have.get(name) != want.get(name):
-                raise UserError(
-                    f"{self.path(step)}: {name} is {have.get(name, 'missing')}, the config needs "
-                    f"{want.get(name, 'no such leaf')}; use the config of this checkpoint, or "
-                    "grow it (python -m experiments.grow)"
-                )
+        check_fits(self.path(step), shapes(metadata.metadata), shapes(like))
         return self._checkpointer.load(step, like), dict(metadata.custom_metadata)
 
     def wait(self) -> None:
@@ -113,7 +107,7 @@ def _goodness(metrics: Any) -> float:
 def _context() -> ocp.Context:
     """Large leaves in chunks, so that a part can be read without the rest (`leaves.py`).
 
-    Uncompressed: trained float32 hardly shrinks.
+    Uncompressed: zstd leaves 92% of a trained state (`configs/demo.py:smoke`), at a price.
     """
     context = ocp.Context()
     context.array.saving.use_compression = False
@@ -152,9 +146,24 @@ def shapes(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:
     return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in by_name(tree).items()}
 
 
-def _described(leaves: dict[str, Any]) -> dict[str, str]:
-    """Leaf name -> 'float32[4, 8]'."""
-    return {name: f"{np.dtype(x.dtype).name}{list(x.shape)}" for name, x in leaves.items()}
+def check_fits(
+    path: pathlib.Path,
+    have: dict[str, jax.ShapeDtypeStruct],
+    want: dict[str, jax.ShapeDtypeStruct],
+) -> None:
+    """Raises UserError if a checkpoint's leaves are not those that a config needs."""
+
+    def text(leaves: dict[str, jax.ShapeDtypeStruct], name: str) -> str | None:
+        x = leaves.get(name)
+        return None if x is None else f"{np.dtype(x.dtype).name}{list(x.shape)}"
+
+    for name in dict.fromkeys([*want, *have]):
+        if text(have, name) != text(want, name):
+            raise UserError(
+                f"{path}: {name} is {text(have, name) or 'missing'}, the config needs "
+                f"{text(want, name) or 'no such leaf'}; use the config of this checkpoint, or "
+                "grow it (python -m experiments.grow)"
+            )
 
 
 def describe(path: pathlib.Path) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, Any]]:
@@ -193,10 +202,13 @@ def write_skeleton(path: pathlib.Path, like: Any, progress: dict[str, Any]) -> N
         logging.set_verbosity(verbosity)
 
 
-def params_digest(params: Any) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes: equal exactly for bit-equal parameters."""
+def params_digest(params: Any, piece_bytes: int = 1 << 30) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes: equal exactly for bit-equal parameters.
+
+    Wherever the parameters are: pieces of at most `piece_bytes` are brought to every process.
+    """
     return digest_of_leaves(
-        (path, value, map(np.asarray, [value])) for path, value in axes.flatten(params)
+        (path, value, _pieces(value, piece_bytes)) for path, value in axes.flatten(params)
     )
 
 
@@ -211,3 +223,14 @@ def digest_of_leaves(leaves: Iterable[tuple[str, Any, Iterable[np.ndarray]]]) ->
         for piece in pieces:
             hashed.update(np.ascontiguousarray(piece).data)
     return hashed.hexdigest()
+
+
+def _pieces(array: jax.Array, most: int) -> Iterator[np.ndarray]:
+    """The array's bytes in C order, in numpy arrays of at most `most` bytes (or one entry)."""
+    if array.nbytes <= most or not array.ndim:
+        yield multihost_utils.process_allgather(array, tiled=True)
+        return
+    rows = max(most * len(array) // array.nbytes, 1)
+    for start in range(0, len(array), rows):
+        part = array[start : start + rows]
+        yield from _pieces(part[0] if rows == 1 else part, most)

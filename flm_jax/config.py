@@ -229,6 +229,34 @@ class GrowthConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class RulesConfig:
+    """Parameter axis -> the mesh axis that it is split over; "": not split.
+
+    With few key/value heads, `kv_heads=""` and `q_per_kv="tensor"` split the queries of each.
+    """
+
+    embed: str = "fsdp"
+    mlp: str = "tensor"
+    kv_heads: str = "tensor"
+    q_per_kv: str = ""
+    vocab: str = "tensor"
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _require_choice(self, field.name, ("", *MESH_AXES))
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; data = 0 takes what the other axes leave."""
+
+    data: int = 0
+    fsdp: int = 1
+    tensor: int = 1
+    rules: RulesConfig = RulesConfig()
+
+
+@dataclasses.dataclass(frozen=True)
 class StageConfig:
     """One size of the chain and how long it trains."""
 
@@ -241,6 +269,7 @@ class StageConfig:
     accumulate: int = 1  # microbatches that one optimizer step is cut into
     growth: GrowthConfig = GrowthConfig()
     sequence_length: int = 0  # tokens; 0: the data's. RoPE needs no growth for a longer context
+    mesh: MeshConfig | None = None  # None: the experiment's; a chain may change it at a growth
     # Of the first stage: where its parameters come from, instead of a fresh draw: a run's folder,
     # a checkpoint inside one, or a folder of Hugging Face files.
     source: str = ""
@@ -275,34 +304,6 @@ class EvalConfig:
 class CheckpointConfig:
     every_steps: int = 200
     keep: int = 2  # latest checkpoints kept in a stage; a stage's last one is always kept
-
-
-@dataclasses.dataclass(frozen=True)
-class RulesConfig:
-    """Parameter axis -> the mesh axis that it is split over; "": not split.
-
-    With few key/value heads, `kv_heads=""` and `q_per_kv="tensor"` split the queries of each.
-    """
-
-    embed: str = "fsdp"
-    mlp: str = "tensor"
-    kv_heads: str = "tensor"
-    q_per_kv: str = ""
-    vocab: str = "tensor"
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            _require_choice(self, field.name, ("", *MESH_AXES))
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshConfig:
-    """Devices along each mesh axis; data = 0 takes what the other axes leave."""
-
-    data: int = 0
-    fsdp: int = 1
-    tensor: int = 1
-    rules: RulesConfig = RulesConfig()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -362,6 +363,10 @@ class ExperimentConfig:
     @property
     def total_steps(self) -> int:
         return sum(stage.steps for stage in self.stages)
+
+    def mesh_of(self, index: int) -> MeshConfig:
+        """A stage's mesh."""
+        return self.stages[index].mesh or self.mesh
 
     def data_of(self, index: int) -> DataConfig:
         """A stage's data: its own sequence length, over the windows that all stages share."""

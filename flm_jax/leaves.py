@@ -24,20 +24,10 @@ import tensorstore as ts
 
 from flm_jax.checkpoint import CHUNK_BYTES, STATE, describe, shapes, write_skeleton
 from flm_jax.errors import UserError
+from flm_jax.pieces import cells, chunk_shape
 
 # What is read or written of a leaf: for each dimension a slice, or the indices of its entries.
 Slices = Sequence[slice | np.ndarray]
-
-
-def chunk_shape(shape: Sequence[int], itemsize: int, limit: int = CHUNK_BYTES) -> tuple[int, ...]:
-    """Consecutive entries in C order, at most `limit` bytes, in pieces as even as possible."""
-    chunk = list(shape)
-    for dim, size in enumerate(shape):
-        rows = limit // (itemsize * math.prod(shape[dim + 1 :]))
-        chunk[dim] = math.ceil(size / math.ceil(size / max(rows, 1)))
-        if rows:
-            break
-    return tuple(chunk)
 
 
 @functools.cache
@@ -138,7 +128,9 @@ class CheckpointWriter:
         self.path = pathlib.Path(path)
         self.leaves = shapes(like)
         self.chunks = {
-            name: tuple((chunks or {}).get(name) or chunk_shape(x.shape, x.dtype.itemsize))
+            name: tuple(
+                (chunks or {}).get(name) or chunk_shape(x.shape, x.dtype.itemsize, CHUNK_BYTES)
+            )
             for name, x in self.leaves.items()
         }
         self._partial = self.path.absolute().with_name(self.path.name + ".partial")
@@ -184,11 +176,6 @@ class CheckpointWriter:
                 f"{self._partial}: another checkpoint was begun here; remove it to begin anew"
             )
 
-    def _grid(self, name: str) -> tuple[int, ...]:
-        """Number of chunks along each dimension."""
-        shape, chunk = self.leaves[name].shape, self.chunks[name]
-        return tuple(math.ceil(n / c) for n, c in zip(shape, chunk, strict=True))
-
     def _file(self, name: str, cell: Sequence[int]) -> pathlib.Path:
         """The file of the chunk at that place of the grid: zarr's format, version 2."""
         folder = self._partial / STATE / name.replace("/", ".")
@@ -196,17 +183,21 @@ class CheckpointWriter:
 
     def pieces(self, name: str) -> Iterator[tuple[slice, ...]]:
         """The leaf's chunks, as slices, in C order."""
-        shape, chunk = self.leaves[name].shape, self.chunks[name]
-        for cell in np.ndindex(self._grid(name)):
-            yield tuple(
-                slice(i * c, min((i + 1) * c, n))
-                for i, c, n in zip(cell, chunk, shape, strict=True)
-            )
+        return cells(self.leaves[name].shape, self.chunks[name])
 
     def holds(self, name: str, piece: Sequence[slice]) -> bool:
         """Whether a piece (of `pieces`) was written, by this process or one before it."""
         cell = [s.start // c for s, c in zip(piece, self.chunks[name], strict=True)]
         return self._file(name, cell).exists()
+
+    def held_bytes(self) -> int:
+        """Of the pieces that are there already."""
+        return sum(
+            self.leaves[name].dtype.itemsize * math.prod(s.stop - s.start for s in piece)
+            for name in self.leaves
+            for piece in self.pieces(name)
+            if self.holds(name, piece)
+        )
 
     def write(self, name: str, slices: Slices | None, values: np.ndarray) -> None:
         """Writes entries of a leaf; quick where `slices` is one of its `pieces`. None: all.

@@ -10,6 +10,7 @@ fit starts from a pair that is exact where copies are, and may leave it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,13 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flm_jax import axes, mup, sharding
 from flm_jax.axes import Role
 from flm_jax.config import GrowthConfig
 from flm_jax.growth import Plan
-from flm_jax.growth.apply import grow_value
+from flm_jax.growth.apply import grow_value, leaf_key
 from flm_jax.growth.expansion import Learned
 from flm_jax.progress import Progress
 from flm_jax.train import summed_loss
@@ -91,11 +92,17 @@ def fit(
 
     def loss(matrices: Matrices, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
         fitting = _with(plan, matrices)
-        grown = {path: grow_value(x, path, fitting, key) for path, x in axes.flatten(params)}
+        grown = {
+            path: grow_value(x, axes.TABLE[path], fitting, leaf_key(key, path))
+            for path, x in axes.flatten(params)
+        }
         total, tokens = summed_loss(axes.unflatten(grown), batch, plan.target, plan.masks(1.0))
         return total / tokens
 
-    @jax.jit
+    # In every process whole: the plan holds them.
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    @functools.partial(jax.jit, out_shardings=everywhere)
     def step(matrices: Matrices, state: Any, params: Any, batch: dict[str, jax.Array]) -> Any:
         value, grads = jax.value_and_grad(loss)(matrices, params, batch)
         updates, state = tx.update(grads, state)

@@ -1,11 +1,13 @@
 """A run's folder: which files it has, what they say, and that they belong to this config.
 
-Every file is written whole or not at all.
+Every file is written whole or not at all. Of several processes one writes: the runner calls what
+writes here through `processes.once`, except the metrics, for which nobody waits.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import pathlib
@@ -14,6 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flm_jax import config as config_lib
+from flm_jax import processes
 from flm_jax.config import ExperimentConfig
 from flm_jax.errors import UserError
 
@@ -35,6 +38,19 @@ def write_json(path: pathlib.Path, value: Any) -> None:
     write_atomically(path, json.dumps(value, indent=1) + "\n")
 
 
+def _link(source: str, target: str) -> None:
+    """A hard link, on another disk a copy; what an interrupted call made is kept."""
+    if os.path.exists(target):
+        return
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        shutil.copy2(source, target + ".tmp")
+        os.replace(target + ".tmp", target)
+
+
 class MetricsFile:
     """One JSON object a line, each with a `step`; rewound when a run resumes before its end."""
 
@@ -53,12 +69,16 @@ class MetricsFile:
                 break
         return [row for row in found if kind is None or row["kind"] == kind]
 
-    def rewind(self, step: int) -> None:
-        """Forgets what lies after `step`: the steps that the run does again."""
-        kept = [json.dumps(row) + "\n" for row in self.rows() if row["step"] <= step]
-        write_atomically(self.path, "".join(kept))
+    def rewind(self, step: int) -> list[dict[str, Any]]:
+        """Forgets what lies after `step`, the steps that the run does again; returns the rest."""
+        kept = [row for row in self.rows() if row["step"] <= step]
+        write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        return kept
 
     def append(self, kind: str, step: int, **values: Any) -> None:
+        """Adds a row, in the first process."""
+        if not processes.first():
+            return
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
 
@@ -74,6 +94,10 @@ class StageFolder:
         self.plan = self.path / "plan.json"
         self.receipt = self.path / "receipt.json"
         self.metrics = MetricsFile(self.path / "metrics.jsonl")
+
+    def keep_growth(self, plan: str, receipt: Mapping[str, Any]) -> None:
+        write_atomically(self.plan, plan + "\n")
+        write_json(self.receipt, receipt)
 
     @classmethod
     def of_checkpoint(cls, path: pathlib.Path) -> StageFolder:
@@ -112,12 +136,13 @@ class StageFolder:
 class RunFolder:
     """A run folder: `lineage.json`, `stages/`, `tensorboard/`, `report/`, `compiled/`."""
 
-    def __init__(self, path: str | os.PathLike[str]):
+    def __init__(self, path: str | os.PathLike[str], compiled: pathlib.Path | None = None):
+        """`compiled`: of runs that share their compiled programs; None: a folder of its own."""
         self.path = pathlib.Path(path)
         self.lineage = self.path / "lineage.json"
         self.tensorboard = self.path / "tensorboard"
         self.report = self.path / "report"
-        self.compiled = self.path / "compiled"  # JAX's compilation cache
+        self.compiled = compiled or self.path / "compiled"  # JAX's compilation cache
 
     def stage(self, index: int, name: str) -> StageFolder:
         return StageFolder(self, index, name)
@@ -153,6 +178,11 @@ class RunFolder:
                 "restore the value, or give another --workdir"
             )
 
+    def begin_stage(self, folder: StageFolder, identity: Mapping[str, Any]) -> None:
+        """Keeps what decides the stage's numbers. Raises UserError as `check_stage` does."""
+        self.check_stage(folder, identity)
+        write_json(folder.config, identity)
+
     def stages(self) -> list[dict[str, Any]]:
         """The finished stages, from lineage.json. Raises UserError on another version."""
         if not self.lineage.exists():
@@ -179,32 +209,23 @@ class RunFolder:
             raise UserError(f"{self.path} has no finished stage {stage!r}; it has {names}")
         return chosen[-1]
 
-    def branch(self, other: RunFolder, last: int | None = None) -> None:
-        """Makes `other` a run that goes on from this one's finished stages, up to index `last`.
+    def branch(self, other: RunFolder, stages: int | None = None) -> None:
+        """Makes `other` a run that goes on from this one's first finished stages (None: all).
 
-        Files are hard links where they can be: a checkpoint never changes once it is complete.
+        Files are hard links where that can be: a checkpoint never changes once it is complete.
         """
         if other.lineage.exists():
             return
-        stages = [s for s in self.stages() if last is None or s["index"] <= last]
-        for entry in stages:
+        entries = self.stages()[:stages]
+        for entry in entries:
             stage = self.stage(entry["index"], entry["name"])
             copy = other.stage(entry["index"], entry["name"])
             shutil.copytree(stage.path, copy.path, copy_function=_link, dirs_exist_ok=True)
-        write_json(other.lineage, {"version": VERSION, "stages": stages})
+        write_json(other.lineage, {"version": VERSION, "stages": entries})
 
     def add_stage(self, entry: dict[str, Any]) -> None:
         earlier = [s for s in self.stages() if s["index"] < entry["index"]]
         write_json(self.lineage, {"version": VERSION, "stages": [*earlier, entry]})
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except FileExistsError:  # branched before, and killed
-        pass
-    except OSError:  # another file system
-        shutil.copy2(source, target)
 
 
 def bits_per_byte(measured: dict[str, float | None]) -> str:
@@ -216,11 +237,12 @@ def bits_per_byte(measured: dict[str, float | None]) -> str:
 def identity(config: ExperimentConfig, index: int, fingerprint: str) -> dict[str, Any]:
     """What decides a stage's numbers: its own config, what all stages share, and the data.
 
-    Mesh, layouts, evaluation and checkpoint settings may change when a run goes on.
+    Meshes, layouts, evaluation and checkpoint settings may change when a run goes on.
     """
     shared = config_lib.to_dict(config)
     for name in ("stages", "mesh", "layouts", "eval", "checkpoint"):
         del shared[name]
     shared["schedule"]["total_steps"] = config.schedule.total_steps or config.total_steps
     stage = config_lib.to_dict(config.stages[index])
+    del stage["mesh"]
     return {**shared, "stage": stage, "data_fingerprint": fingerprint}

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from flm_jax import axes, optim
+from flm_jax import axes, optim, sharding
 from flm_jax.config import OptimizerConfig, StageConfig, TransformerConfig
 from flm_jax.growth import Plan
 from flm_jax.growth.receipt import dead_slots, difference, largest_added, locked_copies
-from flm_jax.models import Transformer
+from flm_jax.models import Transformer, layers
 from flm_jax.optim import SlotAdamState
 from flm_jax.state import TrainState
 from flm_jax.train import Batch, gradients, logits_of, summed_loss
@@ -33,8 +34,47 @@ def source(params: Any, batch: Batch, config: TransformerConfig) -> dict[str, ja
     return {
         "logits": logits_of(config, params, batch),
         "loss": loss / tokens,
-        "distances": sown["intermediates"]["layers"]["distance"][0],
+        # In every process whole: a growth's plan depends on them.
+        "distances": sharding.constrain(sown["intermediates"]["layers"]["distance"][0], None),
     }
+
+
+def layer_distances(
+    read: Callable[[str, Sequence[slice | np.ndarray]], np.ndarray],
+    batch: Mapping[str, np.ndarray],
+    config: TransformerConfig,
+) -> tuple[float, ...]:
+    """The distances that `source` measures, with one layer's parameters in memory at a time.
+
+    read: (path in the axis table, slices) -> that part of the parameter.
+    """
+
+    @jax.jit
+    def step(params: Any, x_BTD: jax.Array) -> tuple[jax.Array, Any]:
+        segment_ids_BT, positions_BT = map(jnp.asarray, (batch["segment_ids"], batch["positions"]))
+        angles = layers.rotary_angles(positions_BT, config)
+        (x_BTD, _), sown = layers.Layer(config, axes.PARAMS["layers"]).apply(
+            {"params": params}, x_BTD, None, segment_ids_BT, angles, {}, mutable=["intermediates"]
+        )
+        return x_BTD, sown["intermediates"]["distance"][0]
+
+    tokens, where = np.unique(batch["tokens"], return_inverse=True)
+    rows = jnp.asarray(read("embedding", (tokens, slice(None)))).astype(config.dtype)
+    x_BTD = rows[where.reshape(batch["tokens"].shape)] * jnp.asarray(config.input_mult, rows.dtype)
+    found = []
+    for layer in range(config.num_layers):
+        params = axes.unflatten(
+            {
+                path.removeprefix("layers/"): read(
+                    path, (slice(layer, layer + 1), *[slice(None)] * (len(param.axes) - 1))
+                )[0]
+                for path, param in axes.TABLE.items()
+                if param.axes[0] == "layers"
+            }
+        )
+        x_BTD, distance = step(params, x_BTD)
+        found.append(float(distance))
+    return tuple(found)
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -49,8 +89,9 @@ def function_change(
 ) -> dict[str, Any]:
     """Receipt fields of logits and losses, behind the masks at 0; `before` is from `source`."""
     logits, loss = _grown(params, batch, plan)
+    change = difference(before["logits"], logits, batch["weights"])
     return {
-        **difference(before["logits"], logits, batch["weights"]),
+        **{name: float(value) for name, value in change.items()},
         "loss_before": float(before["loss"]),
         "loss_after": float(loss),
     }
@@ -83,12 +124,22 @@ def first_steps(
         mask = jnp.float32((n + 1) / stage.growth.ramp_steps)
         params, moments, grads, directions = step(params, moments, mask)
         if n == 0:
-            first = largest_added(plan, directions)
+            first = float(_largest_added(plan, directions))
+    dead, locked = _stuck(plan, before, grads)
     return {
-        "dead_slots": dead_slots(plan, grads),
-        "locked_copies": locked_copies(plan, before, grads),
+        "dead_slots": int(dead),
+        "locked_copies": int(locked),
         "first_update_over_lr": first,
     }
+
+
+_largest_added = jax.jit(largest_added, static_argnums=0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _stuck(plan: Plan, params: Any, grads: Any) -> tuple[jax.Array, jax.Array]:
+    """Counted by a program of its own: rounding inside the step could tell copies apart."""
+    return dead_slots(plan, grads), locked_copies(plan, params, grads)
 
 
 def slot_adam(state: TrainState) -> SlotAdamState:

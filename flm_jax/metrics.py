@@ -5,9 +5,14 @@ from __future__ import annotations
 import pathlib
 from types import TracebackType
 
+from flm_jax import processes
+
 
 class TensorBoard:
-    """A context manager; clu and TensorFlow are imported when it is entered."""
+    """A context manager; clu and TensorFlow are imported when it is entered.
+
+    Of several processes the first writes.
+    """
 
     def __init__(self, directory: pathlib.Path):
         self._directory = directory
@@ -15,9 +20,8 @@ class TensorBoard:
     def __enter__(self) -> TensorBoard:
         from clu import metric_writers
 
-        self._writer = metric_writers.AsyncWriter(
-            metric_writers.SummaryWriter(str(self._directory))
-        )
+        writers = [metric_writers.SummaryWriter(str(self._directory))] if processes.first() else []
+        self._writer = metric_writers.AsyncMultiWriter(writers)
         return self
 
     def __exit__(

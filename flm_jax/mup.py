@@ -24,7 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flm_jax.axes import TABLE, Param, Role, multiplier_of
+from flm_jax import threefry
+from flm_jax.axes import TABLE, Param, Role, Window, along, multiplier_of, slots_in, window_shape
 from flm_jax.config import OptimizerConfig, StageConfig, TransformerConfig
 
 # Standard deviation of the sum of four uniform integers from 0 to 2^16 - 1.
@@ -81,40 +82,57 @@ def table(stage: StageConfig, settings: OptimizerConfig) -> dict[str, dict[str, 
     }
 
 
-Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
+Initializer = Callable[..., jax.Array]
 
 
 def initializer(param: Param, config: TransformerConfig) -> Initializer:
-    """Draws fresh entries: ones for a gain, else `unit_normal` times `init_std`."""
-    if Role.GAIN in param.roles:
-        return lambda key, shape, dtype: jnp.ones(shape, dtype)
+    """Draws fresh entries, (key, shape, dtype, window=None): ones for a gain, else `unit_normal`
+    times `init_std`."""
     std = init_std(param, config)
-    return lambda key, shape, dtype: unit_normal(key, shape, dtype, std)
+
+    def draw(
+        key: jax.Array, shape: tuple[int, ...], dtype: Any, window: Window | None = None
+    ) -> jax.Array:
+        if Role.GAIN not in param.roles:
+            return unit_normal(key, shape, dtype, std, window)
+        return jnp.ones(window_shape(shape, window), dtype)
+
+    return draw
 
 
-def unit_normal(key: jax.Array, shape: tuple[int, ...], dtype: Any, std: float = 1.0) -> jax.Array:
+def unit_normal(
+    key: jax.Array,
+    shape: tuple[int, ...],
+    dtype: Any,
+    std: float = 1.0,
+    window: Window | None = None,
+) -> jax.Array:
     """Draws of mean 0 and the given standard deviation, cut off at 3.46 of it.
 
     Each is the sum of four uniform 16-bit integers (Irwin-Hall; excess kurtosis -0.3), an exact
     integer until its one multiplication: every compiler, device and sharding gives the same bits.
     (A normal through an inverse error function differs in its last bit from one to the other.)
 
-    The entries of a row (all indices but the last) depend on the key and the row's number alone,
-    so that any block of rows can be drawn without the others.
+    An entry depends on the key and its place alone, so that any window can be drawn without the
+    rest.
     """
+
+    def slots(dim: int) -> jax.Array:
+        return slots_in(jnp.arange(shape[dim], dtype=np.uint32), window[dim] if window else None)
+
     # The rows' axes are never merged: each keeps its place on a mesh.
-    rows = jnp.arange(math.prod(shape[:-1]), dtype=np.uint32).reshape(shape[:-1])
-    return _normal_of_rows(key, rows, shape[-1], dtype, std)
-
-
-def _normal_of_rows(
-    key: jax.Array, rows: jax.Array, length: int, dtype: Any, std: float
-) -> jax.Array:
-    def draw(row: jax.Array) -> jax.Array:
-        bits = jax.random.bits(jax.random.fold_in(key, row), (2, length), jnp.uint32)
-        halves = (bits & 0xFFFF) + (bits >> 16)
-        return (halves[0] + halves[1]).astype(np.int32) - 2 * 0xFFFF
-
+    rows: Any = np.zeros((1,) * (len(shape) - 1), np.uint32)
+    for dim in range(len(shape) - 1):
+        stride = np.uint32(math.prod(shape[dim + 1 : -1]))
+        rows = rows + along(slots(dim) * stride, dim, len(shape) - 1)
+    fold_in = jax.random.fold_in
     for _ in rows.shape:
-        draw = jax.vmap(draw)
-    return draw(rows).astype(dtype) * jnp.asarray(std / _UNIT, dtype)
+        fold_in = jax.vmap(fold_in, (None, 0))
+    # A row (all indices but the last) has a key; an entry of it two of the key's numbers.
+    keys, length = fold_in(key, rows), np.uint32(shape[-1])
+    halves = [
+        (bits & np.uint32(0xFFFF)) + (bits >> 16)
+        for bits in (threefry.bits(keys, slots(-1)), threefry.bits(keys, slots(-1) + length))
+    ]
+    sums = (halves[0] + halves[1]).astype(np.int32) - 2 * 0xFFFF
+    return sums.astype(dtype) * jnp.asarray(std / _UNIT, dtype)

@@ -13,6 +13,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from flm_jax.sft.alignbench import CATEGORIES, REPORTED
+
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
@@ -39,15 +41,6 @@ TELE_FLM = "Tele-FLM-52B"
 
 def _tele_flm(group: str, name: str, score: float, task: str = "", metric: str = "") -> Benchmark:
     return Benchmark(group, name, {TELE_FLM: score}, "2404.16645", task, metric)
-
-
-def _alignbench(name: str, *scores: float) -> Benchmark:
-    models = ("FLM-2-52B-Instruct", "gpt-4-1106-preview", "gpt-4-0613", "gpt-3.5-turbo-0613",
-              "chatglm-turbo")  # fmt: skip
-    return Benchmark(
-        "AlignBench", name, dict(zip(models, scores, strict=True)), "model card of "
-        "FLM-2-52B-Instruct-2407",
-    )  # fmt: skip
 
 
 def _bits_per_byte(name: str, *scores: float | None) -> Benchmark:
@@ -83,15 +76,13 @@ BENCHMARKS: tuple[Benchmark, ...] = (
         "Open LLM Leaderboard", "average, by stage of growth",
         {"FLM-16B": 39.19, "FLM-51B": 41.79, "FLM-101B": 44.41}, "2309.03852",
     ),
-    _alignbench("overall", 6.23, 7.58, 6.83, 5.68, 6.36),
-    _alignbench("Math", 3.79, 7.39, 6.33, 4.90, 4.88),
-    _alignbench("Logic", 5.15, 6.83, 5.15, 4.79, 5.09),
-    _alignbench("Fundamental", 7.69, 7.69, 7.16, 6.01, 7.50),
-    _alignbench("Chinese", 7.86, 7.07, 6.76, 5.60, 7.03),
-    _alignbench("Open", 8.45, 8.66, 7.26, 6.97, 8.45),
-    _alignbench("Writing", 8.17, 8.23, 7.31, 7.27, 8.05),
-    _alignbench("Role", 7.88, 8.08, 7.48, 6.98, 7.67),
-    _alignbench("Professional", 7.85, 8.55, 7.56, 6.29, 7.70),
+    *(
+        Benchmark(
+            "AlignBench", name, {model: scores[name] for model, scores in REPORTED.items()},
+            "model card of FLM-2-52B-Instruct-2407; README of AlignBench",
+        )
+        for name in ("Overall", *CATEGORIES)
+    ),
 )  # fmt: skip
 
 

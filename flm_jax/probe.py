@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from flm_jax import chain, counts, growth
+from flm_jax import chain, counts, growth, runner
 from flm_jax.config import ArmConfig, ExperimentConfig, ProbeConfig, StageConfig
 from flm_jax.lineage import RunFolder
 
@@ -62,7 +62,7 @@ def run(config: ProbeConfig, workdir: str) -> list[dict[str, Any]]:
     """
     arms = [arm_experiment(config, arm, 0) for arm in config.arms]
     for experiment in arms:
-        chain.plan_of(experiment.stages[0].model, experiment.stages[1])
+        runner.plan_of(experiment.stages[0].model, experiment.stages[1])
     root = pathlib.Path(workdir)
     found: dict[str, list[dict[str, Any]]] = {arm.name: [] for arm in config.arms}
     for seed in range(config.seeds):

@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: a live bar on a terminal, plain lines elsewhere."""
+"""What a person sees while a command works: a live bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ import rich.console
 import rich.progress
 from rich.filesize import decimal
 
+from flm_jax import processes
+
 PLAIN_SECONDS = 10.0
 
 
 class Progress:
     """Shows loss, tokens/s, mask value and time left of one stage; a context manager.
 
-    Writes to standard error. `clock` is for tests.
+    Writes to standard error, of several processes in the first. `clock` is for tests.
     """
 
     def __init__(
@@ -26,7 +28,7 @@ class Progress:
         clock: Callable[[], float] = time.monotonic,
         console: rich.console.Console | None = None,
     ):
-        self._console = console or rich.console.Console(stderr=True)
+        self._console = console or rich.console.Console(stderr=True, quiet=not processes.first())
         self._clock, self._name, self._end = clock, name, end
         self._first, self._began, self._last_line = start, clock(), clock()
         self._bar = rich.progress.Progress(
@@ -121,3 +123,20 @@ class Transfer:
                 f"{decimal(int(rate))}/s  {(self._total - self._done) / max(rate, 1):.0f} s left",
                 highlight=False,
             )
+
+
+def counting(
+    name: str,
+    console: rich.console.Console,
+    clock: Callable[[], float] = time.monotonic,
+) -> Callable[[int, int], None]:
+    """`note(done, of)` that prints a line now and then, for work that only counts."""
+    last = clock()
+
+    def note(done: int, of: int) -> None:
+        nonlocal last
+        if clock() - last >= PLAIN_SECONDS:
+            last = clock()
+            console.print(f"{name}  {done}/{of}", highlight=False)
+
+    return note

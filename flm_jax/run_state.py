@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -37,11 +38,17 @@ def open_stage(workdir: str, stage: str = "") -> Opened:
       stage: its index or name; "": the last one.
 
     Raises:
-      UserError: there is no such run or stage.
+      UserError: there is no such run or stage, or it was fine-tuned on conversations.
     """
     folder = RunFolder(workdir)
     entry = folder.finished_stage(stage)
-    config = folder.stage(entry["index"], entry["name"]).experiment()
+    stage_folder = folder.stage(entry["index"], entry["name"])
+    if "sft" in json.loads(stage_folder.config.read_text()):
+        raise UserError(
+            f"{workdir}: stage {entry['name']} learned from conversations and has no place in a "
+            "text; give a run that ends with a stage trained on text"
+        )
+    config = stage_folder.experiment()
     model = config.stages[0].model
     tx = optim.optimizer(config.stages[0], config.optimizer, optim.steady)
     like = _on_one_device(jax.eval_shape(lambda: init_state(model, tx, jax.random.key(0))))

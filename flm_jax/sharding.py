@@ -8,9 +8,10 @@ between a layer's branches. Everything else is replicated.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flm_jax import axes
@@ -22,8 +23,8 @@ BATCH_AXES = ("data", "fsdp")
 BATCH = PartitionSpec(BATCH_AXES)
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """The mesh (data, fsdp, tensor) over all devices.
+def make_mesh(config: MeshConfig, name: str = "config.mesh") -> Mesh:
+    """The mesh (data, fsdp, tensor) over all devices of all processes; `name` is for errors.
 
     Raises UserError if the axes do not multiply to the number of devices.
     """
@@ -32,11 +33,23 @@ def make_mesh(config: MeshConfig) -> Mesh:
     data = config.data or devices // rest
     if data * rest != devices:
         raise UserError(
-            f"config.mesh is data {data} x fsdp {config.fsdp} x tensor {config.tensor} = "
+            f"{name} is data {data} x fsdp {config.fsdp} x tensor {config.tensor} = "
             f"{data * rest} devices, but there are {devices}; change it, or set data to 0"
         )
     shape = (data, config.fsdp, config.tensor)
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+class Layout(NamedTuple):
+    """Where a state lies."""
+
+    mesh: Mesh
+    rules: RulesConfig = RULES
+
+
+def make_layout(config: MeshConfig, name: str = "config.mesh") -> Layout:
+    """The mesh over all devices, and the config's rules. Raises UserError as `make_mesh`."""
+    return Layout(make_mesh(config, name), config.rules)
 
 
 def one_device() -> Mesh:
@@ -121,7 +134,39 @@ def head_axes(kv_heads: int, q_per_kv: int) -> tuple[str | None, str | None]:
     return None, "tensor" if q_per_kv % parts == 0 else None
 
 
-def place_batch(batch: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows of the global batch, as arrays split over the mesh."""
-    sharding = NamedSharding(mesh, BATCH)
-    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+def _of_batch(rows: int, mesh: Mesh) -> NamedSharding:
+    """A batch's place: rows over data and fsdp, or whole in every device if they do not divide."""
+    parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    return NamedSharding(mesh, BATCH if rows % parts == 0 else PartitionSpec())
+
+
+def share_of_batch(rows: int, mesh: Mesh) -> tuple[int, int]:
+    """(index, count): of `count` equal parts of a batch this process's devices need only one.
+
+    The smallest part that holds the rows of them all: half of a batch where two processes follow
+    each other along data and fsdp, the whole where they lie along tensor.
+    """
+    places = _of_batch(rows, mesh).addressable_devices_indices_map((rows,)).values()
+    spans = [index[0].indices(rows) for index in places if index is not None]
+    first, last = min(s[0] for s in spans), max(s[1] for s in spans) - 1
+    parts = (n for n in range(rows, 0, -1) if rows % n == 0)
+    count = next(n for n in parts if first // (rows // n) == last // (rows // n))
+    return first // (rows // count), count
+
+
+def place_batch(
+    batch: dict[str, np.ndarray], mesh: Mesh, index: int = 0, count: int = 1
+) -> dict[str, jax.Array]:
+    """Puts a global batch, of which this process has part `index` of `count`, on the mesh."""
+
+    def place(part: np.ndarray) -> jax.Array:
+        rows, before = len(part) * count, len(part) * index
+
+        def local(at: tuple[slice, ...] | None) -> np.ndarray:
+            assert at is not None
+            start, stop, _ = at[0].indices(rows)
+            return part[start - before : stop - before]
+
+        return jax.make_array_from_callback((rows, *part.shape[1:]), _of_batch(rows, mesh), local)
+
+    return {name: place(part) for name, part in batch.items()}

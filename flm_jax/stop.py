@@ -9,10 +9,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """`requested` turns from '' to the signal's name. A second signal acts as if unhandled."""
+    """`requested` turns from 0 to the signal's number. A second signal acts as if unhandled."""
 
     def __init__(self) -> None:
-        self.requested = ""
+        self.requested = 0
 
     def __enter__(self) -> StopRequest:
         self._before = {s: signal.signal(s, self._handle) for s in SIGNALS}
@@ -23,5 +23,5 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.requested = signal.Signals(number).name
+        self.requested = number
         signal.signal(number, self._before[signal.Signals(number)])

@@ -10,13 +10,13 @@ import time
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def start(*args: str) -> subprocess.Popen:
-    """`python -m experiments...`, on one device and as optimised as users run it."""
+def start(*args: str, devices: int = 1) -> subprocess.Popen:
+    """`python -m experiments...`, on fake devices and as optimised as users run it."""
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     return subprocess.Popen(
         [sys.executable, "-m", *args],
         cwd=ROOT,
-        env={**environment, "JAX_PLATFORMS": "cpu"},
+        env={**environment, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -12,21 +12,13 @@ from flm_jax.sft import chat_model
 from flm_jax.sft.chat import Message, Sample
 from flm_jax.sft.chat_model import ChatModel
 from flm_jax.sft.template import encode, encode_prompt
+from flm_jax.tokenizer import open_tokenizer
 from tests.models import SMALL, changed, logits_of, numpy_logits, random_params
 
 CONFIG = changed(SMALL, vocab_size=259)
 
 
-class Bytes:
-    """The byte vocabulary, without TensorFlow."""
-
-    eos_id = 1
-
-    def encode(self, text):
-        return [byte + 3 for byte in text.encode()]
-
-    def decode(self, ids):
-        return bytes(i - 3 for i in ids if i >= 3).decode(errors="replace")
+BYTES = open_tokenizer("bytes")
 
 
 def sample(*texts):
@@ -41,12 +33,12 @@ SAMPLES = [sample("ab", "cde"), sample("a", "b", "what is it?", "é"), sample("l
 def model():
     with jax.enable_x64(True):
         params = random_params(CONFIG, 0)
-        yield ChatModel(params, CONFIG, Bytes(), max_new_tokens=4, batch_size=2)
+        yield ChatModel(params, CONFIG, BYTES, max_new_tokens=4, batch_size=2)
 
 
 def plain_nats(model, s):
     """Written token by token, with the model of plain numpy."""
-    encoded = encode(s.messages, Bytes())
+    encoded = encode(s.messages, BYTES)
     tokens = np.array([[0, *encoded.tokens[:-1]]])
     logits = numpy_logits(CONFIG, model.params, tokens, np.ones_like(tokens),
                           np.arange(tokens.shape[1])[None])[0]  # fmt: skip
@@ -90,11 +82,11 @@ def test_answers_are_greedy(model):
     with jax.enable_x64(True):
         answers = model.answer(SAMPLES)
         for s, answer in zip(SAMPLES, answers, strict=True):
-            tokens = [0, *encode_prompt(s.messages[:-1], Bytes())]
+            tokens = [0, *encode_prompt(s.messages[:-1], BYTES)]
             new: list[int] = []
             while len(new) < 4 and 1 not in new:
                 new.append(next_token(model.params, tokens + new))
-            assert answer == Bytes().decode([t for t in new if t != 1])
+            assert answer == BYTES.decode([t for t in new if t != 1])
 
 
 def test_embeddings_do_not_depend_on_the_batch(model):
@@ -121,6 +113,6 @@ def test_stage_after_the_colon(tmp_path):
 def test_scores_of_a_uniform_model():
     """All logits equal: log2(vocabulary) bits a token."""
     params = jax.tree.map(np.zeros_like, random_params(changed(CONFIG, dtype="float32"), 0))
-    uniform = ChatModel(params, changed(CONFIG, dtype="float32"), Bytes())
+    uniform = ChatModel(params, changed(CONFIG, dtype="float32"), BYTES)
     loss = uniform.losses([sample("q", "abc")])[0]
     assert loss.nats == pytest.approx(4 * math.log(259), rel=1e-6)

@@ -123,7 +123,8 @@ COMMAND = ("experiments.compare", "--retention_sequences=4", "--max_new_tokens=8
 @pytest.mark.slow
 def test_the_command_gates_a_release(workdir, tmp_path):
     path, out_path = tmp_path / "held_out.jsonl", tmp_path / "out"
-    chat.write_jsonl(path, made.make(0, 2, "evaluation", ["lists", "describe"]))
+    samples = made.make(0, 2, "evaluation", ["lists", "describe"])
+    chat.write_jsonl(path, [*samples, Sample((Message("user", "never answered"),))])
     said = "import json; print(json.dumps({'winner': 'tie'}))"
     judge = shlex.join([sys.executable, "-I", "-S", "-c", said])
     status, out, err = run(
@@ -140,6 +141,7 @@ def test_the_command_gates_a_release(workdir, tmp_path):
         "lists", "describe", "all", "retention",
     }  # fmt: skip
     assert result["a"]["scores"]["lists"]["accuracy_n"] == 2
+    assert result["samples"] == {"scored": 4, "without_answer": 1}
     assert 5 < result["retention"]["bpb_a"] < result["retention"]["bpb_b"]
     assert result["judge"]["categories"]["all"]["win_rate"] == 0.5
     assert json.loads((out_path / "compare.json").read_text()) == result

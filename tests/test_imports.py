@@ -11,7 +11,7 @@ from tests.commands import ROOT
 # Each module imports only from its own line and the lines above it.
 LAYERS = [
     {"errors"},
-    {"config", "hlo", "host", "pieces", "precision", "tokenizer"},
+    {"config", "hlo", "host", "pieces", "precision", "processes", "threefry", "tokenizer"},
     {"axes"},
     {"mup", "counts", "sharding"},
     {"models", "optim", "state", "losses"},
@@ -29,12 +29,13 @@ LAYERS = [
         "measure",
         "figures",
     },
-    {"interop"},
-    {"generate", "ligo", "run_state", "study", "roofline"},
+    {"interop", "roofline"},
+    {"generate", "ligo", "run_state", "study"},
     {"likelihood"},
+    {"runner"},
     {"chain", "check_growth", "coordinates", "harness", "sweep", "through_growth", "predict"},
-    {"probe", "benchmark", "generate_benchmark", "ahead", "sft"},
-    {"papers", "report", "mup_report"},
+    {"probe", "benchmark", "generate_benchmark", "ahead", "grow_checkpoint", "sft"},
+    {"report", "mup_report", "papers"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FILES = sorted((ROOT / "flm_jax").rglob("*.py"))

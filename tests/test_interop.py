@@ -485,7 +485,7 @@ def test_mistakes_about_the_target(saved, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(tensor_files.TensorsWriter, "write", full)
-    with pytest.raises(UserError, match=r"out cannot be written \(No space left on device\)"):
+    with pytest.raises(UserError, match=r"out: No space left on device; .*out is not written"):
         interop.convert(str(folder), str(tmp_path / "out"), "llama")
     assert [p.name for p in tmp_path.iterdir()] == ["full"]
 
@@ -557,7 +557,9 @@ def test_two_gigabytes_in_bounded_memory(tmp_path):
     result = json.loads(done.stdout)
     assert result["bytes_read"] == writer.num_bytes
     assert result["above"] < 1.2 * 1024
-    assert "GB/s" in done.stderr or result["seconds"] < 10
+    assert result["gb_per_s"] > 0 and "B/s" in done.stderr
+    for large in (folder, target):  # not kept with pytest's last folders
+        shutil.rmtree(large)
 
 
 @pytest.mark.slow

@@ -3,13 +3,15 @@
 import dataclasses
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments import cli
-from flm_jax import axes, config, coordinates, mup, predict, study, sweep, through_growth
+from flm_jax import axes, config, coordinates, mup, predict, study, sweep, threefry, through_growth
 from flm_jax.config import MupStudyConfig
 from flm_jax.errors import UserError
 from tests.commands import json_of, mistake
@@ -25,6 +27,21 @@ def study_config(**changes) -> MupStudyConfig:
     made = config.from_mapping(MupStudyConfig, plain)
     experiment = dataclasses.replace(made.experiment, quick_compile=False)  # set for all tests
     return dataclasses.replace(made, experiment=experiment, **changes)
+
+
+def test_fresh_entries_have_the_bits_of_jax_random():
+    """An entry is a function of the key, its row and its two places in the row's numbers."""
+    keys = jax.random.split(jax.random.key(3), (2, 2))
+    want = jax.vmap(jax.vmap(lambda key: jax.random.bits(key, (37,), jnp.uint32)))(keys)
+    got = threefry.bits(keys, jnp.arange(5, 37, dtype=jnp.uint32))
+    np.testing.assert_array_equal(got, want[..., 5:])
+    key, shape = jax.random.key(9), (3, 4, 7)
+    normal = mup.unit_normal(key, shape, jnp.float32)
+    bits = jax.random.bits(jax.random.fold_in(key, 1 * 4 + 2), (2, 7), jnp.uint32)
+    sums = sum(int(n) for b in bits[:, 6] for n in (b & 0xFFFF, b >> 16)) - 2 * 0xFFFF
+    np.testing.assert_allclose(normal[1, 2, 6], sums / 2**16 / 3**-0.5, rtol=1e-5)
+    window = mup.unit_normal(key, shape, jnp.float32, window=((1, 2), None, (3, 4)))
+    np.testing.assert_array_equal(window, normal[1:3, :, 3:7])
 
 
 def test_roles_follow_from_axes():

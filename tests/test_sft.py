@@ -10,31 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import less_is_more as grid
+from experiments import cli
 from flm_jax import run_state, train
 from flm_jax.checkpoint import Checkpoints, params_digest
-from flm_jax.config import EvalConfig
+from flm_jax.config import EvalConfig, from_mapping
 from flm_jax.errors import UserError
 from flm_jax.lineage import RunFolder
-from flm_jax.sft import chat, packing, pool, template, tune
+from flm_jax.sft import chat, claims, less_is_more, made, packing, pool, template, tune
 from flm_jax.sft.chat import Message, Sample
 from flm_jax.sft.config import SftConfig, TemplateConfig
+from flm_jax.tokenizer import open_tokenizer
 from tests.commands import json_of, mistake, start, wait_for
 from tests.models import SMALL, changed, gradients, random_params
 
-
-class Bytes:
-    """A byte vocabulary, as seqio's: byte + 3, 1 ends."""
-
-    eos_id = 1
-
-    def encode(self, text):
-        return [byte + 3 for byte in text.encode()]
-
-    def decode(self, ids):
-        return bytes(i - 3 for i in ids if i >= 3).decode()
-
-
-VOCABULARY = Bytes()
+BYTES = open_tokenizer("bytes")
 
 
 def talk(*turns, **about):
@@ -53,7 +43,7 @@ def random_samples(count, seed=0, longest=12):
 
 
 def encoded(samples, how=template.TELE_FLM):
-    return [template.encode(s.messages, VOCABULARY, how) for s in samples]
+    return [template.encode(s.messages, BYTES, how) for s in samples]
 
 
 # Templates.
@@ -79,13 +69,13 @@ def test_tele_flm_format():
 def test_answers_and_end_tokens_are_learned_and_nothing_else(how):
     _, _, after = how.assistant.partition("{text}")
     for sample in random_samples(30):
-        got = template.encode(sample.messages, VOCABULARY, how)
+        got = template.encode(sample.messages, BYTES, how)
         learned = [t for t, yes in zip(got.tokens, got.learned, strict=True) if yes]
         answers = [m.content + after for m in sample.messages if m.role == "assistant"]
-        assert learned == [t for a in answers for t in (*VOCABULARY.encode(a), 1)]
+        assert learned == [t for a in answers for t in (*BYTES.encode(a), 1)]
         # What generation begins from is what training saw before the answer.
-        prompt = template.encode_prompt(sample.messages[:-1], VOCABULARY, how)
-        assert got.tokens == (*prompt, *VOCABULARY.encode(answers[-1]), 1)
+        prompt = template.encode_prompt(sample.messages[:-1], BYTES, how)
+        assert got.tokens == (*prompt, *BYTES.encode(answers[-1]), 1)
 
 
 def test_a_template_without_a_place_for_the_text_is_refused():
@@ -157,7 +147,7 @@ def test_what_does_not_fit_is_counted():
         talk("q", "a" * 100),
         talk("q" * 100, "a"),
     ]
-    about = (VOCABULARY, template.TELE_FLM, 40)
+    about = (BYTES, template.TELE_FLM, 40)
     kept, counts = packing.encode_all(samples, *about, "drop")
     assert len(kept) == counts.used == 1 and counts.no_assistant == 1 and counts.dropped == 2
     kept, counts = packing.encode_all(samples, *about, "truncate")
@@ -203,8 +193,8 @@ def params():
 def packed_and_alone():
     """Eight conversations, packed into fewer rows and one to a row, in batches of one shape."""
     conversations = encoded(random_samples(8, longest=6))
-    (packed,) = packing.in_order(conversations, LENGTH, 8)
-    alone = packing.features([[c] for c in conversations], LENGTH)
+    (packed,) = packing.in_order(conversations, LENGTH, 8, 0)
+    alone = packing.features([[c] for c in conversations], LENGTH, 0)
     assert (packed["segment_ids"].max(1) > 1).any()
     assert packed["weights"].sum() == alone["weights"].sum() > 0
     return packed, alone
@@ -238,7 +228,7 @@ def test_masked_tokens_receive_no_gradient(params):
 
 
 def batches(seed=0, batch_size=4, fingerprint="f"):
-    return packing.ChatBatches(encoded(random_samples(40)), 160, batch_size, seed, fingerprint)
+    return packing.ChatBatches(encoded(random_samples(40)), 160, batch_size, seed, fingerprint, 0)
 
 
 def test_an_epoch_has_every_conversation_once():
@@ -276,7 +266,7 @@ def test_batches_resume_exactly():
 def test_processes_share_a_batch():
     conversations = encoded(random_samples(40))
     whole = batches()
-    parts = [packing.ChatBatches(conversations, 160, 4, 0, "f", i, 2) for i in range(2)]
+    parts = [packing.ChatBatches(conversations, 160, 4, 0, "f", 0, i, 2) for i in range(2)]
     for _ in range(5):
         got = np.concatenate([next(part)["tokens"] for part in parts])
         assert (got == next(whole)["tokens"]).all()
@@ -312,6 +302,49 @@ def test_configs_that_cannot_work_are_refused():
             SftConfig(base="x", **values)
     with pytest.raises(UserError, match="make demo"):
         tune.open_base(SftConfig(base="runs/nowhere", made=1))
+
+
+# Claims.
+
+
+def verdict(gains, metric="loss"):
+    """Of a claim whose better side is ahead by these, seed by seed."""
+    sign = -1 if metric == "loss" else 1
+    settings = [(8, "random", "even", "steps"), (16, "random", "even", "steps")]
+    rows = claims.Rows.__new__(claims.Rows)
+    rows.arms = {
+        setting: {
+            seed: {"scores": {"a": {metric: 3 + seed + part * sign * gain}}}
+            for seed, gain in enumerate(gains)
+        }
+        for part, setting in enumerate(settings)
+    }
+    better, worse = (claims.Side(setting, ("a",)) for setting in settings[::-1])
+    return claims.decide(claims.Claim("it helps", better, worse, metric), rows)
+
+
+@pytest.mark.parametrize("metric", ["loss", "accuracy"])
+def test_claims_are_decided_by_the_interval_over_seeds(metric):
+    assert verdict([0.1, 0.11, 0.12], metric).word == "supported"
+    assert verdict([-0.1, -0.11, -0.12], metric).word == "not supported"
+    assert verdict([-0.1, 0.2, 0.1], metric).word == "undecided"
+    assert verdict([0.1], metric).word == "undecided"  # one seed decides nothing
+    assert verdict([], metric) is None
+    found = verdict([0.1, 0.2, 0.3], metric)
+    # Student's t, 2 degrees of freedom: 4.303 standard errors.
+    assert found.high - found.gain == pytest.approx(4.302653 * 0.1 / 3**0.5, rel=1e-6)
+
+
+def test_the_grid_shares_the_largest_arms_and_runs_seed_by_seed():
+    config = from_mapping(less_is_more.LessIsMoreConfig, cli.plain(grid.get_config()))
+    arms = less_is_more.arms_of(config)
+    assert len({a.name for a in arms}) == len(arms) == 3 * (4 + 2 + 2)
+    assert [a.seed for a in arms] == sorted(a.seed for a in arms)
+    assert arms[0].selection == "random" and arms[0].size == 384
+    for mix in config.mixes:
+        shares = mix.shares(made.CATEGORIES)
+        assert sum(shares.values()) == pytest.approx(1)
+        assert all(shares[c] == 0.5 for c in mix.more) and not set(mix.without) & set(shares)
 
 
 # The commands, on a run of a few steps.
@@ -394,8 +427,8 @@ def test_killed_and_resumed_it_ends_in_the_same_bits(base, tuned, tmp_path):
     assert resumed["before"] == printed["before"] and resumed["after"] == printed["after"]
     other = json_of(*args[:-1], f"--workdir={tmp_path / 'other'}", "--config.seed=1")
     assert other["stage"]["params_digest"] != printed["stage"]["params_digest"]  # the twin
-    line = mistake(*args, "--config.learning_rate=1e-3")
-    assert "learning_rate" in line and "another --workdir" in line
+    line = mistake(*args, "--config.matrix_learning_rate=1e-3")
+    assert "matrix_learning_rate: 0.0005 -> 0.001" in line and "another --workdir" in line
 
 
 @pytest.mark.slow
@@ -421,17 +454,26 @@ def test_mistakes_are_one_line_and_leave_nothing(base, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_imported_model_begins_a_lineage(base, tmp_path):
-    """A model without a run: here, a checkpoint's folder."""
-    path = next((base / "stages/0-small/checkpoints").glob("[0-9]*"))
+def test_inside_the_base_and_from_a_model_without_a_run(base, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(base, copy)
     config = SftConfig(
-        base=str(path), made=2, steps=2, batch_size=8, sequence_length=256, quick_compile=True,
+        base=str(copy), made=2, steps=2, batch_size=8, sequence_length=256, quick_compile=True,
         eval=EvalConfig(sequences=8, batch_size=8, every_steps=2),
     )  # fmt: skip
     with jax.enable_x64(False):
-        stage = tune.run(config, str(tmp_path / "run")).stage
+        stage = tune.run(config, str(copy)).stage
+        assert lineage(copy) == [*lineage(base), stage]
+        assert tune.run(config, str(copy)).stage == stage  # not fine-tuned once more
+        other = dataclasses.replace(config, name="other", base_stage="small")
+        with pytest.raises(UserError, match=r"stages small, sft.*give another --workdir"):
+            tune.run(other, str(copy))  # its place in the lineage is taken
+
+        path = next((base / "stages/0-small/checkpoints").glob("[0-9]*"))
+        alone = dataclasses.replace(config, base=str(path))
+        stage = tune.run(alone, str(tmp_path / "alone")).stage
     assert (stage["index"], stage["parent"], stage["receipt"]) == (0, None, None)
-    assert lineage(tmp_path / "run") == [stage]
+    assert lineage(tmp_path / "alone") == [stage]
 
 
 @pytest.mark.slow

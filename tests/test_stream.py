@@ -1,6 +1,7 @@
 """Checkpoints slice by slice, and growth from one to another, against the same in memory."""
 
 import contextlib
+import dataclasses
 import functools
 import resource
 
@@ -9,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flm_jax import checkpoint, optim, train
+from flm_jax import checkpoint, growth, optim, train
 from flm_jax.checkpoint import Checkpoints, by_name
 from flm_jax.config import OptimizerConfig, StageConfig
 from flm_jax.errors import UserError
-from flm_jax.leaves import CheckpointReader, CheckpointWriter, chunk_shape
+from flm_jax.growth import stream
+from flm_jax.leaves import CheckpointReader, CheckpointWriter
+from flm_jax.pieces import cells, chunk_shape
 from tests.models import SMALL, changed
 
 PROGRESS = {"data": {"place": [3, 1]}, "wall_s": 1.5}
@@ -170,3 +173,124 @@ def test_a_disk_that_refuses_is_one_line_and_the_rest_goes_on(tmp_path):
         writer.write("a", piece, values[piece])
     writer.finish()
     np.testing.assert_array_equal(CheckpointReader(tmp_path / "1").read("a"), values)
+
+
+class Held:
+    """A checkpoint in memory, in the place of one on disk: a source, or a target."""
+
+    def __init__(self, like, chunks=None):
+        self.leaves = checkpoint.shapes(like)
+        self.chunks = {n: x.shape for n, x in self.leaves.items()} | (chunks or {})
+        self.arrays = {n: np.asarray(x) for n, x in by_name(like).items() if hasattr(x, "devices")}
+        self.written = set()
+
+    def read(self, name, slices=None):
+        array = self.arrays[name]
+        index = [np.arange(n) if slices is None else np.arange(n)[s]
+                 for n, s in zip(array.shape, slices or array.shape, strict=True)]  # fmt: skip
+        return array[np.ix_(*index)] if index else array
+
+    def chunk(self, name):
+        return tuple(1 for _ in self.leaves[name].shape)
+
+    def pieces(self, name):
+        return cells(self.leaves[name].shape, self.chunks[name])
+
+    def holds(self, name, piece):
+        return (name, str(piece)) in self.written
+
+    def write(self, name, piece, values):
+        x = self.leaves[name]
+        array = self.arrays.setdefault(name, np.full(x.shape, 77, x.dtype))
+        array[piece or ...] = values
+        self.written.add((name, str(piece)))
+
+
+BIG = changed(
+    CONFIG, num_layers=5, d_model=18, d_ff=30, num_heads=9, num_kv_heads=3, output_mult=1.9
+)
+TILED = changed(CONFIG, num_layers=4, d_model=36, d_ff=60, num_heads=4, input_mult=0.9)
+
+
+def names_of(tree):
+    return jax.tree.unflatten(jax.tree.structure(tree), list(by_name(tree)))
+
+
+def streamed(state, plan, key, limit):
+    want = jax.eval_shape(functools.partial(growth.grow, plan=plan), state, key=key)
+    source, memory = Held(state), limit * stream.WORKERS * stream._COPIES
+    target = Held(want, stream.chunks(plan, checkpoint.shapes(want), source, memory))
+    done = []
+    total = stream.grow(source, target, names_of(state), plan, key, done.append)
+    assert sum(done) == total == sum(x.nbytes for x in target.arrays.values())
+    return target
+
+
+def grown_state(config=CONFIG):
+    """Random, with entries of Adam's moments that are too small for normal floats."""
+    state = random_state(config, 3)
+    adam = state.opt_state[1]
+    tiny = jax.tree.map(lambda x: x * jnp.where(x > 0, jnp.float32(1e-30), 1), adam.nu)
+    nu = jax.tree.map(lambda x: x * jnp.where(x > 0, jnp.float32(1e-9), 1), tiny)
+    adam = adam._replace(nu=nu, step_scale=jnp.abs(adam.step_scale))
+    return dataclasses.replace(state, opt_state=(state.opt_state[0], adam, *state.opt_state[2:]))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "big", "how", "limit"),
+    [
+        ("msg", BIG, {"moments": "asym"}, 500),
+        ("aki,layers=stack", BIG, {"moments": "dual", "rates": "carry"}, 900),
+        pytest.param("zero_pad", BIG, {"moments": "dual", "rates": "ramp"}, 150,
+                     marks=pytest.mark.slow),
+        pytest.param("tile,identity", TILED, {"moments": "asym", "rates": "carry"}, 700,
+                     marks=pytest.mark.slow),
+        pytest.param("net2net,fresh", BIG, {"moments": "asym"}, 300, marks=pytest.mark.slow),
+        pytest.param("repeat,mlp=uneven,interpose", "heads", {"moments": "reset"}, 200,
+                     marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_growth_by_pieces_has_the_bits_of_growth_in_memory(recipe, big, how, limit):
+    if big == "heads":
+        big = changed(CONFIG, num_kv_heads=4, d_ff=60, num_layers=3)
+    if "zero" in recipe:
+        big = changed(big, rms_norm_eps=growth.norm_eps(CONFIG, big, recipe))
+    plan = growth.plan(CONFIG, big, recipe, layer_distances=[0.3, 0.1], **how)
+    state, key = grown_state(), jax.random.key(11)
+    want = jax.jit(functools.partial(growth.grow, plan=plan))(state, key=key)
+    target = streamed(state, plan, key, limit)
+    assert_same_bits(target.arrays, by_name(want))
+    assert all(name in target.chunks for name in by_name(want))
+    assert any(len(list(target.pieces(n))) > 3 for n in target.leaves)
+
+
+KEY = jax.random.key(11)
+UP = "params/layers/mlp/up"
+WIDE = growth.plan(CONFIG, changed(CONFIG, d_ff=30), "msg")
+
+
+def grow_up_only(target, key=KEY):
+    """The pieces of one parameter."""
+    source, programs = Held(grown_state()), stream._Programs(WIDE)
+    (leaf,) = stream._leaves([UP])
+    for piece in target.pieces(UP):
+        stream._grow_piece(source, target, WIDE, key, programs, leaf, piece)
+    return target.arrays[UP]
+
+
+def test_a_piece_from_the_wrong_place_is_noticed(monkeypatch):
+    """Twins of the test above: fresh entries of another key, sources one slot off."""
+    state = grown_state()
+    want = jax.jit(functools.partial(growth.grow, plan=WIDE))
+    want = np.asarray(want(state, key=KEY).params["layers"]["mlp"]["up"])
+    new = WIDE.by_axis["mlp"].new
+    begun = functools.partial(
+        Held, {UP: jax.ShapeDtypeStruct(want.shape, want.dtype)}, {UP: (1, 5, 30)}
+    )
+    np.testing.assert_array_equal(grow_up_only(begun()), want)
+    other = grow_up_only(begun(), jax.random.key(12))
+    np.testing.assert_array_equal(other[..., ~new], want[..., ~new])
+    assert (other[..., new] != want[..., new]).all()
+    sources = stream._sources
+    monkeypatch.setattr(stream, "_sources", lambda *args: np.roll(sources(*args), 1))
+    assert (grow_up_only(begun())[..., ~new] != want[..., ~new]).any()

@@ -1,14 +1,15 @@
 """Applies a plan: pure functions from old trees to grown ones.
 
 Every function here maps one leaf at a time and works on arrays, tracers and, through
-`jax.eval_shape`, on shapes alone.
+`jax.eval_shape`, on shapes alone. `grow_value` and `grow_moment` also map a window of a leaf, from
+the sources of its slots, which is how a checkpoint grows on disk (`stream.py`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flm_jax import axes, mup
-from flm_jax.axes import Param, Role
+from flm_jax.axes import Param, Role, Window
 from flm_jax.errors import UserError
 from flm_jax.growth.expansion import Expansion, any_slot, gather, grown_dims, weighted
 from flm_jax.growth.plan import Plan
@@ -45,10 +46,15 @@ def grow(tree: Tree, plan: Plan, key: jax.Array) -> Tree:
     """
     if not isinstance(tree, TrainState):
         return _grow_params(tree, plan, key)
+
+    def grown(node: Any) -> Any:
+        if not isinstance(node, SlotAdamState):
+            return node
+        mu, nu = (_grow_moments(m, plan, power) for m, power in ((node.mu, 1), (node.nu, 2)))
+        return grow_slots(node, plan)._replace(mu=mu, nu=nu)
+
     opt_state = jax.tree.map(
-        lambda node: _grow_adam(node, plan) if isinstance(node, SlotAdamState) else node,
-        tree.opt_state,
-        is_leaf=lambda node: isinstance(node, SlotAdamState),
+        grown, tree.opt_state, is_leaf=lambda node: isinstance(node, SlotAdamState)
     )
     params = _grow_params(tree.params, plan, key)
     return dataclasses.replace(tree, params=params, opt_state=opt_state)
@@ -69,36 +75,75 @@ def _checked(tree: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
 
 def _grow_params(tree: Any, plan: Plan, key: jax.Array) -> Any:
     leaves = _checked(tree, plan).items()
-    return axes.unflatten({path: grow_value(x, path, plan, key) for path, x in leaves})
+    return axes.unflatten(
+        {path: grow_value(x, axes.TABLE[path], plan, leaf_key(key, path)) for path, x in leaves}
+    )
 
 
-def grow_value(x: jax.Array, path: str, plan: Plan, key: jax.Array) -> jax.Array:
-    """The value map of one parameter: copies, then noise, fresh entries and zeros over them."""
-    param, shape = axes.TABLE[path], axes.TABLE[path].shape(plan.target)
-    # Each use of randomness has a key of its own: the leaf's, then what it is for.
-    leaf_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-    fill_key, noise_key, mean_key = leaf_key, *jax.random.split(leaf_key)
+def leaf_key(key: jax.Array, path: str) -> jax.Array:
+    """Each parameter's own, from the growth's."""
+    return jax.random.fold_in(key, zlib.crc32(path.encode()))
+
+
+def grow_value(
+    x: jax.Array,
+    param: Param,
+    plan: Plan,
+    key: jax.Array,
+    window: Window | None = None,
+    following: jax.Array | None = None,
+) -> jax.Array:
+    """The value map of one parameter: copies, then noise, fresh entries and zeros over them.
+
+    Args:
+      x: the parameter; for a window the sources of its slots (`gather`).
+      param: its entry in the axis table.
+      plan: of the growth. Noise and "mean" need the whole parameter.
+      key: from `leaf_key`.
+      window: of the grown parameter; None: all of it.
+      following: as x, one layer on, if the window cuts layers and the plan looks ahead.
+    """
+    # Each use of randomness has a key of its own.
+    fill_key, noise_key, mean_key = key, *jax.random.split(key)
 
     expansions = plan.by_axis
     for e in expansions.values():
         if e.fill == "mean" and e.axis in param.axes:
             x = _with_mean_slots(x, param, e, mean_key)
             expansions = {axis: other for axis, other in expansions.items() if axis != e.axis}
-    scale = plan.value_scale(param)
-    grown = weighted(gather(x, param, expansions), param, expansions, scale=scale)
-    ahead = any_slot(param, expansions, lambda e, role: e.ahead if role is Role.OUT else None)
-    if ahead is not None and param.axes[0] == "layers":
-        following = jnp.take(x, np.minimum(np.arange(1, len(x) + 1), len(x) - 1), axis=0)
-        following = weighted(gather(following, param, expansions), param, expansions, scale=scale)
-        grown = jnp.where(ahead, following, grown)
+
+    def copies(x: jax.Array) -> jax.Array:
+        x = gather(x, param, expansions, window)
+        return weighted(x, param, expansions, scale=plan.value_scale(param), window=window)
+
+    def marked(which: Callable[[Expansion, Role], np.ndarray | None]) -> jax.Array | None:
+        return any_slot(param, expansions, which, window)
+
+    grown = copies(x)
+    ahead = marked(lambda e, role: e.ahead if role is Role.OUT else None)
+    if ahead is not None and looks_ahead(param, plan):
+        if following is None:
+            following = jnp.take(x, next_layer(np.arange(len(x)), len(x)), axis=0)
+        grown = jnp.where(ahead, copies(following), grown)
     if plan.noise_db:
         grown = grown + _separating_noise(grown, param, plan, noise_key)
-    new = any_slot(param, expansions, lambda e, role: None if e.learned else e.new)
+    new = marked(lambda e, role: None if e.learned else e.new)
     if new is not None:
-        fresh = mup.initializer(param, plan.target)(fill_key, shape, x.dtype)
+        draw = mup.initializer(param, plan.target)
+        fresh = draw(fill_key, param.shape(plan.target), x.dtype, window)
         grown = jnp.where(new, fresh * jnp.asarray(plan.gain(param), x.dtype), grown)
-    zero = any_slot(param, expansions, lambda e, role: _zeroed(e, role, param))
+    zero = marked(lambda e, role: _zeroed(e, role, param))
     return grown if zero is None else jnp.where(zero, jnp.zeros((), x.dtype), grown)
+
+
+def looks_ahead(param: Param, plan: Plan) -> bool:
+    """Whether some of its copies are written as in the next layer (bert2BERT's AKI)."""
+    written = (e for _, e, role in grown_dims(param, plan.by_axis) if role is Role.OUT)
+    return param.axes[0] == "layers" and any(e.ahead.any() for e in written)
+
+
+def next_layer(layer: np.ndarray, layers: int) -> np.ndarray:
+    return np.minimum(layer + 1, layers - 1)
 
 
 def _zeroed(e: Expansion, role: Role, param: Param) -> np.ndarray | None:
@@ -160,37 +205,37 @@ def carried(e: Expansion, moments: str) -> np.ndarray:
     return ~e.new
 
 
-def grow_moment(x: jax.Array, path: str, plan: Plan, power: int) -> jax.Array:
+def grow_moment(
+    x: jax.Array, param: Param, plan: Plan, power: int, window: Window | None = None
+) -> jax.Array:
     """A first (power 1) or second (2) moment by the gradients' map; zero where none comes along.
 
     Exact where every slot has one source; a key/value head that is repeated gets an equal share
-    of its gradient, of which only the sum is known.
+    of its gradient, of which only the sum is known. x and window as of `grow_value`.
     """
-    param = axes.TABLE[path]
     if plan.moments == "reset":
-        return jnp.zeros(param.shape(plan.target), x.dtype)
-    scale = 1 / (plan.value_scale(param))
+        return jnp.zeros(axes.window_shape(param.shape(plan.target), window), x.dtype)
     grown = weighted(
-        gather(x, param, plan.by_axis), param, plan.by_axis, scale=scale, dual=True, power=power
-    )
-    begins = any_slot(param, plan.by_axis, lambda e, role: ~carried(e, plan.moments))
+        gather(x, param, plan.by_axis, window), param, plan.by_axis,
+        scale=1 / plan.value_scale(param), dual=True, power=power, window=window,
+    )  # fmt: skip
+    begins = any_slot(param, plan.by_axis, lambda e, role: ~carried(e, plan.moments), window)
     return grown if begins is None else jnp.where(begins, jnp.zeros((), x.dtype), grown)
 
 
-def _grow_adam(state: SlotAdamState, plan: Plan) -> SlotAdamState:
-    def mapped(tree: Any, power: int) -> Any:
-        leaves = _checked(tree, plan).items()
-        return axes.unflatten({path: grow_moment(x, path, plan, power) for path, x in leaves})
-
-    return state._replace(
-        mu=mapped(state.mu, 1),
-        nu=mapped(state.nu, 2),
-        born=_grow_born(state, plan),
-        **_grow_rates(state, plan),
+def _grow_moments(tree: Any, plan: Plan, power: int) -> Any:
+    leaves = _checked(tree, plan).items()
+    return axes.unflatten(
+        {path: grow_moment(x, axes.TABLE[path], plan, power) for path, x in leaves}
     )
 
 
-def _grow_slots(vector: jax.Array, axis: str, plan: Plan) -> jax.Array:
+def grow_slots(state: SlotAdamState, plan: Plan) -> SlotAdamState:
+    """Ages and multipliers of the slots; the moments are left as they are."""
+    return state._replace(born=_grow_born(state, plan), **_grow_rates(state, plan))
+
+
+def _grow_vector(vector: jax.Array, axis: str, plan: Plan) -> jax.Array:
     """A per-slot vector at the target's size, each slot's from its source."""
     e = plan.by_axis.get(axis)
     if e is not None:
@@ -205,7 +250,7 @@ def _grow_born(state: SlotAdamState, plan: Plan) -> dict[str, jax.Array]:
     if plan.moments == "reset":
         sizes = axes.axis_sizes(plan.target)
         return {axis: jnp.full(sizes[axis], state.steps) for axis in state.born}
-    grown = {axis: _grow_slots(old, axis, plan) for axis, old in state.born.items()}
+    grown = {axis: _grow_vector(old, axis, plan) for axis, old in state.born.items()}
     for axis, e in plan.by_axis.items():
         grown[axis] = jnp.where(carried(e, plan.moments), grown[axis], state.steps)
     return grown
@@ -231,7 +276,7 @@ def _grow_rates(state: SlotAdamState, plan: Plan) -> dict[str, Any]:
     if plan.rates == "carry":
         for name in ("share", "sourced"):
             for axis, old in getattr(state, name).items():
-                ones[name][axis] = _grow_slots(old, axis, plan)
+                ones[name][axis] = _grow_vector(old, axis, plan)
         ones |= {"step_scale": state.step_scale, "eps_scale": state.eps_scale}
     share, sourced = dict(ones["share"]), dict(ones["sourced"])
     for axis, e in plan.by_axis.items():

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flm_jax.axes import Param, Role, along
+from flm_jax.axes import Param, Role, Window, along, slots_in
 from flm_jax.errors import UserError
 
 NEW = -1
@@ -228,9 +228,16 @@ def grown_dims(param: Param, expansions: Expansions) -> Iterator[tuple[int, Expa
             yield dim, expansions[axis], role
 
 
-def gather(x: jax.Array, param: Param, expansions: Expansions) -> jax.Array:
-    """x at the target's shape, every slot from its source (new slots: from any); no weights."""
+def gather(
+    x: jax.Array, param: Param, expansions: Expansions, window: Window | None = None
+) -> jax.Array:
+    """x at the target's shape, every slot from its source (new slots: from any); no weights.
+
+    Along dimensions that the window cuts, x has the sources of the window's slots already.
+    """
     for dim, e, role in grown_dims(param, expansions):
+        if window and window[dim]:
+            continue
         if e.learned is not None:
             matrix = jnp.asarray(e.learned.matrix(role, e.source), x.dtype)
             x = jnp.moveaxis(jnp.tensordot(matrix, x, axes=(1, dim)), 0, dim)
@@ -263,8 +270,9 @@ def weighted(
     scale: float = 1.0,
     dual: bool = False,
     power: int = 1,
+    window: Window | None = None,
 ) -> jax.Array:
-    """x times scale and the factors of its axes, to a power.
+    """x times scale and the factors of its axes, to a power. x: the leaf, or a window of it.
 
     The factors are multiplied with each other first, so that x is rounded once.
     """
@@ -272,7 +280,8 @@ def weighted(
     for dim, e, role in grown_dims(param, expansions):
         on_axis = None if e.splits in param.axes else e.factor(role, dual=dual)
         if on_axis is not None:
-            factor = factor * along(jnp.asarray(on_axis**power, x.dtype), dim, x.ndim)
+            here = slots_in(jnp.asarray(on_axis**power, x.dtype), window[dim] if window else None)
+            factor = factor * along(here, dim, x.ndim)
     return x * factor
 
 
@@ -280,8 +289,11 @@ def any_slot(
     param: Param,
     expansions: Expansions,
     which: Callable[[Expansion, Role], np.ndarray | None],
+    window: Window | None = None,
 ) -> jax.Array | None:
     """Whether an entry lies, on any axis, in a slot that `which` marks (bool [target]); None: no.
+
+    Of the whole leaf, or of a window.
 
     Built by broadcasting on the device: at 1T the combination of all axes does not fit a host.
     """
@@ -289,6 +301,7 @@ def any_slot(
     for dim, e, role in grown_dims(param, expansions):
         marked = which(e, role)
         if marked is not None and marked.any():
-            here = along(jnp.asarray(marked), dim, len(param.axes))
+            marks = slots_in(jnp.asarray(marked), window[dim] if window else None)
+            here = along(marks, dim, len(param.axes))
             found = here if found is None else found | here
     return found

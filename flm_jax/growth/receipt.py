@@ -1,4 +1,8 @@
-"""What a growth did: measured, and kept with the checkpoint that it made."""
+"""What a growth did: measured, and kept with the checkpoint that it made.
+
+Counts and sizes are computed where the arrays are and come out as scalars: no host needs to hold a
+whole parameter.
+"""
 
 from __future__ import annotations
 
@@ -43,18 +47,34 @@ class Receipt:
     layer_map: tuple[int, ...]
 
 
+def unmeasured(plan: Plan, layer_distances: tuple[float, ...] | None) -> dict[str, Any]:
+    """The receipt of a growth that no model was run through yet: what is claimed, and nulls."""
+    return {
+        **dict.fromkeys(field.name for field in dataclasses.fields(Receipt)),
+        "operator": plan.recipe,
+        "exactness": plan.exactness,
+        "layer_distances": layer_distances,
+        "layer_map": plan.layer_map,
+    }
+
+
+def measured(receipt: Mapping[str, Any]) -> bool:
+    return receipt["loss_after"] is not None
+
+
+@jax.jit
 def difference(
     before_BTV: jax.Array, after_BTV: jax.Array, weights_BT: jax.Array
-) -> dict[str, float]:
+) -> dict[str, jax.Array]:
     """max_abs_logit_diff, logit_scale and kl of two models' logits, over the first's tokens."""
     common_BTV = after_BTV[..., : before_BTV.shape[-1]]
     log_p_BTV, log_q_BTV = (jax.nn.log_softmax(x, axis=-1) for x in (before_BTV, common_BTV))
     kl_BT = jnp.sum(jnp.exp(log_p_BTV) * (log_p_BTV - log_q_BTV), axis=-1)
     weights_BT = weights_BT.astype(kl_BT.dtype)
     return {
-        "max_abs_logit_diff": float(jnp.max(jnp.abs(common_BTV - before_BTV))),
-        "logit_scale": float(jnp.sqrt(jnp.mean(jnp.square(before_BTV)))),
-        "kl": float(jnp.sum(kl_BT * weights_BT) / jnp.sum(weights_BT)),
+        "max_abs_logit_diff": jnp.max(jnp.abs(common_BTV - before_BTV)),
+        "logit_scale": jnp.sqrt(jnp.mean(jnp.square(before_BTV))),
+        "kl": jnp.sum(kl_BT * weights_BT) / jnp.sum(weights_BT),
     }
 
 
@@ -72,24 +92,25 @@ def gradient_error(plan: Plan, source: Mapping[str, Any], target: Mapping[str, A
         if any(axis not in param.axes for axis in splits):
             continue
         begins = any_slot(param, plan.by_axis, lambda e, role: ~carried(e, "dual"))
-        apart = jnp.abs(grow_moment(g, path, dual, power=1) - got)
+        apart = jnp.abs(grow_moment(g, param, dual, power=1) - got)
         apart = apart if begins is None else jnp.where(begins, 0, apart)
         worst, largest = max(worst, float(jnp.max(apart))), max(largest, float(jnp.abs(g).max()))
     return worst / largest
 
 
-def largest_added(plan: Plan, tree: Mapping[str, Any]) -> float:
+def largest_added(plan: Plan, tree: Mapping[str, Any]) -> jax.Array:
     """Largest absolute entry in an added slot of any axis."""
-    largest = 0.0
+    largest = jnp.zeros(())
     for path, leaf in axes.flatten(tree):
         added = any_slot(axes.TABLE[path], plan.by_axis, lambda e, role: e.added)
         if added is not None:
-            largest = max(largest, float(jnp.max(jnp.where(added, jnp.abs(leaf), 0))))
+            here = jnp.max(jnp.where(added, jnp.abs(leaf), 0))
+            largest = jnp.maximum(largest, here.astype(largest.dtype))
     return largest
 
 
-def _slices(tree: Mapping[str, Any], axis: str) -> list[np.ndarray]:
-    """Every parameter that has the axis, as [slots of the axis, everything else].
+def _slices(tree: Mapping[str, Any], axis: str) -> list[jax.Array]:
+    """Every parameter that has the axis, with that axis first.
 
     Without the embedding on `vocab`: a token's row has a gradient only where the token occurs.
     """
@@ -97,37 +118,41 @@ def _slices(tree: Mapping[str, Any], axis: str) -> list[np.ndarray]:
     for path, leaf in axes.flatten(tree):
         param = axes.TABLE[path]
         if axis in param.axes and not (axis == "vocab" and param.has(Role.IN, axis)):
-            moved = np.moveaxis(np.asarray(leaf), param.axes.index(axis), 0)
-            found.append(moved.reshape(moved.shape[0], -1))
+            found.append(jnp.moveaxis(jnp.asarray(leaf), param.axes.index(axis), 0))
     return found
 
 
-def dead_slots(plan: Plan, grads: Mapping[str, Any]) -> int:
-    """Number of added slots with an all-zero gradient in at least one parameter."""
-    dead = 0
+def _norm(x: jax.Array) -> jax.Array:
+    """Of each slot, over everything else."""
+    return jnp.sqrt(jnp.sum(jnp.square(x), axis=tuple(range(1, x.ndim))))
+
+
+def dead_slots(plan: Plan, grads: Mapping[str, Any]) -> jax.Array:
+    """Number of added slots with an all-zero gradient in at least one parameter; int32."""
+    dead = jnp.zeros((), jnp.int32)
     for e in plan.expansions:
-        zero = np.zeros(e.target, bool)
+        zero = jnp.zeros(e.target, bool)
         for grad in _slices(grads, e.axis):
-            zero |= ~grad.any(axis=1)
-        dead += int((zero & e.added).sum())
+            zero |= jnp.all(grad == 0, axis=tuple(range(1, grad.ndim)))
+        dead += jnp.sum(zero & e.added, dtype=jnp.int32)
     return dead
 
 
-def locked_copies(plan: Plan, params: Mapping[str, Any], grads: Mapping[str, Any]) -> int:
-    """Number of copies whose parameters and gradients all equal their source slot's.
+def locked_copies(plan: Plan, params: Mapping[str, Any], grads: Mapping[str, Any]) -> jax.Array:
+    """Number of copies whose parameters and gradients all equal their source slot's; int32.
 
     Equal up to rounding of the gradient: 1e-6 of its size.
     """
-    locked = 0
+    locked = jnp.zeros((), jnp.int32)
     for e in plan.expansions:
         copies = np.flatnonzero(e.added & ~e.new)
         if not len(copies):
             continue
         first = e.first[e.index[copies]]
-        same = np.ones(len(copies), bool)
+        same = jnp.ones(len(copies), bool)
         for value, grad in zip(_slices(params, e.axis), _slices(grads, e.axis), strict=True):
-            apart = np.linalg.norm(grad[copies] - grad[first], axis=1)
-            same &= (value[copies] == value[first]).all(axis=1)
-            same &= apart <= 1e-6 * np.linalg.norm(grad[first], axis=1)
-        locked += int(same.sum())
+            equal = value[copies] == value[first]
+            same &= jnp.all(equal, axis=tuple(range(1, equal.ndim)))
+            same &= _norm(grad[copies] - grad[first]) <= 1e-6 * _norm(grad[first])
+        locked += jnp.sum(same, dtype=jnp.int32)
     return locked

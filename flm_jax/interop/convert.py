@@ -49,7 +49,7 @@ def appearing(target: pathlib.Path) -> Iterator[pathlib.Path]:
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists and is not empty; give another target, or remove it")
-    partial = target.absolute().with_name(target.name + ".partial")
+    partial = target.absolute().with_name(f".{target.name}.converting")
     try:
         shutil.rmtree(partial, ignore_errors=True)  # of a killed process
         partial.mkdir(parents=True)
@@ -57,8 +57,8 @@ def appearing(target: pathlib.Path) -> Iterator[pathlib.Path]:
         partial.replace(target.absolute())
     except OSError as error:
         raise UserError(
-            f"{target} cannot be written ({error.strerror or error}); free space, or give another "
-            "target"
+            f"{error.filename or target}: {error.strerror or error}; {target} is not written: mend "
+            "that and call again"
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -84,8 +84,8 @@ def convert(
       dtype: of the written parameters, of `DTYPES`; "": the source's. "flm" is float32.
       vocab_size: rows of embedding and head: padded with zeros, or cut where they are no tokens;
         0: the source's.
-      memory: bytes that this may take beyond what is loaded; a bound where no single row of a
-        tensor is larger than a part of it.
+      memory: bytes that this may take beyond what is loaded; a bound as long as the rows of one
+        key/value head, of one layer, take less than an eighth of it.
 
     Returns: what was written: sizes, seconds, GB/s, dtype, and notes on what is not the same.
 

@@ -86,7 +86,8 @@ class HuggingFace:
         sizes = self._sizes | {tensor.rows: index[dim].stop - index[dim].start}
         x = names.from_rows(rows, path, sizes)
         others = tuple(slice(None) if d == dim else cut for d, cut in enumerate(index))
-        return np.ascontiguousarray(x[others], wide(rows.dtype))
+        # As it lies: what is written in the same layout again is never laid out anew.
+        return x[others].astype(wide(rows.dtype), order="K", copy=False)
 
 
 @dataclasses.dataclass(frozen=True)

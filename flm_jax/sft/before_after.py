@@ -18,6 +18,7 @@ from flm_jax.sft.chat_model import ChatModel
 from flm_jax.sft.config import SftConfig
 from flm_jax.sft.packing import Counts
 from flm_jax.sft.tune import Tuned
+from flm_jax.tokenizer import Tokenizer
 
 
 def samples_to_score(config: SftConfig, tuned: Tuned) -> list[Sample]:
@@ -43,10 +44,10 @@ def few_of_each(samples: Sequence[Sample], most: int) -> list[Sample]:
 
 
 def of_model(
-    model: OpenedModel, config: SftConfig, vocabulary: Any, samples: list[Sample]
+    model: OpenedModel, config: SftConfig, tokenizer: Tokenizer, samples: list[Sample]
 ) -> dict[str, dict[str, float]]:
     """Scores by category and metric, with intervals: see `scoring.flat`."""
-    chat = ChatModel(model.params, model.config, vocabulary, config.template, config.max_new_tokens)
+    chat = ChatModel(model.params, model.config, tokenizer, config.template, config.max_new_tokens)
     return scoring.flat(scoring.summarise(scoring.score(samples, chat.losses, chat.answer)))
 
 
@@ -67,8 +68,8 @@ def scores(config: SftConfig, workdir: str, tuned: Tuned) -> dict[str, Any]:
         after = open_model(workdir, stage["name"])
         kept = {
             "about": about,
-            "before": of_model(tuned.base.model, config, tuned.vocabulary, samples),
-            "after": of_model(after, config, tuned.vocabulary, samples),
+            "before": of_model(tuned.base.model, config, tuned.tokenizer, samples),
+            "after": of_model(after, config, tuned.tokenizer, samples),
         }
         write_json(path, kept)
     bpb = stage["eval"]

@@ -28,22 +28,21 @@ from flm_jax.sft.chat import Sample
 from flm_jax.sft.config import TemplateConfig
 from flm_jax.sft.packing import features
 from flm_jax.sft.scoring import ResponseLoss
-from flm_jax.sft.template import TELE_FLM, Encoded, encode, encode_prompt, end_token
+from flm_jax.sft.template import TELE_FLM, Encoded, encode, encode_prompt
+from flm_jax.tokenizer import Tokenizer, open_tokenizer
 from flm_jax.train import Batch, logits_of
 
 T = TypeVar("T")
 
 _VALIDATION_BATCH = 8
-START = 0  # what the model reads before a text's first token
 
 
 @dataclasses.dataclass(frozen=True)
 class ChatModel:
-    """A model, its vocabulary and its chat template.
+    """A model, its tokenizer and its chat template.
 
     Attributes:
       params: of `config`.
-      vocabulary: seqio's, or what has its encode, decode and eos_id.
       template: how conversations are written.
       max_new_tokens: longest answer.
       batch_size: samples computed side by side.
@@ -52,7 +51,7 @@ class ChatModel:
 
     params: Any
     config: TransformerConfig
-    vocabulary: Any
+    tokenizer: Tokenizer
     template: TemplateConfig = TELE_FLM
     max_new_tokens: int = 160
     batch_size: int = 16
@@ -60,25 +59,25 @@ class ChatModel:
 
     def answer(self, samples: Sequence[Sample]) -> list[str]:
         """The likeliest answer to each conversation without its last assistant message."""
-        stop = end_token(self.vocabulary)
-        sampling = Sampling(self.max_new_tokens, stop_tokens=(stop,))
+        sampling = Sampling(self.max_new_tokens, stop_tokens=(self.tokenizer.eos_id,))
 
         def prompt(sample: Sample) -> list[int]:
             last = max(n for n, m in enumerate(sample.messages) if m.role == "assistant")
             before = sample.messages[:last]
-            return [START, *encode_prompt(before, self.vocabulary, self.template)]
+            start = self.tokenizer.start_id
+            return [start, *encode_prompt(before, self.tokenizer, self.template)]
 
         def answers(prompts: list[list[int]]) -> list[str]:
             rows = prompts + prompts[:1] * (self.batch_size - len(prompts))
             key = jax.random.key(0)  # not used: greedy
             texts = generate(self.params, self.config, rows, sampling, key)
-            return [self.vocabulary.decode(text) for text in texts[: len(prompts)]]
+            return [self.tokenizer.decode(text) for text in texts[: len(prompts)]]
 
         return self._by_length([prompt(s) for s in samples], len, answers)
 
     def losses(self, samples: Sequence[Sample]) -> list[ResponseLoss]:
         """Of all assistant messages, each given what is before it."""
-        encoded = [encode(s.messages, self.vocabulary, self.template) for s in samples]
+        encoded = [encode(s.messages, self.tokenizer, self.template) for s in samples]
 
         def nats(rows: list[Encoded]) -> list[float]:
             return _nats(self.params, self._batch(rows), self.config)[: len(rows)].tolist()
@@ -102,7 +101,7 @@ class ChatModel:
 
     def embeddings(self, samples: Sequence[Sample]) -> np.ndarray:
         """float32 [samples, D]: the last layer's output, mean over the conversation's tokens."""
-        encoded = [encode(s.messages, self.vocabulary, self.template) for s in samples]
+        encoded = [encode(s.messages, self.tokenizer, self.template) for s in samples]
 
         def means(rows: list[Encoded]) -> list[Any]:
             return list(
@@ -114,7 +113,10 @@ class ChatModel:
     def _batch(self, rows: list[Encoded]) -> Batch:
         length = bucket(max(_tokens(e) for e in rows))
         packed = [[e] for e in rows] + [[]] * (self.batch_size - len(rows))
-        return {name: jnp.asarray(x) for name, x in features(packed, length).items()}
+        return {
+            name: jnp.asarray(x)
+            for name, x in features(packed, length, self.tokenizer.start_id).items()
+        }
 
     def _by_length(
         self, items: Sequence[Any], length: Callable[[Any], int], compute: Callable[[Any], list[T]]
@@ -150,7 +152,8 @@ def open_chat_model(
     if vocabulary:
         about = dataclasses.replace(about, vocabulary=vocabulary)
     corpus = data.open_corpus(about)
-    return ChatModel(model.params, model.config, corpus.vocabulary, template), corpus
+    tokenizer = open_tokenizer(about.vocabulary)
+    return ChatModel(model.params, model.config, tokenizer, template), corpus
 
 
 def _split_stage(given: str) -> tuple[str, str]:

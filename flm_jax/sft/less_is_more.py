@@ -24,6 +24,7 @@ from flm_jax.sft.before_after import few_of_each
 from flm_jax.sft.chat import Sample
 from flm_jax.sft.chat_model import ChatModel
 from flm_jax.sft.config import SftConfig
+from flm_jax.tokenizer import open_tokenizer
 
 SELECTIONS = ("random", "chosen")
 BUDGETS = ("steps", "epochs")
@@ -72,9 +73,7 @@ class LessIsMoreConfig:
     sft: SftConfig  # its conversations are the pool
     sizes: tuple[int, ...]  # conversations, ascending
     mixes: tuple[MixConfig, ...]
-    selection: (
-        select.SelectionConfig
-    )  # how the chosen are chosen; its size and quotas are the arms'
+    selection: select.SelectionConfig  # of the chosen; size and quotas are the arms'
     defects: float = 0.0  # of each kind of spoiled copy, over the pool's number: `made.spoil`
     seeds: int = 3  # of what is made and spoiled, of choice and order
     known: tuple[str, ...] = ("describe", "source", "code")  # categories like the base's own text
@@ -167,7 +166,7 @@ class _Seed:
         ).chosen
 
     def _kept(self, what: str, samples: Sequence[Sample]) -> list[scoring.ResponseLoss]:
-        """The base's losses, computed once for the pile: all choices look at them."""
+        """The first arm's losses, computed once for the pile: all choices look at them."""
         known = self._known.setdefault(what, {})
         new = list(dict.fromkeys(s for s in samples if s not in known))
         known |= zip(new, getattr(self.model, what)(new), strict=True)
@@ -224,7 +223,7 @@ def run(config: LessIsMoreConfig, workdir: str) -> list[dict[str, Any]]:
     root = pathlib.Path(workdir)
     arms = root / "arms"
     base = tune.open_base(config.sft)
-    corpus = data.open_corpus(base.data)
+    corpus, tokenizer = data.open_corpus(base.data), open_tokenizer(base.data.vocabulary)
     good, held_out = _sides(config.sft)
     for mix in config.mixes:
         mix.check({s.category for s in good})
@@ -236,7 +235,7 @@ def run(config: LessIsMoreConfig, workdir: str) -> list[dict[str, Any]]:
     def chat(params: Any) -> ChatModel:
         settings = config.sft
         return ChatModel(
-            params, base.model.config, corpus.vocabulary, settings.template,
+            params, base.model.config, tokenizer, settings.template,
             settings.max_new_tokens, batch_size=64,
         )  # fmt: skip
 
@@ -268,7 +267,8 @@ def run(config: LessIsMoreConfig, workdir: str) -> list[dict[str, Any]]:
             share = arm.size / config.sizes[-1] if arm.budget == "epochs" else 1.0
             steps = max(round(config.sft.steps * share), 1)
             settings = dataclasses.replace(config.sft, steps=steps, seed=arm.seed)
-            stage = tune.run(settings, str(arms / arm.name), samples, corpus).stage
+            folder = str(arms / arm.name)
+            stage = tune.run(settings, folder, samples, corpus, root / "compiled").stage
             done = keep(
                 arm.name, steps, **dataclasses.asdict(arm), steps=steps,
                 chosen=pool.fingerprint(samples), params_digest=stage["params_digest"],

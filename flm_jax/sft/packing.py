@@ -17,7 +17,8 @@ import numpy as np
 from flm_jax.errors import UserError
 from flm_jax.sft.chat import Sample
 from flm_jax.sft.config import TemplateConfig
-from flm_jax.sft.template import Encoded, Vocabulary, encode
+from flm_jax.sft.template import Encoded, encode
+from flm_jax.tokenizer import Tokenizer
 
 Batch = dict[str, np.ndarray]
 
@@ -50,7 +51,7 @@ class Counts:
 
 def encode_all(
     samples: Sequence[Sample],
-    vocabulary: Vocabulary,
+    tokenizer: Tokenizer,
     template: TemplateConfig,
     length: int,
     overlong: str,
@@ -64,7 +65,7 @@ def encode_all(
         if all(message.role != "assistant" for message in sample.messages):
             counts.no_assistant += 1
             continue
-        encoded = encode(sample.messages, vocabulary, template)
+        encoded = encode(sample.messages, tokenizer, template)
         if len(encoded.tokens) > length:
             if overlong == "drop":
                 counts.dropped += 1
@@ -103,8 +104,11 @@ def first_fit(lengths: Iterable[int], capacity: int) -> list[list[int]]:
     return rows
 
 
-def features(rows: Sequence[Sequence[Encoded]], length: int) -> Batch:
-    """The model's features of packed rows, all [B, T]; rest of a row: padding, weight 0."""
+def features(rows: Sequence[Sequence[Encoded]], length: int, start_id: int) -> Batch:
+    """The model's features of packed rows, all [B, T]; rest of a row: padding, weight 0.
+
+    `start_id` is what the model reads where a conversation begins.
+    """
     shape = (len(rows), length)
     batch = {
         name: np.zeros(shape, np.int32)
@@ -116,7 +120,7 @@ def features(rows: Sequence[Sequence[Encoded]], length: int) -> Batch:
         for number, conversation in enumerate(row, start=1):
             end = start + len(conversation.tokens)
             batch["targets"][b, start:end] = conversation.tokens
-            batch["tokens"][b, start + 1 : end] = conversation.tokens[:-1]
+            batch["tokens"][b, start:end] = (start_id, *conversation.tokens[:-1])
             batch["segment_ids"][b, start:end] = number
             batch["positions"][b, start:end] = np.arange(end - start)
             batch["weights"][b, start:end] = conversation.learned
@@ -124,12 +128,17 @@ def features(rows: Sequence[Sequence[Encoded]], length: int) -> Batch:
     return batch
 
 
-def in_order(conversations: Sequence[Encoded], length: int, batch_size: int) -> list[Batch]:
+def in_order(
+    conversations: Sequence[Encoded], length: int, batch_size: int, start_id: int
+) -> list[Batch]:
     """Every conversation once, packed, in batches of equal size; the last has empty rows."""
     packed = first_fit((len(c.tokens) for c in conversations), length)
     rows = [[conversations[i] for i in row] for row in packed]
     rows += [[]] * (-len(rows) % batch_size)
-    return [features(rows[n : n + batch_size], length) for n in range(0, len(rows), batch_size)]
+    return [
+        features(rows[n : n + batch_size], length, start_id)
+        for n in range(0, len(rows), batch_size)
+    ]
 
 
 class ChatBatches:
@@ -146,6 +155,7 @@ class ChatBatches:
         batch_size: int,
         seed: int,
         fingerprint: str,
+        start_id: int,
         host_index: int = 0,
         host_count: int = 1,
     ):
@@ -160,7 +170,8 @@ class ChatBatches:
         self.rows = [[shuffled[i] for i in row] for row in packed]
         share = batch_size // host_count
         self._host_rows = slice(host_index * share, (host_index + 1) * share)
-        self._length, self._batch_size, self._seed = length, batch_size, seed
+        self._length, self._batch_size = length, batch_size
+        self._seed, self._start_id = seed, start_id
         self._identity = {"seed": seed, "fingerprint": fingerprint, "rows": len(self.rows)}
         self._place = 0  # rows handed out, of all epochs
 
@@ -175,7 +186,7 @@ class ChatBatches:
             epoch, offset = divmod(place, len(self.rows))
             rows.append(self.rows[order(epoch)[offset]])
         self._place += self._batch_size
-        return features(rows, self._length)
+        return features(rows, self._length, self._start_id)
 
     def _order(self, epoch: int) -> np.ndarray:
         return np.random.default_rng((self._seed, 1, epoch)).permutation(len(self.rows))

@@ -130,9 +130,10 @@ def select(
         ("length", functools.partial(_length, config=config)),
         ("language", functools.partial(_language, config=config)),
         ("duplicate", _duplicates),
+        # Before near-duplicates: a wrong copy must not stand for a right one.
+        ("check", functools.partial(_unverified, config=config)),
         ("near_duplicate", functools.partial(_near_duplicates, config=config)),
         ("contamination", functools.partial(_contaminated, config=config, evaluation=evaluation)),
-        ("check", functools.partial(_unverified, config=config)),
         ("quality", quality),
         ("choice", lambda left: _not_chosen(left, config, merits, embed)),
     ]
@@ -239,6 +240,22 @@ def _duplicates(left: Mapping[int, Sample]) -> Reasons:
     return reasons
 
 
+def _unverified(left: Mapping[int, Sample], config: SelectionConfig) -> Reasons:
+    """Last answers that fail the sample's own check. Code runs in the sandbox."""
+    if not config.verify:
+        return {}
+    checked = {row: s for row, s in left.items() if s.check}
+    answers = [
+        [m.content for m in s.messages if m.role == "assistant"][-1] for s in checked.values()
+    ]
+    verdicts = check_all(list(checked.values()), answers)
+    return {
+        row: f"fails its check: {why}"
+        for row, (right, why) in zip(checked, verdicts, strict=True)
+        if not right
+    }
+
+
 def _near_duplicates(left: Mapping[int, Sample], config: SelectionConfig) -> Reasons:
     """Jaccard similarity of the sets of word shingles; the first is kept.
 
@@ -295,22 +312,6 @@ def _contaminated(
             name = evaluation[worst].id or f"row {worst}"
             reasons[row] = f"has {hits[worst]} of {sizes[worst]} pieces of evaluation sample {name}"
     return reasons
-
-
-def _unverified(left: Mapping[int, Sample], config: SelectionConfig) -> Reasons:
-    """Last answers that fail the sample's own check. Code runs in the sandbox."""
-    if not config.verify:
-        return {}
-    checked = {row: s for row, s in left.items() if s.check}
-    answers = [
-        [m.content for m in s.messages if m.role == "assistant"][-1] for s in checked.values()
-    ]
-    verdicts = check_all(list(checked.values()), answers)
-    return {
-        row: f"fails its check: {why}"
-        for row, (right, why) in zip(checked, verdicts, strict=True)
-        if not right
-    }
 
 
 def _quality(

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Protocol
 
-from flm_jax.errors import UserError
 from flm_jax.sft.chat import Message
 from flm_jax.sft.config import TEXT, TemplateConfig
+from flm_jax.tokenizer import Tokenizer
 
 TELE_FLM = TemplateConfig()
 GENERIC = TemplateConfig(
@@ -18,20 +17,12 @@ GENERIC = TemplateConfig(
 )
 
 
-class Vocabulary(Protocol):
-    """What is needed of a tokenizer; seqio's have it."""
-
-    @property
-    def eos_id(self) -> int | None: ...
-
-    def encode(self, text: str) -> Sequence[int]: ...
-
-
 @dataclasses.dataclass(frozen=True)
 class Piece:
     """Text that is encoded on its own, so that a token never spans a border of learning."""
 
     text: str
+    markup: bool = True  # the template's: names of special tokens are those tokens
     learned: bool = False
     ends: bool = False  # followed by the end token
 
@@ -51,12 +42,12 @@ def pieces(messages: Sequence[Message], template: TemplateConfig = TELE_FLM) -> 
         if not pattern:
             continue
         before, _, after = pattern.partition(TEXT)
-        if message.role == "assistant":
-            yield Piece(before)
-            yield Piece(message.content + after, learned=True, ends=True)
-        else:
-            text = message.content.strip() if template.strip else message.content
-            yield Piece(before + text + after)
+        learned = message.role == "assistant"
+        stripped = template.strip and not learned
+        yield Piece(before)
+        text = message.content.strip() if stripped else message.content
+        yield Piece(text, markup=False, learned=learned)
+        yield Piece(after, learned=learned, ends=learned)
 
 
 def _to_answer(messages: Sequence[Message], template: TemplateConfig) -> Iterator[Piece]:
@@ -71,33 +62,25 @@ def prompt(messages: Sequence[Message], template: TemplateConfig = TELE_FLM) -> 
 
 
 def encode(
-    messages: Sequence[Message], vocabulary: Vocabulary, template: TemplateConfig = TELE_FLM
+    messages: Sequence[Message], tokenizer: Tokenizer, template: TemplateConfig = TELE_FLM
 ) -> Encoded:
     """The tokens of a whole conversation, without the model's start token."""
-    return _encode(pieces(messages, template), vocabulary)
+    return _encode(pieces(messages, template), tokenizer)
 
 
 def encode_prompt(
-    messages: Sequence[Message], vocabulary: Vocabulary, template: TemplateConfig = TELE_FLM
+    messages: Sequence[Message], tokenizer: Tokenizer, template: TemplateConfig = TELE_FLM
 ) -> tuple[int, ...]:
     """The tokens that an answer follows, as in training; without the model's start token."""
-    return _encode(_to_answer(messages, template), vocabulary).tokens
+    return _encode(_to_answer(messages, template), tokenizer).tokens
 
 
-def _encode(of: Iterator[Piece], vocabulary: Vocabulary) -> Encoded:
+def _encode(of: Iterator[Piece], tokenizer: Tokenizer) -> Encoded:
     tokens: list[int] = []
     learned: list[bool] = []
     for piece in of:
-        ids = [int(token) for token in vocabulary.encode(piece.text)]
-        if piece.ends:
-            ids.append(end_token(vocabulary))
+        ids = tokenizer.encode(piece.text, special=piece.markup) if piece.text else []
+        ids += [tokenizer.eos_id] * piece.ends
         tokens += ids
         learned += [piece.learned] * len(ids)
     return Encoded(tuple(tokens), tuple(learned))
-
-
-def end_token(vocabulary: Vocabulary) -> int:
-    """Raises UserError if the vocabulary has none."""
-    if vocabulary.eos_id is None:
-        raise UserError("the vocabulary has no end-of-sequence token; answers could not end")
-    return int(vocabulary.eos_id)

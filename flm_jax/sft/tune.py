@@ -1,6 +1,6 @@
 """Fine-tuning as a stage: a model of a run, or one from elsewhere, trained on conversations.
 
-The stage goes through the runner of `chain.py`. It is a growth that adds nothing, so that it has a
+The stage goes through the runner of `runner.py`. It is a growth that adds nothing, so that it has a
 parent, a plan and a receipt as every other; Adam begins anew.
 """
 
@@ -18,11 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
 
-from flm_jax import chain, data, growth, host, optim, sharding
+from flm_jax import chain, data, growth, host, optim, runner, sharding
 from flm_jax import config as config_lib
-from flm_jax.chain import Position
 from flm_jax.checkpoint import params_digest
 from flm_jax.config import (
     DataConfig,
@@ -35,12 +33,15 @@ from flm_jax.errors import UserError
 from flm_jax.evaluate import score
 from flm_jax.lineage import RunFolder, identity
 from flm_jax.run_state import OpenedModel, open_model
+from flm_jax.runner import Position
 from flm_jax.sft import made, pool
 from flm_jax.sft.chat import Sample
 from flm_jax.sft.config import SftConfig
 from flm_jax.sft.packing import ChatBatches, Counts, encode_all, in_order
-from flm_jax.sft.template import Encoded, Vocabulary
+from flm_jax.sft.template import Encoded
+from flm_jax.sharding import Layout
 from flm_jax.state import TrainState
+from flm_jax.tokenizer import Tokenizer, open_tokenizer
 
 # Of a config, what decides no number of the stage, or is in its identity in another form.
 _NOT_IDENTITY = (
@@ -105,10 +106,17 @@ class Conversations:
     held_out_samples: list[Sample]
     counts: dict[str, Counts]  # of both
     fingerprint: str
+    start_id: int
+
+    def batches(self, length: int, batch_size: int, seed: int, *sharing: int) -> ChatBatches:
+        """The training stream; `sharing`: index and number of processes."""
+        return ChatBatches(
+            self.train, length, batch_size, seed, self.fingerprint, self.start_id, *sharing
+        )
 
 
 def conversations(
-    config: SftConfig, samples: Sequence[Sample], vocabulary: Vocabulary, length: int
+    config: SftConfig, samples: Sequence[Sample], tokenizer: Tokenizer, length: int
 ) -> Conversations:
     """Splits and encodes. Raises UserError if a side is empty."""
     for_training, held_out = pool.split(samples, config.held_out)
@@ -117,7 +125,7 @@ def conversations(
             f"{len(samples)} conversations are too few to hold {config.held_out:.0%} out; give more"
         )
     encoded = [
-        encode_all(side, vocabulary, config.template, length, config.overlong)
+        encode_all(side, tokenizer, config.template, length, config.overlong)
         for side in (for_training, held_out)
     ]
     return Conversations(
@@ -126,6 +134,7 @@ def conversations(
         held_out_samples=held_out,
         counts={"train": encoded[0][1], "held_out": encoded[1][1]},
         fingerprint=pool.fingerprint(samples),
+        start_id=tokenizer.start_id,
     )
 
 
@@ -142,7 +151,9 @@ class _ChatJob:
 
     best_by = "response_loss"  # nats per learned token
 
-    def __init__(self, config: SftConfig, base: Base, corpus: Any, talk: Conversations, mesh: Mesh):
+    def __init__(
+        self, config: SftConfig, base: Base, corpus: Any, talk: Conversations, layout: Layout
+    ):
         model, length = base.model.config, sequence_length(config, base)
         steps = config.steps or steps_of(config, talk, length)
         self.stage = StageConfig(
@@ -171,7 +182,8 @@ class _ChatJob:
             mesh=config.mesh,
             seed=config.seed,
         )
-        self.sft, self.base, self.corpus, self.talk, self.mesh = config, base, corpus, talk, mesh
+        self.sft, self.base, self.corpus, self.talk = config, base, corpus, talk
+        self.layout = self.parent_layout = layout
         self.index, self.start = len(base.stages), base.steps
         self.parent = base.stages[-1]["name"] if base.stages else None
         self.small, self.sequence_length = model, length
@@ -194,19 +206,17 @@ class _ChatJob:
         tx = optim.optimizer(self.stage, self.config.optimizer, shape)
         return tx, lambda step: shape(step - self.start)
 
-    def batches(self, batch_size: int = 0) -> ChatBatches:
-        sharing = () if batch_size else (jax.process_index(), jax.process_count())
-        return ChatBatches(
-            self.talk.train, self.sequence_length, batch_size or self.stage.batch_size,
-            self.sft.seed, self.talk.fingerprint, *sharing,
-        )  # fmt: skip
+    def batches(self, batch_size: int, index: int = 0, count: int = 1) -> ChatBatches:
+        return self.talk.batches(self.sequence_length, batch_size, self.sft.seed, index, count)
 
     def fresh(self) -> Position:
         tx, _ = self.optimizer()
         params = self.base.model.params
         state = TrainState(jnp.int32(self.start), params, tx.init(params))
-        placed = sharding.shardings(state, self.mesh, self.config.mesh.rules)
-        return Position(jax.device_put(state, placed), self.batches().get_state(), 0.0)
+        placed = sharding.shardings(state, *self.layout)
+        # A copy: the runner consumes it.
+        state = jax.device_put(state, placed, may_alias=False)
+        return Position(state, self.batches(1).get_state(), 0.0)
 
     source = fresh
 
@@ -217,10 +227,13 @@ class _ChatJob:
 
     @functools.cached_property
     def responses(self) -> list[dict[str, np.ndarray]]:
-        return in_order(self.talk.held_out, self.sequence_length, self.config.eval.batch_size)
+        return in_order(
+            self.talk.held_out, self.sequence_length, self.config.eval.batch_size,
+            self.talk.start_id,
+        )  # fmt: skip
 
     def evaluate(self, params: Any, plan: growth.Plan | None, mask: float | None) -> dict[str, Any]:
-        about = (self.corpus.token_bytes, self.mesh)
+        about = (self.corpus.token_bytes, self.layout.mesh)
         return {
             "bpb": score(params, self.stage.model, self.text, *about).bits_per_byte,
             "response_loss": score(params, self.stage.model, self.responses, *about).loss,
@@ -233,7 +246,7 @@ def sequence_length(config: SftConfig, base: Base) -> int:
 
 def steps_of(config: SftConfig, talk: Conversations, length: int) -> int:
     """Steps in which every row is seen `epochs` times; the last batch is filled up."""
-    rows = len(ChatBatches(talk.train, length, 1, config.seed, talk.fingerprint).rows)
+    rows = len(talk.batches(length, 1, config.seed).rows)
     return math.ceil(config.epochs * rows / config.batch_size)
 
 
@@ -243,12 +256,16 @@ class Tuned:
 
     stage: dict[str, Any]
     base: Base
-    vocabulary: Any
+    tokenizer: Tokenizer
     talk: Conversations
 
 
 def run(
-    config: SftConfig, workdir: str, samples: Sequence[Sample] | None = None, corpus: Any = None
+    config: SftConfig,
+    workdir: str,
+    samples: Sequence[Sample] | None = None,
+    corpus: Any = None,
+    compiled: pathlib.Path | None = None,
 ) -> Tuned:
     """Fine-tunes, or goes on with it.
 
@@ -257,6 +274,7 @@ def run(
       workdir: a new run folder, which gets the base's stages and the new one; or the base's own.
       samples: in place of the config's conversations.
       corpus: of the base's data, if it is open already.
+      compiled: see `RunFolder`.
 
     Raises:
       UserError: base, data, config or folder do not fit; nothing is overwritten.
@@ -275,17 +293,18 @@ def run(
             f"{base.data.vocabulary!r} has {corpus.vocab_size} tokens; set data.vocabulary to the "
             "base's own"
         )
-    talk = conversations(config, samples, corpus.vocabulary, sequence_length(config, base))
-    mesh = sharding.make_mesh(config.mesh)
-    job = _ChatJob(config, base, corpus, talk, mesh)
-    chain.check(job.config, mesh)
-    folder = RunFolder(workdir)
+    tokenizer = open_tokenizer(base.data.vocabulary)
+    talk = conversations(config, samples, tokenizer, sequence_length(config, base))
+    layout = sharding.make_layout(config.mesh)
+    job = _ChatJob(config, base, corpus, talk, layout)
+    chain.check(job.config, [layout])
+    folder = RunFolder(workdir, compiled)
     folder.open()
     if base.stages and not _same(folder.path, pathlib.Path(config.base)):
-        RunFolder(config.base).branch(folder, last=base.stages[-1]["index"])
+        RunFolder(config.base).branch(folder, stages=len(base.stages))
     if not finished(job, folder):
-        chain.run_jobs([job], folder, mesh)
-    return Tuned(folder.stages()[job.index], base, corpus.vocabulary, talk)
+        runner.run_jobs([job], folder)
+    return Tuned(folder.stages()[job.index], base, tokenizer, talk)
 
 
 def _same(one: pathlib.Path, two: pathlib.Path) -> bool:

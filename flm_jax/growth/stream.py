@@ -1,0 +1,295 @@
+"""Growth from disk to disk: the maps of `apply.py`, window by window, in bounded memory.
+
+The target's leaves are cut into consecutive pieces. A piece depends on the sources of its slots
+alone: these are read, mapped as a window of the leaf, and written. Fresh entries depend on their
+place alone, so the bits are those of `growth.grow` under `jax.jit`. What was written stays: a
+second call does what is missing.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import functools
+import math
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from flm_jax import axes
+from flm_jax.axes import Param
+from flm_jax.config import TransformerConfig
+from flm_jax.errors import UserError
+from flm_jax.growth.apply import (
+    grow_moment,
+    grow_slots,
+    grow_value,
+    leaf_key,
+    looks_ahead,
+    next_layer,
+)
+from flm_jax.growth.expansion import NEW
+from flm_jax.growth.plan import Plan
+from flm_jax.optim import SlotAdamState
+from flm_jax.pieces import chunk_shape
+from flm_jax.state import TrainState
+
+WORKERS = 3  # pieces under way at once: one is read, one computed, one written
+# A worker holds at most so many times a piece: what is read, XLA's copy of it, the gathered
+# sources, the result, and what tensorstore keeps of what it reads and writes.
+_COPIES = 6
+_LARGEST = 32 << 20  # bytes of a piece; larger ones are not quicker
+
+
+class Source(Protocol):
+    """`leaves.CheckpointReader`."""
+
+    leaves: dict[str, jax.ShapeDtypeStruct]
+
+    def read(self, name: str, slices: Sequence[slice | np.ndarray] | None = None) -> np.ndarray: ...
+    def chunk(self, name: str) -> tuple[int, ...]: ...
+
+
+class Target(Protocol):
+    """`leaves.CheckpointWriter`."""
+
+    def pieces(self, name: str) -> Iterator[tuple[slice, ...]]: ...
+    def holds(self, name: str, piece: Sequence[slice]) -> bool: ...
+    def write(self, name: str, slices: Sequence[slice] | None, values: np.ndarray) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class _Leaf:
+    """A leaf shaped like a parameter: the parameter itself (power 0), or a moment of it."""
+
+    name: str
+    path: str
+    power: int
+
+    @property
+    def param(self) -> Param:
+        return axes.TABLE[self.path]
+
+    def shape(self, config: TransformerConfig) -> tuple[int, ...]:
+        return self.param.shape(config)
+
+
+def _leaves(names: Iterable[str]) -> list[_Leaf]:
+    found = []
+    for name in names:
+        for power, part in enumerate(("params/", "/mu/", "/nu/")):
+            _, _, path = name.partition(part)
+            if path in axes.TABLE:
+                found.append(_Leaf(name, path, power))
+    return found
+
+
+def check(plan: Plan) -> None:
+    """Raises UserError, naming what needs whole leaves, if the plan cannot be streamed."""
+    whole = [
+        f"axis {e.axis!r} by {e.operator!r}, a dense map," for e in plan.expansions if e.learned
+    ]
+    whole += [
+        f"axis {e.axis!r} by {e.operator!r}, with the mean of its old slots,"
+        for e in plan.expansions
+        if e.fill == "mean"
+    ]
+    whole += [f"noise_db {plan.noise_db}, of the level of a leaf,"] if plan.noise_db else []
+    if whole:
+        raise UserError(
+            f"growth from disk to disk works on slices, but {' and '.join(whole)} needs whole "
+            "leaves; grow in memory (python -m experiments.grow), or by another recipe"
+        )
+
+
+def chunks(
+    plan: Plan, names: Mapping[str, jax.ShapeDtypeStruct], source: Source, memory: int
+) -> dict[str, tuple[int, ...]]:
+    """How the target's large leaves are cut, so that the work stays within `memory` bytes.
+
+    Args:
+      plan: of the growth.
+      names: the target's leaves by name.
+      source: the checkpoint to grow.
+      memory: bytes.
+
+    Raises UserError if it is too little for a leaf.
+    """
+    limit = min(memory // (WORKERS * _COPIES), _LARGEST)
+    found = {}
+    for leaf in _leaves(names):
+        itemsize = names[leaf.name].dtype.itemsize
+        # Heads that are dealt out among copies stay together.
+        dealt = {axis for e in plan.expansions if e.splits for axis in (e.axis, e.splits)}
+        whole = [d for d, axis in enumerate(leaf.param.axes) if axis in dealt]
+        chunk = chunk_shape(leaf.shape(plan.target), itemsize, limit, whole)
+        found[leaf.name] = chunk
+        largest = max(math.prod(c) * itemsize for c in (chunk, source.chunk(leaf.name)))
+        if largest * WORKERS * _COPIES > max(memory, limit * WORKERS * _COPIES):
+            raise UserError(
+                f"--memory is {memory:,} bytes, but {leaf.name} comes in pieces of {largest:,}, "
+                f"of which {WORKERS * _COPIES} are held; give --memory="
+                f"{largest * WORKERS * _COPIES}"
+            )
+    return found
+
+
+def grow(
+    source: Source,
+    target: Target,
+    names: TrainState,
+    plan: Plan,
+    key: jax.Array,
+    report: Callable[[int], None] = lambda done: None,
+) -> int:
+    """Grows a train state from one checkpoint into another.
+
+    Args:
+      source: the state of config `plan.source`.
+      target: a state of config `plan.target`, cut as by `chunks`; pieces that it holds are left.
+      names: the state's tree, with the leaves' names for leaves.
+      plan: from `plan`; of those that `check` lets pass.
+      key: as of `growth.grow`, whose result this is, bit for bit.
+      report: called with the number of bytes just written.
+
+    Returns: bytes written.
+
+    Raises UserError if the disk refuses; what was written stays.
+    """
+    check(plan)
+    large = _leaves(jax.tree.leaves(names))
+    todo = [
+        (leaf, piece)
+        for leaf in large
+        for piece in target.pieces(leaf.name)
+        if not target.holds(leaf.name, piece)
+    ]
+    written = _grow_small(source, target, names, {leaf.name for leaf in large}, plan)
+    report(written)
+    with concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
+        work = functools.partial(_grow_piece, source, target, plan, key, _Programs(plan))
+        futures = [pool.submit(work, *item) for item in todo]
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                report(future.result())
+                written += future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return written
+
+
+class _Programs:
+    """Compiled maps: one for each kind of leaf and size of a piece, wherever the piece lies."""
+
+    def __init__(self, plan: Plan):
+        self._plan = plan
+        self._lock = threading.Lock()
+        self._made: dict[Any, Callable[..., jax.Array]] = {}
+
+    def of(self, leaf: _Leaf, sizes: tuple[int | None, ...]) -> Callable[..., jax.Array]:
+        """`f(x, following, key, starts)`; sizes: of the piece along each dimension, None: all."""
+        what = (leaf.param, leaf.power, sizes)
+        with self._lock:
+            if what not in self._made:
+                self._made[what] = jax.jit(functools.partial(_map, self._plan, *what))
+            return self._made[what]
+
+
+def _map(
+    plan: Plan,
+    param: Param,
+    power: int,
+    sizes: tuple[int | None, ...],
+    x: jax.Array,
+    following: jax.Array | None,
+    key: jax.Array,
+    starts: jax.Array,
+) -> jax.Array:
+    window = [None if n is None else (starts[d], n) for d, n in enumerate(sizes)]
+    if power:
+        return grow_moment(x, param, plan, power, window)
+    return grow_value(x, param, plan, key, window, following)
+
+
+def _grow_piece(
+    source: Source,
+    target: Target,
+    plan: Plan,
+    key: jax.Array,
+    programs: _Programs,
+    leaf: _Leaf,
+    piece: tuple[slice, ...],
+) -> int:
+    """Returns the number of bytes written."""
+    cut = [s != slice(0, n) for s, n in zip(piece, leaf.shape(plan.target), strict=True)]
+    slots = [_sources(plan, axis, s) if c else None
+             for axis, s, c in zip(leaf.param.axes, piece, cut, strict=True)]  # fmt: skip
+    x = _read(source, plan, leaf, slots)
+    following = None
+    if not leaf.power and looks_ahead(leaf.param, plan) and slots[0] is not None:
+        after = next_layer(slots[0], plan.source.num_layers)
+        following = _read(source, plan, leaf, [after, *slots[1:]])
+    sizes = tuple(s.stop - s.start if c else None for s, c in zip(piece, cut, strict=True))
+    starts = np.array([s.start for s in piece], np.int32)
+    program = programs.of(leaf, sizes)
+    grown = np.asarray(program(x, following, leaf_key(key, leaf.path), starts))
+    target.write(leaf.name, piece, grown)
+    return grown.nbytes
+
+
+def _sources(plan: Plan, axis: str, slots: slice) -> np.ndarray:
+    """The source of each of these slots of an axis, `NEW` where there is none."""
+    e = plan.by_axis.get(axis)
+    return np.arange(slots.start, slots.stop) if e is None else e.index[slots]
+
+
+def _read(
+    source: Source, plan: Plan, leaf: _Leaf, slots: Sequence[np.ndarray | None]
+) -> np.ndarray:
+    """The leaf at these sources along each dimension (None: all). New slots get any entries."""
+    if any(s is not None and (s == NEW).all() for s in slots) or (
+        leaf.power and plan.moments == "reset"
+    ):
+        shape = [
+            n if s is None else len(s) for n, s in zip(leaf.shape(plan.source), slots, strict=True)
+        ]
+        return np.zeros(shape, source.leaves[leaf.name].dtype)
+    return source.read(leaf.name, [slice(None) if s is None else _indices(s) for s in slots])
+
+
+def _indices(slots: np.ndarray) -> slice | np.ndarray:
+    slots = np.maximum(slots, 0)
+    first = int(slots[0])
+    consecutive = np.array_equal(slots, np.arange(first, first + len(slots)))
+    return slice(first, first + len(slots)) if consecutive else slots
+
+
+def _grow_small(
+    source: Source, target: Target, names: TrainState, large: Collection[str], plan: Plan
+) -> int:
+    """Everything that is not shaped like a parameter: steps, ages, multipliers."""
+    written = 0
+
+    def copy(name: str, value: Any) -> None:
+        nonlocal written
+        if name not in large:
+            array = np.asarray(value)
+            target.write(name, None, array)
+            written += array.nbytes
+
+    def is_adam(node: Any) -> bool:
+        return isinstance(node, SlotAdamState)
+
+    for node in jax.tree.leaves(names, is_leaf=is_adam):
+        if is_adam(node):
+            of_slots = node._replace(mu={}, nu={})
+            values = jax.tree.map(source.read, of_slots)
+            grown = jax.jit(functools.partial(grow_slots, plan=plan))(values)
+            jax.tree.map(copy, of_slots, grown)
+        elif node not in large:
+            copy(node, source.read(node))
+    return written

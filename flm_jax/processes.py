@@ -1,0 +1,253 @@
+"""Several processes that run one program: how they join, agree, write once, and end together.
+
+Each process drives its own devices and runs the same program; arrays span the devices of all. What
+is written once is written by the first process. Where a decision rests on what only one process
+knows (a file, a signal), that one tells the others (`once`, `largest`), since processes that take
+different branches wait for each other for ever. Alone, a process pays for none of this.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import functools
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from flm_jax.errors import RunStopped, UserError
+
+T = TypeVar("T")
+
+_CHUNK = 1 << 12  # bytes: messages are padded to a multiple, so that few programs carry them
+_BETWEEN_PROCESSES = ("Gloo", "NCCL", "oordination service", "Barrier")  # in errors of JAX
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Which processes run together. Raises UserError if the fields do not fit each other."""
+
+    coordinator: str = ""  # HOST:PORT, where process 0 listens
+    process: int | None = None  # this one's index
+    processes: int | None = None  # how many there are
+    automatic: bool = False  # a TPU pod, Slurm, Open MPI or Kubernetes tells all three
+    join_within: int = 300  # seconds in which all must have come
+    lost_after: int = 60  # seconds without a sign of life
+
+    def __post_init__(self) -> None:
+        given = {
+            "--coordinator": self.coordinator or None,
+            "--process": self.process,
+            "--processes": self.processes,
+        }
+        missing = [flag for flag, value in given.items() if value is None]
+        present = [flag for flag, value in given.items() if value is not None]
+        if self.automatic and present:
+            raise UserError(f"--distributed finds {', '.join(present)} itself; give one or other")
+        if present and missing:
+            raise UserError(
+                f"{', '.join(missing)} is missing beside {', '.join(present)}; several processes "
+                "need --coordinator=HOST:PORT --process=I --processes=N (or --distributed alone)"
+            )
+        if self.processes is not None and self.processes < 1:
+            raise UserError(f"--processes={self.processes}: give 1 or more")
+        if self.process is not None and not 0 <= self.process < (self.processes or 0):
+            raise UserError(
+                f"--process={self.process} of --processes={self.processes}: give 0 to "
+                f"{(self.processes or 0) - 1}, each to one process"
+            )
+        host, _, port = self.coordinator.rpartition(":")
+        if self.coordinator and not (host and port.isdigit() and 0 < int(port) < 1 << 16):
+            raise UserError(f"--coordinator={self.coordinator}: give HOST:PORT, as node0:1234")
+        for flag, seconds in (("join_within", self.join_within), ("lost_after", self.lost_after)):
+            if seconds < 1:
+                raise UserError(f"--{flag}={seconds}: give seconds, 1 or more")
+
+    @property
+    def alone(self) -> bool:
+        return not (self.coordinator or self.automatic)
+
+    @property
+    def name(self) -> str:
+        return "this process" if self.automatic else f"process {self.process} of {self.processes}"
+
+
+@contextlib.contextmanager
+def joined(group: Group) -> Iterator[None]:
+    """Runs the block as one of the group's processes. Call it before JAX does anything.
+
+    A process that is lost ends all the others, each with one line and status 1: at once where a
+    connection breaks, else `lost_after` seconds after its last sign of life. An error that all
+    raise together is raised to the caller.
+
+    Raises:
+      UserError: process 0 cannot listen, or does not answer.
+    """
+    if group.alone:
+        yield
+        return
+    last_words = _LastWords(f"{group.name}: not all processes came within {group.join_within} s; "
+                            "start all of them with the same --coordinator")  # fmt: skip
+    _find_each_other(group)
+    # Signals are the runner's: see `largest`.
+    jax.config.update("jax_enable_preemption_service", False)
+    jax.distributed.initialize(
+        group.coordinator or None,
+        group.processes,
+        group.process,
+        initialization_timeout=group.join_within,
+        heartbeat_timeout_seconds=group.lost_after,
+        shutdown_timeout_seconds=group.lost_after,
+    )
+    lost = (
+        f"{group.name}: another process was lost; start all of them again with the same command, "
+        "and they go on from the last checkpoint"
+    )
+    last_words.message = lost
+    try:
+        yield
+    except (UserError, RunStopped) as error:
+        # All raise it; if some do not, JAX ends this process when they do not come either.
+        last_words.message = str(error)
+        last_words.status = 2 if isinstance(error, UserError) else 130
+        jax.distributed.shutdown()
+        raise
+    except BaseException as error:
+        # Leaving without a word is what tells the others.
+        if any(word in str(error) for word in _BETWEEN_PROCESSES):
+            last_words.message = f"{lost} ({str(error).splitlines()[0]})"
+        else:
+            traceback.print_exc()
+            last_words.message = f"{group.name} ends, and with it the others"
+        last_words.say()
+    jax.distributed.shutdown()
+
+
+class _LastWords:
+    """One line, and the exit status, for when JAX ends this process.
+
+    JAX aborts a process whose group is broken, from a thread of its own in C++ and after pages of
+    C++ log: no Python handler of an exception or a signal would run. This one is called by abort().
+    """
+
+    def __init__(self, message: str):
+        self.message, self.status = message, 1
+        kind = ctypes.CFUNCTYPE(None, ctypes.c_int)
+        self._handler = kind(lambda _: self.say())  # kept: C does not own it
+        libc = ctypes.CDLL(None)
+        libc.signal.argtypes = [ctypes.c_int, kind]
+        libc.signal(int(signal.SIGABRT), self._handler)
+
+    def say(self) -> None:
+        """Ends the process at once, without waiting for threads or for the other processes."""
+        sys.stdout.flush()
+        os.write(2, f"{' '.join(self.message.split())}\n".encode())
+        os._exit(self.status)
+
+
+def _find_each_other(group: Group) -> None:
+    """Raises UserError where JAX would abort: the address is taken, or nobody listens there."""
+    if group.automatic:
+        return
+    host, _, port = group.coordinator.rpartition(":")
+    if group.process == 0:
+        try:
+            with socket.create_server(("", int(port)), reuse_port=False):
+                return
+        except OSError as error:
+            raise UserError(
+                f"--coordinator={group.coordinator}: process 0 cannot listen on port {port} "
+                f"({error.strerror}); give another port, to all processes"
+            ) from error
+    end = time.monotonic() + group.join_within
+    while True:
+        try:
+            with socket.create_connection((host.strip("[]"), int(port)), timeout=5):
+                return
+        except OSError as error:
+            if time.monotonic() > end:
+                raise UserError(
+                    f"--coordinator={group.coordinator}: process 0 did not answer within "
+                    f"{group.join_within} s ({error.strerror or error}); start it, or mend the "
+                    "address"
+                ) from error
+        time.sleep(0.2)
+
+
+def first() -> bool:
+    """Whether this is the process that writes what is written once."""
+    return jax.process_index() == 0
+
+
+def once(action: Callable[[], T]) -> T:
+    """Runs `action` in the first process alone; all get its result, or its UserError.
+
+    For files: one process writes, or reads and tells the others, and all go on when it is done.
+
+    Args:
+      action: returns JSON values, or None.
+    """
+    if jax.process_count() == 1:
+        return action()
+    answer: dict[str, Any] = {}
+    if first():
+        try:
+            answer = {"value": action()}
+        except UserError as error:
+            answer = {"error": str(error)}
+    answer = json.loads(_from_first(json.dumps(answer).encode()))
+    if "error" in answer:
+        raise UserError(answer["error"])
+    return answer["value"]
+
+
+def check_same(what: str, value: str) -> None:
+    """Raises UserError in all processes if they have different values."""
+    theirs = once(lambda: value)
+    if int(largest(value != theirs)):
+        raise UserError(
+            f"{what} is not the same in all processes ({value[:16]} here, {theirs[:16]} in process "
+            "0); give all of them the same"
+        )
+
+
+def _from_first(message: bytes) -> bytes:
+    """The first process's message."""
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(message))))
+    padded = np.zeros(-(-size // _CHUNK) * _CHUNK, np.uint8)
+    if first():
+        padded[:size] = np.frombuffer(message, np.uint8)
+    return multihost_utils.broadcast_one_to_all(padded)[:size].tobytes()
+
+
+def largest(value: int) -> jax.Array:
+    """The largest of all processes' values; int32. Read it later, and no process waits now."""
+    if jax.process_count() == 1:
+        return jnp.int32(value)
+    everywhere, maximum = _maximum()
+    values = jax.make_array_from_callback(
+        (jax.device_count(),),
+        NamedSharding(everywhere, PartitionSpec("all")),
+        lambda _: np.array([value], np.int32),
+    )
+    with jax.set_mesh(everywhere):  # a run's mesh may have the devices in another order
+        return maximum(values)
+
+
+@functools.cache
+def _maximum() -> tuple[Mesh, Callable[[jax.Array], jax.Array]]:
+    everywhere = Mesh(np.array(jax.devices()), "all")
+    return everywhere, jax.jit(jnp.max, out_shardings=NamedSharding(everywhere, PartitionSpec()))

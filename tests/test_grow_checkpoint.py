@@ -1,0 +1,206 @@
+"""A run grown from disk to disk: what the runner makes of it, memory, mistakes."""
+
+import dataclasses
+import functools
+import json
+import shutil
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from flm_jax import grow_checkpoint, growth, measure, runner
+from flm_jax.checkpoint import Checkpoints, by_name
+from flm_jax.config import DataConfig, ExperimentConfig, GrowthConfig, StageConfig
+from flm_jax.errors import UserError
+from flm_jax.growth.receipt import measured
+from flm_jax.leaves import CheckpointReader
+from flm_jax.lineage import RunFolder, identity, write_json
+from tests.commands import mistake, peak_memory, run, start
+from tests.models import SMALL, changed, packed_batch, random_params
+from tests.test_chain import lineage, wait_for
+from tests.test_stream import assert_same_bits, files_of_at_most, random_state
+
+KEY_OF_STAGE_1 = jax.random.fold_in(jax.random.key(0), 1)
+
+
+def two_stages(small, big, **how):
+    """A chain of two sizes, of four steps each."""
+    stage = functools.partial(
+        StageConfig, steps=4, batch_size=2, learning_rate=1e-3, matrix_learning_rate=1e-3
+    )
+    grown = GrowthConfig(**{"ramp_steps": 2, "rewarmup_steps": 1, **how})
+    stages = (stage("small", small), stage("big", big, growth=grown))
+    return ExperimentConfig(stages=stages, data=DataConfig(sequence_length=16))
+
+
+def finished_run(config, path, state=None):
+    """A run whose first stage is finished, without the training."""
+    folder = RunFolder(path)
+    stage = folder.stage(0, "small")
+    state = random_state(config.stages[0].model) if state is None else state
+    write_json(stage.config, identity(config, 0, "no data"))
+    checkpoints = Checkpoints(stage.checkpoints)
+    checkpoints.save(4, state, {"data": {"place": 3}, "wall_s": 1.0})
+    checkpoints.close()
+    entry = {"index": 0, "name": "small", "checkpoint": "stages/0-small/checkpoints/4"}
+    folder.add_stage({**entry, "data_fingerprint": "no data", "params_digest": str(path)})
+    return state
+
+
+CONFIG = changed(SMALL, dtype="float32", mup_base_width=0)
+WIDER = two_stages(CONFIG, changed(CONFIG, d_ff=3000))
+
+
+def test_a_full_disk_in_the_middle_is_one_line_and_the_same_call_goes_on(tmp_path):
+    state = finished_run(WIDER, tmp_path / "run")
+    grow = functools.partial(grow_checkpoint.grow, WIDER, tmp_path / "run", tmp_path / "grown")
+    with files_of_at_most(20_000), pytest.raises(UserError, match=r"cannot be written \(File too"):
+        grow()
+    checkpoints = tmp_path / "grown/stages/1-big/checkpoints"
+    assert [p.name for p in checkpoints.iterdir()] == ["4.partial"]
+    unfinished = Checkpoints(checkpoints)
+    assert unfinished.latest is None
+    unfinished.close()
+    again = grow()
+    assert 0 < again["bytes_written"] < again["bytes"]
+    reader = CheckpointReader(again["checkpoint"])
+    plan = runner.plan_of(CONFIG, WIDER.stages[1])
+    want = jax.jit(functools.partial(growth.grow, plan=plan))(state, key=KEY_OF_STAGE_1)
+    assert_same_bits({n: reader.read(n) for n in reader.leaves}, by_name(want))
+    assert reader.progress == {"data": {"place": 3}, "wall_s": 0.0}
+    # What the runner looks at.
+    target = RunFolder(tmp_path / "grown")
+    assert target.stages() == RunFolder(tmp_path / "run").stages()
+    folder = target.stage(1, "big")
+    assert growth.Plan.from_json(folder.plan.read_text()) == plan
+    assert json.loads(folder.config.read_text()) == identity(WIDER, 1, "no data")
+    receipt = json.loads(folder.receipt.read_text())
+    assert not measured(receipt) and receipt["exactness"] == "EXACT"
+    # All is done: a third call writes nothing.
+    before = sorted((p, p.stat().st_mtime_ns) for p in target.path.rglob("*"))
+    assert grow()["bytes"] == 0
+    assert sorted((p, p.stat().st_mtime_ns) for p in target.path.rglob("*")) == before
+
+
+def test_mistakes_are_refused_and_write_nothing(tmp_path, monkeypatch):
+    source, target = tmp_path / "run", tmp_path / "grown"
+    finished_run(WIDER, source)
+
+    def refused(words, config=WIDER, source=source, target=target, **how):
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(UserError, match=words):
+            grow_checkpoint.grow(config, source, target, **how)
+        assert sorted(tmp_path.rglob("*")) == before
+
+    refused("are both", target=tmp_path / "grown/../run")
+    refused("has no finished stage", source=tmp_path / "none")
+    refused(r"--stage=7: .*it has 0 \(small\)", stage="7")
+    one = dataclasses.replace(WIDER, stages=WIDER.stages[:1])
+    refused("is the config's last", config=one)
+    other = two_stages(changed(CONFIG, d_ff=21), WIDER.stages[1].model)
+    refused("d_ff: 20 -> 21", config=other)
+    refused("--memory is 1,000 bytes, but .* give --memory=", memory=1000)
+    noisy = two_stages(CONFIG, WIDER.stages[1].model, recipe="zero_pad", noise_db=10.0)
+    refused("noise_db 10.0, .* grow in memory", config=noisy)
+    ligo = two_stages(CONFIG, WIDER.stages[1].model, recipe="ligo")
+    refused("'mlp' by 'ligo', a dense map", config=ligo)
+    words = two_stages(CONFIG, changed(CONFIG, vocab_size=29))
+    refused("'vocab' by 'msg', with the mean", config=words)
+    with monkeypatch.context() as patched:
+        usage = shutil.disk_usage(tmp_path)
+        patched.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000))
+        with pytest.raises(UserError, match="its disk has 10,000 left"):
+            grow_checkpoint.grow(WIDER, source, target)
+        assert not list(target.iterdir())
+
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis/thesis.tex").write_text("x")
+    refused("holds files but no run", target=tmp_path / "thesis")
+    finished_run(WIDER, tmp_path / "another")
+    refused("its stages are not those of --source", target=tmp_path / "another")
+    # A checkpoint that is not of its config.
+    shutil.rmtree(source / "stages/0-small/checkpoints")
+    checkpoints = Checkpoints(source / "stages/0-small/checkpoints")
+    checkpoints.save(4, random_state(changed(CONFIG, d_ff=21)), {"data": {}})
+    checkpoints.close()
+    refused(r"down is float32\[2, 21, 12\], the config needs float32\[2, 20, 12\]")
+    shutil.rmtree(source / "stages/0-small/checkpoints/4")
+    refused("is no checkpoint")
+
+
+def test_distances_are_measured_one_layer_at_a_time():
+    config = changed(CONFIG, num_layers=3)
+    params, batch = random_params(config, 2), packed_batch(config)
+    leaves = {f"params/{n}": x for n, x in by_name(params).items()}
+
+    def read(path, slices):
+        index = [np.arange(n)[s] for n, s in zip(leaves[f"params/{path}"].shape, slices)]  # noqa: B905
+        return np.asarray(leaves[f"params/{path}"])[np.ix_(*index)]
+
+    got = measure.layer_distances(read, jax.tree.map(np.asarray, batch), config)
+    want = measure.source(params, batch, config)["distances"]
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    assert np.ptp(want) > 1e-2  # they could be mixed up
+
+
+CHAIN = """
+import dataclasses
+from configs import common, demo
+from experiments import cli
+from flm_jax import config
+
+def get_config():
+    smoke = config.experiment(cli.plain(demo.get_config("smoke")))
+    stages = tuple(dataclasses.replace(stage, steps=12) for stage in smoke.stages[:2])
+    return common.to_config_dict(dataclasses.replace(smoke, stages=stages))
+"""
+
+
+@pytest.mark.slow
+def test_the_runner_goes_on_as_if_it_had_grown_in_memory(tmp_path):
+    (tmp_path / "chain.py").write_text(CHAIN)
+    config = f"--config={tmp_path / 'chain.py'}"
+    status, _, err = run("experiments.grow", config, f"--workdir={tmp_path / 'run'}")
+    assert status == 0, err
+    target = tmp_path / "grown"
+    args = ("experiments.grow_checkpoint", config, f"--source={tmp_path / 'run'}",
+            f"--target={target}", "--stage=small")  # fmt: skip
+    process = start(*args)
+    wait_for("stages/1-medium/checkpoints/12.partial", target, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (target / "stages/1-medium/checkpoints/12").exists()
+    status, out, err = run(*args)
+    assert status == 0 and "were written" in out and "/s" in err, err
+    status, _, err = run("experiments.grow", config, f"--workdir={target}")
+    assert status == 0, err
+    for a, b in zip(lineage(target), lineage(tmp_path / "run"), strict=True):
+        assert {**a, "wall_s": 0} == {**b, "wall_s": 0}  # digests, receipts, evaluations
+    assert "--target are both" in mistake(*args, f"--target={tmp_path / 'run'}")
+
+
+@pytest.mark.slow
+def test_a_state_larger_than_the_memory_it_grows_in(tmp_path):
+    """0.6 GB grow to 2.8 GB in a process of less than 1.5 GiB."""
+    small = changed(
+        CONFIG, vocab_size=8192, num_layers=4, d_model=768, num_heads=12, num_kv_heads=0,
+        head_dim=64, d_ff=3072,
+    )  # fmt: skip
+    big = changed(small, num_layers=8, d_model=1280, num_heads=20, d_ff=5120)
+    config = two_stages(small, big)
+    finished_run(config, tmp_path / "run")
+    (tmp_path / "chain.py").write_text(
+        "from configs import common\nfrom flm_jax import config\n"
+        f"VALUES = {dataclasses.asdict(config)!r}\n"
+        "def get_config():\n    return common.to_config_dict(config.experiment(VALUES))\n"
+    )
+    peak = peak_memory(
+        "experiments.grow_checkpoint", f"--config={tmp_path / 'chain.py'}",
+        f"--source={tmp_path / 'run'}", f"--target={tmp_path / 'grown'}",
+    )  # fmt: skip
+    reader = CheckpointReader(tmp_path / "grown/stages/1-big/checkpoints/4")
+    assert sum(4 * x.size for x in reader.leaves.values()) > 2e9
+    shutil.rmtree(tmp_path)
+    assert peak < 1.5 * 2**30

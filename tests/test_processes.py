@@ -1,0 +1,294 @@
+"""Several processes, and growth between meshes: the same numbers in every layout, and the ends."""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import shutil
+import signal
+import socket
+import time
+
+import chex
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+
+from flm_jax import growth, processes, sharding
+from flm_jax.checkpoint import params_digest
+from flm_jax.config import ExperimentConfig, MeshConfig, StageConfig
+from flm_jax.errors import UserError
+from flm_jax.lineage import identity
+from flm_jax.train import init_state
+from tests.commands import mistake, start
+from tests.models import grow
+from tests.test_train import BIG, MODEL, optimizer, stage_of
+
+CHAIN = ("experiments.grow", "--config=tests/tiny_chain.py")
+MESHES = [MeshConfig(8, 1, 1), MeshConfig(2, 2, 2), MeshConfig(1, 4, 2), MeshConfig(1, 1, 8)]
+
+
+# --- In one process ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+@pytest.mark.parametrize("order", [np.arange(8), np.array([0, 4, 1, 5, 2, 6, 3, 7])], ids=str)
+def test_a_process_gets_the_rows_that_its_devices_need(monkeypatch, shape, count, order):
+    """Whichever devices of the mesh are whose, and also where batches do not divide."""
+    like = sharding.make_mesh(shape)
+    mesh = Mesh(like.devices.reshape(-1)[order].reshape(like.devices.shape), like.axis_names)
+    needed = NamedSharding.devices_indices_map
+
+    for process in range(count):
+        mine = jax.devices()[process * 8 // count : (process + 1) * 8 // count]
+        monkeypatch.setattr(
+            NamedSharding,
+            "addressable_devices_indices_map",
+            lambda self, s, mine=mine: {d: at for d, at in needed(self, s).items() if d in mine},
+        )
+        for rows in (16, 4):
+            index, parts = sharding.share_of_batch(rows, mesh)
+            assert 0 <= index < parts and rows % parts == 0
+            part = range(rows * index // parts, rows * (index + 1) // parts)
+            if rows == 4 and 4 % (shape.data * shape.fsdp):
+                assert (index, parts) == (0, 1)
+            places = needed(NamedSharding(mesh, sharding.BATCH), (16,))
+            if rows == 16:
+                for device in mine:
+                    first, last, _ = places[device][0].indices(16)
+                    assert first in part and last - 1 in part
+                if shape.tensor == 1 and (order == np.arange(8)).all():
+                    assert parts == count  # no process reads what it does not need
+
+
+def test_a_placed_batch_is_the_batch():
+    mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
+    for rows in (8, 3):  # split, and whole in every device
+        x = np.arange(rows * 5).reshape(rows, 5)
+        placed = sharding.place_batch({"x": x}, mesh)["x"]
+        np.testing.assert_array_equal(placed, x)
+        assert placed.addressable_shards[0].data.shape[0] == (2 if rows == 8 else 3)
+
+
+@functools.cache
+def fresh():
+    tx = optimizer(stage_of(MODEL))
+    return jax.device_get(jax.jit(lambda: init_state(MODEL, tx, jax.random.key(0)))())
+
+
+def start_on(mesh):
+    return jax.device_put(fresh(), sharding.shardings(fresh(), mesh))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("turned", [False, True])
+def test_growth_from_mesh_to_mesh_gives_the_same_bits(turned):
+    """Also where the meshes order the devices differently."""
+    plan = growth.plan(MODEL, BIG)
+    old, target = (sharding.make_mesh(m) for m in (MeshConfig(2, 2, 2), MeshConfig(1, 8, 1)))
+    if turned:
+        target = Mesh(target.devices[:, ::-1], target.axis_names, axis_types=target.axis_types)
+    here = grow(fresh(), plan, jax.random.key(1))
+    source = start_on(old)
+    there = growth.grow_on_mesh(source, plan, jax.random.key(1), old, target)
+    up = there.params["layers"]["mlp"]["up"]
+    assert up.sharding.mesh == target and up.addressable_shards[0].data.size == up.size // 8
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(source))
+    chex.assert_trees_all_equal(jax.device_get(here), jax.device_get(there))
+    # The twin: another key is seen.
+    other = grow(fresh(), plan, jax.random.key(2))
+    assert params_digest(other.params) != params_digest(there.params)
+
+
+def test_the_digest_does_not_depend_on_the_mesh_or_on_its_pieces():
+    mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
+    state = start_on(mesh)
+    whole = params_digest(fresh().params)
+    assert params_digest(state.params) == whole
+    assert params_digest(state.params, piece_bytes=200) == whole  # rows, and parts of rows
+
+
+def test_a_stages_mesh_is_no_part_of_its_identity():
+    stages = (stage_of(MODEL), dataclasses.replace(stage_of(BIG), name="b"))
+    config = ExperimentConfig(stages=stages, mesh=MeshConfig(8))
+    own = dataclasses.replace(stages[1], mesh=MeshConfig(1, 8))
+    moved = dataclasses.replace(config, stages=(stages[0], own))
+    assert [moved.mesh_of(n) for n in (0, 1)] == [MeshConfig(8), MeshConfig(1, 8)]
+    assert identity(config, 1, "x") == identity(moved, 1, "x")
+    assert isinstance(moved.stages[1], StageConfig)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"coordinator": "a:1"}, ("--process, --processes is missing", "--coordinator")),
+        ({"process": 0, "processes": 2}, ("--coordinator is missing",)),
+        ({"coordinator": "a:1", "process": 2, "processes": 2}, ("--process=2", "0 to 1")),
+        ({"coordinator": "a:1", "process": 0, "processes": 0}, ("--processes=0",)),
+        ({"coordinator": "a", "process": 0, "processes": 1}, ("--coordinator=a", "HOST:PORT")),
+        ({"coordinator": "a:b", "process": 0, "processes": 1}, ("--coordinator=a:b",)),
+        ({"automatic": True, "process": 0}, ("--distributed", "--process")),
+        ({"lost_after": 0}, ("--lost_after=0",)),
+    ],
+)
+def test_a_group_that_does_not_fit_is_refused(given, words):
+    with pytest.raises(UserError) as error:
+        processes.Group(**given)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_alone_a_process_decides_alone():
+    with processes.joined(processes.Group()):
+        assert processes.first()
+        assert processes.once(lambda: {1: "kept as it is"}) == {1: "kept as it is"}
+        assert int(processes.largest(7)) == 7
+        processes.check_same("a value", "x")
+
+
+# --- In several --------------------------------------------------------------------------------
+
+
+def free_port():
+    with contextlib.closing(socket.socket()) as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
+def start_two(*args):
+    """The command in two processes of four devices each."""
+    group = (f"--coordinator=localhost:{free_port()}", "--processes=2", "--lost_after=20")
+    return [start(*args, *group, f"--process={i}", devices=4) for i in range(2)]
+
+
+def ended(started, timeout=400):
+    """Of each process: status, standard output, standard error without what libraries log."""
+    found = []
+    for process in started:
+        out, err = process.communicate(timeout=timeout)
+        lines = [line for line in err.splitlines() if "[Gloo]" not in line]
+        found.append((process.returncode, out, lines))
+    return found
+
+
+def wait_for(pattern, workdir, started, timeout=400):
+    end = time.monotonic() + timeout
+    while not list(workdir.glob(pattern)):
+        for process in started:
+            assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < end, f"no {pattern}"
+        time.sleep(0.02)
+
+
+def evaluations(workdir):
+    """Validation bits per byte of every evaluated step of the chain."""
+    rows = []
+    for stage in ("0-small", "1-large"):
+        text = (workdir / "stages" / stage / "metrics.jsonl").read_text()
+        rows += [json.loads(line) for line in text.splitlines()]
+    return np.array([row["bpb"] for row in rows if row["kind"] == "eval"])
+
+
+def lineage(workdir):
+    return json.loads((workdir / "lineage.json").read_text())["stages"]
+
+
+def assert_same_run(workdir, other):
+    """Sums over devices are in another order, 1e-7 of float32 at a time; Adam divides by sizes."""
+    ours, theirs = evaluations(workdir), evaluations(other)
+    assert len(ours) == len(theirs) == 14 and theirs[0] - theirs[-1] > 0.5
+    np.testing.assert_allclose(ours, theirs, rtol=RTOL)
+    for one, two in zip(lineage(workdir), lineage(other), strict=True):
+        assert one["plan_digest"] == two["plan_digest"] or one["index"] > 0
+        assert one["config_digest"] == two["config_digest"]
+        assert (one["receipt"] is None) == (two["receipt"] is None)
+
+
+RTOL = 2e-5
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The chain in one process of eight devices."""
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    ((status, _, err),) = ended([start(*CHAIN, f"--workdir={workdir}", devices=8)])
+    assert status == 0, err
+    return workdir
+
+
+@pytest.mark.slow
+def test_two_processes_killed_stopped_and_resumed_train_as_one(alone, tmp_path):
+    """One killed ends the other; a signal to one stops both; what they train is the same."""
+    workdir = tmp_path / "run"
+    started = start_two(*CHAIN, f"--workdir={workdir}")
+    wait_for("stages/0-small/checkpoints/3", workdir, started)
+    started[1].kill()
+    killed = time.monotonic()
+    (status, _, lines), _ = ended(started)
+    assert time.monotonic() - killed < 60
+    assert status == 1
+    assert "process 0 of 2: another process was lost; start all of them again" in lines[-1]
+    assert not any("Traceback" in line for line in lines)
+
+    started = start_two(*CHAIN, f"--workdir={workdir}")
+    wait_for("stages/0-small/checkpoints/6", workdir, started)
+    started[1].send_signal(signal.SIGTERM)
+    (one, _, lines), (two, _, theirs) = ended(started)
+    assert one == two == 130, lines + theirs
+    assert "SIGTERM: stopped at step" in lines[-1] and lines[-1] == theirs[-1]
+
+    for status, out, lines in ended(start_two(*CHAIN, "--json", f"--workdir={workdir}")):
+        assert status == 0, lines
+        assert json.loads(out)["stages"] == lineage(workdir)
+    assert_same_run(workdir, alone)
+    receipts = [lineage(w)[1]["receipt"] for w in (workdir, alone)]
+    for name in ("dead_slots", "locked_copies", "layer_map", "exactness"):
+        assert receipts[0][name] == receipts[1][name]
+    assert receipts[0]["max_abs_logit_diff"] < 1e-4 * receipts[0]["logit_scale"]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_goes_on_in_another_layout(alone, tmp_path):
+    """From 8 devices to 4, over a growth onto another mesh, and to 2 processes x 4 on a third."""
+    workdir = tmp_path / "run"
+    shutil.copytree(alone / "stages" / "0-small", workdir / "stages" / "0-small")
+    shutil.rmtree(workdir / "stages" / "0-small" / "checkpoints" / "12")
+
+    def layout(first, second):
+        """The command with these meshes of its two stages."""
+        meshes = {"config.mesh": first, "config.stages[1].mesh": second}
+        sizes = [
+            f"--{name}.{axis}={size}"
+            for name, mesh in meshes.items()
+            for axis, size in dataclasses.asdict(mesh).items()
+        ]
+        return (CHAIN[0], f"{CHAIN[1]}:relayout", f"--workdir={workdir}", *sizes)
+
+    four = [start(*layout(MeshConfig(1, 2, 2), MeshConfig(1, 4, 1)), devices=4)]
+    wait_for("stages/1-large/checkpoints/15", workdir, four)
+    four[0].send_signal(signal.SIGTERM)
+    ((status, _, lines),) = ended(four)
+    assert status == 130, lines
+    two = start_two(*layout(MeshConfig(8, 1, 1), MeshConfig(2, 1, 4)))
+    for status, _, lines in ended(two):
+        assert status == 0, lines
+    assert_same_run(workdir, alone)
+
+
+@pytest.mark.slow
+def test_mistakes_of_a_group(tmp_path):
+    """One line and status 2, in every process, and nothing is written."""
+    new = tmp_path / "new"
+    port = free_port()
+    args = (*CHAIN, f"--workdir={new}", "--processes=2", f"--coordinator=localhost:{port}")
+    line = mistake(*args, "--process=1", "--join_within=2")
+    assert "process 0 did not answer within 2 s" in line
+    with contextlib.closing(socket.create_server(("", port))):
+        assert f"cannot listen on port {port}" in mistake(*args, "--process=0")
+    assert not new.exists()
+
+    (tmp_path / "thesis.tex").write_text("x")
+    for status, _, lines in ended(start_two(*CHAIN, f"--workdir={tmp_path}")):
+        assert status == 2
+        assert len(lines) == 1 and "holds files but no run" in lines[0]
