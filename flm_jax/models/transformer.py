@@ -130,10 +130,10 @@ class Transformer(nn.Module):
     ) -> tuple[jax.Array, Cache]:
         """All layers one after the other, each with its own parameters and its own cache."""
         ids_BS = write(cache.segment_ids_BS, segment_ids_BT, cache.length, axis=1)
-        slots, layers = (ids_BS, cache.length), []
+        slots, layers = (ids_BS, cache.length), list(cache.layers)
         for index, past in enumerate(cache.layers):
             layer = nn_layers.Layer(self.config, PARAMS["layers"], name=layer_name(index))
             x_BTD, extended = layer(x_BTD, None, segment_ids_BT, angles, {}, past, slots)
-            assert extended is not None
-            layers.append(extended)
+            assert extended is not None  # there is a cache
+            layers[index] = extended
         return x_BTD, Cache(tuple(layers), ids_BS, cache.length + x_BTD.shape[1])
