@@ -27,7 +27,8 @@ def growth_program(
     def onto(state: TrainState, key: jax.Array) -> TrainState:
         return grow(state, plan, key)
 
-    placed = sharding.shardings(jax.eval_shape(onto, before, jax.random.key(0)), mesh)
+    shapes = jax.eval_shape(lambda state: onto(state, jax.random.key(0)), before)
+    placed = sharding.shardings(shapes, mesh)
     return jax.jit(onto, out_shardings=placed, donate_argnums=0)
 
 
