@@ -111,7 +111,7 @@ def test_the_digest_does_not_depend_on_the_mesh_or_on_its_pieces():
 
 
 def test_a_stages_mesh_is_no_part_of_its_identity():
-    stages = (stage_of(MODEL), dataclasses.replace(stage_of(BIG), name="b"))
+    stages = (stage_of(MODEL), dataclasses.replace(stage_of(BIG), name="b", steps=200))
     config = ExperimentConfig(stages=stages, mesh=MeshConfig(8))
     own = dataclasses.replace(stages[1], mesh=MeshConfig(1, 8))
     moved = dataclasses.replace(config, stages=(stages[0], own))

@@ -28,7 +28,8 @@ def growth_program(
     def onto(state: TrainState, key: jax.Array) -> TrainState:
         return grow(state, plan, key)
 
-    placed = sharding.shardings(jax.eval_shape(onto, before, jax.random.key(0)), *layout)
+    shapes = jax.eval_shape(lambda state: onto(state, jax.random.key(0)), before)
+    placed = sharding.shardings(shapes, *layout)
     return jax.jit(onto, out_shardings=placed, donate_argnums=0)
 
 
