@@ -240,7 +240,8 @@ def grown_state(config=CONFIG):
     ("recipe", "big", "how", "limit"),
     [
         ("msg", BIG, {"moments": "asym"}, 500),
-        ("aki,layers=stack", BIG, {"moments": "dual", "rates": "carry"}, 900),
+        pytest.param("aki,layers=stack", BIG, {"moments": "dual", "rates": "carry"}, 900,
+                     marks=pytest.mark.slow),
         pytest.param("zero_pad", BIG, {"moments": "dual", "rates": "ramp"}, 150,
                      marks=pytest.mark.slow),
         pytest.param("tile,identity", TILED, {"moments": "asym", "rates": "carry"}, 700,
