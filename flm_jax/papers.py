@@ -2,9 +2,7 @@
 
 Sources: 2404.16645 is the Tele-FLM report (its tables of English and Chinese benchmarks and of
 bits per byte), 2309.03852 is FLM-101B, "model card" that of FLM-2-52B-Instruct-2407. No scores of
-the 1T model were published. AlignBench's overall score is the mean of reasoning (Math, Logic) and
-of language (the other six); only gpt-4-0613's categories do not give its overall score (6.50, not
-6.83): the row is kept as it was read.
+the 1T model were published.
 """
 
 from __future__ import annotations

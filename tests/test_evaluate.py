@@ -144,15 +144,6 @@ def test_the_papers_averages_are_those_of_their_rows():
     }
     assert average("English", 8) == pytest.approx(reported["English"], abs=0.006)
     assert average("Chinese", 5) == pytest.approx(reported["Chinese"], abs=0.006)
-    # AlignBench: the mean of reasoning and of language.
-    rows = {b.name: b.scores for b in papers.BENCHMARKS if b.group == "AlignBench"}
-    overall = rows.pop("overall")
-    for model, score in overall.items():
-        reasoning = (rows["Math"][model] + rows["Logic"][model]) / 2
-        language = [s[model] for name, s in rows.items() if name not in ("Math", "Logic")]
-        mean = (reasoning + sum(language) / 6) / 2
-        # One row does not add up as the others do; it is kept as it was read.
-        assert (abs(mean - score) < 0.011) == (model != "gpt-4-0613")
 
 
 def test_own_scores_stand_beside_the_papers():
