@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> dict[str, Any]:
         return {"operators": []}
     # Dozens of tiny programs, each run a few times: compiling is all the time there is.
     host.compile_quickly()
-    from flm_jax import check_growth
+    from flm_jax.studies import check_growth
 
     source = check_growth.run_source(RUN.value) if RUN.value else check_growth.random_source()
     how: dict[str, Any] = {

@@ -15,8 +15,9 @@ import rich.console
 import rich.markdown
 
 from experiments import cli
-from flm_jax import probe, report
+from flm_jax import report
 from flm_jax.config import ProbeConfig
+from flm_jax.studies import probe
 
 
 def main(config: ml_collections.ConfigDict) -> dict[str, Any]:

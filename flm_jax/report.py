@@ -11,9 +11,9 @@ import numpy as np
 import rich.box
 import rich.table
 
-from flm_jax import probe
 from flm_jax.figures import ACCENT, GUIDE, LINE, clean, plt, save
 from flm_jax.lineage import RunFolder, StageFolder, bits_per_byte, write_atomically, write_json
+from flm_jax.studies import probe
 
 _COLUMNS = (
     "stage", "params", "steps", "tokens", "FLOPs", "time", "bits per byte",

@@ -30,12 +30,12 @@ LAYERS = [
         "figures",
     },
     {"interop", "roofline"},
-    {"generate", "ligo", "run_state", "study"},
+    {"generate", "ligo", "run_state"},
     {"likelihood"},
     {"runner"},
-    {"chain", "check_growth", "coordinates", "harness", "sweep", "through_growth", "predict"},
-    {"probe", "benchmark", "generate_benchmark", "ahead", "grow_checkpoint", "sft"},
-    {"report", "mup_report", "papers"},
+    {"chain", "harness"},
+    {"ahead", "benchmark", "generate_benchmark", "grow_checkpoint", "sft", "studies"},
+    {"papers", "report"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FILES = sorted((ROOT / "flm_jax").rglob("*.py"))

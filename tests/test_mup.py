@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments import cli
-from flm_jax import axes, config, coordinates, mup, predict, study, sweep, threefry, through_growth
+from flm_jax import axes, config, mup, threefry
 from flm_jax.config import MupStudyConfig
 from flm_jax.errors import UserError
+from flm_jax.studies import coordinates, predict, study, sweep, through_growth
 from tests.commands import json_of, mistake
 from tests.models import SMALL, changed
 

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from flm_jax import axes, check_growth, growth, ligo, measure, optim, sharding
+from flm_jax import axes, growth, ligo, measure, optim, sharding
 from flm_jax.config import GrowthConfig, OptimizerConfig, StageConfig
 from flm_jax.errors import UserError
 from flm_jax.growth import operators
@@ -18,6 +18,7 @@ from flm_jax.growth.expansion import NEW, Expansion, Run
 from flm_jax.growth.operators import EXACT, OPERATORS
 from flm_jax.growth.receipt import gradient_error
 from flm_jax.state import TrainState
+from flm_jax.studies import check_growth
 from tests.commands import ROOT
 from tests.models import SMALL, changed, gradients, grow, logits_of, packed_batch, random_params
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from flm_jax.config import MupStudyConfig, StageConfig
 from flm_jax.errors import UserError
-from flm_jax.study import Study, widened
+from flm_jax.studies.study import Study, widened
 
 HYPER_PARAMETERS = ("learning_rate", "init_std", "input_mult", "output_mult")
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from flm_jax.config import MupStudyConfig, TransformerConfig
 from flm_jax.models import Transformer
-from flm_jax.study import Study, widened
+from flm_jax.studies.study import Study, widened
 
 Sizes = dict[str, np.ndarray]  # "attention 0" -> [step]
 

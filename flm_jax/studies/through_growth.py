@@ -21,7 +21,7 @@ from flm_jax import axes, growth
 from flm_jax.config import GrowthConfig, MupStudyConfig, StageConfig
 from flm_jax.growth import Plan
 from flm_jax.growth.expansion import any_slot
-from flm_jax.study import Study, widened
+from flm_jax.studies.study import Study, widened
 
 RECIPES = ("msg", "zero_pad", "tile")
 KINDS = ("matrix", "vector", "readout")
