@@ -3,7 +3,8 @@ r"""Is less more? Few chosen conversations against many, on the demo's first sta
   make demo
   python -m experiments.less_is_more --config=configs/less_is_more.py --workdir=runs/less_is_more
 
-MEASURED
+Two CPU cores shared with other work, at low priority: about 36 minutes for 24 arms. Only the first
+stage of the demo is needed. Expected: docs/less_is_more.md.
 
 `:smoke` is two arms of a run of `configs/demo.py:smoke` in runs/demo-smoke, for tests.
 On your own model and data: copy this file, set `base`, `paths` and, if the files are as found,

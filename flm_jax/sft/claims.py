@@ -261,22 +261,20 @@ def _sizes_figure(
     """Loss against the number of conversations: random and chosen, both budgets."""
     figure, panels = plt.subplots(1, len(parts), figsize=(4.6 * len(parts), 3.6), squeeze=False)
     even = config.mixes[0].name
+    kinds = [("random", "steps"), ("random", "epochs"), ("chosen", "steps"), ("chosen", "epochs")]
     for panel, (name, over) in zip(panels[0], parts.items(), strict=True):
-        for selection, color in (("random", GUIDE), ("chosen", LINE)):
-            for budget, style in zip(BUDGETS, ("-", "--"), strict=True):
-                points = []
-                for size in config.sizes:
-                    side = Side((size, selection, even, budget), over)
-                    if found := rows.values(side, "loss"):
-                        mean, low, _ = interval(list(found.values()))
-                        half = mean - low
-                        points.append((size, mean, half if math.isfinite(half) else 0.0))
-                if points:
-                    xs, ys, errors = np.array(points).T
-                    panel.errorbar(
-                        xs, ys, errors, color=color, linestyle=style, marker="o", markersize=4,
-                        capsize=3, label=f"{selection}, equal {budget}",
-                    )  # fmt: skip
+        for n, (selection, budget) in enumerate(kinds):
+            sides = {size: Side((size, selection, even, budget), over) for size in config.sizes}
+            found = {size: rows.values(side, "loss") for size, side in sides.items()}
+            means = {size: interval([*of.values()]) for size, of in found.items() if of}
+            panel.errorbar(
+                [size * 1.05**n for size in means],  # side by side
+                [mean for mean, _, _ in means.values()],
+                [mean - low if math.isfinite(low) else 0.0 for mean, low, _ in means.values()],
+                color=GUIDE if selection == "random" else LINE,
+                linestyle="-" if budget == "steps" else "--",
+                marker="o", markersize=4, capsize=3, label=f"{selection}, equal {budget}",
+            )  # fmt: skip
         panel.axhline(value(rows.base, over, "loss"), color=ACCENT, linewidth=1, linestyle=":")
         panel.set_xscale("log", base=2)
         panel.set_xticks(config.sizes, [str(size) for size in config.sizes])
@@ -308,7 +306,7 @@ def _mixes_figure(
                 color=colors(0.85 * n / max(len(config.mixes) - 1, 1)),
             )  # fmt: skip
         panel.set_xticks(range(len(shown)), shown, rotation=35, ha="right", fontsize=8)
-        panel.set_ylim(bottom=0)
+        panel.set_ylim(0, 1 if metric == "accuracy" else None)
         panel.set_ylabel("nats per token" if metric == "loss" else "share right")
         clean(panel)
     panels[0].legend(title="mix", fontsize=8, frameon=False)
