@@ -60,11 +60,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
             score_samples=2, max_new_tokens=8, quick_compile=True,
         )  # fmt: skip
         config = dataclasses.replace(
-            config,
-            sft=sft,
-            sizes=(8, 16),
-            mixes=config.mixes[:1],
-            seeds=1,
-            defects=0.0,
-        )
+            config, sft=sft, sizes=(8, 16), mixes=config.mixes[:1], seeds=1, defects=0.0,
+            # To a model of a few steps no question helps.
+            selection=SelectionConfig(size=1, worst_loss=0.0, max_ifd=100.0, rank="none"),
+        )  # fmt: skip
     return common.to_config_dict(config)

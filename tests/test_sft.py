@@ -442,7 +442,7 @@ def test_mistakes_are_one_line_and_leave_nothing(base, tmp_path):
         ((f"--config.paths=('{tmp_path}/bad.jsonl',)",), ("bad.jsonl, line 2",)),
         (
             (f"--config.paths=('{tmp_path}/mute.jsonl',)", "--config.made=0"),
-            ("30 conversations", "without an assistant turn"),
+            ("no conversation is left", "without an assistant turn"),
         ),
         (("--config.sequence_length=8",), ("no conversation is left", "dropped as too long")),
         (("--config.base=runs/nowhere",), ("runs/nowhere", "make demo")),
