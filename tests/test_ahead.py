@@ -108,6 +108,7 @@ def test_memory_report(tmp_path):
     assert ahead._memory_report(tmp_path) == 37306169568
 
 
+@pytest.mark.slow
 def test_mistakes_are_one_line():
     assert "--topology is missing" in mistake(*CHAIN, "--batch=8")
     demo = (CHAIN[0], "--config=configs/demo.py")
@@ -127,6 +128,7 @@ def test_a_mesh_must_match_its_topology():
         ahead.mesh_of("v5e:2x2", {"expert": 4}, [None] * 4)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra [tpu]")
 @pytest.mark.parametrize("what", ["train", "train_masked", "growth"])
 def test_the_tpu_compiler_takes_a_small_chain(what):

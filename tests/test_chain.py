@@ -66,6 +66,7 @@ def test_a_second_call_says_complete_and_changes_nothing(finished):
     assert (finished / "lineage.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_killed_and_stopped_anywhere_it_ends_in_the_same_bits(finished, tmp_path):
     workdir = tmp_path / "disturbed"
     (workdir / "stages").mkdir(parents=True)
@@ -95,6 +96,7 @@ def test_killed_and_stopped_anywhere_it_ends_in_the_same_bits(finished, tmp_path
         assert a["eval"] == b["eval"] and a["plan_digest"] == b["plan_digest"]
 
 
+@pytest.mark.slow
 def test_another_seed_ends_in_other_bits(finished, tmp_path):
     """The twin of the test above: the digest does see what differs."""
     args = ("--config.seed=1", "--config.stages[0].steps=20", f"--workdir={tmp_path / 'run'}")
@@ -121,6 +123,7 @@ def test_a_changed_config_is_refused_on_resume(finished, override, words):
     assert (finished / "lineage.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_changed_data_is_refused_on_resume(tmp_path):
     texts = tmp_path / "texts"
     texts.mkdir()

@@ -143,6 +143,7 @@ def test_the_summary_counts_grid_steps():
         sweep.summary([row(64, v, None) for v in grid])
 
 
+@pytest.mark.slow
 def test_sweep_and_growth_as_commands(tmp_path):
     args = (STUDY, f"--workdir={tmp_path}", "--config.learning_rates=(1.0, 2.0)",
             "--config.init_stds=(1.0,)")  # fmt: skip
@@ -207,6 +208,7 @@ def test_the_law_of_parameters_and_tokens_is_found():
     assert found == pytest.approx((1.69, 0.34, 0.28), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_prediction_as_a_command(tmp_path):
     path = tmp_path / "runs.csv"
     lines = [f"{x},{loss}" for x, loss in list(PUBLISHED.values())[:7]]
@@ -237,6 +239,7 @@ def test_prediction_as_a_command(tmp_path):
     assert found["predictions"][0]["predicted"] == pytest.approx(want, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_widest_is_predicted_before_it_is_trained(tmp_path):
     args = ("experiments.predict_loss", STUDY, f"--workdir={tmp_path}")
     found = json_of(*args)
@@ -246,6 +249,7 @@ def test_the_widest_is_predicted_before_it_is_trained(tmp_path):
     assert saved["measured"] == found["measured"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "words"),
     [

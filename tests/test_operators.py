@@ -619,6 +619,7 @@ def test_a_claim_that_does_not_hold_is_contradicted(monkeypatch):
     assert row["claimed"] == EXACT and row["measured"] == "APPROX" and not row["ok"]
 
 
+@pytest.mark.slow
 def test_ligo_learns_a_plan():
     small, big = pair_of("ligo", dtype="float32")
     source = check_growth.random_source(small)

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from tests.commands import json_of, mistake, run
 
 PROBE = ("experiments.probe_growth", "--config=configs/probe_growth.py:smoke")
@@ -21,6 +23,7 @@ def test_a_lock_is_a_contradiction_and_a_wrong_recipe_a_mistake():
     assert "no lineage.json" in mistake("experiments.check_growth", "--run=runs/nowhere")
 
 
+@pytest.mark.slow
 def test_probe_ranks_resumes_and_refuses(tmp_path):
     line = mistake(
         *PROBE, f"--workdir={tmp_path}/no", "--config.arms[2].growth.recipe=tile,layers=magic"
