@@ -3,8 +3,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-# Tests compile many tiny models; compiling them without optimisation halves the time.
-TEST_ENV := XLA_FLAGS=--xla_backend_optimization_level=0
 
 .PHONY: demo test check help
 
@@ -24,10 +22,10 @@ demo: $(STAMP)
 	$(BIN)/python -m experiments.grow --config=configs/demo.py --workdir=runs/demo
 
 test: $(STAMP)
-	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow"
 
 check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(TEST_ENV) $(BIN)/python -m pytest
+	$(BIN)/python -m pytest

@@ -15,10 +15,11 @@ from flm_jax import axes, optim, sharding
 from flm_jax.config import OptimizerConfig, StageConfig, TransformerConfig
 from flm_jax.growth import Plan
 from flm_jax.growth.receipt import dead_slots, difference, largest_added, locked_copies
+from flm_jax.losses import cross_entropy
 from flm_jax.models import Transformer, layers
 from flm_jax.optim import SlotAdamState
 from flm_jax.state import TrainState
-from flm_jax.train import Batch, gradients, logits_of, summed_loss
+from flm_jax.train import Batch, gradients, logits_of
 
 FIRST_STEPS = 3  # zeros are left after one step, slots behind two zeros after two
 
@@ -26,14 +27,13 @@ FIRST_STEPS = 3  # zeros are left after one step, slots behind two zeros after t
 @functools.partial(jax.jit, static_argnums=2)
 def source(params: Any, batch: Batch, config: TransformerConfig) -> dict[str, jax.Array]:
     """Logits, mean loss and layer distances of the model before it grows."""
-    _, sown = Transformer(config).apply(
+    logits_BTV, sown = Transformer(config).apply(
         {"params": params}, batch["tokens"], batch["segment_ids"], batch["positions"],
         mutable=["intermediates"],
     )  # fmt: skip
-    loss, tokens = summed_loss(params, batch, config)
     return {
-        "logits": logits_of(config, params, batch),
-        "loss": loss / tokens,
+        "logits": logits_BTV,
+        "loss": _mean_loss(logits_BTV, batch),
         # In every process whole: a growth's plan depends on them.
         "distances": sharding.constrain(sown["intermediates"]["layers"]["distance"][0], None),
     }
@@ -79,9 +79,13 @@ def layer_distances(
 
 @functools.partial(jax.jit, static_argnums=2)
 def _grown(params: Any, batch: Batch, plan: Plan) -> tuple[jax.Array, jax.Array]:
-    masks = plan.masks(0.0)
-    loss, tokens = summed_loss(params, batch, plan.target, masks)
-    return logits_of(plan.target, params, batch, masks), loss / tokens
+    logits_BTV = logits_of(plan.target, params, batch, plan.masks(0.0))
+    return logits_BTV, _mean_loss(logits_BTV, batch)
+
+
+def _mean_loss(logits_BTV: jax.Array, batch: Batch) -> jax.Array:
+    loss, tokens = cross_entropy(logits_BTV, batch["targets"], batch["weights"])
+    return loss / tokens
 
 
 def function_change(

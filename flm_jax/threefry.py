@@ -16,6 +16,7 @@ _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = np.uint32(0x1BD11BDA)
 
 
+@jax.jit  # traced once for each shape: flax asks every parameter's initializer at every trace
 def bits(keys: jax.Array, places: jax.Array) -> jax.Array:
     """uint32 [*keys.shape, *places.shape]: those places of `jax.random.bits` of every key.
 

@@ -7,6 +7,7 @@ whole parameter.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -78,14 +79,15 @@ def difference(
     }
 
 
-def gradient_error(plan: Plan, source: Mapping[str, Any], target: Mapping[str, Any]) -> float:
+@functools.partial(jax.jit, static_argnums=0)
+def gradient_error(plan: Plan, source: Mapping[str, Any], target: Mapping[str, Any]) -> jax.Array:
     """How far the grown model's gradient is from the source's, mapped, where history comes along.
 
     Largest absolute difference over the largest absolute gradient. Of a repeated key/value head
     only the sum over its copies is known, so that keys and values are left out.
     """
     dual = dataclasses.replace(plan, moments="dual")
-    worst = largest = 0.0
+    worst = largest = jnp.zeros(())
     for (path, g), (_, got) in zip(axes.flatten(source), axes.flatten(target), strict=True):
         param = axes.TABLE[path]
         splits = [e.splits for e in plan.expansions if e.splits and e.axis in param.axes]
@@ -94,7 +96,8 @@ def gradient_error(plan: Plan, source: Mapping[str, Any], target: Mapping[str, A
         begins = any_slot(param, plan.by_axis, lambda e, role: ~carried(e, "dual"))
         apart = jnp.abs(grow_moment(g, param, dual, power=1) - got)
         apart = apart if begins is None else jnp.where(begins, 0, apart)
-        worst, largest = max(worst, float(jnp.max(apart))), max(largest, float(jnp.abs(g).max()))
+        worst = jnp.maximum(worst, jnp.max(apart))
+        largest = jnp.maximum(largest, jnp.max(jnp.abs(g)))
     return worst / largest
 
 

@@ -17,7 +17,6 @@ from flm_jax.config import OptimizerConfig, StageConfig, TransformerConfig
 from flm_jax.growth import Plan
 from flm_jax.growth.operators import EXACT, OPERATORS, choose
 from flm_jax.growth.receipt import gradient_error
-from flm_jax.precision import wide
 from flm_jax.state import TrainState
 from flm_jax.train import Batch, gradients, init_state, make_train_step
 
@@ -61,7 +60,7 @@ def random_source(model: TransformerConfig = RANDOM_MODEL, seed: int = 0) -> Sou
     )
     settings = OptimizerConfig()
     tx = optim.optimizer(stage, settings, optim.steady)
-    state = init_state(model, tx, jax.random.key(seed))
+    state = jax.jit(lambda key: init_state(model, tx, key))(jax.random.key(seed))
     params = {
         path: x if axes.TABLE[path].matrix_like or "norm" not in path
         else jnp.asarray(rng.uniform(0.5, 1.5, x.shape), x.dtype)
@@ -140,10 +139,16 @@ def check(
         settings = dataclasses.replace(stage.growth, fit_steps=20)
         batches, mesh = _again(source.batch), sharding.one_device()
         plan = ligo.fit(plan, source.state.params, batches, mesh, settings, key)
-    grown = jax.jit(growth.grow, static_argnums=1)(source.state, plan, key)
+    grown = _grow(source.state, plan, key)
     by_dtype = {
-        dtype: _exactness(plan, source, key, dtype) for dtype in ("float64", "float32", "bfloat16")
+        dtype: _exactness(plan, source.state.params, grown.params, source.batch, dtype)
+        for dtype in ("float32", "bfloat16")
     }
+    with jax.enable_x64(True):
+        params = jax.tree.map(lambda x: np.asarray(x, np.float64), source.state.params)
+        by_dtype["float64"] = _exactness(
+            plan, params, _grow(params, plan, key), source.batch, "float64"
+        )
     f64, f32 = by_dtype["float64"], by_dtype["float32"]
     steps = measure.first_steps(grown, source.batch, plan, stage, source.optimizer)
     exact = (
@@ -181,22 +186,19 @@ def _again(batch: Batch) -> Iterator[dict[str, np.ndarray]]:
         yield jax.tree.map(np.asarray, batch)
 
 
-def _exactness(plan: Plan, source: Source, key: jax.Array, dtype: str) -> dict[str, float]:
-    """Receipt fields of the function, computed in `dtype`; gradients in float64."""
-    with jax.enable_x64(dtype == "float64"):
-        small, big = (dataclasses.replace(c, dtype=dtype) for c in (plan.source, plan.target))
-        plan = dataclasses.replace(plan, source=small, target=big)
-        params = jax.tree.map(
-            lambda x: jnp.asarray(np.asarray(x), wide(dtype)), source.state.params
-        )
-        grown = jax.jit(growth.grow, static_argnums=1)(params, plan, key)
-        before = measure.source(params, source.batch, small)
-        found = measure.function_change(before, grown, source.batch, plan)
-        if dtype == "float64":
-            mean = jax.jit(gradients, static_argnums=2)
-            _, old, _ = mean(params, source.batch, small)
-            _, new, _ = mean(grown, source.batch, big, plan.masks(0.0))
-            found["gradient_error"] = gradient_error(plan, old, new)
+_grow = jax.jit(growth.grow, static_argnums=1)
+_gradients = jax.jit(gradients, static_argnums=2)
+
+
+def _exactness(plan: Plan, params: Any, grown: Any, batch: Batch, dtype: str) -> dict[str, float]:
+    """Receipt fields of the function, computed in `dtype`; in float64 with the gradients'."""
+    small, big = (dataclasses.replace(c, dtype=dtype) for c in (plan.source, plan.target))
+    plan = dataclasses.replace(plan, source=small, target=big)
+    found = measure.function_change(measure.source(params, batch, small), grown, batch, plan)
+    if dtype == "float64":
+        _, old, _ = _gradients(params, batch, small)
+        _, new, _ = _gradients(grown, batch, big, plan.masks(0.0))
+        found["gradient_error"] = float(gradient_error(plan, old, new))
     return found
 
 
