@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ Batch = dict[str, jax.Array]
 TrainStep = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def init_state(
     config: TransformerConfig, tx: optax.GradientTransformation, key: jax.Array
 ) -> TrainState:

@@ -89,6 +89,7 @@ def test_tele_flm_numbers_come_out(file, std, rate, multiplier):
         assert query["kind"] == "matrix" and head["kind"] == "readout"
 
 
+@pytest.mark.slow
 def test_coordinates_are_flat_under_mup_and_not_under_sp(tmp_path):
     made = study_config(coordinate_factors=(1, 4), coordinate_steps=4)
     trials = study.Study(made.experiment, tmp_path / "trials.jsonl")
@@ -189,6 +190,7 @@ def test_an_exact_power_law_is_found(a, b, c, unit):
     np.testing.assert_allclose(law(10 * x), scale * (10 * x) ** b + c, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_intervals_cover_about_as_often_as_they_say():
     """95% intervals of noisy power laws, at a point beyond the data."""
     rng = np.random.default_rng(0)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -49,6 +50,9 @@ EXACT_RECIPES = (
 def pair_of(recipe, **changes):
     small = changed(SMALL, **changes)
     return small, check_growth.target_of(small, recipe)
+
+
+source_of = functools.cache(check_growth.random_source)
 
 
 def logits_grown(plan, params, batch):
@@ -375,7 +379,7 @@ def test_added_slots_get_a_rate_of_their_own():
 )
 def test_copies_that_nothing_separates_are_warned_of_and_counted(how, locked):
     small, big = pair_of("tile", dtype="float32")
-    source = check_growth.random_source(small)
+    source = source_of(small)
     warns = pytest.warns(growth.LockedCopiesWarning, match="embed .tile., mlp .tile.")
     with warns if locked else contextlib.nullcontext():
         plan = growth.plan(small, big, "tile", **how)
@@ -610,7 +614,7 @@ def test_the_docs_table_is_the_codes():
 
 
 def test_a_claim_that_does_not_hold_is_contradicted(monkeypatch):
-    source = check_growth.random_source(changed(SMALL, dtype="float32"))
+    source = source_of(changed(SMALL, dtype="float32"))
     assert check_growth.check("stack", "stack", source)["ok"]
     lying = dataclasses.replace(OPERATORS["stack"], build=lambda r: dataclasses.replace(
         OPERATORS["interpose"].build(r), exactness=EXACT))  # fmt: skip
@@ -622,7 +626,7 @@ def test_a_claim_that_does_not_hold_is_contradicted(monkeypatch):
 @pytest.mark.slow
 def test_ligo_learns_a_plan():
     small, big = pair_of("ligo", dtype="float32")
-    source = check_growth.random_source(small)
+    source = source_of(small)
     start = growth.plan(small, big, "ligo")
     assert start.moments == "reset" and start.exactness == "APPROX"
     settings = GrowthConfig(fit_steps=30, fit_learning_rate=1e-2)

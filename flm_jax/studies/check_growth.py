@@ -60,7 +60,7 @@ def random_source(model: TransformerConfig = RANDOM_MODEL, seed: int = 0) -> Sou
     )
     settings = OptimizerConfig()
     tx = optim.optimizer(stage, settings, optim.steady)
-    state = jax.jit(lambda key: init_state(model, tx, key))(jax.random.key(seed))
+    state = init_state(model, tx, jax.random.key(seed))
     params = {
         path: x if axes.TABLE[path].matrix_like or "norm" not in path
         else jnp.asarray(rng.uniform(0.5, 1.5, x.shape), x.dtype)
