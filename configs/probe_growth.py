@@ -2,7 +2,7 @@ r"""Which growth? One small source, doubled by every operator, on the Python sta
 
   python -m experiments.probe_growth --config=configs/probe_growth.py --workdir=runs/probe
 
-Two CPU cores, about 30 minutes for 15 arms and three seeds. The source has 0.2M parameters and
+Two CPU cores, about 30 minutes for 18 arms and three seeds. The source has 0.2M parameters and
 600 steps behind it, the target 1.2M; every arm trains for 1.5e12 FLOPs after its growth, at a
 constant learning rate (LiGO's fit comes on top). Expected: docs/growth.md has the table. `:smoke`
 is three arms, one seed, seconds each.
@@ -36,6 +36,7 @@ def _model(layers: int, hidden: int, ffn: int) -> TransformerConfig:
         num_layers=layers,
         d_model=hidden,
         num_heads=hidden // 32,
+        num_kv_heads=hidden // 64,
         head_dim=32,
         d_ff=ffn,
         mup_base_width=64,
@@ -46,11 +47,14 @@ def _model(layers: int, hidden: int, ffn: int) -> TransformerConfig:
     )
 
 
-def _arm(name: str, recipe: str, **how: object) -> ArmConfig:
+def _arm(
+    name: str, recipe: str, model: TransformerConfig | None = None, **how: object
+) -> ArmConfig:
     growth = GrowthConfig(recipe=recipe, ramp_steps=40, rewarmup_steps=10, **how)  # type: ignore[arg-type]
-    return ArmConfig(name, growth)
+    return ArmConfig(name, growth, model)
 
 
+SOURCE = _model(3, 64, 168)
 ARMS = (
     _arm("msg", "msg"),
     _arm("zero-pad", "zero_pad"),
@@ -65,8 +69,12 @@ ARMS = (
     _arm("tile + interpose", "tile,interpose"),
     _arm("tile + middle", "tile,middle"),
     _arm("tile + fresh", "tile,fresh"),
+    _arm("net2net", "net2net,identity"),
     _arm("ligo", "ligo"),
-    ArmConfig("not grown", GrowthConfig(rewarmup_steps=10), grows=False),
+    # These grow one axis each, to a model of about the source's size.
+    _arm("two key/value heads for one", "repeat", dataclasses.replace(SOURCE, num_kv_heads=2)),
+    _arm("half more vocabulary", "mean", dataclasses.replace(SOURCE, vocab_size=390)),
+    _arm("not grown", "msg", SOURCE),
 )
 
 
@@ -75,7 +83,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         raise common.unknown_variant(variant, ("smoke",))
     source = StageConfig(
         name="source",
-        model=_model(3, 64, 168),
+        model=SOURCE,
         steps=600,
         batch_size=4,
         learning_rate=2.5e-3,
@@ -101,7 +109,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
             eval=EvalConfig(sequences=8, batch_size=8, every_steps=4),
             quick_compile=True,
         )
-        arms = [ArmConfig("msg", growth), ArmConfig("not grown", growth, grows=False)]
+        arms = [ArmConfig("msg", growth), ArmConfig("not grown", growth, small.model)]
         tile = dataclasses.replace(growth, recipe="tile,stack")
         config = ProbeConfig(experiment, (*arms, ArmConfig("tile + stack", tile)), seeds=1)
     return common.to_config_dict(config)

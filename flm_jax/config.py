@@ -380,19 +380,27 @@ class ExperimentConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ArmConfig:
-    """One of the growths that a probe compares."""
+    """One of the growths that a probe compares.
+
+    Attributes:
+      name: of the arm.
+      growth: how it grows.
+      model: what it grows to, with the source stage's other settings; the source's own model is a
+        control that does not grow. None: the probe's target.
+    """
 
     name: str
     growth: GrowthConfig = GrowthConfig()
-    grows: bool = True  # False: the source trains on, as a control
+    model: TransformerConfig | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class ProbeConfig:
     """Growths of one source by several recipes, trained for the same FLOPs.
 
-    The experiment has two stages: the source, and a target whose steps are the budget. Its growth
-    and its `rms_norm_eps` are each arm's own.
+    The experiment has two stages: the source, and a target whose steps are the budget. An arm of
+    another size takes as many steps as that budget gives. Growth and `rms_norm_eps` are each arm's
+    own.
     """
 
     experiment: ExperimentConfig

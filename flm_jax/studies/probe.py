@@ -21,14 +21,16 @@ def arm_experiment(config: ProbeConfig, arm: ArmConfig, seed: int) -> Experiment
     """The chain of an arm: the source's stage, then the arm's. Raises UserError as `plan` does."""
     experiment = of_seed(config.experiment, seed)
     source, target = experiment.stages
-    if not arm.grows:
-        steps = round(_flops(experiment, target) / _flops(experiment, source) * target.steps)
-        stage = dataclasses.replace(source, name=target.name, steps=steps, growth=arm.growth)
-    else:
-        eps = growth.norm_eps(source.model, target.model, arm.growth.recipe)
-        model = dataclasses.replace(target.model, rms_norm_eps=eps)
-        stage = dataclasses.replace(target, model=model, growth=arm.growth)
-    return dataclasses.replace(experiment, stages=(source, stage))
+    base, model = (source, arm.model) if arm.model else (target, target.model)
+    eps = growth.norm_eps(source.model, model, arm.growth.recipe)
+    stage = dataclasses.replace(
+        base,
+        name=target.name,
+        model=dataclasses.replace(model, rms_norm_eps=eps),
+        growth=arm.growth,
+    )
+    steps = round(target.steps * _flops(experiment, target) / _flops(experiment, stage))
+    return dataclasses.replace(experiment, stages=(source, dataclasses.replace(stage, steps=steps)))
 
 
 def _flops(experiment: ExperimentConfig, stage: StageConfig) -> int:
@@ -86,13 +88,14 @@ def _curve(folder: RunFolder, stage: dict[str, Any]) -> list[tuple[float, float]
 
 def ranked(config: ProbeConfig, found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     results = []
+    source = config.experiment.stages[0]
     for arm in config.arms:
         runs = found[arm.name]
         starts, ends = ([r["stage"]["eval"][key] for r in runs] for key in ("bpb_start", "bpb_end"))
         results.append(
             {
                 "name": arm.name,
-                "recipe": arm.growth.recipe if arm.grows else None,
+                "recipe": None if arm.model == source.model else arm.growth.recipe,
                 "exactness": runs[0]["stage"]["receipt"]["exactness"],
                 "bpb_start": starts,
                 "bpb_end": ends,
