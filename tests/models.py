@@ -5,10 +5,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from flm_jax import axes, growth, mup, train
-from flm_jax.config import TransformerConfig
+from flm_jax import axes, growth, mup, optim, train
+from flm_jax.config import OptimizerConfig, StageConfig, TransformerConfig
 from flm_jax.precision import wide
+from flm_jax.state import TrainState
 
 SMALL = TransformerConfig(
     vocab_size=23,
@@ -26,6 +28,11 @@ SMALL = TransformerConfig(
     rms_norm_eps=1e-2,
     dtype="float64",
 )
+# With µP's multipliers and without, each with its own eps.
+MUP = {
+    "mup": {"mup_base_width": 8, "rms_norm_eps": 1e-2},
+    "plain": {"mup_base_width": 0, "input_mult": 1.0, "output_mult": 1.0, "rms_norm_eps": 1e-5},
+}
 
 
 def changed(config: TransformerConfig, **values) -> TransformerConfig:
@@ -111,3 +118,29 @@ def numpy_logits(config: TransformerConfig, params, tokens, segments, positions)
             scale = config.output_mult / (config.d_model / config.mup_base_width)
             logits[b, t] = norm(h, p["final_norm"]) @ p["head"] * scale
     return logits
+
+
+def trained(model, state, batches):
+    """The train state (None: a fresh one) after a step on each batch, with decay, not clipped."""
+    stage = StageConfig("a", model, 1, 1, learning_rate=0.01, matrix_learning_rate=0.02)
+    settings = OptimizerConfig(clip_norm=1e9, eps=1e-3, weight_decay=0.1)
+    tx = optim.optimizer(stage, settings, optim.steady)
+
+    @jax.jit
+    def step(state, batch):
+        _, grads, _ = gradients(state.params, batch, model)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
+
+    if state is None:
+        params = random_params(model, 5)
+        state = TrainState(jnp.int32(0), params, tx.init(params))
+    for batch in batches:
+        state = step(state, batch)
+    return state
+
+
+def farthest(a, b):
+    """Largest absolute difference of two parameter trees."""
+    pairs = zip(axes.flatten(a), axes.flatten(b), strict=True)
+    return max(float(jnp.max(jnp.abs(x - y))) for (_, x), (_, y) in pairs)
