@@ -71,9 +71,9 @@ ARMS = (
     _arm("tile + fresh", "tile,fresh"),
     _arm("net2net", "net2net,identity"),
     _arm("ligo", "ligo"),
-    # These grow one axis each, to a model of about the source's size.
-    _arm("two key/value heads for one", "repeat", dataclasses.replace(SOURCE, num_kv_heads=2)),
-    _arm("half more vocabulary", "mean", dataclasses.replace(SOURCE, vocab_size=390)),
+    # One axis each, to about the source's size: two key/value heads for one, half more vocabulary.
+    _arm("repeat", "repeat", dataclasses.replace(SOURCE, num_kv_heads=2)),
+    _arm("mean", "mean", dataclasses.replace(SOURCE, vocab_size=390)),
     _arm("not grown", "msg", SOURCE),
 )
 

@@ -393,6 +393,12 @@ class ArmConfig:
     growth: GrowthConfig = GrowthConfig()
     model: TransformerConfig | None = None
 
+    def __post_init__(self) -> None:
+        _require(
+            bool(self.name) and not set("/\\") & set(self.name),
+            f"ArmConfig.name is {self.name!r}; give some text without / and \\: it names a folder",
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class ProbeConfig:

@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from flm_jax.config import ArmConfig
+from flm_jax.errors import UserError
 from tests.commands import json_of, mistake, run
 
 PROBE = ("experiments.probe_growth", "--config=configs/probe_growth.py:smoke")
@@ -21,6 +23,13 @@ def test_a_lock_is_a_contradiction_and_a_wrong_recipe_a_mistake():
     assert row["claimed"] == "EXACT" == row["measured"]
     assert "no operator 'magic'" in mistake("experiments.check_growth", "--operator=magic")
     assert "no lineage.json" in mistake("experiments.check_growth", "--run=runs/nowhere")
+
+
+def test_an_arms_name_is_that_of_a_folder():
+    assert ArmConfig("tile + stack, noise").name
+    for name in ("heads/2", ""):
+        with pytest.raises(UserError, match=rf"ArmConfig\.name is '{name}'"):
+            ArmConfig(name)
 
 
 @pytest.mark.slow
