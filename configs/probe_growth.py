@@ -2,8 +2,8 @@ r"""Which growth? One small source, doubled by every operator, on the Python sta
 
   python -m experiments.probe_growth --config=configs/probe_growth.py --workdir=runs/probe
 
-Two CPU cores, about 30 minutes for 18 arms and three seeds. The source has 0.2M parameters and
-600 steps behind it, the target 1.2M; every arm trains for 1.5e12 FLOPs after its growth, at a
+Two CPU cores, about an hour for 18 arms and three seeds. The source has 0.17M parameters and
+600 steps behind it, the target 1.1M; every arm trains for 1.4e12 FLOPs after its growth, at a
 constant learning rate (LiGO's fit comes on top). Expected: docs/growth.md has the table. `:smoke`
 is three arms, one seed, seconds each.
 
