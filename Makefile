@@ -7,7 +7,7 @@ STAMP := .venv/.installed
 .PHONY: demo test check help
 
 help:
-	@echo "make demo   grow a model through three stages into runs/demo (about 5 minutes, 2 cores)"
+	@echo "make demo   grow a model through three stages into runs/demo (about 8 minutes, 2 cores)"
 	@echo "make test   run the tests, but for the slow ones"
 	@echo "make check  lint, format, types and all tests: what CI runs"
 
