@@ -4,7 +4,7 @@ r"""Grow a byte-level decoder twice on the Python standard library's source: 0.8
   python -m experiments.grow --config=configs/demo.py --workdir=runs/demo
 
 Two CPU cores, about 8 minutes; validation falls from 8.51 to 2.07, 1.87 and 1.77 bits per byte.
-`:smoke` is the same chain with a few steps of tiny models, for tests: under a minute.
+`:smoke` is the same chain with a few steps of tiny models, for tests: about a minute.
 `:sentencepiece` is the demo over a vocabulary of 1,024 pieces, trained with
 
   python -m experiments.train_vocabulary --config=configs/demo.py --vocab_size=1024 \
