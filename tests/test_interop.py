@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-import subprocess
 import sys
 
 import jax
@@ -19,14 +18,14 @@ from flm_jax import axes, growth, interop
 from flm_jax.checkpoint import params_digest
 from flm_jax.config import TransformerConfig
 from flm_jax.errors import UserError
-from flm_jax.interop import hf_config, names, tensor_files
+from flm_jax.interop import names, tensor_files
 from flm_jax.interop.convert import write_hf
 from flm_jax.interop.names import TENSORS, Tensor
 from flm_jax.interop.weights import Tree
 from flm_jax.leaves import CheckpointWriter
 from flm_jax.lineage import RunFolder, identity, write_atomically, write_json
 from flm_jax.run_state import open_model
-from tests.commands import ROOT, json_of, mistake, run
+from tests.commands import json_of, mistake, run
 from tests.models import grow, logits_of, random_params
 
 torch = pytest.importorskip("torch", reason="the oracles are transformers' models: extra [hf]")
@@ -520,46 +519,6 @@ def test_a_ramp_is_folded_by_its_step(saved, tmp_path):
     done = interop.convert(str(stage.checkpoints / "10"), str(tmp_path / "after"), "llama")
     assert not any("masks" in note for note in done["notes"])
     assert equal(params, interop.load_hf(tmp_path / "after")[0])
-
-
-MEMORY_SCRIPT = """
-import json, sys
-from orbax.checkpoint import v1
-from flm_jax import interop
-
-def mib(key):
-    return int(open("/proc/self/status").read().split(key)[1].split()[0]) / 1024
-
-base = mib("VmRSS:")
-open("/proc/self/clear_refs", "w").write("5")
-done = interop.convert(*sys.argv[1:])
-print(json.dumps({"above": mib("VmHWM:") - base, **done}))
-"""
-
-
-@pytest.mark.slow
-def test_two_gigabytes_in_bounded_memory(tmp_path):
-    """A sharded checkpoint of 2 GB, into a run: at most 1.2 GiB above what is loaded."""
-    config = TransformerConfig(32000, 16, 2048, 16, 128, 2816, 4)
-    folder = tmp_path / "big"
-    folder.mkdir()
-    shapes = names.shapes(config)
-    writer = tensor_files.TensorsWriter(folder, shapes, np.dtype(np.float32), 500_000_000)
-    assert writer.num_bytes > 2e9 and len(list(folder.glob("*.safetensors"))) > 4
-    some = np.random.default_rng(0).normal(0, 0.02, 1 << 22).astype(np.float32)
-    for name, shape in shapes.items():
-        writer.write(name, 0, np.resize(some, shape))
-    values = hf_config.write(config, "llama", "float32", {}, 2048)
-    (folder / "config.json").write_text(json.dumps(values))
-    target = tmp_path / "run"
-    command = [sys.executable, "-c", MEMORY_SCRIPT, str(folder), str(target), "flm"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-    result = json.loads(done.stdout)
-    assert result["bytes_read"] == writer.num_bytes
-    assert result["above"] < 1.2 * 1024
-    assert result["gb_per_s"] > 0 and "B/s" in done.stderr
-    for large in (folder, target):  # not kept with pytest's last folders
-        shutil.rmtree(large)
 
 
 @pytest.mark.slow

@@ -63,9 +63,7 @@ def test_attention_is_causal_and_stays_in_its_document():
         positions, segment_ids = batch["positions"], batch["segment_ids"]
         segments = np.asarray(segment_ids[0])
         for position in np.flatnonzero(segments > 0):
-            got = _token_gradients(
-                SMALL, params, batch["positions"], position, batch["segment_ids"]
-            )
+            got = _token_gradients(SMALL, params, positions, position, segment_ids)
             visible = (segments == segments[position]) & (np.arange(len(segments)) <= position)
             assert (got[~visible] == 0).all()
             assert (got[visible] > 1e-8).all()

@@ -128,11 +128,12 @@ def test_one_step_is_optax_adamw_when_mup_is_off():
             optax.adamw(1e-2, 0.9, 0.95, 1e-8, weight_decay=0.1, mask=decayed),
         )
         state, reference = ours.init(params), theirs.init(params)
+        our_update, their_update = jax.jit(ours.update), jax.jit(theirs.update)
         for seed in range(3):
             grads = random_like(params, seed)
-            got, state = jax.jit(ours.update)(grads, state, params)
+            got, state = our_update(grads, state, params)
             with jax.numpy_dtype_promotion("standard"):
-                want, reference = jax.jit(theirs.update)(grads, reference, params)
+                want, reference = their_update(grads, reference, params)
             assert_trees_close(got, want, 1e-12)
 
 

@@ -97,7 +97,7 @@ class Study:
     def start(self, stage: StageConfig, seed: int) -> TrainState:
         tx = optim.optimizer(stage, self.experiment.optimizer, optim.steady)
         key = jax.random.fold_in(jax.random.key(self.experiment.seed), seed)
-        return jax.jit(functools.partial(init_state, stage.model, tx))(key)
+        return init_state(stage.model, tx, key)
 
     @functools.lru_cache(maxsize=2)  # noqa: B019  (the compiled step of the stage at work)
     def step(
