@@ -6,8 +6,9 @@ from typing import Any
 
 import ml_collections
 
-from flm_jax.config import ExperimentConfig, to_dict
+from flm_jax.config import ExperimentConfig
 from flm_jax.errors import UserError
+from flm_jax.mapping import to_dict
 
 
 def to_config_dict(config: Any) -> ml_collections.ConfigDict:

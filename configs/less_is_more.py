@@ -18,8 +18,8 @@ import ml_collections
 from configs import common
 from flm_jax.config import CheckpointConfig, EvalConfig
 from flm_jax.sft.config import SftConfig
-from flm_jax.sft.less_is_more import LessIsMoreConfig, MixConfig
-from flm_jax.sft.select import SelectionConfig
+from flm_jax.sft.selection import SelectionConfig
+from flm_jax.studies.less_is_more import LessIsMoreConfig, MixConfig
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:

@@ -18,11 +18,11 @@ from flm_jax.config import (
     DataConfig,
     EvalConfig,
     ExperimentConfig,
-    MupStudyConfig,
     ScheduleConfig,
     StageConfig,
     TransformerConfig,
 )
+from flm_jax.studies.config import MupStudyConfig
 
 
 def _family(proxy: StageConfig) -> tuple[StageConfig, ...]:

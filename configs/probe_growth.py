@@ -17,17 +17,16 @@ import ml_collections
 
 from configs import common
 from flm_jax.config import (
-    ArmConfig,
     CheckpointConfig,
     DataConfig,
     EvalConfig,
     ExperimentConfig,
     GrowthConfig,
-    ProbeConfig,
     ScheduleConfig,
     StageConfig,
     TransformerConfig,
 )
+from flm_jax.studies.config import ArmConfig, ProbeConfig
 
 
 def _model(layers: int, hidden: int, ffn: int) -> TransformerConfig:

@@ -19,8 +19,8 @@ import rich.table
 from absl import flags
 
 from experiments import cli
-from flm_jax import benchmark
 from flm_jax.errors import UserError
+from flm_jax.studies import speed
 
 STAGE = flags.DEFINE_integer("stage", 0, "Which stage of a chain.", lower_bound=0)
 STEPS = flags.DEFINE_integer("steps", 5, "Timed steps of each variant.", lower_bound=1)
@@ -35,7 +35,7 @@ def main(config: ml_collections.ConfigDict) -> dict[str, Any]:
         )
     tracing = jax.profiler.trace(TRACE.value) if TRACE.value else contextlib.nullcontext()
     with tracing:
-        result = benchmark.measure(chain, STAGE.value, STEPS.value)
+        result = speed.measure(chain, STAGE.value, STEPS.value)
     table = rich.table.Table("", "plain", "masked")
     for key, masked in result["masked"].items():
         table.add_row(key, f"{result[key]:.4g}", f"{masked:.4g}")

@@ -19,8 +19,8 @@ import rich.table
 from absl import flags
 
 from experiments import cli
-from flm_jax import papers
 from flm_jax.errors import UserError
+from flm_jax.studies import papers
 
 RESULTS = flags.DEFINE_string("results", None, "File with the output of experiments.harness.")
 

@@ -18,7 +18,7 @@ import rich.table
 from absl import flags
 
 from experiments import cli
-from flm_jax import host
+from flm_jax.runtime import host
 
 OPERATOR = flags.DEFINE_string("operator", "all", "`all`, or a recipe: see docs/growth.md.")
 LIST = flags.DEFINE_bool("list", False, "Only print the operators, as a Markdown table.")
@@ -54,22 +54,22 @@ def main(arguments: list[str]) -> dict[str, Any]:
         return {"operators": []}
     # Dozens of tiny programs, each run a few times: compiling is all the time there is.
     host.compile_quickly()
-    from flm_jax.studies import check_growth
+    from flm_jax.studies import check_operators
 
-    source = check_growth.run_source(RUN.value) if RUN.value else check_growth.random_source()
+    source = check_operators.run_source(RUN.value) if RUN.value else check_operators.random_source()
     how: dict[str, Any] = {
         "moments": MOMENTS.value, "rates": RATES.value, "noise_db": NOISE.value
     }  # fmt: skip
     cases: tuple[tuple[str, str, dict[str, Any]], ...] = ((OPERATOR.value, OPERATOR.value, how),)
     if OPERATOR.value == "all":
-        cases = check_growth.ALL
+        cases = check_operators.ALL
     for _, recipe, _ in cases:
         operators.choose(recipe)  # a wrong name is refused before anything is computed
     console = rich.console.Console(stderr=True)
     rows = []
     for number, (name, recipe, options) in enumerate(cases, 1):
         console.print(f"{number}/{len(cases)}  {name}", highlight=False)
-        rows.append(check_growth.check(name, recipe, source, **options))
+        rows.append(check_operators.check(name, recipe, source, **options))
     rich.console.Console(stderr=cli.json_wanted(), width=160).print(_table(rows))
     return {"operators": rows}
 

@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags, config_path
 
 from flm_jax import config as config_lib
+from flm_jax import mapping
 from flm_jax.errors import RunStopped, UserError
 
 T = TypeVar("T")
@@ -52,7 +53,7 @@ def experiment(config: ConfigDict) -> config_lib.ExperimentConfig:
 
 def dataclass_of(cls: type[T], config: ConfigDict) -> T:
     """A config of another kind than an experiment, as a validated dataclass."""
-    return config_lib.from_mapping(cls, plain(config))
+    return mapping.from_mapping(cls, plain(config))
 
 
 def plain(value: Any) -> Any:

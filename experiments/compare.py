@@ -26,11 +26,11 @@ from absl import flags
 from experiments import cli
 from flm_jax import data
 from flm_jax.errors import UserError
-from flm_jax.lineage import write_atomically, write_json
-from flm_jax.progress import counting
-from flm_jax.sft import alignbench, compare, judge, made, pool, scoring
-from flm_jax.sft.chat import Sample
+from flm_jax.runtime.display import counting
+from flm_jax.sft import alignbench, chats, comparison, judge, scoring, synthetic
 from flm_jax.sft.chat_model import ChatModel, open_chat_model, retention
+from flm_jax.sft.chats import Sample
+from flm_jax.store.files import write_atomically, write_json
 
 SAMPLES = flags.DEFINE_multi_string("samples", [], "JSONL of held-out samples; repeatable.")
 PER_CATEGORY = flags.DEFINE_integer("per_category", 25, "Without --samples: made ones.", 1)
@@ -47,8 +47,8 @@ OUTPUT = flags.DEFINE_string("output", None, "Folder for compare.json, answers a
 def _samples() -> tuple[list[Sample], int]:
     """Those with an assistant turn to compare with, and how many have none."""
     if not SAMPLES.value:
-        return made.make(SEED.value, PER_CATEGORY.value, "evaluation"), 0
-    samples = pool.read(SAMPLES.value)
+        return synthetic.make(SEED.value, PER_CATEGORY.value, "evaluation"), 0
+    samples = chats.read(SAMPLES.value)
     answered = [s for s in samples if any(m.role == "assistant" for m in s.messages)]
     if not answered:
         raise UserError(
@@ -64,11 +64,11 @@ def _open(given: str, console: rich.console.Console) -> tuple[ChatModel, Any]:
     return dataclasses.replace(model, max_new_tokens=MAX_NEW.value, note=note), corpus
 
 
-def _table(comparison: compare.Comparison, names: list[str]) -> rich.table.Table:
+def _table(found: comparison.Comparison, names: list[str]) -> rich.table.Table:
     table = rich.table.Table(box=None, header_style="bold")
     for column in ("category", "metric", *names, "difference", "95%", "n"):
         table.add_column(column, no_wrap=column not in names, overflow="fold")
-    for category, metrics in comparison.items():
+    for category, metrics in found.items():
         for metric, row in metrics.items():
             interval = "" if row["low"] is None else f"{row['low']:+.4f} to {row['high']:+.4f}"
             table.add_row(
@@ -119,7 +119,7 @@ def main(arguments: list[str]) -> dict[str, Any]:
         raise UserError(
             "give two models: python -m experiments.compare RUN_A[:STAGE] RUN_B[:STAGE]"
         )
-    gates = [compare.Gate.parse(text) for text in FAIL_IF.value]
+    gates = [comparison.Gate.parse(text) for text in FAIL_IF.value]
     asked = judge.Judge(JUDGE.value, JUDGE_TIMEOUT.value) if JUDGE.value else None
     folder = pathlib.Path(OUTPUT.value) if OUTPUT.value else None
     if asked and not folder:
@@ -127,7 +127,7 @@ def main(arguments: list[str]) -> dict[str, Any]:
     samples, unanswered = _samples()
     checked = {s.category: False for s in samples} | {s.category: True for s in samples if s.check}
     for gate in gates:
-        gate.check(compare.metrics_of(checked))
+        gate.check(comparison.metrics_of(checked))
 
     console = rich.console.Console(stderr=cli.json_wanted())
     progress = rich.console.Console(stderr=True)
@@ -140,18 +140,18 @@ def main(arguments: list[str]) -> dict[str, Any]:
         other = corpus
     scored = [_score(model, samples, asked is not None) for model in (one, two)]
     kept = [retention(m, c, SEQUENCES.value) for m, c in ((one, corpus), (two, other))]
-    comparison = compare.compare(scored[0], scored[1], SEED.value)
-    comparison[compare.RETENTION] = {"bpb": compare.retained(*kept)}
-    console.print(_table(comparison, arguments))
+    found = comparison.compare(scored[0], scored[1], SEED.value)
+    found[comparison.RETENTION] = {"bpb": comparison.retained(*kept)}
+    console.print(_table(found, arguments))
     if unanswered:
         console.print(f"{unanswered} conversations without an assistant turn were left out")
     result: dict[str, Any] = {
         "samples": {"scored": len(samples), "without_answer": unanswered},
         "a": {"model": arguments[0], "scores": scoring.flat(scoring.summarise(scored[0]))},
         "b": {"model": arguments[1], "scores": scoring.flat(scoring.summarise(scored[1]))},
-        "difference": comparison,
+        "difference": found,
         "retention": {"bpb_a": kept[0], "bpb_b": kept[1]},
-        "failed": [text for gate in gates if (text := gate.failure(comparison))],
+        "failed": [text for gate in gates if (text := gate.failure(found))],
     }
     if folder:
         write_atomically(folder / "answers.jsonl", _answers(*scored))

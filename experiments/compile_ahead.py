@@ -105,11 +105,11 @@ def _row(report: dict[str, Any]) -> list[str]:
 
 def main(config: ml_collections.ConfigDict) -> dict[str, Any]:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    from flm_jax import ahead
+    from flm_jax.aot import compiler
 
     what = WHAT.value or "train"
-    if what not in ahead.WHAT:
-        raise UserError(f"--what={what}: choose one of {', '.join(ahead.WHAT)}")
+    if what not in compiler.WHAT:
+        raise UserError(f"--what={what}: choose one of {', '.join(compiler.WHAT)}")
     chain, index = _chain(config)
     console = rich.console.Console(stderr=True, highlight=False)
     if not TOPOLOGY.value:
@@ -123,15 +123,15 @@ def main(config: ml_collections.ConfigDict) -> dict[str, Any]:
         result: dict[str, Any] = {"layouts": reports}
     elif SEARCH.value:
         reports = []
-        count = len(ahead.devices_of(TOPOLOGY.value))
-        for shape in ahead.meshes(chain, index, count):
-            report = ahead.compile_for(chain, index, what, TOPOLOGY.value, shape, quick=True)
+        count = len(compiler.devices_of(TOPOLOGY.value))
+        for shape in compiler.meshes(chain, index, count):
+            report = compiler.compile_for(chain, index, what, TOPOLOGY.value, shape, quick=True)
             reports.append(report)
             console.print("  ".join(_row(report)))
         reports.sort(key=lambda r: (not r["fits"], r.get("roofline", {}).get("step_s", 0)))
         result = {"meshes": reports}
     else:
-        report = ahead.compile_for(
+        report = compiler.compile_for(
             chain, index, what, TOPOLOGY.value, _mesh(MESH.value), quick=QUICK.value
         )
         reports, result = [report], report

@@ -16,8 +16,9 @@ from typing import Any
 from absl import flags
 
 from experiments import cli
-from flm_jax import host, interop
+from flm_jax import interop
 from flm_jax.errors import UserError
+from flm_jax.runtime import host
 
 SOURCE = flags.DEFINE_string("source", "", "What to read.")
 TARGET = flags.DEFINE_string("target", "", "The folder to write.")

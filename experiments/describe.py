@@ -14,8 +14,8 @@ import rich.table
 from absl import flags
 
 from experiments import cli
-from flm_jax import counts, mup
 from flm_jax.config import ExperimentConfig
+from flm_jax.params import counts, mup
 
 MUP = flags.DEFINE_bool("mup", False, "Print each parameter's role and multipliers instead.")
 

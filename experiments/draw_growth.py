@@ -36,10 +36,11 @@ def main(arguments: list[str]) -> dict[str, Any]:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from flm_jax import axes, growth
+    from flm_jax import growth
     from flm_jax.config import TransformerConfig
     from flm_jax.growth.apply import grow_moment, grow_value
     from flm_jax.growth.expansion import any_slot
+    from flm_jax.params import axes
 
     param = axes.TABLE["layers/mlp/down"]
     small = TransformerConfig(

@@ -21,10 +21,13 @@ import rich.console
 from absl import flags
 
 from experiments import cli
-from flm_jax import data, evaluate, host, sharding
+from flm_jax import data
 from flm_jax.config import DataConfig
 from flm_jax.errors import UserError
-from flm_jax.run_state import open_model
+from flm_jax.inference import evaluation
+from flm_jax.interop.opening import open_model
+from flm_jax.params import sharding
+from flm_jax.runtime import host
 
 # Of weights whose files allow more than a machine of any size can take at once.
 LONGEST_DEFAULT = 4096
@@ -74,7 +77,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
         raise UserError(f"--data={DATA.value} holds no text; give a file with some")
     mesh = sharding.one_device()
     with jax.set_mesh(mesh):
-        found = evaluate.score(
+        found = evaluation.score(
             model.params, model.config, corpus.sequences(split, BATCH_SIZE.value),
             corpus.token_bytes, mesh,
         )  # fmt: skip

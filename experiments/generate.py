@@ -22,10 +22,10 @@ import jax
 from absl import flags
 
 from experiments import cli
-from flm_jax import host
 from flm_jax.errors import UserError
-from flm_jax.generate import Sampling, TextStream, check_context, generate
-from flm_jax.run_state import OpenedModel, open_model
+from flm_jax.inference.generation import Sampling, TextStream, check_context, generate
+from flm_jax.interop.opening import OpenedModel, open_model
+from flm_jax.runtime import host
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run, checkpoint or Hugging Face folder.")
 STAGE = flags.DEFINE_string("stage", "", "Of a run: index or name of a stage; else the last.")
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
 def _tokens(model: OpenedModel, prompt: str) -> list[int]:
     if not CHAT.value:
         return model.prompt(prompt)
-    from flm_jax.sft.chat import Message
+    from flm_jax.sft.chats import Message
     from flm_jax.sft.template import encode_prompt
 
     return model.begun(encode_prompt([Message("user", prompt)], model.tokenizer))

@@ -23,8 +23,9 @@ import rich.console
 from absl import flags
 
 from experiments import cli
-from flm_jax import chain, processes, report
-from flm_jax.lineage import RunFolder
+from flm_jax.runs import chain, report
+from flm_jax.runtime import processes
+from flm_jax.store.lineage import RunFolder
 
 COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT where process 0 listens.")
 PROCESS = flags.DEFINE_integer("process", None, "This process's index, from 0.")

@@ -18,8 +18,9 @@ from absl import flags
 from rich.filesize import decimal
 
 from experiments import cli
-from flm_jax import grow_checkpoint, host
 from flm_jax.errors import UserError
+from flm_jax.runs import grow_on_disk
+from flm_jax.runtime import host
 
 SOURCE = flags.DEFINE_string("source", None, "The run to grow.")
 TARGET = flags.DEFINE_string("target", None, "The new run's folder.")
@@ -38,7 +39,7 @@ def main(config: ml_collections.ConfigDict) -> dict[str, Any]:
     experiment = cli.experiment(config)
     if experiment.quick_compile:
         host.compile_quickly()
-    result = grow_checkpoint.grow(
+    result = grow_on_disk.grow(
         experiment, str(folders["source"]), str(folders["target"]), STAGE.value, MEMORY.value
     )
     console = rich.console.Console(stderr=cli.json_wanted(), soft_wrap=True)

@@ -18,9 +18,9 @@ import rich.console
 from absl import flags
 
 from experiments import cli
-from flm_jax import host
 from flm_jax.errors import UserError
-from flm_jax.run_state import open_model
+from flm_jax.interop.opening import open_model
+from flm_jax.runtime import host
 
 DEFAULT_CONTEXT = 2048  # of weights whose files do not say
 
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     if not TASKS.value:
         raise UserError("--tasks is missing; give names of tasks, as --tasks=arc_easy,hellaswag")
     try:
-        from flm_jax import harness
+        from flm_jax.inference import harness
     except ImportError as error:
         raise UserError(
             f"the harness is not installed ({error}); install the extra: pip install -e '.[hf]'"

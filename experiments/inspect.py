@@ -17,9 +17,9 @@ import rich.tree
 from absl import flags
 
 from experiments import cli
-from flm_jax import config as config_lib
+from flm_jax import mapping
 from flm_jax.errors import UserError
-from flm_jax.lineage import RunFolder, bits_per_byte
+from flm_jax.store.lineage import RunFolder, bits_per_byte
 
 COMPARE = flags.DEFINE_list("compare", [], "Two stage indices, as 0,2.")
 
@@ -56,7 +56,7 @@ def _differences(folder: RunFolder, one: dict[str, Any], two: dict[str, Any]) ->
     configs = [
         json.loads(folder.stage(s["index"], s["name"]).config.read_text()) for s in (one, two)
     ]
-    return config_lib.differences(*configs)
+    return mapping.differences(*configs)
 
 
 def _comparison(one: dict[str, Any], two: dict[str, Any]) -> rich.table.Table:

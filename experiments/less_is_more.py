@@ -14,8 +14,8 @@ import ml_collections
 import rich.console
 
 from experiments import cli
-from flm_jax.sft import claims, less_is_more
-from flm_jax.sft.less_is_more import LessIsMoreConfig
+from flm_jax.studies import claims, less_is_more
+from flm_jax.studies.less_is_more import LessIsMoreConfig
 
 
 def main(config: ml_collections.ConfigDict) -> dict[str, Any]:

@@ -16,9 +16,9 @@ import rich.console
 import rich.table
 
 from experiments import cli
-from flm_jax.config import MupStudyConfig
-from flm_jax.lineage import write_json
+from flm_jax.store.files import write_json
 from flm_jax.studies import mup_report, study, through_growth
+from flm_jax.studies.config import MupStudyConfig
 
 
 def main(config: ml_collections.ConfigDict) -> dict[str, Any]:

@@ -22,11 +22,11 @@ import rich.console
 from absl import flags
 
 from experiments import cli
-from flm_jax import counts
-from flm_jax.config import MupStudyConfig
 from flm_jax.errors import UserError
-from flm_jax.lineage import write_json
+from flm_jax.params import counts
+from flm_jax.store.files import write_json
 from flm_jax.studies import mup_report, predict, study
+from flm_jax.studies.config import MupStudyConfig
 
 DATA = flags.DEFINE_string("data", None, "CSV file with the runs.")
 PREDICT = flags.DEFINE_list("predict", [], "Where to predict, as 1e9,1e10; pairs as 1e9:2e10.")

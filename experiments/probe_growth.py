@@ -15,15 +15,14 @@ import rich.console
 import rich.markdown
 
 from experiments import cli
-from flm_jax import report
-from flm_jax.config import ProbeConfig
 from flm_jax.studies import probe
+from flm_jax.studies.config import ProbeConfig
 
 
 def main(config: ml_collections.ConfigDict) -> dict[str, Any]:
     settings = cli.dataclass_of(ProbeConfig, config)
     arms = probe.run(settings, cli.workdir())
-    path = report.write_probe(arms, cli.workdir())
+    path = probe.write_report(arms, cli.workdir())
     console = rich.console.Console(stderr=cli.json_wanted())
     console.print(rich.markdown.Markdown(probe.markdown(arms)), f"report: {path}")
     return {"arms": arms}

@@ -21,11 +21,11 @@ import rich.markdown
 from absl import flags
 
 from experiments import cli
-from flm_jax import config as config_lib
+from flm_jax import mapping
 from flm_jax.errors import UserError
-from flm_jax.lineage import write_atomically, write_json
-from flm_jax.sft import chat, pool, select
+from flm_jax.sft import chats, selection
 from flm_jax.sft.chat_model import open_chat_model
+from flm_jax.store.files import write_atomically, write_json
 
 POOL = flags.DEFINE_multi_string("pool", [], "JSONL file or folder of samples; repeatable.")
 OUTPUT = flags.DEFINE_string("output", None, "JSONL file to write.")
@@ -47,7 +47,7 @@ VALUES = {
         None if f.default is dataclasses.MISSING else f.default,
         f"SelectionConfig.{f.name}; see flm_jax/sft/select.py.",
     )
-    for f in dataclasses.fields(select.SelectionConfig)
+    for f in dataclasses.fields(selection.SelectionConfig)
     if f.name not in _GIVEN_ABOVE
 }
 
@@ -65,11 +65,11 @@ def main(arguments: list[str]) -> dict[str, Any]:
         raise UserError("give --pool=FILE.jsonl, --output=FILE.jsonl and --size=NUMBER")
     values = {name: flag.value for name, flag in VALUES.items()}
     quotas = [_quota(text) for text in QUOTA.value]
-    config = config_lib.from_mapping(
-        select.SelectionConfig, {**values, "quotas": quotas, "scripts": SCRIPTS.value}
+    config = mapping.from_mapping(
+        selection.SelectionConfig, {**values, "quotas": quotas, "scripts": SCRIPTS.value}
     )
-    samples = pool.read(POOL.value)
-    evaluation = pool.read(EVALUATION.value)
+    samples = chats.read(POOL.value)
+    evaluation = chats.read(EVALUATION.value)
     console = rich.console.Console(stderr=cli.json_wanted())
     model: dict[str, Any] = {}
     if CHECKPOINT.value:
@@ -77,12 +77,12 @@ def main(arguments: list[str]) -> dict[str, Any]:
         model = {
             "losses": judge.losses, "unprompted": judge.unprompted, "embed": judge.embeddings
         }  # fmt: skip
-    chosen = select.select(samples, config, evaluation, **model)
+    chosen = selection.select(samples, config, evaluation, **model)
     report = {**chosen.report, "judge": CHECKPOINT.value}
     path = pathlib.Path(OUTPUT.value)
-    chat.write_jsonl(path, chosen.chosen)
+    chats.write_jsonl(path, chosen.chosen)
     write_json(path.with_name(path.name + ".report.json"), report)
-    page = select.markdown(report)
+    page = selection.markdown(report)
     write_atomically(path.with_name(path.name + ".report.md"), page)
     console.print(rich.markdown.Markdown(page))
     return {**report, "output": str(path)}

@@ -17,7 +17,7 @@ import ml_collections
 import rich.console
 
 from experiments import cli
-from flm_jax.sft import before_after, tune
+from flm_jax.sft import before_after, fine_tune
 from flm_jax.sft.config import SftConfig
 
 
@@ -25,7 +25,7 @@ def main(config: ml_collections.ConfigDict) -> dict[str, Any]:
     settings = cli.dataclass_of(SftConfig, config)
     name = pathlib.Path(settings.base).resolve().name
     workdir = cli.WORKDIR.value or f"runs/{name}-{settings.name}"
-    found = before_after.scores(settings, workdir, tune.run(settings, workdir))
+    found = before_after.scores(settings, workdir, fine_tune.run(settings, workdir))
     console = rich.console.Console(stderr=cli.json_wanted())
     console.print(before_after.table(found), *before_after.sentences(found), sep="\n")
     return found

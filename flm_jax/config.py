@@ -6,17 +6,11 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import hashlib
-import json
-import types
-import typing
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 from flm_jax.errors import UserError
-
-T = TypeVar("T")
+from flm_jax.mapping import from_mapping
 
 COMPUTE_DTYPES = ("float32", "bfloat16", "float64")
 ATTENTIONS = ("auto", "plain", "splash", "cudnn")
@@ -28,20 +22,20 @@ PARAMETRISATIONS = ("mup", "sp")
 MESH_AXES = ("data", "fsdp", "tensor")
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
     if not condition:
         raise UserError(message)
 
 
-def _require_positive(config: Any, *names: str) -> None:
+def require_positive(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        _require(value > 0, f"{type(config).__name__}.{name} is {value}; it must be above 0")
+        require(value > 0, f"{type(config).__name__}.{name} is {value}; it must be above 0")
 
 
-def _require_choice(config: Any, name: str, choices: tuple[str, ...]) -> None:
+def require_choice(config: Any, name: str, choices: tuple[str, ...]) -> None:
     value = getattr(config, name)
-    _require(
+    require(
         value in choices,
         f"{type(config).__name__}.{name} is {value!r}; choose one of {', '.join(choices)}",
     )
@@ -79,29 +73,29 @@ class TransformerConfig:
     scan_unroll: int = 1  # layers per step of the scan over layers
 
     def __post_init__(self) -> None:
-        _require_positive(
+        require_positive(
             self, "vocab_size", "d_model", "num_heads", "head_dim", "d_ff", "rope_theta",
             "rms_norm_eps", "input_mult", "output_mult", "matrix_init_std", "vector_init_std",
             "scan_unroll",
         )  # fmt: skip
-        _require(
+        require(
             self.num_layers >= 0,
             f"TransformerConfig.num_layers is {self.num_layers}; give 0 (to grow from) or more",
         )
-        _require_choice(self, "dtype", COMPUTE_DTYPES)
-        _require_choice(self, "remat", REMAT_POLICIES)
-        _require_choice(self, "attention", ATTENTIONS)
-        _require(
+        require_choice(self, "dtype", COMPUTE_DTYPES)
+        require_choice(self, "remat", REMAT_POLICIES)
+        require_choice(self, "attention", ATTENTIONS)
+        require(
             self.num_heads % self.kv_heads == 0,
             f"TransformerConfig.num_heads is {self.num_heads}, not a multiple of num_kv_heads "
             f"{self.kv_heads}; change one so that every key/value head serves equally many queries",
         )
-        _require(
+        require(
             self.head_dim % 2 == 0,
             f"TransformerConfig.head_dim is {self.head_dim}; RoPE rotates pairs, so make it even",
         )
-        _require_choice(self, "parametrisation", PARAMETRISATIONS)
-        _require(
+        require_choice(self, "parametrisation", PARAMETRISATIONS)
+        require(
             0 <= self.mup_base_width <= self.d_model,
             f"TransformerConfig.mup_base_width is {self.mup_base_width} and d_model "
             f"{self.d_model}; give 0 (off) or a width that is not larger",
@@ -143,8 +137,8 @@ class DataConfig:
     window_length: int = 0
 
     def __post_init__(self) -> None:
-        _require_positive(self, "sequence_length", "shuffle_tokens")
-        _require(
+        require_positive(self, "sequence_length", "shuffle_tokens")
+        require(
             self.window % self.sequence_length == 0,
             f"DataConfig.window_length is {self.window_length}, not a multiple of sequence_length "
             f"{self.sequence_length}; change one",
@@ -168,8 +162,8 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         for name in ("b1", "b2"):
             value = getattr(self, name)
-            _require(0 <= value < 1, f"OptimizerConfig.{name} is {value}; it must be in [0, 1)")
-        _require_positive(self, "eps", "clip_norm")
+            require(0 <= value < 1, f"OptimizerConfig.{name} is {value}; it must be in [0, 1)")
+        require_positive(self, "eps", "clip_norm")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,8 +181,8 @@ class ScheduleConfig:
     final_ratio: float = 0.1
 
     def __post_init__(self) -> None:
-        _require_choice(self, "kind", SCHEDULES)
-        _require(
+        require_choice(self, "kind", SCHEDULES)
+        require(
             0 <= self.final_ratio <= 1,
             f"ScheduleConfig.final_ratio is {self.final_ratio}; it must be in [0, 1]",
         )
@@ -212,16 +206,16 @@ class GrowthConfig:
     fit_learning_rate: float = 1e-3
 
     def __post_init__(self) -> None:
-        _require_positive(
+        require_positive(
             self, "ramp_steps", "calibration_sequences", "added_rate", "added_rate_steps",
             "fit_steps", "fit_learning_rate",
         )  # fmt: skip
-        _require(
+        require(
             self.rewarmup_steps >= 0,
             f"GrowthConfig.rewarmup_steps is {self.rewarmup_steps}; it must be 0 or above",
         )
-        _require_choice(self, "moments", MOMENTS)
-        _require_choice(self, "rates", RATES)
+        require_choice(self, "moments", MOMENTS)
+        require_choice(self, "rates", RATES)
 
     def mask_at(self, steps_done: int) -> float | None:
         """The masks' value after so many steps of the stage; None once they are at 1."""
@@ -243,7 +237,7 @@ class RulesConfig:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            _require_choice(self, field.name, ("", *MESH_AXES))
+            require_choice(self, field.name, ("", *MESH_AXES))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,16 +269,16 @@ class StageConfig:
     source: str = ""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "batch_size", "accumulate", "learning_rate", "matrix_learning_rate")
-        _require(
+        require_positive(self, "batch_size", "accumulate", "learning_rate", "matrix_learning_rate")
+        require(
             self.steps >= 0,
             f"stage {self.name}: steps is {self.steps}; give 0 (not trained) or more",
         )
-        _require(
+        require(
             self.name.replace("-", "").replace("_", "").isalnum(),
             f"StageConfig.name is {self.name!r}; use letters, digits, - and _: it names a folder",
         )
-        _require(
+        require(
             self.batch_size % self.accumulate == 0,
             f"stage {self.name}: batch_size {self.batch_size} is not a multiple of accumulate "
             f"{self.accumulate}; change one",
@@ -334,26 +328,26 @@ class ExperimentConfig:
     quick_compile: bool = False  # on a CPU: less optimised programs, for runs of seconds
 
     def __post_init__(self) -> None:
-        _require(len(self.stages) > 0, "ExperimentConfig.stages is empty; give at least one stage")
+        require(len(self.stages) > 0, "ExperimentConfig.stages is empty; give at least one stage")
         names = [stage.name for stage in self.stages]
-        _require(
+        require(
             len(set(names)) == len(names),
             f"ExperimentConfig.stages has names {names}; give each stage a name of its own",
         )
         for stage in self.stages[1:]:
-            _require(
+            require(
                 not stage.source,
                 f"stage {stage.name}: source is {stage.source!r}, but it grows out of the stage "
                 "before; only the first stage can have a source",
             )
-            _require(
+            require(
                 stage.growth.ramp_steps <= stage.steps,
                 f"stage {stage.name}: growth.ramp_steps is {stage.growth.ramp_steps}, more than "
                 f"its steps {stage.steps}; the masks must reach 1 before the stage ends",
             )
 
         for layout in self.layouts:
-            _require(
+            require(
                 layout.stage in names,
                 f"ExperimentConfig.layouts names stage {layout.stage!r}; it has {names}",
             )
@@ -376,162 +370,6 @@ class ExperimentConfig:
             sequence_length=lengths[index],
             window_length=self.data.window_length or max(lengths),
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class ArmConfig:
-    """One of the growths that a probe compares.
-
-    Attributes:
-      name: of the arm.
-      growth: how it grows.
-      model: what it grows to, with the source stage's other settings; the source's own model is a
-        control that does not grow. None: the probe's target.
-    """
-
-    name: str
-    growth: GrowthConfig = GrowthConfig()
-    model: TransformerConfig | None = None
-
-    def __post_init__(self) -> None:
-        _require(
-            bool(self.name) and not set("/\\") & set(self.name),
-            f"ArmConfig.name is {self.name!r}; give some text without / and \\: it names a folder",
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class ProbeConfig:
-    """Growths of one source by several recipes, trained for the same FLOPs.
-
-    The experiment has two stages: the source, and a target whose steps are the budget. An arm of
-    another size takes as many steps as that budget gives. Growth and `rms_norm_eps` are each arm's
-    own.
-    """
-
-    experiment: ExperimentConfig
-    arms: tuple[ArmConfig, ...]
-    seeds: int = 1  # of the source's initial parameters, the data's order and fresh entries
-
-    def __post_init__(self) -> None:
-        _require_positive(self, "seeds")
-        count = len(self.experiment.stages)
-        _require(count == 2, f"ProbeConfig.experiment has {count} stages; give source and target")
-        names = [arm.name for arm in self.arms]
-        _require(
-            len(set(names)) == len(names) > 0,
-            f"ProbeConfig.arms has names {names}; give at least one, each a name of its own",
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class MupStudyConfig:
-    """A proxy at the base width, and the widths and values to try around it."""
-
-    experiment: ExperimentConfig  # one stage: the proxy
-    width_factors: tuple[int, ...] = (1, 2, 4)
-    learning_rates: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0)  # times the stage's
-    init_stds: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0)  # times the model's
-    input_mults: tuple[float, ...] = (0.25, 1.0, 4.0)
-    output_mults: tuple[float, ...] = (0.25, 1.0, 4.0)
-    seeds: int = 1
-    coordinate_factors: tuple[int, ...] = (1, 2, 4, 8)
-    coordinate_steps: int = 8
-    coordinate_seeds: int = 2
-    growth_factor: int = 2  # of the width, for the growth
-    growth_steps: int = 40  # of the ramp; as many follow
-    family: tuple[StageConfig, ...] = ()  # widths to fit on, ascending, and the one to predict
-
-    def __post_init__(self) -> None:
-        _require_positive(self, "seeds", "coordinate_steps", "coordinate_seeds", "growth_steps")
-        count = len(self.experiment.stages)
-        _require(count == 1, f"MupStudyConfig.experiment has {count} stages; give the proxy alone")
-        base = self.experiment.stages[0].model
-        _require(
-            base.width_mult == 1,
-            f"MupStudyConfig: the proxy has mup_base_width {base.mup_base_width} and d_model "
-            f"{base.d_model}; widths are multiples of the base, so make them equal",
-        )
-        for name in ("width_factors", "coordinate_factors", "learning_rates", "init_stds",
-                     "input_mults", "output_mults"):  # fmt: skip
-            values = getattr(self, name)
-            _require(
-                len(values) > 0 and all(v > 0 for v in values),
-                f"MupStudyConfig.{name} is {values}; give values above 0",
-            )
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """The config as plain dicts, lists and scalars."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def digest(values: dict[str, Any]) -> str:
-    """SHA-256 of the canonical JSON of a `to_dict`: equal for equal configs, on every machine."""
-    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def differences(old: Any, new: Any, path: str = "config") -> list[str]:
-    """The fields in which two `to_dict` results differ, as 'config.seed: 0 -> 1'."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        found: list[str] = []
-        for key in dict.fromkeys([*old, *new]):
-            found += differences(old.get(key), new.get(key), f"{path}.{key}")
-        return found
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        return [d for i, pair in enumerate(zip(old, new, strict=True))
-                for d in differences(*pair, f"{path}[{i}]")]  # fmt: skip
-    return [] if old == new else [f"{path}: {old!r} -> {new!r}"]
-
-
-def from_mapping(cls: type[T], values: Mapping[str, Any], path: str = "config") -> T:
-    """Builds a config dataclass from nested mappings, checking every name and type.
-
-    Args:
-      cls: a dataclass of this module.
-      values: field -> value; nested dataclasses as mappings, tuples as sequences.
-      path: what to call `values` in an error.
-
-    Raises:
-      UserError: an unknown, missing or mistyped field, with its full name.
-    """
-    hints = typing.get_type_hints(cls)
-    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
-    for name in values:
-        if name not in hints:
-            close = difflib.get_close_matches(name, hints, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(hints)}"
-            raise UserError(f"{path}.{name}: {cls.__name__} has no such field; {hint}")
-    missing = [
-        f.name
-        for f in fields
-        if f.name not in values
-        and f.default is dataclasses.MISSING
-        and f.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise UserError(f"{path}: {cls.__name__} needs {', '.join(missing)}; add to the config")
-    return cls(**{k: _convert(hints[k], v, f"{path}.{k}") for k, v in values.items()})
-
-
-def _convert(hint: Any, value: Any, path: str) -> Any:
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        if not isinstance(value, Mapping):
-            raise UserError(f"{path} is {value!r}; it must be a group of {hint.__name__}'s fields")
-        return from_mapping(hint, value, path)
-    if typing.get_origin(hint) is types.UnionType:  # X | None
-        return None if value is None else _convert(typing.get_args(hint)[0], value, path)
-    if typing.get_origin(hint) is tuple:
-        (item, _) = typing.get_args(hint)
-        return tuple(_convert(item, v, f"{path}[{i}]") for i, v in enumerate(value))
-    if hint is float and type(value) is int:
-        return float(value)
-    if type(value) is not hint:
-        raise UserError(
-            f"{path} is {value!r} of type {type(value).__name__}; it must be {hint.__name__}"
-        )
-    return value
 
 
 def experiment(values: Mapping[str, Any]) -> ExperimentConfig:

@@ -9,7 +9,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 
-from flm_jax import host
+from flm_jax.runtime import host
 
 host.compile_quickly()
 jax.config.update("jax_num_cpu_devices", 8)

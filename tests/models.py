@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from flm_jax import axes, growth, mup, optim, train
+from flm_jax import growth
 from flm_jax.config import OptimizerConfig, StageConfig, TransformerConfig
-from flm_jax.precision import wide
-from flm_jax.state import TrainState
+from flm_jax.params import axes, mup, trees
+from flm_jax.params.dtypes import wide
+from flm_jax.train import optim, schedules, train_step
+from flm_jax.train.train_step import TrainState
 
 SMALL = TransformerConfig(
     vocab_size=23,
@@ -40,8 +42,8 @@ def changed(config: TransformerConfig, **values) -> TransformerConfig:
 
 
 # Compiled once per config: op by op, small models spend their time in dispatch and compilation.
-logits_of = jax.jit(train.logits_of, static_argnums=0)
-gradients = jax.jit(train.gradients, static_argnums=(2, 4))
+logits_of = jax.jit(train_step.logits_of, static_argnums=0)
+gradients = jax.jit(train_step.gradients, static_argnums=(2, 4))
 grow = jax.jit(growth.grow, static_argnums=1)
 
 
@@ -56,7 +58,7 @@ def random_params(config: TransformerConfig, seed: int):
         shape, std = param.shape(config), mup.init_std(param, config)
         values = rng.normal(0, std, shape) if std else rng.uniform(0.5, 1.5, shape)
         leaves[path] = jnp.asarray(values, wide(config.dtype))
-    return axes.unflatten(leaves)
+    return trees.unflatten(leaves)
 
 
 def packed_batch(config: TransformerConfig, seed: int = 0, batch: int = 2, length: int = 9):
@@ -77,7 +79,7 @@ def packed_batch(config: TransformerConfig, seed: int = 0, batch: int = 2, lengt
 
 def numpy_logits(config: TransformerConfig, params, tokens, segments, positions):
     """The model written again in plain numpy, one token, head and layer at a time."""
-    p = {path: np.asarray(v, np.float64) for path, v in axes.flatten(params)}
+    p = {path: np.asarray(v, np.float64) for path, v in trees.flatten(params)}
     half = config.head_dim // 2
     frequency = 1.0 / config.rope_theta ** (np.arange(half) * 2 / config.head_dim)
 
@@ -124,7 +126,7 @@ def trained(model, state, batches):
     """The train state (None: a fresh one) after a step on each batch, with decay, not clipped."""
     stage = StageConfig("a", model, 1, 1, learning_rate=0.01, matrix_learning_rate=0.02)
     settings = OptimizerConfig(clip_norm=1e9, eps=1e-3, weight_decay=0.1)
-    tx = optim.optimizer(stage, settings, optim.steady)
+    tx = optim.optimizer(stage, settings, schedules.steady)
 
     @jax.jit
     def step(state, batch):
@@ -142,5 +144,5 @@ def trained(model, state, batches):
 
 def farthest(a, b):
     """Largest absolute difference of two parameter trees."""
-    pairs = zip(axes.flatten(a), axes.flatten(b), strict=True)
+    pairs = zip(trees.flatten(a), trees.flatten(b), strict=True)
     return max(float(jnp.max(jnp.abs(x - y))) for (_, x), (_, y) in pairs)

@@ -2,9 +2,10 @@
 
 import jax.numpy as jnp
 
-from flm_jax.checkpoint import Checkpoints
 from flm_jax.config import DataConfig, ExperimentConfig, StageConfig
-from flm_jax.lineage import RunFolder, identity, write_json
+from flm_jax.store.checkpoint import Checkpoints
+from flm_jax.store.files import write_json
+from flm_jax.store.lineage import RunFolder, identity
 from tests.models import SMALL, changed, random_params
 
 # Bytes, and one token that no byte has.

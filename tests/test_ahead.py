@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from flm_jax import ahead, hlo
+from flm_jax.aot import compiler, hlo
+from flm_jax.aot.roofline import CHIPS, seconds_of
 from flm_jax.errors import UserError
-from flm_jax.roofline import CHIPS, seconds_of
 from tests.commands import json_of, mistake
 
 CHAIN = ("experiments.compile_ahead", "--config=configs/tele_flm_1t_chain.py")
@@ -96,16 +96,16 @@ def test_a_refusal_for_memory_says_how_much():
         "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
         "temporaries (144.92G) exceeds available HBM (95.74G)."
     )
-    needed, available = ahead._out_of_memory(said)
+    needed, available = compiler._out_of_memory(said)
     assert (needed, available) == (int(144.92 * 2**30), int(95.74 * 2**30))
-    assert ahead._out_of_memory("INTERNAL: something else") is None
+    assert compiler._out_of_memory("INTERNAL: something else") is None
 
 
 def test_memory_report(tmp_path):
-    assert ahead._memory_report(tmp_path) is None
+    assert compiler._memory_report(tmp_path) is None
     text = "Memory Space: default (color=0)\nTotal bytes: 37306169568 (34.74GiB)\n  rest\n"
     (tmp_path / "module.after_optimizations-memory-usage-report.txt").write_text(text)
-    assert ahead._memory_report(tmp_path) == 37306169568
+    assert compiler._memory_report(tmp_path) == 37306169568
 
 
 @pytest.mark.slow
@@ -123,9 +123,9 @@ def test_mistakes_are_one_line():
 
 def test_a_mesh_must_match_its_topology():
     with pytest.raises(UserError, match="8 devices, but v5e:2x2 has 4"):
-        ahead.mesh_of("v5e:2x2", {"fsdp": 8}, [None] * 4)
+        compiler.mesh_of("v5e:2x2", {"fsdp": 8}, [None] * 4)
     with pytest.raises(UserError, match="no mesh axis 'expert'"):
-        ahead.mesh_of("v5e:2x2", {"expert": 4}, [None] * 4)
+        compiler.mesh_of("v5e:2x2", {"expert": 4}, [None] * 4)
 
 
 @pytest.mark.slow

@@ -11,9 +11,9 @@ from ml_collections.config_flags import config_path
 
 from configs import demo
 from experiments import cli
-from flm_jax import chain
 from flm_jax.errors import UserError
-from flm_jax.lineage import MetricsFile
+from flm_jax.runs import chain
+from flm_jax.store.files import MetricsFile
 from tests.commands import json_of, mistake, run, start, wait_for
 
 SMOKE = ("experiments.grow", "--config=configs/demo.py:smoke")

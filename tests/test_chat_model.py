@@ -7,12 +7,12 @@ import jax
 import numpy as np
 import pytest
 
+from flm_jax.data.tokenizer import open_tokenizer
 from flm_jax.errors import UserError
 from flm_jax.sft import chat_model
-from flm_jax.sft.chat import Message, Sample
 from flm_jax.sft.chat_model import ChatModel
+from flm_jax.sft.chats import Message, Sample
 from flm_jax.sft.template import encode, encode_prompt
-from flm_jax.tokenizer import open_tokenizer
 from tests.models import SMALL, changed, logits_of, numpy_logits, random_params
 
 CONFIG = changed(SMALL, vocab_size=259)

@@ -9,21 +9,14 @@ import jax.numpy as jnp
 import pytest
 
 from experiments import cli
-from flm_jax import axes, counts
-from flm_jax.config import (
-    DataConfig,
-    ExperimentConfig,
-    MupStudyConfig,
-    ProbeConfig,
-    TransformerConfig,
-    differences,
-    from_mapping,
-    to_dict,
-)
+from flm_jax.config import DataConfig, ExperimentConfig, TransformerConfig
 from flm_jax.errors import UserError
+from flm_jax.mapping import differences, from_mapping, to_dict
 from flm_jax.models import Transformer
+from flm_jax.params import axes, counts, trees
 from flm_jax.sft.config import SftConfig
-from flm_jax.sft.less_is_more import LessIsMoreConfig
+from flm_jax.studies.config import MupStudyConfig, ProbeConfig
+from flm_jax.studies.less_is_more import LessIsMoreConfig
 from tests.commands import ROOT, json_of, mistake, peak_memory, run
 
 CONFIGS = sorted(p for p in (ROOT / "configs").glob("*.py") if p.stem not in ("__init__", "common"))
@@ -56,7 +49,7 @@ def test_every_config_resolves_and_opens_with_its_command(path):
         shapes = jax.eval_shape(
             Transformer(stage.model).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
         )["params"]
-        assert {p: s.shape for p, s in axes.flatten(shapes)} == {
+        assert {p: s.shape for p, s in trees.flatten(shapes)} == {
             p: param.shape(stage.model) for p, param in axes.TABLE.items()
         }
 

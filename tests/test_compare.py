@@ -9,15 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flm_jax.checkpoint import Checkpoints
 from flm_jax.config import DataConfig, ExperimentConfig, StageConfig
 from flm_jax.errors import UserError
-from flm_jax.lineage import RunFolder, identity, write_json
-from flm_jax.sft import chat, compare, made, scoring
-from flm_jax.sft.chat import Check, Message, Sample
-from flm_jax.sft.compare import Gate
+from flm_jax.sft import chats, comparison, scoring, synthetic
+from flm_jax.sft.chats import Check, Message, Sample
+from flm_jax.sft.comparison import Gate
 from flm_jax.sft.scoring import ResponseLoss, Scored
-from flm_jax.state import TrainState
+from flm_jax.store.checkpoint import Checkpoints
+from flm_jax.store.files import write_json
+from flm_jax.store.lineage import RunFolder, identity
+from flm_jax.train.train_step import TrainState
 from tests.commands import mistake, run
 from tests.models import SMALL, changed, random_params
 
@@ -39,7 +40,7 @@ def test_differences_are_paired():
     hardness = rng.uniform(1, 20, 80)  # of samples, the same for both models
     one = scored([True] * 40 + [False] * 40, hardness)
     two = scored([True] * 36 + [False] * 44, hardness + rng.uniform(0.1, 0.2, 80))
-    found = compare.compare(one, two)["all"]
+    found = comparison.compare(one, two)["all"]
     assert found["accuracy"]["difference"] == pytest.approx(-0.05)
     assert found["accuracy"]["low"] <= -0.05 <= found["accuracy"]["high"]
     # A small rise is certain, though each model's own interval is wide.
@@ -49,14 +50,16 @@ def test_differences_are_paired():
     # Twin: unpaired, it would not be.
     shuffled = [dataclasses.replace(s, sample=o.sample) for s, o in
                 zip(rng.permutation(np.array(two, dtype=object)), one, strict=True)]  # fmt: skip
-    assert compare.compare(one, shuffled)["all"]["loss"]["low"] < 0
-    same = compare.compare(one, one)["all"]
+    assert comparison.compare(one, shuffled)["all"]["loss"]["low"] < 0
+    same = comparison.compare(one, one)["all"]
     assert all(row[k] == 0 for row in same.values() for k in ("difference", "low", "high"))
 
 
 def test_gates_know_which_way_is_worse():
-    found = compare.compare(scored([True] * 10, [1] * 10), scored([True] * 9 + [False], [2] * 10))
-    found["retention"] = {"bpb": compare.retained(1.5, 1.52)}
+    found = comparison.compare(
+        scored([True] * 10, [1] * 10), scored([True] * 9 + [False], [2] * 10)
+    )
+    found["retention"] = {"bpb": comparison.retained(1.5, 1.52)}
 
     def failure(text):
         return Gate.parse(text).failure(found)
@@ -68,10 +71,10 @@ def test_gates_know_which_way_is_worse():
     assert "worse by 0.5000" in failure("all/loss:0.4") and not failure("all/loss:0.5")
     assert failure("retention/bpb:0.01") and not failure("retention/bpb:0.03")
     # The other way round everything is better.
-    better = compare.compare(scored([False] * 2, [2, 2]), scored([True] * 2, [1, 1]))
-    assert not any(Gate("all", m, 0.0).failure(better) for m in compare.METRICS)
+    better = comparison.compare(scored([False] * 2, [2, 2]), scored([True] * 2, [1, 1]))
+    assert not any(Gate("all", m, 0.0).failure(better) for m in comparison.METRICS)
     # What is no number does not pass.
-    broken = compare.compare(scored([None], [1]), scored([None], [float("nan")]))
+    broken = comparison.compare(scored([None], [1]), scored([None], [float("nan")]))
     assert Gate("all", "loss", 5.0).failure(broken)
 
 
@@ -79,7 +82,7 @@ def test_gates_that_would_stand_open_are_refused():
     for text in ("accuracy:0.1", "c/accuracy", "c/f1:0.1", "c/accuracy:-1", "c/accuracy:nan"):
         with pytest.raises(UserError, match="write category/metric:margin"):
             Gate.parse(text)
-    available = compare.metrics_of({"lists": True, "describe": False})
+    available = comparison.metrics_of({"lists": True, "describe": False})
     Gate.parse("a/b/accuracy:0.1")
     for text in ("lists/accuracy:0", "all/accuracy:0", "describe/bpb:0", "retention/bpb:0"):
         Gate.parse(text).check(available)
@@ -123,8 +126,8 @@ COMMAND = ("experiments.compare", "--retention_sequences=4", "--max_new_tokens=8
 @pytest.mark.slow
 def test_the_command_gates_a_release(workdir, tmp_path):
     path, out_path = tmp_path / "held_out.jsonl", tmp_path / "out"
-    samples = made.make(0, 2, "evaluation", ["lists", "describe"])
-    chat.write_jsonl(path, [*samples, Sample((Message("user", "never answered"),))])
+    samples = synthetic.make(0, 2, "evaluation", ["lists", "describe"])
+    chats.write_jsonl(path, [*samples, Sample((Message("user", "never answered"),))])
     said = "import json; print(json.dumps({'winner': 'tie'}))"
     judge = shlex.join([sys.executable, "-I", "-S", "-c", said])
     status, out, err = run(

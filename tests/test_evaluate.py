@@ -7,12 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flm_jax import data, evaluate, papers, sharding
-from flm_jax.checkpoint import params_digest
+from flm_jax import data
 from flm_jax.config import DataConfig
 from flm_jax.errors import UserError
-from flm_jax.likelihood import loglikelihoods
-from flm_jax.run_state import open_model
+from flm_jax.inference import evaluation
+from flm_jax.inference.likelihood import loglikelihoods
+from flm_jax.interop.opening import open_model
+from flm_jax.params import sharding
+from flm_jax.store.checkpoint import params_digest
+from flm_jax.studies import papers
 from tests import runs
 from tests.commands import json_of, mistake
 from tests.models import SMALL, changed, random_params
@@ -85,7 +88,7 @@ def test_a_file_is_scored_whole(tmp_path):
         mesh = sharding.one_device()
         batches = list(corpus.sequences("all", 4))
         with jax.set_mesh(mesh):
-            got = evaluate.score(params, config, batches, corpus.token_bytes, mesh)
+            got = evaluation.score(params, config, batches, corpus.token_bytes, mesh)
         size = sum(len(text.encode()) for text in TEXTS)
         assert (got.bytes, got.tokens) == (size, size + len(TEXTS))
         stream = [[byte + 3 for byte in text.encode()] + [1] for text in TEXTS]
@@ -102,7 +105,7 @@ def test_a_file_is_scored_whole(tmp_path):
         for batch in batches:
             batch["segment_ids"] = np.minimum(batch["segment_ids"], 1)
         with jax.set_mesh(mesh):
-            twin = evaluate.score(params, config, batches, corpus.token_bytes, mesh)
+            twin = evaluation.score(params, config, batches, corpus.token_bytes, mesh)
         assert abs(twin.nats / want - 1) > 1e-6
 
 

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flm_jax import axes, growth
+from flm_jax import growth
 from flm_jax.errors import UserError
-from flm_jax.growth.fold import fold_block, masks_of
+from flm_jax.growth.folding import fold_block, masks_of
+from flm_jax.params import axes, trees
 from tests.models import SMALL, changed, grow, logits_of, packed_batch, random_params
 
 BIG = changed(SMALL, d_model=18, d_ff=32, num_layers=4, num_heads=9, num_kv_heads=3)
@@ -33,7 +34,7 @@ def test_the_folded_model_is_the_masked_one(grown, value):
     with jax.enable_x64(True):
         masked, config, plain, batch = masked_and_folded(TARGETS[grown], value)
         assert distance(masked, logits_of(config, plain, batch)) < 1e-10
-        assert {p: x.shape for p, x in axes.flatten(plain)} == {
+        assert {p: x.shape for p, x in trees.flatten(plain)} == {
             p: param.shape(config) for p, param in axes.TABLE.items()
         }
 
@@ -45,9 +46,9 @@ def test_twins_of_the_fold_fail():
         assert distance(masked, logits_of(BIG, plain, batch)) > 1e-4
         raw = random_params(BIG, 0)
         for path in ("final_norm", "layers/attention/out", "layers/mlp/down", "embedding"):
-            leaves = dict(axes.flatten(plain))
-            leaves[path] = dict(axes.flatten(raw))[path]
-            broken = axes.unflatten(leaves)
+            leaves = dict(trees.flatten(plain))
+            leaves[path] = dict(trees.flatten(raw))[path]
+            broken = trees.unflatten(leaves)
             assert distance(masked, logits_of(config, broken, batch)) > 1e-4, path
 
 

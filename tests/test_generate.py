@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flm_jax import generate as gen
+from flm_jax.data.tokenizer import open_tokenizer
 from flm_jax.errors import UserError
-from flm_jax.generate import Sampling, TextStream, generate
+from flm_jax.inference import generation as gen
+from flm_jax.inference.generation import Sampling, TextStream, generate
 from flm_jax.models import Cache, Transformer, by_layer
-from flm_jax.tokenizer import open_tokenizer
 from tests.models import SMALL, changed, random_params
 
 LENGTHS = (1, 4, 9)

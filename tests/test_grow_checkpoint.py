@@ -10,13 +10,16 @@ import jax
 import numpy as np
 import pytest
 
-from flm_jax import grow_checkpoint, growth, measure, runner
-from flm_jax.checkpoint import Checkpoints, by_name
+from flm_jax import growth
 from flm_jax.config import DataConfig, ExperimentConfig, GrowthConfig, StageConfig
 from flm_jax.errors import UserError
+from flm_jax.growth import measure
 from flm_jax.growth.receipt import measured
-from flm_jax.leaves import CheckpointReader
-from flm_jax.lineage import RunFolder, identity, write_json
+from flm_jax.runs import grow_on_disk, loop
+from flm_jax.store.checkpoint import Checkpoints, by_name
+from flm_jax.store.files import write_json
+from flm_jax.store.leaves import CheckpointReader
+from flm_jax.store.lineage import RunFolder, identity
 from tests.commands import mistake, peak_memory, run, start
 from tests.models import SMALL, changed, packed_batch, random_params
 from tests.test_chain import lineage, wait_for
@@ -55,7 +58,7 @@ WIDER = two_stages(CONFIG, changed(CONFIG, d_ff=3000))
 
 def test_a_full_disk_in_the_middle_is_one_line_and_the_same_call_goes_on(tmp_path):
     state = finished_run(WIDER, tmp_path / "run")
-    grow = functools.partial(grow_checkpoint.grow, WIDER, tmp_path / "run", tmp_path / "grown")
+    grow = functools.partial(grow_on_disk.grow, WIDER, tmp_path / "run", tmp_path / "grown")
     with files_of_at_most(20_000), pytest.raises(UserError, match=r"cannot be written \(File too"):
         grow()
     checkpoints = tmp_path / "grown/stages/1-big/checkpoints"
@@ -66,7 +69,7 @@ def test_a_full_disk_in_the_middle_is_one_line_and_the_same_call_goes_on(tmp_pat
     again = grow()
     assert 0 < again["bytes_written"] < again["bytes"]
     reader = CheckpointReader(again["checkpoint"])
-    plan = runner.plan_of(CONFIG, WIDER.stages[1])
+    plan = loop.plan_of(CONFIG, WIDER.stages[1])
     want = jax.jit(functools.partial(growth.grow, plan=plan))(state, key=KEY_OF_STAGE_1)
     assert_same_bits({n: reader.read(n) for n in reader.leaves}, by_name(want))
     assert reader.progress == {"data": {"place": 3}, "wall_s": 0.0}
@@ -91,7 +94,7 @@ def test_mistakes_are_refused_and_write_nothing(tmp_path, monkeypatch):
     def refused(words, config=WIDER, source=source, target=target, **how):
         before = sorted(tmp_path.rglob("*"))
         with pytest.raises(UserError, match=words):
-            grow_checkpoint.grow(config, source, target, **how)
+            grow_on_disk.grow(config, source, target, **how)
         assert sorted(tmp_path.rglob("*")) == before
 
     refused("are both", target=tmp_path / "grown/../run")
@@ -112,7 +115,7 @@ def test_mistakes_are_refused_and_write_nothing(tmp_path, monkeypatch):
         usage = shutil.disk_usage(tmp_path)
         patched.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000))
         with pytest.raises(UserError, match="its disk has 10,000 left"):
-            grow_checkpoint.grow(WIDER, source, target)
+            grow_on_disk.grow(WIDER, source, target)
         assert not list(target.iterdir())
 
     (tmp_path / "thesis").mkdir()

@@ -9,13 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flm_jax import axes, growth
+from flm_jax import growth
 from flm_jax.config import TransformerConfig
 from flm_jax.errors import UserError
-from flm_jax.growth import depth
+from flm_jax.growth import layer_maps
+from flm_jax.growth._plan import Plan
 from flm_jax.growth.expansion import NEW, Expansion, Run, any_slot, append_new, from_index
-from flm_jax.growth.plan import Plan
 from flm_jax.growth.receipt import dead_slots, gradient_error, locked_copies
+from flm_jax.params import axes, trees
 from tests.models import SMALL, changed, gradients, grow, logits_of, packed_batch, random_params
 
 KEY = jax.random.key(7)
@@ -65,7 +66,7 @@ def test_msg_keeps_the_function_exactly(pair, seed):
         batch = packed_batch(small, seed)
         before, after = logits_of(small, params, batch), grown_logits(plan, grown, batch)
         assert float(jnp.max(jnp.abs(after - before))) < 1e-10
-        assert {p: v.shape for p, v in axes.flatten(grown)} == {
+        assert {p: v.shape for p, v in trees.flatten(grown)} == {
             p: param.shape(big) for p, param in axes.TABLE.items()
         }
         # The plain model is reached at mask 1, with no residue.
@@ -144,7 +145,7 @@ def test_gradients_grow_by_the_dual_map():
         grown = grow(params, plan, KEY)
         _, target, _ = gradients(grown, batch, BIG, plan.masks(jnp.float32(0)))
         assert gradient_error(plan, source, target) < 1e-12
-        for path, grad in axes.flatten(target):
+        for path, grad in trees.flatten(target):
             added = any_slot(axes.TABLE[path], plan.by_axis, lambda e, role: e.added)
             assert not jnp.where(added, grad, 0).any()
         # The twin maps gradients like values: the head's scale is then the wrong way round.
@@ -188,7 +189,7 @@ def test_even_copies_are_locked():
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=8), st.integers(0, 20))
 def test_layers_are_copied_beside_the_smallest_distance(distances, more):
-    layer_map = depth.beside_smallest(distances, len(distances) + more)
+    layer_map = layer_maps.beside_smallest(distances, len(distances) + more)
     assert len(layer_map) == len(distances) + more
     assert layer_map == sorted(layer_map)
     copies = np.bincount(layer_map, minlength=len(distances)) - 1
@@ -206,7 +207,7 @@ def test_copied_layers_are_copies_and_the_rest_is_untouched():
     assert plan.layer_map == (0, 1, 1)
     assert plan.by_axis["layers"].added.tolist() == [False, False, True]
     grown = grow(params, plan, KEY)
-    for (path, new), (_, old) in zip(axes.flatten(grown), axes.flatten(params), strict=True):
+    for (path, new), (_, old) in zip(trees.flatten(grown), trees.flatten(params), strict=True):
         want = old[jnp.array([0, 1, 1])] if path.startswith("layers/") else old
         np.testing.assert_array_equal(new, want)
 
@@ -235,7 +236,7 @@ def test_growth_depends_on_its_key_alone():
     params = random_params(changed(SMALL, dtype="float32"), 9)
     plan = growth.plan(changed(SMALL, dtype="float32"), changed(BIG, dtype="float32"))
     a, b, c = (grow(params, plan, jax.random.key(k)) for k in (1, 1, 2))
-    flat = [dict(axes.flatten(t)) for t in (a, b, c)]
+    flat = [dict(trees.flatten(t)) for t in (a, b, c)]
     assert all((flat[0][p] == flat[1][p]).all() for p in flat[0])
     assert not (flat[0]["embedding"] == flat[2]["embedding"]).all()
     # Fresh entries differ between parameters of the same shape, and between layers.
@@ -250,7 +251,7 @@ def test_new_entries_have_the_target_widths_scale():
     )  # fmt: skip
     big = dataclasses.replace(small, num_layers=8, d_model=256, d_ff=512, num_heads=16)
     plan = growth.plan(small, big)
-    grown = dict(axes.flatten(grow(random_params(small, 5), plan, KEY)))
+    grown = dict(trees.flatten(grow(random_params(small, 5), plan, KEY)))
     assert abs(float(grown["layers/mlp/up"][:, 64:].std()) / 0.05 - 1) < 0.02
     assert abs(float(grown["layers/mlp/down"][:, 128:].std()) / (0.05 / 4) - 1) < 0.02
     assert abs(float(grown["embedding"][:, 64:].std()) / 0.05 - 1) < 0.05

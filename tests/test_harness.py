@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from flm_jax.run_state import open_model
+from flm_jax.interop.opening import open_model
 from tests import runs
 from tests.commands import ROOT, mistake
 from tests.models import changed
@@ -96,7 +96,7 @@ def test_tasks_run_end_to_end_with_the_numbers_of_a_direct_computation(run, resu
 def test_answers_of_the_adapter(run):
     from lm_eval.api.instance import Instance
 
-    from flm_jax.harness import Adapter
+    from flm_jax.inference.harness import Adapter
 
     model = open_model(run)
     adapter = Adapter(model, CONTEXT, batch_size=2)

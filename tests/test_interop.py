@@ -14,17 +14,19 @@ import safetensors.numpy
 
 from configs import demo
 from experiments import cli
-from flm_jax import axes, growth, interop
-from flm_jax.checkpoint import params_digest
+from flm_jax import growth, interop
 from flm_jax.config import TransformerConfig
 from flm_jax.errors import UserError
 from flm_jax.interop import names, tensor_files
-from flm_jax.interop.convert import write_hf
+from flm_jax.interop.converter import write_hf
 from flm_jax.interop.names import TENSORS, Tensor
+from flm_jax.interop.opening import open_model
 from flm_jax.interop.weights import Tree
-from flm_jax.leaves import CheckpointWriter
-from flm_jax.lineage import RunFolder, identity, write_atomically, write_json
-from flm_jax.run_state import open_model
+from flm_jax.params import axes, trees
+from flm_jax.store.checkpoint import params_digest
+from flm_jax.store.files import write_atomically, write_json
+from flm_jax.store.leaves import CheckpointWriter
+from flm_jax.store.lineage import RunFolder, identity
 from tests.commands import json_of, mistake, run
 from tests.models import grow, logits_of, random_params
 
@@ -121,7 +123,7 @@ def distance(a, b):
 
 
 def equal(one, two):
-    leaves = [dict(axes.flatten(tree)) for tree in (one, two)]
+    leaves = [dict(trees.flatten(tree)) for tree in (one, two)]
     return all(np.array_equal(leaves[0][p], leaves[1][p]) for p in axes.TABLE)
 
 
@@ -224,7 +226,7 @@ def test_a_run_comes_and_goes_bit_equal(saved, tmp_path):
     _, folder = saved("granite")
     params, config = interop.load_hf(folder)
     done = interop.convert(str(folder), str(tmp_path / "run"), "flm", memory=1 << 16)
-    assert done["params"] == sum(x.size for _, x in axes.flatten(params))
+    assert done["params"] == sum(x.size for _, x in trees.flatten(params))
     run = RunFolder(tmp_path / "run")
     (entry,) = run.stages()
     assert entry["params_digest"] == params_digest(params)
@@ -248,8 +250,8 @@ def test_dtypes_are_widened_and_rounded_once(saved, tmp_path):
         interop.convert(str(folder), str(tmp_path / dtype), "llama", dtype=dtype)
         half, _ = interop.load_hf(tmp_path / dtype)
         np_dtype = getattr(ml_dtypes, dtype, None) or dtype
-        for path, x in axes.flatten(params):
-            got = dict(axes.flatten(half))[path]
+        for path, x in trees.flatten(params):
+            got = dict(trees.flatten(half))[path]
             assert got.dtype == np.float32
             np.testing.assert_array_equal(got, x.astype(np_dtype).astype(np.float32))
         # Without another wish the source's dtype stays, and nothing is lost a second time.
@@ -257,7 +259,7 @@ def test_dtypes_are_widened_and_rounded_once(saved, tmp_path):
         assert done["dtype"] == dtype and not any("rounded" in note for note in done["notes"])
         assert equal(half, interop.load_hf(tmp_path / f"{dtype}2")[0])
     with pytest.raises(UserError, match=r"lm_head.weight.* float16"):
-        large = axes.unflatten(dict(axes.flatten(params)) | {"head": params["head"] * 1e6})
+        large = trees.unflatten(dict(trees.flatten(params)) | {"head": params["head"] * 1e6})
         interop.save_hf(tmp_path / "large", large, config, "llama", dtype="float16")
     assert not (tmp_path / "large").exists()
 
@@ -508,7 +510,7 @@ def test_a_ramp_is_folded_by_its_step(saved, tmp_path):
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     for step in (4, 10):
         writer = CheckpointWriter(stage.checkpoints / str(step), {"params": like}, {})
-        for path, x in axes.flatten(params):
+        for path, x in trees.flatten(params):
             writer.write(f"params/{path}", None, np.asarray(x))
         writer.finish()
     inside = str(stage.checkpoints / "4")

@@ -8,12 +8,12 @@ import re
 import pytest
 
 from flm_jax.errors import UserError
-from flm_jax.sft import chat, made
+from flm_jax.sft import chats, synthetic
 
 
 @pytest.fixture(scope="module")
 def samples():
-    return made.make(0, 60)
+    return synthetic.make(0, 60)
 
 
 def about(sample):
@@ -37,18 +37,20 @@ def shared(one, two):
 
 
 def test_no_problem_is_on_both_sides(samples, monkeypatch):
-    held_out = made.make(7, 60, "evaluation")
+    held_out = synthetic.make(7, 60, "evaluation")
     assert not shared(samples, held_out)
     # Twin: a side drawn by the seed instead of by the problem.
-    monkeypatch.setattr(made, "side", lambda key: "evaluation")
-    assert shared(samples, made.make(7, 60, "evaluation"))
+    monkeypatch.setattr(synthetic, "side", lambda key: "evaluation")
+    assert shared(samples, synthetic.make(7, 60, "evaluation"))
 
 
 def test_the_same_for_a_seed_and_different_within_a_set(samples):
-    assert made.make(0, 60) == samples
-    assert made.make(1, 60) != samples
+    assert synthetic.make(0, 60) == samples
+    assert synthetic.make(1, 60) != samples
     assert len({s.messages for s in samples}) == len({s.id for s in samples}) == len(samples)
-    assert collections.Counter(s.category for s in samples) == dict.fromkeys(made.CATEGORIES, 60)
+    assert collections.Counter(s.category for s in samples) == dict.fromkeys(
+        synthetic.CATEGORIES, 60
+    )
 
 
 def test_arithmetic_is_right(samples):
@@ -72,7 +74,7 @@ def test_lists_are_right(samples):
         "Reverse|around": lambda v: list(reversed(v)),
     }
     seen = set()
-    for s in made.make(0, 200, categories=["lists"]):
+    for s in synthetic.make(0, 200, categories=["lists"]):
         question, answer = (m.content for m in s.messages)
         values = ast.literal_eval(re.search(r"\[.*\]", question)[0])
         for words, rule in rules.items():
@@ -104,10 +106,12 @@ def test_turns_alternate_and_texts_are_short(samples):
 
 
 def test_a_pile_names_its_defects(samples):
-    pile = made.spoil(samples, 0, 0.1)
-    assert pile == made.spoil(samples, 0, 0.1)
+    pile = synthetic.spoil(samples, 0, 0.1)
+    assert pile == synthetic.spoil(samples, 0, 0.1)
     defects = collections.Counter(s.id.partition("#")[2] for s in pile)
-    assert defects == {"": len(samples)} | dict.fromkeys(made.DEFECTS, round(len(samples) / 10))
+    assert defects == {"": len(samples)} | dict.fromkeys(
+        synthetic.DEFECTS, round(len(samples) / 10)
+    )
     originals = {s.id: s for s in samples}
     for s in pile:
         name, _, defect = s.id.partition("#")
@@ -117,16 +121,16 @@ def test_a_pile_names_its_defects(samples):
 
 def test_mistakes_are_one_line():
     with pytest.raises(UserError, match="split is 'test'; choose one of train, evaluation"):
-        made.make(0, 1, "test")
+        synthetic.make(0, 1, "test")
     with pytest.raises(UserError, match="category is 'poems'; choose of arithmetic"):
-        made.make(0, 1, categories=["poems"])
+        synthetic.make(0, 1, categories=["poems"])
     with pytest.raises(UserError, match=r"describe has about .* 100000 are wanted"):
-        made.make(0, 100_000, categories=["describe"])
+        synthetic.make(0, 100_000, categories=["describe"])
 
 
 def test_rows_hold_what_is_there(samples, tmp_path):
     path = tmp_path / "samples.jsonl"
-    chat.write_jsonl(path, samples[:1])
+    chats.write_jsonl(path, samples[:1])
     assert path.read_text(encoding="utf-8").count("\n") == 1
-    row = chat.to_row(chat.Sample((chat.Message("user", "ä"),)))
+    row = chats.to_row(chats.Sample((chats.Message("user", "ä"),)))
     assert row == {"messages": [{"role": "user", "content": "ä"}]}

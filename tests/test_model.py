@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flm_jax import axes
 from flm_jax.models import Transformer, attention
+from flm_jax.params import trees
 from tests.models import (
     SMALL,
     changed,
@@ -81,7 +81,7 @@ def test_how_it_is_computed_does_not_change_what(options):
         loss, grads, _ = gradients(params, batch, SMALL)
         other_loss, other_grads, _ = gradients(params, batch, changed(SMALL, **options))
         np.testing.assert_allclose(loss, other_loss, rtol=1e-12)
-        for (path, a), (_, b) in zip(axes.flatten(grads), axes.flatten(other_grads), strict=True):
+        for (path, a), (_, b) in zip(trees.flatten(grads), trees.flatten(other_grads), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-12, err_msg=path)
 
 
@@ -91,7 +91,7 @@ def test_bfloat16_computes_logits_in_float32_near_the_exact_ones():
     batch = packed_batch(config)
     logits = logits_of(config, params, batch)
     assert logits.dtype == jnp.float32
-    assert all(leaf.dtype == jnp.float32 for _, leaf in axes.flatten(params))
+    assert all(leaf.dtype == jnp.float32 for _, leaf in trees.flatten(params))
     exact = logits_of(changed(config, dtype="float32"), params, batch)
     error = float(jnp.sqrt(jnp.mean(jnp.square(logits - exact))))
     scale = float(jnp.sqrt(jnp.mean(jnp.square(exact))))
@@ -108,7 +108,7 @@ def test_accumulated_gradient_is_that_of_the_whole_batch():
         loss2, grads2, tokens2 = gradients(params, batch, SMALL, accumulate=2)
         assert tokens == tokens2
         np.testing.assert_allclose(loss, loss2, rtol=1e-12)
-        for (path, a), (_, b) in zip(axes.flatten(grads), axes.flatten(grads2), strict=True):
+        for (path, a), (_, b) in zip(trees.flatten(grads), trees.flatten(grads2), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-13, err_msg=path)
         halves = [
             gradients(params, {k: v[i : i + 2] for k, v in batch.items()}, SMALL)[0] for i in (0, 2)

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments import cli
-from flm_jax import axes, config, mup, threefry
-from flm_jax.config import MupStudyConfig
+from flm_jax import mapping
 from flm_jax.errors import UserError
+from flm_jax.params import axes, draws, mup, threefry
 from flm_jax.studies import coordinates, predict, study, sweep, through_growth
+from flm_jax.studies.config import MupStudyConfig
 from tests.commands import json_of, mistake
 from tests.models import SMALL, changed
 
@@ -25,7 +26,7 @@ def study_config(**changes) -> MupStudyConfig:
     from configs import mup_study
 
     plain = cli.plain(mup_study.get_config("smoke"))
-    made = config.from_mapping(MupStudyConfig, plain)
+    made = mapping.from_mapping(MupStudyConfig, plain)
     experiment = dataclasses.replace(made.experiment, quick_compile=False)  # set for all tests
     return dataclasses.replace(made, experiment=experiment, **changes)
 
@@ -37,11 +38,11 @@ def test_fresh_entries_have_the_bits_of_jax_random():
     got = threefry.bits(keys, jnp.arange(5, 37, dtype=jnp.uint32))
     np.testing.assert_array_equal(got, want[..., 5:])
     key, shape = jax.random.key(9), (3, 4, 7)
-    normal = mup.unit_normal(key, shape, jnp.float32)
+    normal = draws.unit_normal(key, shape, jnp.float32)
     bits = jax.random.bits(jax.random.fold_in(key, 1 * 4 + 2), (2, 7), jnp.uint32)
     sums = sum(int(n) for b in bits[:, 6] for n in (b & 0xFFFF, b >> 16)) - 2 * 0xFFFF
     np.testing.assert_allclose(normal[1, 2, 6], sums / 2**16 / 3**-0.5, rtol=1e-5)
-    window = mup.unit_normal(key, shape, jnp.float32, window=((1, 2), None, (3, 4)))
+    window = draws.unit_normal(key, shape, jnp.float32, window=((1, 2), None, (3, 4)))
     np.testing.assert_array_equal(window, normal[1:3, :, 3:7])
 
 

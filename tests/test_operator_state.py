@@ -8,9 +8,11 @@ import numpy as np
 import optax
 import pytest
 
-from flm_jax import axes, growth, optim
+from flm_jax import growth
 from flm_jax.config import StageConfig
-from flm_jax.state import TrainState
+from flm_jax.params import axes, trees
+from flm_jax.train import optim, schedules
+from flm_jax.train.train_step import TrainState
 from tests.models import (
     MUP,
     SMALL,
@@ -93,13 +95,13 @@ def _update_sizes(model, adam, stage, growth_, seeds):
     """Root mean square of the last update of each parameter, on random gradients."""
     tx = optax.chain(
         optim.scale_by_slot_adam(axes.axis_sizes(model), 0.9, 0.95, 1e-12, growth_),
-        optim.scale_by_mup_learning_rate(dataclasses.replace(stage, model=model), optim.steady),
+        optim.scale_by_mup_learning_rate(dataclasses.replace(stage, model=model), schedules.steady),
     )
     rate = tx.init(random_params(model, 0))[1]
     state, step = (adam, rate), jax.jit(tx.update)
     for seed in seeds:
         update, state = step(random_params(model, seed), state)
-    return dict(axes.flatten(update)), state[0]
+    return dict(trees.flatten(update)), state[0]
 
 
 @pytest.mark.parametrize("recipe", ["msg", "zero_pad", "tile"])

@@ -10,14 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flm_jax import axes, growth, ligo, measure, sharding
+from flm_jax import growth
 from flm_jax.config import GrowthConfig
 from flm_jax.errors import UserError
-from flm_jax.growth import operators
+from flm_jax.growth import ligo, measure, operators
 from flm_jax.growth.expansion import NEW, Expansion, Run
 from flm_jax.growth.operators import EXACT, OPERATORS
 from flm_jax.growth.receipt import gradient_error
-from flm_jax.studies import check_growth
+from flm_jax.params import axes, sharding, trees
+from flm_jax.studies import check_operators
 from tests.commands import ROOT
 from tests.models import (
     MUP,
@@ -53,10 +54,10 @@ EXACT_RECIPES = (
 
 def pair_of(recipe, **changes):
     small = changed(SMALL, **changes)
-    return small, check_growth.target_of(small, recipe)
+    return small, check_operators.target_of(small, recipe)
 
 
-source_of = functools.cache(check_growth.random_source)
+source_of = functools.cache(check_operators.random_source)
 
 
 def logits_grown(plan, params, batch):
@@ -208,7 +209,7 @@ def test_separating_noise_has_its_power_and_leaves_the_sum():
     with jax.enable_x64(True):
         params = random_params(small, 2)
         plain, noisy = (
-            dict(axes.flatten(grow(params, growth.plan(small, big, "tile", noise_db=db), KEY)))
+            dict(trees.flatten(grow(params, growth.plan(small, big, "tile", noise_db=db), KEY)))
             for db in (0.0, 20.0)
         )
         noise = {path: noisy[path] - plain[path] for path in plain}
@@ -246,8 +247,8 @@ def test_layer_maps(recipe, layers, layer_map):
     plan = growth.plan(
         changed(small, dtype="float32"), changed(small, num_layers=layers, dtype="float32"), recipe
     )
-    grown = dict(axes.flatten(grow(params, plan, KEY)))
-    for path, old in axes.flatten(params):
+    grown = dict(trees.flatten(grow(params, plan, KEY)))
+    for path, old in trees.flatten(params):
         if path.startswith("layers/") and not (
             recipe == "identity" and axes.TABLE[path].residual_writer
         ):
@@ -428,11 +429,11 @@ def test_the_docs_table_is_the_codes():
 
 def test_a_claim_that_does_not_hold_is_contradicted(monkeypatch):
     source = source_of(changed(SMALL, dtype="float32"))
-    assert check_growth.check("stack", "stack", source)["ok"]
+    assert check_operators.check("stack", "stack", source)["ok"]
     lying = dataclasses.replace(OPERATORS["stack"], build=lambda r: dataclasses.replace(
         OPERATORS["interpose"].build(r), exactness=EXACT))  # fmt: skip
     monkeypatch.setitem(OPERATORS, "stack", lying)
-    row = check_growth.check("stack", "stack", source)
+    row = check_operators.check("stack", "stack", source)
     assert row["claimed"] == EXACT and row["measured"] == "APPROX" and not row["ok"]
 
 

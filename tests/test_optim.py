@@ -6,9 +6,11 @@ import numpy as np
 import optax
 import pytest
 
-from flm_jax import axes, growth, mup, optim
+from flm_jax import growth
 from flm_jax.config import OptimizerConfig, ScheduleConfig, StageConfig
-from flm_jax.state import TrainState
+from flm_jax.params import axes, mup, trees
+from flm_jax.train import optim, schedules
+from flm_jax.train.train_step import TrainState
 from tests.models import SMALL, changed, grow, random_params
 
 BIG = changed(SMALL, d_model=18, d_ff=32, num_layers=3, num_heads=6, num_kv_heads=3)
@@ -16,16 +18,16 @@ KEY = jax.random.key(11)
 
 
 def random_like(params, seed):
-    return axes.unflatten(
+    return trees.unflatten(
         {
             path: jax.random.normal(jax.random.fold_in(jax.random.key(seed), n), x.shape, x.dtype)
-            for n, (path, x) in enumerate(axes.flatten(params))
+            for n, (path, x) in enumerate(trees.flatten(params))
         }
     )
 
 
 def assert_trees_close(a, b, atol):
-    for (path, x), (_, y) in zip(axes.flatten(a), axes.flatten(b), strict=True):
+    for (path, x), (_, y) in zip(trees.flatten(a), trees.flatten(b), strict=True):
         np.testing.assert_allclose(x, y, atol=atol, err_msg=path)
 
 
@@ -73,7 +75,7 @@ def test_added_slots_take_steps_of_their_own_age():
         step = jax.jit(tx.update)
         for _ in range(20):
             update, state = step(ones, state)
-            for path, u in axes.flatten(update):
+            for path, u in trees.flatten(update):
                 if path != "head":
                     np.testing.assert_allclose(u, 1, atol=1e-6, err_msg=path)
             update, shared = step(ones, shared)
@@ -122,7 +124,7 @@ def test_one_step_is_optax_adamw_when_mup_is_off():
         params = random_params(config, 5)
         stage = StageConfig("a", config, 1, 1, learning_rate=1e-2, matrix_learning_rate=1e-2)
         ours = optim.optimizer(stage, OptimizerConfig(weight_decay=0.1), lambda step: jnp.ones(()))
-        decayed = axes.unflatten({p: "norm" not in p for p in axes.TABLE})
+        decayed = trees.unflatten({p: "norm" not in p for p in axes.TABLE})
         theirs = optax.chain(
             optax.clip_by_global_norm(1.0),
             optax.adamw(1e-2, 0.9, 0.95, 1e-8, weight_decay=0.1, mask=decayed),
@@ -142,18 +144,18 @@ def _curve(schedule, steps):
 
 
 def test_schedules():
-    cosine = optim.schedule_shape(ScheduleConfig("cosine", 10, final_ratio=0.1), 110)
+    cosine = schedules.schedule_shape(ScheduleConfig("cosine", 10, final_ratio=0.1), 110)
     curve = _curve(cosine, 111)
     np.testing.assert_allclose(curve[:10], np.arange(1, 11) / 10, rtol=1e-6)
     s = np.arange(10, 111)
     want = 0.1 + 0.9 * (1 + np.cos(np.pi * (s - 10) / 100)) / 2
     np.testing.assert_allclose(curve[10:], want, atol=1e-6)
 
-    wsd = optim.schedule_shape(ScheduleConfig("wsd", 5, decay_steps=20, final_ratio=0.0), 100)
+    wsd = schedules.schedule_shape(ScheduleConfig("wsd", 5, decay_steps=20, final_ratio=0.0), 100)
     curve = _curve(wsd, 101)
     np.testing.assert_allclose(curve[4:81], 1)
     np.testing.assert_allclose(curve[80:], 1 - np.arange(21) / 20, atol=1e-6)
 
-    again = optim.rewarmed(wsd, start=40, steps=4, ratio=0.1)
+    again = schedules.rewarmed(wsd, start=40, steps=4, ratio=0.1)
     np.testing.assert_allclose(_curve(again, 46)[40:], [0.1, 0.325, 0.55, 0.775, 1, 1], rtol=1e-6)
     np.testing.assert_allclose(_curve(again, 40), _curve(wsd, 40))

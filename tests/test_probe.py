@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from flm_jax.config import ArmConfig
 from flm_jax.errors import UserError
+from flm_jax.studies.config import ArmConfig
 from tests.commands import json_of, mistake, run
 
 PROBE = ("experiments.probe_growth", "--config=configs/probe_growth.py:smoke")

@@ -15,12 +15,14 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
 
-from flm_jax import growth, processes, sharding
-from flm_jax.checkpoint import params_digest
+from flm_jax import growth
 from flm_jax.config import MESH_AXES, ExperimentConfig, MeshConfig, StageConfig
 from flm_jax.errors import UserError
-from flm_jax.lineage import identity
-from flm_jax.train import init_state
+from flm_jax.params import sharding
+from flm_jax.runtime import processes
+from flm_jax.store.checkpoint import params_digest
+from flm_jax.store.lineage import identity
+from flm_jax.train.train_step import init_state
 from tests.commands import mistake, start
 from tests.models import grow
 from tests.test_train import BIG, MODEL, optimizer, stage_of

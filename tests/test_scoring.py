@@ -12,8 +12,8 @@ import pytest
 from scipy import stats
 
 from flm_jax.errors import UserError
-from flm_jax.sft import made, sandbox, scoring
-from flm_jax.sft.chat import Check, Message, Sample
+from flm_jax.sft import sandbox, scoring, synthetic
+from flm_jax.sft.chats import Check, Message, Sample
 from flm_jax.sft.sandbox import Limits, run_examples
 from flm_jax.sft.scoring import ResponseLoss
 
@@ -153,7 +153,7 @@ def test_wilson_and_bootstrap_against_scipy():
 
 
 def test_scores_of_a_model_that_is_always_right():
-    samples = made.make(0, 4, "evaluation")
+    samples = synthetic.make(0, 4, "evaluation")
 
     def answer(asked):
         assert all(s.check for s in asked)
@@ -163,7 +163,7 @@ def test_scores_of_a_model_that_is_always_right():
         return [ResponseLoss(math.log(2) * 8, 4, 16) for _ in asked]
 
     scores = scoring.summarise(scoring.score(samples, losses, answer))
-    assert set(scores) == {*made.CATEGORIES, "all"}
+    assert set(scores) == {*synthetic.CATEGORIES, "all"}
     for category, metrics in scores.items():
         assert metrics["bpb"].value == pytest.approx(0.5)
         assert metrics["loss"].value == pytest.approx(2 * math.log(2))

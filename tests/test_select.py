@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from flm_jax.errors import UserError
-from flm_jax.sft import chat, made, pool, scoring, select
-from flm_jax.sft.chat import Message, Sample
+from flm_jax.sft import chats, scoring, selection, synthetic
+from flm_jax.sft.chats import Message, Sample
 from flm_jax.sft.scoring import ResponseLoss
-from flm_jax.sft.select import Quota, SelectionConfig
+from flm_jax.sft.selection import Quota, SelectionConfig
 from tests.commands import json_of, mistake
 
 LOOSE = SelectionConfig(size=1000, near=2.0, worst_loss=0.0, max_ifd=9.0)
@@ -24,7 +24,7 @@ def sample(question, answer, category="c", name=""):
 def reasons_of(samples, config=LOOSE, **more):
     """step -> rows"""
     found = collections.defaultdict(list)
-    for dropped in select.select(samples, config, **more).dropped:
+    for dropped in selection.select(samples, config, **more).dropped:
         found[dropped.step].append(dropped.row)
     return dict(found)
 
@@ -72,7 +72,8 @@ def test_near_duplicates_against_all_pairs():
     config = dataclasses.replace(LOOSE, near=0.75)
     dropped = set(reasons_of(samples, config)["near_duplicate"])
     pieces = [
-        select._grams(select._words(m.content for m in s.messages), config.shingle) for s in samples
+        selection._grams(selection._words(m.content for m in s.messages), config.shingle)
+        for s in samples
     ]
     kept, expected = [], set()
     for row, mine in enumerate(pieces):
@@ -96,7 +97,7 @@ def test_contamination():
     samples = [KEPT, leaked, in_answer, harmless]
     assert reasons_of(samples, evaluation=evaluation) == {"contamination": [1, 2]}
     assert reasons_of(samples) == {}
-    report = select.select(samples, LOOSE, evaluation).report
+    report = selection.select(samples, LOOSE, evaluation).report
     assert "evaluation sample e/1" in report["dropped"][0]["reason"]
     # A question of fewer words than n counts as a whole.
     short = [sample("Add 2 and 3.", "5", "", "e/2"), Sample((Message("assistant", "x"),))]
@@ -105,19 +106,19 @@ def test_contamination():
 
 
 def test_made_sets_do_not_contaminate_each_other():
-    samples = made.make(0, 40, categories=["arithmetic_steps", "lists", "code", "strings"])
-    held_out = made.make(0, 40, "evaluation", ["arithmetic_steps", "lists", "code", "strings"])
+    samples = synthetic.make(0, 40, categories=["arithmetic_steps", "lists", "code", "strings"])
+    held_out = synthetic.make(0, 40, "evaluation", ["arithmetic_steps", "lists", "code", "strings"])
     found = reasons_of(samples, evaluation=held_out).get("contamination", [])
     assert len(found) <= 0.03 * len(samples)
     # Twin: a set against itself.
     with pytest.raises(UserError, match="nothing is left of 160 samples: 160 by contamination"):
-        select.select(held_out, LOOSE, held_out)
+        selection.select(held_out, LOOSE, held_out)
 
 
 def test_answers_that_fail_their_own_check():
-    samples = made.make(0, 4)
-    pile = made.spoil(samples, 0, 0.5)
-    found = select.select(pile, LOOSE).dropped
+    samples = synthetic.make(0, 4)
+    pile = synthetic.spoil(samples, 0, 0.5)
+    found = selection.select(pile, LOOSE).dropped
     failed = {d.id for d in found if d.step == "check"}
     assert failed and all(name.partition("#")[2] in ("wrong", "cut", "noise") for name in failed)
     wrong = {
@@ -126,7 +127,7 @@ def test_answers_that_fail_their_own_check():
     }  # fmt: skip
     assert len(wrong) >= 20 and wrong <= {d.id for d in found}
     # Twin: without the step they stay.
-    lenient = select.select(pile, dataclasses.replace(LOOSE, verify=False)).chosen
+    lenient = selection.select(pile, dataclasses.replace(LOOSE, verify=False)).chosen
     assert wrong & {s.id for s in lenient}
 
 
@@ -144,9 +145,9 @@ def test_quality_drops_and_ranks():
     # The two highest losses; and the one whose question makes the answer less likely.
     assert reasons_of(samples, config, **quality) == {"quality": [4, 8, 9]}
     three = dataclasses.replace(config, size=3)
-    hardest = select.select(samples, three, **quality).chosen
+    hardest = selection.select(samples, three, **quality).chosen
     assert [s.messages[-1].content for s in hardest] == ["answer 5", "answer 6", "answer 7"]
-    likeliest = select.select(samples, dataclasses.replace(three, rank="loss"), **quality).chosen
+    likeliest = selection.select(samples, dataclasses.replace(three, rank="loss"), **quality).chosen
     assert [s.messages[-1].content for s in likeliest] == ["answer 0", "answer 1", "answer 2"]
 
 
@@ -159,26 +160,26 @@ def test_quotas_and_clusters():
 
     quotas = (Quota("a", 0.25), Quota("b", 0.75))
     config = dataclasses.replace(LOOSE, size=12, clusters=3, quotas=quotas)
-    chosen = select.select(samples, config, embed=embed).chosen
+    chosen = selection.select(samples, config, embed=embed).chosen
     assert collections.Counter(s.category for s in chosen) == {"a": 3, "b": 9}
     # Each cluster gives equally many.
     places = collections.Counter((s.category, samples.index(s) % 3) for s in chosen)
     assert places == {("a", k): 1 for k in range(3)} | {("b", k): 3 for k in range(3)}
     # Without quotas: as the pool; a category that is too small gives what it has.
-    chosen = select.select(samples, dataclasses.replace(config, quotas=()), embed=embed).chosen
+    chosen = selection.select(samples, dataclasses.replace(config, quotas=()), embed=embed).chosen
     assert collections.Counter(s.category for s in chosen) == {"a": 6, "b": 6}
     greedy = dataclasses.replace(config, size=50, quotas=(Quota("a", 1.0), Quota("b", 0.0)))
-    assert len(select.select(samples, greedy, embed=embed).chosen) == 30
+    assert len(selection.select(samples, greedy, embed=embed).chosen) == 30
     with pytest.raises(UserError, match="category 'z', but the pool has 'a', 'b'"):
-        select.select(samples, dataclasses.replace(config, quotas=(Quota("z", 1.0),)))
+        selection.select(samples, dataclasses.replace(config, quotas=(Quota("z", 1.0),)))
 
 
 def test_the_same_seed_gives_the_same_set():
-    pile = made.spoil(made.make(0, 30), 0, 0.2)
+    pile = synthetic.spoil(synthetic.make(0, 30), 0, 0.2)
     config = SelectionConfig(size=60, scripts=("LATIN",))
-    one, two = (select.select(pile, config) for _ in range(2))
-    assert one.report == two.report and one.digest == pool.fingerprint(one.chosen)
-    assert select.select(pile, dataclasses.replace(config, seed=1)).digest != one.digest
+    one, two = (selection.select(pile, config) for _ in range(2))
+    assert one.report == two.report and one.digest == chats.fingerprint(one.chosen)
+    assert selection.select(pile, dataclasses.replace(config, seed=1)).digest != one.digest
     # Every sample is either chosen or dropped for a reason.
     assert len(one.chosen) == 60 and len(one.chosen) + len(one.dropped) == len(pile)
     assert sorted(one.report["dropped_by_step"].items()) == sorted(
@@ -199,19 +200,19 @@ def test_mistakes_are_one_line():
     with pytest.raises(UserError, match=r"shares add up to 1\.5"):
         SelectionConfig(size=1, quotas=(Quota("a", 1.0), Quota("b", 0.5)))
     with pytest.raises(UserError, match="nothing is left of 1 samples: 1 by length"):
-        select.select([KEPT], dataclasses.replace(LOOSE, max_bytes=3))
+        selection.select([KEPT], dataclasses.replace(LOOSE, max_bytes=3))
     with pytest.raises(UserError, match="nothing is left of 0 samples: the pool is empty"):
-        select.select([], LOOSE)
+        selection.select([], LOOSE)
 
 
 @pytest.mark.slow
 def test_command(tmp_path):
     path, output = tmp_path / "pile.jsonl", tmp_path / "chosen.jsonl"
-    chat.write_jsonl(path, made.spoil(made.make(0, 10), 0, 0.2))
+    chats.write_jsonl(path, synthetic.spoil(synthetic.make(0, 10), 0, 0.2))
     flags = ("experiments.select_samples", f"--pool={path}", f"--output={output}")
     result = json_of(*flags, "--size=20", "--quota=lists:0.5", "--quota=strings:0.5")
-    chosen = pool.read([str(output)])
-    assert pool.fingerprint(chosen) == result["digest"]
+    chosen = chats.read([str(output)])
+    assert chats.fingerprint(chosen) == result["digest"]
     assert {s.category for s in chosen} == {"lists", "strings"}
     report = json.loads((tmp_path / "chosen.jsonl.report.json").read_text())
     assert report["digest"] == result["digest"]

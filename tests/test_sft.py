@@ -12,15 +12,18 @@ import pytest
 
 from configs import less_is_more as grid
 from experiments import cli
-from flm_jax import run_state, train
-from flm_jax.checkpoint import Checkpoints, params_digest
-from flm_jax.config import EvalConfig, from_mapping
+from flm_jax.config import EvalConfig
+from flm_jax.data.tokenizer import open_tokenizer
 from flm_jax.errors import UserError
-from flm_jax.lineage import RunFolder
-from flm_jax.sft import chat, claims, less_is_more, made, packing, pool, template, tune
-from flm_jax.sft.chat import Message, Sample
+from flm_jax.interop import opening
+from flm_jax.mapping import from_mapping
+from flm_jax.sft import chats, fine_tune, packing, synthetic, template
+from flm_jax.sft.chats import Message, Sample
 from flm_jax.sft.config import SftConfig, TemplateConfig
-from flm_jax.tokenizer import open_tokenizer
+from flm_jax.store.checkpoint import Checkpoints, params_digest
+from flm_jax.store.lineage import RunFolder
+from flm_jax.studies import claims, less_is_more
+from flm_jax.train import train_step
 from tests.commands import json_of, mistake, start, wait_for
 from tests.models import SMALL, changed, gradients, random_params
 
@@ -88,13 +91,13 @@ def test_a_template_without_a_place_for_the_text_is_refused():
 
 def test_jsonl_is_read_as_written(tmp_path):
     samples = [
-        talk("a", "b", category="x", id="1", check=chat.Check("exact", "b")),
+        talk("a", "b", category="x", id="1", check=chats.Check("exact", "b")),
         talk("ü\n", "\u2028c"),
     ]
-    chat.write_jsonl(tmp_path / "a.jsonl", samples)
+    chats.write_jsonl(tmp_path / "a.jsonl", samples)
     row = {"instruction": "Add", "input": "1 2", "response": "3", "system": "s"}
     (tmp_path / "b.jsonl").write_text(json.dumps(row) + "\n\n")
-    found = pool.read([str(tmp_path)])
+    found = chats.read([str(tmp_path)])
     assert found[:2] == samples
     roles = [(m.role, m.content) for m in found[2].messages]
     assert roles == [("system", "s"), ("user", "Add\n1 2"), ("assistant", "3")]
@@ -117,26 +120,26 @@ def test_a_malformed_line_is_named(tmp_path, line, words):
     path = tmp_path / "pool.jsonl"
     path.write_text('{"instruction": "x", "response": "y"}\n' + line + "\n")
     with pytest.raises(UserError, match=words) as caught:
-        pool.read([str(path)])
+        chats.read([str(path)])
     assert str(caught.value).startswith(f"{path}, line 2: ")
 
 
 def test_bytes_that_are_no_text_are_named(tmp_path):
     (tmp_path / "pool.jsonl").write_bytes(b'{"instruction": "\xe9"}\n')
     with pytest.raises(UserError, match=r"pool.jsonl, line 1: .*utf-8"):
-        pool.read([str(tmp_path)])
+        chats.read([str(tmp_path)])
     with pytest.raises(UserError, match="nowhere"):
-        pool.read([str(tmp_path / "nowhere")])
+        chats.read([str(tmp_path / "nowhere")])
 
 
 def test_the_split_follows_content_alone():
     samples = random_samples(300)
-    kept, held = pool.split(samples, 0.2)
+    kept, held = chats.split(samples, 0.2)
     assert len(kept) + len(held) == 300 and 30 < len(held) < 90
     renamed = [dataclasses.replace(s, id="new", category="new") for s in samples]
-    again, _ = pool.split([*random_samples(100, seed=1), *renamed], 0.2)
-    assert {pool.content_hash(s) for s in kept} <= {pool.content_hash(s) for s in again}
-    kept, held = pool.split(samples[:3], 1e-9)  # one at least
+    again, _ = chats.split([*random_samples(100, seed=1), *renamed], 0.2)
+    assert {chats.content_hash(s) for s in kept} <= {chats.content_hash(s) for s in again}
+    kept, held = chats.split(samples[:3], 1e-9)  # one at least
     assert len(kept) == 2 and len(held) == 1
 
 
@@ -182,7 +185,7 @@ def float64():
 
 @jax.jit
 def nats_of(params, batch):
-    return train.summed_loss(params, batch, CONFIG)[0]
+    return train_step.summed_loss(params, batch, CONFIG)[0]
 
 
 @pytest.fixture(scope="module")
@@ -301,7 +304,7 @@ def test_configs_that_cannot_work_are_refused():
         with pytest.raises(UserError, match=words):
             SftConfig(base="x", **values)
     with pytest.raises(UserError, match="make demo"):
-        tune.open_base(SftConfig(base="runs/nowhere", made=1))
+        fine_tune.open_base(SftConfig(base="runs/nowhere", made=1))
 
 
 # Claims.
@@ -342,7 +345,7 @@ def test_the_grid_shares_the_largest_arms_and_runs_seed_by_seed():
     assert [a.seed for a in arms] == sorted(a.seed for a in arms)
     assert arms[0].selection == "random" and arms[0].size == 384
     for mix in config.mixes:
-        shares = mix.shares(made.CATEGORIES)
+        shares = mix.shares(synthetic.CATEGORIES)
         assert sum(shares.values()) == pytest.approx(1)
         assert all(shares[c] == 0.5 for c in mix.more) and not set(mix.without) & set(shares)
 
@@ -406,7 +409,7 @@ def test_the_best_checkpoint_is_the_stage(tuned):
     start = min(evals)
     assert evals[step] == min(loss for s, loss in evals.items() if s > start)
     assert evals[step] == stage["eval"]["response_loss_end"]
-    model = run_state.open_model(str(workdir), "sft")
+    model = opening.open_model(str(workdir), "sft")
     assert params_digest(model.params) == stage["params_digest"]
 
 
@@ -462,16 +465,16 @@ def test_inside_the_base_and_from_a_model_without_a_run(base, tmp_path):
         eval=EvalConfig(sequences=8, batch_size=8, every_steps=2),
     )  # fmt: skip
     with jax.enable_x64(False):
-        stage = tune.run(config, str(copy)).stage
+        stage = fine_tune.run(config, str(copy)).stage
         assert lineage(copy) == [*lineage(base), stage]
-        assert tune.run(config, str(copy)).stage == stage  # not fine-tuned once more
+        assert fine_tune.run(config, str(copy)).stage == stage  # not fine-tuned once more
         other = dataclasses.replace(config, name="other", base_stage="small")
         with pytest.raises(UserError, match=r"stages small, sft.*give another --workdir"):
-            tune.run(other, str(copy))  # its place in the lineage is taken
+            fine_tune.run(other, str(copy))  # its place in the lineage is taken
 
         path = next((base / "stages/0-small/checkpoints").glob("[0-9]*"))
         alone = dataclasses.replace(config, base=str(path))
-        stage = tune.run(alone, str(tmp_path / "alone")).stage
+        stage = fine_tune.run(alone, str(tmp_path / "alone")).stage
     assert (stage["index"], stage["parent"], stage["receipt"]) == (0, None, None)
     assert lineage(tmp_path / "alone") == [stage]
 

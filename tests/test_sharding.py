@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
 
-from flm_jax import axes, optim, sharding
 from flm_jax.config import MeshConfig, OptimizerConfig, RulesConfig, StageConfig
 from flm_jax.errors import UserError
-from flm_jax.train import init_state, make_train_step
+from flm_jax.params import axes, sharding
+from flm_jax.train import optim, schedules
+from flm_jax.train.train_step import init_state, make_train_step
 from tests.commands import ROOT
 from tests.models import SMALL, changed, packed_batch
 
@@ -63,7 +64,7 @@ def test_no_parameter_is_replicated_by_accident(name, devices):
 
 def losses_on(mesh_config, model):
     stage = StageConfig("a", model, 8, 8, learning_rate=1e-2, matrix_learning_rate=1e-2)
-    tx = optim.optimizer(stage, OptimizerConfig(), optim.steady)
+    tx = optim.optimizer(stage, OptimizerConfig(), schedules.steady)
     mesh, rules = sharding.make_mesh(mesh_config), mesh_config.rules
     sharding.check_divisible(model, mesh, rules)
     with jax.set_mesh(mesh):

@@ -10,13 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flm_jax import checkpoint, growth, optim, train
-from flm_jax.checkpoint import Checkpoints, by_name
+from flm_jax import growth
 from flm_jax.config import OptimizerConfig, StageConfig
 from flm_jax.errors import UserError
 from flm_jax.growth import stream
-from flm_jax.leaves import CheckpointReader, CheckpointWriter
-from flm_jax.pieces import cells, chunk_shape
+from flm_jax.store import checkpoint
+from flm_jax.store.checkpoint import Checkpoints, by_name
+from flm_jax.store.leaves import CheckpointReader, CheckpointWriter
+from flm_jax.store.pieces import cells, chunk_shape
+from flm_jax.train import optim, schedules, train_step
 from tests.models import SMALL, changed
 
 PROGRESS = {"data": {"place": [3, 1]}, "wall_s": 1.5}
@@ -26,8 +28,8 @@ CONFIG = changed(SMALL, dtype="float32")
 def random_state(config, seed=0):
     """A train state with random entries everywhere."""
     stage = StageConfig("s", config, 9, 2, 1e-3, 1e-3)
-    tx = optim.optimizer(stage, OptimizerConfig(), optim.steady)
-    like = jax.eval_shape(lambda: train.init_state(config, tx, jax.random.key(0)))
+    tx = optim.optimizer(stage, OptimizerConfig(), schedules.steady)
+    like = jax.eval_shape(lambda: train_step.init_state(config, tx, jax.random.key(0)))
     rng = np.random.default_rng(seed)
 
     def draw(x):

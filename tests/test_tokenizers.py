@@ -9,8 +9,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from flm_jax import data
 from flm_jax.config import DataConfig
+from flm_jax.data.tokenizer import open_tokenizer
 from flm_jax.errors import UserError
-from flm_jax.tokenizer import open_tokenizer
 
 TEXTS = (
     "def f(x):\n    return x  # naïve\n",

@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flm_jax import axes, growth, optim, sharding
-from flm_jax.checkpoint import Checkpoints, params_digest
+from flm_jax import growth
 from flm_jax.config import MeshConfig, OptimizerConfig, StageConfig, TransformerConfig
 from flm_jax.errors import UserError
-from flm_jax.evaluate import bits_per_byte
-from flm_jax.train import init_state, make_train_step
+from flm_jax.inference.evaluation import bits_per_byte
+from flm_jax.params import axes, sharding, trees
+from flm_jax.store.checkpoint import Checkpoints, params_digest
+from flm_jax.train import optim
+from flm_jax.train.train_step import init_state, make_train_step
 from tests.models import grow, packed_batch
 
 MODEL = TransformerConfig(
@@ -72,7 +74,7 @@ def test_a_ramp_compiles_once():
         small = init_state(MODEL, optimizer(stage_of(MODEL)), jax.random.key(0))
         state = grow(small, plan, jax.random.key(1))
         state = jax.device_put(state, sharding.shardings(state, mesh))
-        step = make_train_step(stage, tx, mesh, plan)
+        step = make_train_step(stage, tx, mesh, plan.masks)
         for local in range(1, 5):
             batch = jax.tree.map(np.asarray, packed_batch(MODEL, local, batch=8))
             batch = sharding.place_batch(batch, mesh)
@@ -123,7 +125,7 @@ def test_growth_to_1t_has_the_right_shapes(recipe):
     tx = optimizer(tele_flm_102b.stage())
     state = jax.eval_shape(lambda: init_state(small, tx, jax.random.key(0)))
     grown = jax.eval_shape(lambda s: growth.grow(s, plan, jax.random.key(0)), state)
-    sizes = {path: leaf.size for path, leaf in axes.flatten(grown.params)}
+    sizes = {path: leaf.size for path, leaf in trees.flatten(grown.params)}
     assert sizes == axes.param_sizes(big)
     assert len(plan.to_json()) < 20_000
 

@@ -20,8 +20,8 @@ import tensorflow as tf
 
 from flm_jax.config import DataConfig
 from flm_jax.data import tasks
+from flm_jax.data.tokenizer import open_tokenizer
 from flm_jax.errors import UserError
-from flm_jax.tokenizer import open_tokenizer
 
 Batch = dict[str, np.ndarray]
 

@@ -20,8 +20,8 @@ import seqio
 import tensorflow as tf
 
 from flm_jax.config import DataConfig
+from flm_jax.data.tokenizer import Tokenizer
 from flm_jax.errors import UserError
-from flm_jax.tokenizer import Tokenizer
 
 VALIDATION_FRACTION = 0.04
 C4 = "c4/en:3.1.0"

@@ -16,13 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flm_jax import axes, mup
-from flm_jax.axes import Param, Role, Window
 from flm_jax.errors import UserError
+from flm_jax.growth._plan import Plan
 from flm_jax.growth.expansion import Expansion, any_slot, gather, grown_dims, weighted
-from flm_jax.growth.plan import Plan
-from flm_jax.optim import SlotAdamState
-from flm_jax.state import TrainState
+from flm_jax.params import axes, draws, mup, trees
+from flm_jax.params.axes import Param, Role
+from flm_jax.params.trees import Window
+from flm_jax.train.optim import SlotAdamState
+from flm_jax.train.train_step import TrainState
 
 Tree = TypeVar("Tree")
 
@@ -61,7 +62,7 @@ def grow(tree: Tree, plan: Plan, key: jax.Array) -> Tree:
 
 
 def _checked(tree: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
-    leaves = dict(axes.flatten(tree))
+    leaves = dict(trees.flatten(tree))
     expected = {path: param.shape(plan.source) for path, param in axes.TABLE.items()}
     for path in dict.fromkeys([*expected, *leaves]):
         have = leaves[path].shape if path in leaves else "missing"
@@ -75,7 +76,7 @@ def _checked(tree: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
 
 def _grow_params(tree: Any, plan: Plan, key: jax.Array) -> Any:
     leaves = _checked(tree, plan).items()
-    return axes.unflatten(
+    return trees.unflatten(
         {path: grow_value(x, axes.TABLE[path], plan, leaf_key(key, path)) for path, x in leaves}
     )
 
@@ -167,7 +168,7 @@ def _with_mean_slots(x: jax.Array, param: Param, e: Expansion, key: jax.Array) -
     mean = jnp.mean(rows, axis=0, keepdims=True)
     new = jnp.repeat(mean, more, axis=0)
     if param.roles[dim] is Role.IN and e.source > 1:
-        mixture = mup.unit_normal(key, (more, e.source), x.dtype, (e.source - 1) ** -0.5)
+        mixture = draws.unit_normal(key, (more, e.source), x.dtype, (e.source - 1) ** -0.5)
         new = new + jnp.tensordot(mixture, rows - mean, axes=1)
     return jnp.moveaxis(jnp.concatenate([rows, new]), 0, dim)
 
@@ -182,7 +183,7 @@ def _separating_noise(grown: jax.Array, param: Param, plan: Plan, key: jax.Array
         if role is not Role.IN or e not in plan.lockable:
             continue
         rms = jnp.sqrt(jnp.mean(jnp.square(grown)))
-        noise = jnp.moveaxis(mup.unit_normal(key, grown.shape, grown.dtype), dim, 0)
+        noise = jnp.moveaxis(draws.unit_normal(key, grown.shape, grown.dtype), dim, 0)
         count = np.bincount(e.index[~e.new], minlength=e.source)[e.index] * ~e.new
         bucket = np.where(e.new, e.source, e.index)
         sums = jax.ops.segment_sum(noise, jnp.asarray(bucket), num_segments=e.source + 1)
@@ -214,7 +215,7 @@ def grow_moment(
     of its gradient, of which only the sum is known. x and window as of `grow_value`.
     """
     if plan.moments == "reset":
-        return jnp.zeros(axes.window_shape(param.shape(plan.target), window), x.dtype)
+        return jnp.zeros(trees.window_shape(param.shape(plan.target), window), x.dtype)
     grown = weighted(
         gather(x, param, plan.by_axis, window), param, plan.by_axis,
         scale=1 / plan.value_scale(param), dual=True, power=power, window=window,
@@ -225,7 +226,7 @@ def grow_moment(
 
 def _grow_moments(tree: Any, plan: Plan, power: int) -> Any:
     leaves = _checked(tree, plan).items()
-    return axes.unflatten(
+    return trees.unflatten(
         {path: grow_moment(x, axes.TABLE[path], plan, power) for path, x in leaves}
     )
 

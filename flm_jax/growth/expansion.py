@@ -27,8 +27,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flm_jax.axes import Param, Role, Window, along, slots_in
 from flm_jax.errors import UserError
+from flm_jax.params.axes import Param, Role
+from flm_jax.params.trees import Window, along, slots_in
 
 NEW = -1
 _FEW_RUNS = 8

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from flm_jax import axes
 from flm_jax.config import TransformerConfig
 from flm_jax.errors import UserError
-from flm_jax.growth import depth
+from flm_jax.growth import layer_maps
 from flm_jax.growth.expansion import NEW, Expansion, Learned, Run, append_new, from_index
+from flm_jax.params import axes
 
 EXACT, APPROX = "EXACT", "APPROX"
 _LARGEST_DENSE = 1 << 22  # entries of a learned map: it is kept in the plan
@@ -76,7 +76,7 @@ _ACTS = {"embed": "out", "mlp": "in", "kv_heads": "in", "q_per_kv": "in", "layer
 def _msg(r: Request) -> Expansion:
     how: dict[str, Any] = {"operator": "msg", "masked": True}
     if r.axis == "layers" and r.source:
-        index = depth.beside_smallest(r.distances, r.target)
+        index = layer_maps.beside_smallest(r.distances, r.target)
         return from_index(r.axis, r.source, index, **how)
     fill = "mean" if r.axis == "vocab" else "fresh"
     return append_new(r.axis, r.source, r.target, fill=fill, **how)
@@ -185,7 +185,7 @@ def _layers(
 def _identity(r: Request) -> Expansion:
     if r.source == 0:
         raise refusal(r, "operator 'identity' copies layers, and there are none", ("zero_pad",))
-    index = depth.beside_smallest(r.distances, r.target)
+    index = layer_maps.beside_smallest(r.distances, r.target)
     return from_index(r.axis, r.source, index, operator="identity", zero=("stack",))
 
 
@@ -205,7 +205,7 @@ def _ligo(r: Request) -> Expansion:
         )
         raise refusal(r, why, ("tile_pad", "zero_pad", "msg"))
     if r.axis == "layers":
-        index, weights = depth.stacked(r.source, r.target), [1.0] * r.target
+        index, weights = layer_maps.stacked(r.source, r.target), [1.0] * r.target
     else:
         index, weights = _random_copies(r)
     selection = np.zeros((r.target, r.source), np.float32)
@@ -242,11 +242,11 @@ OPERATORS: dict[str, Operator] = {
                  "LLaMA-Pro, arXiv 2401.02415; places after Tele-FLM-1T, arXiv 2407.02783",
                  _identity),
         Operator("stack", _LAYERS, APPROX, "place in the stack",
-                 "G_stack, arXiv 2405.15319", _layers("stack", depth.stacked), two_steps=True),
+                 "G_stack, arXiv 2405.15319", _layers("stack", layer_maps.stacked), two_steps=True),
         Operator("interpose", _LAYERS, APPROX, "place in the stack",
-                 "arXiv 2510.08008", _layers("interpose", depth.interposed), two_steps=True),
+                 "arXiv 2510.08008", _layers("interpose", layer_maps.interposed), two_steps=True),
         Operator("middle", _LAYERS, APPROX, "place in the stack",
-                 "MIDAS, arXiv 2409.19044", _layers("middle", depth.middle)),
+                 "MIDAS, arXiv 2409.19044", _layers("middle", layer_maps.middle)),
         Operator("fresh", _LAYERS, APPROX, "fresh entries",
                  "zero- and one-layer expansion", _fresh),
         Operator("ligo", (*WIDTHS, "layers"), APPROX, "learned",

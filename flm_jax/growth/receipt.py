@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flm_jax import axes
-from flm_jax.axes import Role
+from flm_jax.growth._plan import Plan
 from flm_jax.growth.apply import carried, grow_moment
 from flm_jax.growth.expansion import any_slot
-from flm_jax.growth.plan import Plan
+from flm_jax.params import axes, trees
+from flm_jax.params.axes import Role
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +88,7 @@ def gradient_error(plan: Plan, source: Mapping[str, Any], target: Mapping[str, A
     """
     dual = dataclasses.replace(plan, moments="dual")
     worst = largest = jnp.zeros(())
-    for (path, g), (_, got) in zip(axes.flatten(source), axes.flatten(target), strict=True):
+    for (path, g), (_, got) in zip(trees.flatten(source), trees.flatten(target), strict=True):
         param = axes.TABLE[path]
         splits = [e.splits for e in plan.expansions if e.splits and e.axis in param.axes]
         if any(axis not in param.axes for axis in splits):
@@ -104,7 +104,7 @@ def gradient_error(plan: Plan, source: Mapping[str, Any], target: Mapping[str, A
 def largest_added(plan: Plan, tree: Mapping[str, Any]) -> jax.Array:
     """Largest absolute entry in an added slot of any axis."""
     largest = jnp.zeros(())
-    for path, leaf in axes.flatten(tree):
+    for path, leaf in trees.flatten(tree):
         added = any_slot(axes.TABLE[path], plan.by_axis, lambda e, role: e.added)
         if added is not None:
             here = jnp.max(jnp.where(added, jnp.abs(leaf), 0))
@@ -118,7 +118,7 @@ def _slices(tree: Mapping[str, Any], axis: str) -> list[jax.Array]:
     Without the embedding on `vocab`: a token's row has a gradient only where the token occurs.
     """
     found = []
-    for path, leaf in axes.flatten(tree):
+    for path, leaf in trees.flatten(tree):
         param = axes.TABLE[path]
         if axis in param.axes and not (axis == "vocab" and param.has(Role.IN, axis)):
             found.append(jnp.moveaxis(jnp.asarray(leaf), param.axes.index(axis), 0))

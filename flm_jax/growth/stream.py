@@ -19,10 +19,9 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from flm_jax import axes
-from flm_jax.axes import Param
 from flm_jax.config import TransformerConfig
 from flm_jax.errors import UserError
+from flm_jax.growth._plan import Plan
 from flm_jax.growth.apply import (
     grow_moment,
     grow_slots,
@@ -32,10 +31,11 @@ from flm_jax.growth.apply import (
     next_layer,
 )
 from flm_jax.growth.expansion import NEW
-from flm_jax.growth.plan import Plan
-from flm_jax.optim import SlotAdamState
-from flm_jax.pieces import chunk_shape
-from flm_jax.state import TrainState
+from flm_jax.params import axes
+from flm_jax.params.axes import Param
+from flm_jax.store.pieces import chunk_shape
+from flm_jax.train.optim import SlotAdamState
+from flm_jax.train.train_step import TrainState
 
 WORKERS = 3  # pieces under way at once: one is read, one computed, one written
 # A worker holds at most so many times a piece: what is read, XLA's copy of it, the gathered

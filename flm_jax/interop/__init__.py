@@ -12,13 +12,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from flm_jax import axes
 from flm_jax.config import TransformerConfig
-from flm_jax.interop.carried import Vocabulary
-from flm_jax.interop.convert import DTYPES, FORMATS, MEMORY, convert, write_hf
+from flm_jax.interop.converter import DTYPES, FORMATS, MEMORY, convert, write_hf
 from flm_jax.interop.sources import open_huggingface, open_source, source_of
+from flm_jax.interop.tokenizer_files import Vocabulary
 from flm_jax.interop.weights import Tree, Weights, whole
-from flm_jax.precision import wide
+from flm_jax.params import axes, trees
+from flm_jax.params.dtypes import wide
 
 __all__ = [
     "DTYPES",
@@ -49,7 +49,7 @@ def load_hf(path: str | os.PathLike[str]) -> tuple[dict[str, Any], TransformerCo
 def load(weights: Weights) -> dict[str, Any]:
     """All parameters as nested dicts of numpy arrays."""
     config = weights.config
-    return axes.unflatten({path: weights.read(path, whole(path, config)) for path in axes.TABLE})
+    return trees.unflatten({path: weights.read(path, whole(path, config)) for path in axes.TABLE})
 
 
 def place(weights: Weights, shardings: Any) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def place(weights: Weights, shardings: Any) -> dict[str, Any]:
 
         return jax.make_array_from_callback(shape, sharding, read)
 
-    return axes.unflatten({path: placed(path, s) for path, s in axes.flatten(shardings)})
+    return trees.unflatten({path: placed(path, s) for path, s in trees.flatten(shardings)})
 
 
 def save_hf(

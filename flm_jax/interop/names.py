@@ -12,9 +12,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from flm_jax import axes
-from flm_jax.axes import Role
 from flm_jax.config import TransformerConfig
+from flm_jax.params import axes
+from flm_jax.params.axes import Role
 
 Index = tuple[slice, ...]  # a block of a parameter: one slice per axis, with a step of 1
 

@@ -9,15 +9,15 @@ import pathlib
 
 import numpy as np
 
-from flm_jax import axes
 from flm_jax.config import ExperimentConfig, StageConfig
 from flm_jax.errors import UserError
-from flm_jax.growth.fold import masks_of
-from flm_jax.growth.plan import Plan
-from flm_jax.interop.carried import Vocabulary
+from flm_jax.growth._plan import Plan
+from flm_jax.growth.folding import masks_of
+from flm_jax.interop.tokenizer_files import Vocabulary
 from flm_jax.interop.weights import Checkpoint, HuggingFace, Weights, folded, scaled
-from flm_jax.leaves import CheckpointReader
-from flm_jax.lineage import RunFolder, StageFolder
+from flm_jax.params import axes
+from flm_jax.store.leaves import CheckpointReader
+from flm_jax.store.lineage import RunFolder, StageFolder
 
 
 @dataclasses.dataclass(frozen=True)

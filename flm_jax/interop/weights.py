@@ -13,15 +13,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from flm_jax import axes
 from flm_jax.config import TransformerConfig
 from flm_jax.errors import UserError
-from flm_jax.growth.fold import Masks, fold_block, folded_config
+from flm_jax.growth.folding import Masks, fold_block, folded_config
 from flm_jax.interop import hf_config, names
 from flm_jax.interop.names import TENSORS, Index
 from flm_jax.interop.tensor_files import Tensors
-from flm_jax.leaves import CheckpointReader
-from flm_jax.precision import wide
+from flm_jax.params import axes, trees
+from flm_jax.params.dtypes import wide
+from flm_jax.store.leaves import CheckpointReader
 
 
 class Weights(Protocol):
@@ -121,7 +121,7 @@ class Tree:
 
     def __post_init__(self) -> None:
         """Raises UserError if they are not the config's."""
-        leaves = dict(axes.flatten(self.params))
+        leaves = dict(trees.flatten(self.params))
         for path in dict.fromkeys([*axes.TABLE, *leaves]):
             have = leaves[path].shape if path in leaves else "missing"
             want = axes.TABLE[path].shape(self.config) if path in axes.TABLE else "absent"
@@ -132,7 +132,7 @@ class Tree:
                 )
 
     def read(self, path: str, index: Index) -> np.ndarray:
-        return np.asarray(dict(axes.flatten(self.params))[path][index])
+        return np.asarray(dict(trees.flatten(self.params))[path][index])
 
 
 @dataclasses.dataclass(frozen=True)

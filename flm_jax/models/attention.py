@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from flm_jax.precision import wide
-from flm_jax.sharding import BATCH_AXES, head_axes
+from flm_jax.params.dtypes import wide
+from flm_jax.params.sharding import BATCH_AXES, head_axes
 
 # Queries are cut into at most this many chunks, each of which meets only the keys up to its end:
 # with 8, 44% of the score matrix is never computed.

@@ -20,13 +20,13 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from flm_jax import mup
-from flm_jax.axes import Param, Role
 from flm_jax.config import TransformerConfig
 from flm_jax.models.attention import attention, in_slots
 from flm_jax.models.cache import KeysValues, Slots, write
-from flm_jax.precision import wide
-from flm_jax.sharding import BATCH_AXES, constrain, head_axes
+from flm_jax.params import mup
+from flm_jax.params.axes import Param, Role
+from flm_jax.params.dtypes import wide
+from flm_jax.params.sharding import BATCH_AXES, constrain, head_axes
 
 Masks = Mapping[str, jax.Array]
 

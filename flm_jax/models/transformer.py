@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from flm_jax.axes import PARAMS, Param
 from flm_jax.config import TransformerConfig
 from flm_jax.models import layers as nn_layers
 from flm_jax.models.cache import Cache, layer_name, write
-from flm_jax.precision import wide
-from flm_jax.sharding import BATCH_AXES, constrain
+from flm_jax.params.axes import PARAMS, Param
+from flm_jax.params.dtypes import wide
+from flm_jax.params.sharding import BATCH_AXES, constrain
 
 _REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,

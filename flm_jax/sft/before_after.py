@@ -10,15 +10,16 @@ from typing import Any
 import rich.box
 import rich.table
 
-from flm_jax.lineage import RunFolder, write_json
-from flm_jax.run_state import OpenedModel, open_model
-from flm_jax.sft import made, pool, scoring
-from flm_jax.sft.chat import Sample
+from flm_jax.data.tokenizer import Tokenizer
+from flm_jax.interop.opening import OpenedModel, open_model
+from flm_jax.sft import chats, scoring, synthetic
 from flm_jax.sft.chat_model import ChatModel
+from flm_jax.sft.chats import Sample
 from flm_jax.sft.config import SftConfig
+from flm_jax.sft.fine_tune import Tuned
 from flm_jax.sft.packing import Counts
-from flm_jax.sft.tune import Tuned
-from flm_jax.tokenizer import Tokenizer
+from flm_jax.store.files import write_json
+from flm_jax.store.lineage import RunFolder
 
 
 def samples_to_score(config: SftConfig, tuned: Tuned) -> list[Sample]:
@@ -27,7 +28,7 @@ def samples_to_score(config: SftConfig, tuned: Tuned) -> list[Sample]:
     Of conversations made on the machine their evaluation side; of files what was held out.
     """
     if not config.paths:
-        return made.make(config.seed, config.score_samples, split="evaluation")
+        return synthetic.make(config.seed, config.score_samples, split="evaluation")
     return few_of_each(tuned.talk.held_out_samples, config.score_samples)
 
 
@@ -59,7 +60,7 @@ def scores(config: SftConfig, workdir: str, tuned: Tuned) -> dict[str, Any]:
     stage, samples = tuned.stage, samples_to_score(config, tuned)
     path = RunFolder(workdir).stage(stage["index"], stage["name"]).path / "scores.json"
     about = {
-        "samples": pool.fingerprint(samples),
+        "samples": chats.fingerprint(samples),
         "params_digest": stage["params_digest"],
         "max_new_tokens": config.max_new_tokens,
     }

@@ -15,22 +15,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flm_jax import data, sharding
+from flm_jax import data
 from flm_jax.config import DataConfig, TransformerConfig
+from flm_jax.data.tokenizer import Tokenizer, open_tokenizer
 from flm_jax.errors import UserError
-from flm_jax.evaluate import bits_per_byte
-from flm_jax.generate import Sampling, bucket, generate
-from flm_jax.losses import cross_entropy
+from flm_jax.inference.evaluation import bits_per_byte
+from flm_jax.inference.generation import Sampling, bucket, generate
+from flm_jax.interop.opening import open_model
 from flm_jax.models import Transformer
-from flm_jax.precision import wide
-from flm_jax.run_state import open_model
-from flm_jax.sft.chat import Sample
+from flm_jax.params import sharding
+from flm_jax.params.dtypes import wide
+from flm_jax.sft.chats import Sample
 from flm_jax.sft.config import TemplateConfig
 from flm_jax.sft.packing import features
 from flm_jax.sft.scoring import ResponseLoss
 from flm_jax.sft.template import TELE_FLM, Encoded, encode, encode_prompt
-from flm_jax.tokenizer import Tokenizer, open_tokenizer
-from flm_jax.train import Batch, logits_of
+from flm_jax.train.train_step import Batch, cross_entropy, logits_of
 
 T = TypeVar("T")
 

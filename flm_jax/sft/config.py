@@ -5,13 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import field
 
-from flm_jax.config import (
-    CheckpointConfig,
-    DataConfig,
-    EvalConfig,
-    MeshConfig,
-    OptimizerConfig,
-)
+from flm_jax.config import CheckpointConfig, DataConfig, EvalConfig, MeshConfig, OptimizerConfig
 from flm_jax.errors import UserError
 
 OVERLONG = ("drop", "truncate")

@@ -28,10 +28,10 @@ from typing import Any
 import numpy as np
 
 from flm_jax.errors import UserError
-from flm_jax.lineage import MetricsFile
 from flm_jax.sft import alignbench, scoring
-from flm_jax.sft.chat import Sample, to_row
+from flm_jax.sft.chats import Sample, to_row
 from flm_jax.sft.scoring import ALL, Estimate
+from flm_jax.store.files import MetricsFile
 
 WINNERS = ("a", "b", "tie")
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from flm_jax.data.tokenizer import Tokenizer
 from flm_jax.errors import UserError
-from flm_jax.sft.chat import Sample
+from flm_jax.sft.chats import Sample
 from flm_jax.sft.config import TemplateConfig
 from flm_jax.sft.template import Encoded, encode
-from flm_jax.tokenizer import Tokenizer
 
 Batch = dict[str, np.ndarray]
 

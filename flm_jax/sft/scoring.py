@@ -20,7 +20,7 @@ import numpy as np
 
 from flm_jax.errors import UserError
 from flm_jax.sft import sandbox
-from flm_jax.sft.chat import Check, Sample
+from flm_jax.sft.chats import Check, Sample
 
 ALL = "all"  # the category of all samples together
 BOOTSTRAPS = 1000

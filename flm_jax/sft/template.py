@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-from flm_jax.sft.chat import Message
+from flm_jax.data.tokenizer import Tokenizer
+from flm_jax.sft.chats import Message
 from flm_jax.sft.config import TEXT, TemplateConfig
-from flm_jax.tokenizer import Tokenizer
 
 TELE_FLM = TemplateConfig()
 GENERIC = TemplateConfig(

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flm_jax.config import MupStudyConfig, TransformerConfig
+from flm_jax.config import TransformerConfig
 from flm_jax.models import Transformer
+from flm_jax.studies.config import MupStudyConfig
 from flm_jax.studies.study import Study, widened
 
 Sizes = dict[str, np.ndarray]  # "attention 0" -> [step]

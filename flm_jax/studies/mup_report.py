@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from flm_jax.figures import ACCENT, GUIDE, LINE, clean, plt, save
+from flm_jax.runtime.figures import ACCENT, GUIDE, LINE, clean, plt, save
 from flm_jax.studies.predict import PowerLaw
 
 _NAMES = {"mup": "µP", "sp": "standard"}

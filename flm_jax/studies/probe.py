@@ -12,9 +12,16 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from flm_jax import chain, counts, growth, runner
-from flm_jax.config import ArmConfig, ExperimentConfig, ProbeConfig, StageConfig
-from flm_jax.lineage import RunFolder
+import numpy as np
+
+from flm_jax import growth
+from flm_jax.config import ExperimentConfig, StageConfig
+from flm_jax.params import counts
+from flm_jax.runs import chain, loop
+from flm_jax.runtime.figures import GUIDE, clean, plt, save
+from flm_jax.store.files import write_atomically, write_json
+from flm_jax.store.lineage import RunFolder
+from flm_jax.studies.config import ArmConfig, ProbeConfig
 
 
 def arm_experiment(config: ProbeConfig, arm: ArmConfig, seed: int) -> ExperimentConfig:
@@ -64,7 +71,7 @@ def run(config: ProbeConfig, workdir: str) -> list[dict[str, Any]]:
     """
     arms = [arm_experiment(config, arm, 0) for arm in config.arms]
     for experiment in arms:
-        runner.plan_of(experiment.stages[0].model, experiment.stages[1])
+        loop.plan_of(experiment.stages[0].model, experiment.stages[1])
     root = pathlib.Path(workdir)
     found: dict[str, list[dict[str, Any]]] = {arm.name: [] for arm in config.arms}
     for seed in range(config.seeds):
@@ -123,3 +130,48 @@ def markdown(arms: Sequence[dict[str, Any]]) -> str:
             f"{arm['mean_end']:.4f} | {std} |"
         )
     return "\n".join(rows)
+
+
+def _probe_curves(arms: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
+    """Mean over seeds of each arm's validation bits per byte against its further FLOPs."""
+    figure, panel = plt.subplots(figsize=(8, 4.6))
+    colors = plt.get_cmap("viridis")
+    for n, arm in enumerate(arms):
+        curves = np.array(arm["curves"])  # [seed, evaluation, (FLOPs, bits per byte)]
+        color = GUIDE if arm["recipe"] is None else colors(0.9 * n / max(len(arms) - 1, 1))
+        xs, ys = curves[0, :, 0], curves[:, :, 1]
+        style = "--" if arm["recipe"] is None else "-"
+        panel.plot(xs, ys.mean(0), style, color=color, label=f"{n + 1}  {arm['name']}")
+        if len(ys) > 1:
+            panel.fill_between(xs, ys.min(0), ys.max(0), color=color, alpha=0.12, linewidth=0)
+    panel.set(xlabel="training FLOPs after the growth", ylabel="validation bits per byte")
+    panel.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    panel.set_xlim(left=0)
+    lowest = min(arm["mean_end"] for arm in arms)
+    highest = max(bpb for arm in arms for curve in arm["curves"] for _, bpb in curve)
+    panel.set_ylim(0.97 * lowest, min(1.35 * lowest, 1.02 * highest))  # a wild start is cut off
+    clean(panel)
+    save(figure, path)
+
+
+def write_report(arms: Sequence[dict[str, Any]], workdir: str) -> pathlib.Path:
+    """Writes probe.md, probe.json and probe.png of a probe's ranked arms."""
+    folder = pathlib.Path(workdir) / "report"
+    folder.mkdir(parents=True, exist_ok=True)
+    _probe_curves(arms, folder / "probe.png")
+    write_json(folder / "probe.json", arms)
+    path = folder / "probe.md"
+    seeds = len(arms[0]["bpb_end"])
+    write_atomically(
+        path,
+        f"""# Growths of one source, ranked
+
+Validation bits per byte, mean of {seeds} seed(s); {arms[0]["flops"][0]:.2e} training FLOPs each
+after the growth. Shaded in the figure: from the lowest to the highest seed.
+
+{markdown(arms)}
+
+![curves](probe.png)
+""",
+    )
+    return path

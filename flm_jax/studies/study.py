@@ -11,15 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flm_jax import config as config_lib
-from flm_jax import data, host, optim, sharding
+from flm_jax import data, mapping
 from flm_jax.config import ExperimentConfig, StageConfig, TransformerConfig
 from flm_jax.errors import UserError
-from flm_jax.evaluate import bits_per_byte
 from flm_jax.growth import Plan
-from flm_jax.lineage import MetricsFile
-from flm_jax.state import TrainState
-from flm_jax.train import gradients, init_state
+from flm_jax.inference.evaluation import bits_per_byte
+from flm_jax.params import sharding
+from flm_jax.runtime import host
+from flm_jax.store.files import MetricsFile
+from flm_jax.train import optim, schedules
+from flm_jax.train.train_step import TrainState, gradients, init_state
 
 LAST = 0.2  # share of the steps whose mean training loss is a trial's
 
@@ -75,14 +76,14 @@ class Study:
           seed: of initial parameters and data.
           rate: what both learning rates are multiplied by; compiled once for all.
         """
-        shared = config_lib.to_dict(self.experiment)
+        shared = mapping.to_dict(self.experiment)
         about = {
-            "stage": config_lib.to_dict(stage), "seed": seed, "rate": rate,
+            "stage": mapping.to_dict(stage), "seed": seed, "rate": rate,
             "fingerprint": self.corpus.fingerprint,
             **{key: shared[key] for key in ("data", "optimizer", "schedule", "eval", "seed")},
             "trial_seed": seed,
         }  # fmt: skip
-        key = config_lib.digest(about)
+        key = mapping.digest(about)
         for row in self.file.rows("trial"):
             if row["key"] == key:
                 return row
@@ -95,7 +96,7 @@ class Study:
         return self.file.rows("trial")[-1]
 
     def start(self, stage: StageConfig, seed: int) -> TrainState:
-        tx = optim.optimizer(stage, self.experiment.optimizer, optim.steady)
+        tx = optim.optimizer(stage, self.experiment.optimizer, schedules.steady)
         key = jax.random.fold_in(jax.random.key(self.experiment.seed), seed)
         return init_state(stage.model, tx, key)
 
@@ -105,7 +106,7 @@ class Study:
     ) -> Any:
         """`step(state, batch, rate, mask=None) -> (state, loss, updates)`; the state is donated."""
         schedule = self.experiment.schedule
-        shape = optim.schedule_shape(schedule, schedule.total_steps or stage.steps)
+        shape = schedules.schedule_shape(schedule, schedule.total_steps or stage.steps)
 
         def step(
             state: TrainState,

@@ -8,8 +8,9 @@ import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from flm_jax.config import MupStudyConfig, StageConfig
+from flm_jax.config import StageConfig
 from flm_jax.errors import UserError
+from flm_jax.studies.config import MupStudyConfig
 from flm_jax.studies.study import Study, widened
 
 HYPER_PARAMETERS = ("learning_rate", "init_std", "input_mult", "output_mult")

@@ -17,10 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flm_jax import axes, growth
-from flm_jax.config import GrowthConfig, MupStudyConfig, StageConfig
+from flm_jax import growth
+from flm_jax.config import GrowthConfig, StageConfig
 from flm_jax.growth import Plan
 from flm_jax.growth.expansion import any_slot
+from flm_jax.params import axes, trees
+from flm_jax.studies.config import MupStudyConfig
 from flm_jax.studies.study import Study, widened
 
 RECIPES = ("msg", "zero_pad", "tile")
@@ -33,7 +35,7 @@ Sizes = dict[str, list[float]]  # "matrix old" -> [step]
 def _sizes(updates: Any, plan: Plan | None) -> dict[str, jax.Array]:
     """Root mean square of the updates of each kind, in old entries and in added ones."""
     total: dict[str, Any] = {}
-    for path, u in axes.flatten(updates):
+    for path, u in trees.flatten(updates):
         param = axes.TABLE[path]
         by_axis = plan.by_axis if plan else {}
         added = any_slot(param, by_axis, lambda e, role: e.added)

@@ -1,0 +1,303 @@
+"""Compiles a stage's programs for accelerators that are not here, and reads what the compiler says.
+
+XLA's TPU compiler comes as the package libtpu, its GPU compiler as CUDA wheels: both compile for a
+described topology on any machine. Nothing is run: this shows that a program lowers, partitions and
+fits, how much it moves, and what time the chips' published figures allow.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+import resource
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import mesh_utils, topologies
+from jax.sharding import AxisType, Mesh, NamedSharding
+
+from flm_jax import growth
+from flm_jax.aot import hlo, roofline
+from flm_jax.aot.roofline import CHIPS, Chip
+from flm_jax.config import MESH_AXES, ExperimentConfig, StageConfig
+from flm_jax.errors import UserError
+from flm_jax.params import counts, sharding
+from flm_jax.runs.loop import plan_of
+from flm_jax.train import optim, schedules
+from flm_jax.train.train_step import init_state, make_train_step
+
+WHAT = ("train", "train_masked", "growth")
+
+
+# What XLA needs to know of a Hopper GPU to compile for it without one (public specifications).
+_HOPPER = """
+gpu_device_info {{
+  threads_per_block_limit: 1024  threads_per_warp: 32
+  shared_memory_per_block: 49152  shared_memory_per_core: 233472
+  threads_per_core_limit: 2048  core_count: 132  fpus_per_core: 128
+  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
+  memory_bandwidth: {bandwidth}  l2_cache_size: 52428800  clock_rate_ghz: 1.98
+  device_memory_size: {memory}  shared_memory_per_block_optin: 232448
+  cuda_compute_capability {{ major: 9 minor: 0 }}
+  registers_per_core_limit: 65536  registers_per_block_limit: 65536
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
+runtime_version {{ major: 12 minor: 9 patch: 0 }}
+device_description_str: "NVIDIA {name}"
+"""
+
+
+def chip_of(topology: str) -> Chip:
+    """Raises UserError on a kind of chip that is not in the table."""
+    kind = topology.split(":")[0]
+    if kind not in CHIPS or ":" not in topology:
+        raise UserError(
+            f"--topology={topology}: give KIND:SIZES, as v5p:8x8x8 or h100:16x8 (nodes x GPUs); "
+            f"kinds: {', '.join(CHIPS)}"
+        )
+    return CHIPS[kind]
+
+
+def devices_of(topology: str) -> list[Any]:
+    """Descriptions of the topology's devices.
+
+    Raises UserError: an unknown topology, or the compiler's package is missing.
+    """
+    chip_of(topology)
+    kind, sizes = topology.split(":")
+    gpu = CHIPS[kind].node > 1
+    package, extra = ("jax_plugins.xla_cuda12", "gpu-aot") if gpu else ("libtpu", "tpu")
+    try:
+        found = importlib.util.find_spec(package)
+    except ModuleNotFoundError:
+        found = None
+    if found is None:
+        raise UserError(
+            f"--topology={topology} needs the compiler in package {package}; install it: "
+            f"pip install -e '.[{extra}]'"
+        )
+    if not re.fullmatch(r"\d+(x\d+)*", sizes):
+        raise UserError(f"--topology={topology}: sizes are numbers with x between, as 8x8x8")
+    try:
+        if gpu:
+            chip = CHIPS[kind]
+            os.environ.setdefault(
+                "XLA_FLAGS",
+                "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false "
+                "--xla_gpu_shard_autotuning=false",
+            )
+            description = _HOPPER.format(
+                bandwidth=int(chip.hbm_bandwidth), memory=int(chip.hbm_bytes), name=kind.upper()
+            )
+            shape = "x".join(["1"] * (3 - sizes.count("x") - 1) + [sizes])
+            described = topologies.get_topology_desc(
+                platform="cuda", topology_name=kind, target_config=description, topology=shape
+            )
+        else:
+            # Otherwise libtpu asks a metadata server, and says so on standard error.
+            # It also locks the machine's TPUs, of which there are none: compilers may run at once.
+            for name, value in (("TPU_ACCELERATOR_TYPE", "v5p-8"), ("TPU_MIN_LOG_LEVEL", "3"),
+                                ("TPU_WORKER_HOSTNAMES", "localhost"),
+                                ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")):  # fmt: skip
+                os.environ.setdefault(name, value)
+            # Three axes: a torus of megacore chips, four to a host. Two: as the compiler has it.
+            three = sizes.count("x") == 2
+            how: dict[str, Any] = (
+                {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1),
+                 "num_slices": 1, "wrap": (True,) * 3}
+                if three else {}
+            )  # fmt: skip
+            described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **how)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        raise UserError(f"--topology={topology}: {str(error).splitlines()[0]}") from error
+    return list(described.devices)
+
+
+def mesh_of(topology: str, shape: dict[str, int], devices: list[Any]) -> Mesh:
+    """A mesh data x fsdp x tensor over the topology. Raises UserError if sizes do not match."""
+    unknown = set(shape) - set(MESH_AXES)
+    sizes = tuple(shape.get(name, 1) for name in MESH_AXES)
+    if unknown or math.prod(sizes) != len(devices):
+        raise UserError(
+            f"--mesh={','.join(f'{k}={v}' for k, v in shape.items())}: "
+            + (f"no mesh axis {min(unknown)!r}; axes are {', '.join(MESH_AXES)}" if unknown else
+               f"{math.prod(sizes)} devices, but {topology} has {len(devices)}; make the sizes "
+               "multiply to that")
+        )  # fmt: skip
+    try:
+        grid = mesh_utils.create_device_mesh(sizes, devices)
+    except (NotImplementedError, TypeError, ValueError):
+        grid = np.array(devices).reshape(sizes)  # sizes that cut across the physical axes
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def meshes(config: ExperimentConfig, index: int, devices: int) -> Iterator[dict[str, int]]:
+    """Meshes fsdp x tensor that suit the stage's sizes and batch."""
+    stage = config.stages[index]
+    for tensor in range(1, min(devices, 64) + 1):
+        shape = {"fsdp": devices // tensor, "tensor": tensor}
+        suits = (
+            devices % tensor == 0
+            and stage.batch_size % shape["fsdp"] == 0
+            and stage.model.d_model % shape["fsdp"] == 0
+            and all(n % tensor == 0 for n in (stage.model.kv_heads, stage.model.d_ff,
+                                              stage.model.vocab_size))
+        )  # fmt: skip
+        if suits:
+            yield shape
+
+
+def program(
+    config: ExperimentConfig, index: int, what: str, mesh: Mesh, attention: str
+) -> tuple[Any, tuple[Any, ...]]:
+    """A jitted program of a stage and the abstract arguments to lower it with."""
+
+    def stage_at(i: int) -> StageConfig:
+        model = dataclasses.replace(config.stages[i].model, attention=attention)
+        return dataclasses.replace(config.stages[i], model=model)
+
+    def abstract_state(i: int) -> Any:
+        tx = optim.optimizer(stage_at(i), config.optimizer, shape, grown_at)
+        state = jax.eval_shape(lambda: init_state(stage_at(i).model, tx, jax.random.key(0)))
+        placed = sharding.shardings(state, mesh, config.mesh.rules)
+        return jax.tree.map(
+            lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), state, placed
+        )
+
+    stage = stage_at(index)
+    shape = schedules.schedule_shape(config.schedule, config.total_steps)
+    grown_at = sum(s.steps for s in config.stages[:index]) if index else None
+    if what != "train" and index == 0:
+        raise UserError(
+            f"--what={what} needs a stage that grew out of another; give a chain, as "
+            "configs/tele_flm_1t_chain.py"
+        )
+    plan = plan_of(stage_at(index - 1).model, stage) if index else None
+    if what == "growth":
+        assert plan is not None
+        before = abstract_state(index - 1)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        return growth.growth_program(plan, before, sharding.Layout(mesh, config.mesh.rules)), (
+            before,
+            key,
+        )
+    tx = optim.optimizer(stage, config.optimizer, shape, grown_at)
+    length = config.data_of(index).sequence_length
+    placed = NamedSharding(mesh, sharding.BATCH)
+    batch = {
+        name: jax.ShapeDtypeStruct((stage.batch_size, length), dtype, sharding=placed)
+        for name, dtype in (
+            ("tokens", jnp.int32), ("targets", jnp.int32), ("segment_ids", jnp.int32),
+            ("positions", jnp.int32), ("weights", jnp.float32),
+        )
+    }  # fmt: skip
+    step = make_train_step(stage, tx, mesh, plan.masks if plan else None, config.mesh.rules)
+    mask = (jax.ShapeDtypeStruct((), jnp.float32),) if what == "train_masked" else ()
+    return step, (abstract_state(index), batch, *mask)
+
+
+def compile_for(
+    config: ExperimentConfig, index: int, what: str, topology: str, mesh_shape: dict[str, int],
+    *, quick: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Lowers and compiles; the report, JSON-able.
+
+    Args:
+      config: its stage `index` is compiled.
+      what: "train", "train_masked" or "growth".
+      topology: as v5p:8x8x8.
+      mesh_shape: mesh axis -> size.
+      quick: less optimised: a tenth of the time, memory within about 3%.
+
+    Raises:
+      UserError: topology, mesh or batch do not fit each other, or a compiler is missing.
+    """
+    chip, devices = chip_of(topology), devices_of(topology)
+    mesh = mesh_of(topology, mesh_shape, devices)
+    stage = config.stages[index]
+    rows = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
+    if stage.batch_size % rows:
+        raise UserError(
+            f"--batch={stage.batch_size} does not divide over {rows} devices (mesh data x fsdp); "
+            f"give a multiple of {rows}"
+        )
+    for model in [s.model for s in config.stages[max(index - 1, 0) : index + 1]]:
+        if what == "growth" or model is stage.model:
+            sharding.check_divisible(model, mesh, config.mesh.rules)
+    report: dict[str, Any] = {
+        "what": what, "topology": topology, "devices": len(devices), "mesh": dict(mesh.shape),
+        "batch": stage.batch_size, "stage": stage.name, "fits": False, "hbm_bytes": None,
+        "hbm_limit_bytes": int(chip.hbm_bytes), "missing_bytes": None,
+    }  # fmt: skip
+    attention = "plain" if chip.node > 1 else "splash"
+    began = time.monotonic()
+    with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as dump:
+        if quick:
+            jax.config.update("jax_optimization_level", "O0")
+        function, arguments = program(config, index, what, mesh, attention)
+        lowered = function.lower(*arguments)
+        try:
+            compiled = lowered.compile(compiler_options={"xla_dump_to": dump})
+        except jax.errors.JaxRuntimeError as error:
+            needed = _out_of_memory(str(error))
+            if needed is None:
+                raise UserError(f"{topology}: the compiler refused: {error}") from error
+            report |= {"hbm_bytes": needed[0], "hbm_limit_bytes": needed[1],
+                       "missing_bytes": needed[0] - needed[1]}  # fmt: skip
+        else:
+            memory = compiled.memory_analysis()
+            exact = _memory_report(dump)
+            used = exact or (
+                memory.argument_size_in_bytes + memory.temp_size_in_bytes
+                + memory.output_size_in_bytes - memory.alias_size_in_bytes
+            )  # fmt: skip
+            report |= {
+                "fits": used <= chip.hbm_bytes,
+                "hbm_bytes": used,
+                "missing_bytes": max(0, used - int(chip.hbm_bytes)),
+                "argument_bytes": memory.argument_size_in_bytes,
+                "temporary_bytes": memory.temp_size_in_bytes,
+                # The compiler's own count takes the body of a loop once: for ratios only.
+                "xla_flops": (compiled.cost_analysis() or {}).get("flops"),
+            }
+            moves = list(hlo.moves(compiled.as_text(), len(devices)))
+            report["collectives"] = hlo.collectives(moves)
+    report["compile_s"] = time.monotonic() - began
+    report["peak_host_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    length = config.data_of(index).sequence_length
+    tokens = stage.batch_size * length if what != "growth" else 0
+    model_flops = tokens * counts.flops_per_token_train(stage.model, length) / len(devices)
+    report["model_flops_per_device"] = model_flops
+    if "collectives" in report:
+        report["roofline"] = roofline.roofline(stage, what, report, moves, chip)
+    return report
+
+
+def _out_of_memory(message: str) -> tuple[int, int] | None:
+    """Needed and available bytes, from the compiler's refusal."""
+    units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    words = r"(?:HLO temporaries|available HBM|Used|of) \(?([\d.]+)([KMGT]?)"
+    values = [int(float(number) * units[unit]) for number, unit in re.findall(words, message)]
+    if "RESOURCE_EXHAUSTED" not in message or len(values) < 2:
+        return None
+    return values[0], values[1]
+
+
+def _memory_report(folder: str) -> int | None:
+    """Bytes of HBM that the compiler assigned, from its own report."""
+    for name in sorted(os.listdir(folder)):
+        if name.endswith("memory-usage-report.txt"):
+            with open(os.path.join(folder, name), encoding="utf-8", errors="replace") as file:
+                text = file.read()
+            found = re.search(r"Memory Space: default.*?Total bytes: (\d+)", text, re.DOTALL)
+            return int(found.group(1)) if found else None
+    return None

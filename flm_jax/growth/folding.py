@@ -1,0 +1,100 @@
+"""A model behind run-time masks as a plain one: the masks multiplied into its parameters.
+
+No exported format has masks; this makes a checkpoint inside a growth's ramp one of them.
+Derived here, for every axis by what its mask m does in `models/layers.py`:
+
+    mlp, kv_heads, q_per_kv   activations times m: the entries that read them, times m
+    layers                    a layer's branches times m: its residual writers, times m
+    embed                     norms see m x^2 / M, with M = sum m, and pass on gain m x
+
+For `embed`, of size D, let what writes the residual stream be multiplied by sqrt(m). Then the
+stream is x' = sqrt(m) x, and its plain mean square is M / D of the masked one, so that
+
+    sqrt(m M / D) gain x' / sqrt(mean(x'^2) + eps M / D)  =  m gain x / sqrt(sum(m x^2) / M + eps)
+
+exactly: gains times sqrt(m M / D), eps times M / D. `vocab` adds log m to the logits, which takes a
+bias, so only 1 can be folded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from flm_jax.config import TransformerConfig
+from flm_jax.errors import UserError
+from flm_jax.growth._plan import Plan
+from flm_jax.params import axes, trees
+from flm_jax.params.axes import Param, Role
+from flm_jax.params.trees import along
+
+Masks = Mapping[str, np.ndarray]
+
+
+def fold(params: Any, plan: Plan, value: float) -> tuple[Any, TransformerConfig]:
+    """The plain model that equals `params` behind `plan.masks(value)`.
+
+    Args:
+      params: of config `plan.target`; the dtypes stay.
+      plan: of the growth that made them.
+      value: of the masks of added slots, in [0, 1].
+
+    Returns: parameters and config; the config differs from `plan.target` in `rms_norm_eps`.
+
+    Raises:
+      UserError: the vocabulary is masked below 1.
+    """
+    masks = masks_of(plan, value)
+    folded = {path: fold_block(x, path, masks) for path, x in trees.flatten(params)}
+    return trees.unflatten(folded), folded_config(plan.target, masks)
+
+
+def masks_of(plan: Plan, value: float) -> dict[str, np.ndarray]:
+    """`plan.masks(value)` as float64 on the host. Raises UserError if it cannot be folded."""
+    masks = {axis: np.asarray(m, np.float64) for axis, m in plan.masks(value).items()}
+    if (masks.get("vocab", np.ones(1)) != 1).any():
+        raise UserError(
+            f"fold: axis 'vocab' is masked at {value}, which takes a bias on the logits, and plain "
+            "models have none; take a checkpoint after the ramp (masks at 1)"
+        )
+    return masks
+
+
+def folded_config(config: TransformerConfig, masks: Masks) -> TransformerConfig:
+    """The masked model's config as a plain one."""
+    if "embed" not in masks:
+        return config
+    eps = config.rms_norm_eps * float(masks["embed"].mean())
+    return dataclasses.replace(config, rms_norm_eps=eps)
+
+
+def fold_block(x: Any, path: str, masks: Masks, index: Sequence[slice] | None = None) -> Any:
+    """One parameter, or the block of it at `index`, with the masks multiplied in."""
+    param = axes.TABLE[path]
+    index = index or [slice(None)] * len(param.axes)
+    factor: Any = None
+    for dim, on_axis in enumerate(_factors(param, masks)):
+        if on_axis is not None:
+            here = along(on_axis[index[dim]], dim, x.ndim)
+            factor = here if factor is None else factor * here
+    return x if factor is None else x * factor.astype(x.dtype)
+
+
+def _factors(param: Param, masks: Masks) -> list[np.ndarray | None]:
+    """float64 [size] for each axis of the parameter, None for ones."""
+
+    def factor(axis: str, role: Role) -> np.ndarray | None:
+        if axis not in masks or axis == "vocab":
+            return None
+        mask = masks[axis]
+        if axis == "layers":
+            return mask if param.residual_writer else None
+        if axis == "embed":
+            by_role = {Role.OUT: np.sqrt(mask), Role.GAIN: np.sqrt(mask * mask.mean())}
+            return by_role.get(role)
+        return mask if role is Role.IN else None
+
+    return [factor(axis, role) for axis, role in zip(param.axes, param.roles, strict=True)]

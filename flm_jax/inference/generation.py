@@ -1,0 +1,290 @@
+"""Text generation: a batch of prompts, one pass over them, then one token a step from a cache.
+
+Shapes: B prompts, T tokens of the longest, S slots of the cache, V vocab.
+"""
+
+from __future__ import annotations
+
+import codecs
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flm_jax.config import TransformerConfig
+from flm_jax.data.tokenizer import Tokenizer
+from flm_jax.errors import UserError
+from flm_jax.models import Cache, Transformer, by_layer
+
+# Lengths are rounded up to these and powers of two times them, so that few programs are compiled.
+_BUCKETS = (64, 96)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen, and when a text ends."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0  # 0: the likeliest token
+    top_k: int = 0  # only from the k likeliest tokens; 0: all
+    top_p: float = 1.0  # only from the likeliest tokens that together have this probability
+    stop_tokens: tuple[int, ...] = ()  # each ends the text and is left out of it
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {self.max_new_tokens}; it must be 1 or more")
+        if not 0 <= self.temperature < float("inf"):
+            raise UserError(f"temperature is {self.temperature}; it must be 0 (greedy) or more")
+        if self.top_k < 0:
+            raise UserError(f"top_k is {self.top_k}; it must be 0 (off) or more")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p is {self.top_p}; it must be above 0 and at most 1 (off)")
+
+
+def generate(
+    params: Any,
+    config: TransformerConfig,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    key: jax.Array,
+    on_token: Callable[[int, int], bool | None] | None = None,
+) -> list[list[int]]:
+    """Continues each prompt; returns the new tokens of each, a stop token left out.
+
+    What a prompt is continued with does not depend on the others, but for rounding. Compiled once
+    for a config, a number of prompts and rounded lengths (`bucket`).
+
+    Args:
+      params: of `config`.
+      prompts: token ids as the model reads them, its start token included, of any lengths.
+      sampling: how tokens are chosen.
+      key: for temperatures above 0. Prompt i draws its n-th token from a key of i and n alone.
+      on_token: called with a prompt's index and its next token, as soon as it is known; where it
+        returns True, the prompt's text ends with this token.
+
+    Raises:
+      UserError: a prompt is empty or holds an id that the model does not have.
+    """
+    _check(prompts, config)
+    if not prompts:
+        return []
+    params = by_layer(params, config)
+    cache, last_B, padding_B = _read(params, config, prompts, sampling.max_new_tokens)
+    keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(prompts)))
+    limits = (
+        jnp.float32(sampling.temperature),
+        jnp.int32(sampling.top_k or config.vocab_size),
+        jnp.float32(sampling.top_p),
+    )
+    greedy = sampling.temperature == 0
+    stops = frozenset(sampling.stop_tokens)
+    texts: list[list[int]] = [[] for _ in prompts]
+    unfinished = set(range(len(prompts)))
+
+    def take(tokens_B: np.ndarray) -> None:
+        for row in sorted(unfinished):
+            token = int(tokens_B[row])
+            if token in stops:
+                unfinished.remove(row)
+                continue
+            texts[row].append(token)
+            if on_token and on_token(row, token):
+                unfinished.remove(row)
+
+    pending = None
+    for _ in range(sampling.max_new_tokens):
+        cache, last_B = decode(params, cache, last_B, padding_B, keys_B, limits, config, greedy)
+        if pending is not None:  # read while the next step computes
+            take(np.asarray(pending))
+            if not unfinished:
+                return texts
+        pending = last_B
+    take(np.asarray(pending))
+    return texts
+
+
+def bucket(length: int) -> int:
+    """The length that `length` is rounded up to: 64, 96, 128, 192, 256, 384, ..."""
+    scale = 1
+    while True:
+        for size in _BUCKETS:
+            if length <= size * scale:
+                return size * scale
+        scale *= 2
+
+
+def _read(
+    params: Any, config: TransformerConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> tuple[Cache, jax.Array, jax.Array]:
+    """A cache of all prompts but their last tokens; these; and each row's padding.
+
+    Padding is on the left, so that all rows go on in the same slot. The last token is the first
+    that `decode` takes: the head is never computed for the prompt.
+    """
+    T = bucket(max(len(p) for p in prompts) - 1)
+    padding_B = np.array([T - (len(p) - 1) for p in prompts], np.int32)
+    tokens_BT = np.zeros((len(prompts), T), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens_BT[row, padding_B[row] :] = prompt[:-1]
+    cache = Cache.empty(config, len(prompts), bucket(T + max_new_tokens))
+    cache = prefill(params, cache, tokens_BT, padding_B, config)
+    last_B = np.array([p[-1] for p in prompts], np.int32)
+    return cache, jnp.asarray(last_B), jnp.asarray(padding_B)
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
+def prefill(
+    params: Any,
+    cache: Cache,
+    tokens_BT: jax.Array,
+    padding_B: jax.Array,
+    config: TransformerConfig,
+) -> Cache:
+    """An empty cache with the prompts in it, the first `padding_B` of their tokens left out.
+
+    `params` are by layer, here and in `decode`.
+    """
+    positions_BT = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None] - padding_B[:, None]
+    real_BT = positions_BT >= 0
+    return _extend(params, config, tokens_BT, real_BT, jnp.maximum(positions_BT, 0), cache)[1]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "greedy"), donate_argnames="cache")
+def decode(
+    params: Any,
+    cache: Cache,
+    tokens_B: jax.Array,
+    padding_B: jax.Array,
+    keys_B: jax.Array,
+    limits: tuple[jax.Array, jax.Array, jax.Array],
+    config: TransformerConfig,
+    greedy: bool,
+) -> tuple[Cache, jax.Array]:
+    """One step: the cache with `tokens_B`, and the token that follows in each row."""
+    positions_B = cache.length - padding_B
+    real_B1 = jnp.ones_like(tokens_B, bool)[:, None]
+    logits_B1V, cache = _extend(
+        params, config, tokens_B[:, None], real_B1, positions_B[:, None], cache
+    )
+    if greedy:
+        return cache, jnp.argmax(logits_B1V[:, 0], axis=-1).astype(jnp.int32)
+    keys_B = jax.vmap(jax.random.fold_in)(keys_B, positions_B)
+    return cache, sample(logits_B1V[:, 0], keys_B, *limits)
+
+
+def _extend(
+    params: Any,
+    config: TransformerConfig,
+    tokens_BT: jax.Array,
+    real_BT: jax.Array,
+    positions_BT: jax.Array,
+    cache: Cache,
+) -> tuple[jax.Array, Cache]:
+    extended: Any = Transformer(config).apply(
+        {"params": params}, tokens_BT, real_BT.astype(jnp.int32), positions_BT, cache,
+        method="extend",
+    )  # fmt: skip
+    return extended
+
+
+def sample(
+    logits_BV: jax.Array,
+    keys_B: jax.Array,
+    temperature: jax.Array,
+    top_k: jax.Array,
+    top_p: jax.Array,
+) -> jax.Array:
+    """A token for each row, int32 [B], drawn among those that top_k and top_p leave.
+
+    Top-p keeps the likeliest tokens up to and including the one at which their probability, after
+    the temperature, reaches it (nucleus sampling, arXiv 1904.09751).
+    """
+    order_BV = jnp.argsort(-logits_BV, axis=-1)
+    sorted_BV = jnp.take_along_axis(logits_BV, order_BV, axis=-1)
+    sorted_BV = sorted_BV / temperature.astype(sorted_BV.dtype)
+    rank_V = jnp.arange(logits_BV.shape[-1], dtype=jnp.int32)
+    in_k_BV = jnp.broadcast_to(rank_V[None] < top_k, sorted_BV.shape)
+    lowest = jnp.asarray(-jnp.inf, sorted_BV.dtype)
+    probs_BV = jax.nn.softmax(jnp.where(in_k_BV, sorted_BV, lowest), axis=-1)
+    before_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV
+    kept_BV = in_k_BV & ((before_BV < top_p.astype(probs_BV.dtype)) | (rank_V[None] == 0))
+    drawn_B = jax.vmap(jax.random.categorical)(keys_B, jnp.where(kept_BV, sorted_BV, lowest))
+    return jnp.take_along_axis(order_BV, drawn_B[:, None], axis=-1)[:, 0].astype(jnp.int32)
+
+
+class TextStream:
+    """The text of one row, token by token: shown as soon as it is sure, ended at a stop text.
+
+    What could be the beginning of a stop text, or a part of a character, is held back.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stops: Sequence[str] = (),
+        show: Callable[[str], None] | None = None,
+    ):
+        self._tokenizer, self._stops, self._show = tokenizer, tuple(s for s in stops if s), show
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._text, self._shown = "", 0
+        self.stopped = False
+
+    def add(self, token: int) -> bool:
+        """Takes the next token; returns whether a stop text is complete."""
+        self._take(self._decoder.decode(self._tokenizer.decode_bytes([token])), last=False)
+        return self.stopped
+
+    def end(self) -> str:
+        """The whole text, without the stop text; shows what was held back."""
+        if not self.stopped:
+            self._take(self._decoder.decode(b"", final=True), last=True)
+        return self._text
+
+    def _take(self, more: str, last: bool) -> None:
+        searched = max(0, len(self._text) - max(map(len, self._stops), default=0))
+        self._text += more
+        found = [at for s in self._stops if (at := self._text.find(s, searched)) >= 0]
+        if found:
+            self._text, self.stopped = self._text[: min(found)], True
+        sure = len(self._text)
+        if not (last or self.stopped):
+            sure -= max((_overlap(self._text, stop) for stop in self._stops), default=0)
+        if self._show and sure > self._shown:
+            self._show(self._text[self._shown : sure])
+        self._shown = max(sure, self._shown)
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of the text that `stop` begins with."""
+    lengths = range(min(len(text), len(stop) - 1), 0, -1)
+    return next((n for n in lengths if text.endswith(stop[:n])), 0)
+
+
+def check_context(prompts: Sequence[Sequence[int]], max_new_tokens: int, context: int) -> None:
+    """Raises UserError if a prompt and its continuation are longer than the model has read.
+
+    RoPE itself has no end; beyond the lengths of training the model is untried.
+    """
+    for index, prompt in enumerate(prompts):
+        if context and len(prompt) + max_new_tokens > context:
+            raise UserError(
+                f"prompt {index} has {len(prompt)} tokens, with max_new_tokens {max_new_tokens} "
+                f"that is more than the model's context of {context}; shorten one, or go beyond it "
+                "with --context"
+            )
+
+
+def _check(prompts: Sequence[Sequence[int]], config: TransformerConfig) -> None:
+    for index, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise UserError(f"prompt {index} is empty; give at least the model's start token")
+        wrong = [t for t in prompt if not 0 <= t < config.vocab_size]
+        if wrong:
+            raise UserError(
+                f"prompt {index} holds token {wrong[0]}, but the model's vocab_size is "
+                f"{config.vocab_size}; use the tokenizer that it was trained with"
+            )

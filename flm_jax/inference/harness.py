@@ -1,0 +1,163 @@
+"""An adapter to EleutherAI's lm-evaluation-harness (0.4.13, in the extra [hf]).
+
+Import it inside a function: without the extra it cannot be imported.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import lm_eval
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from flm_jax.errors import UserError
+from flm_jax.inference.generation import Sampling, TextStream, generate
+from flm_jax.inference.likelihood import Pair, batched, loglikelihoods
+from flm_jax.interop.opening import OpenedModel
+
+
+class Adapter(TemplateLM):
+    """A model as the harness asks for it: log-likelihood, rolling log-likelihood, generation.
+
+    A context is read as `OpenedModel.prompt` has it, its beginning left out where it is longer
+    than the model's context.
+    """
+
+    def __init__(self, model: OpenedModel, context: int, batch_size: int = 8, seed: int = 0):
+        super().__init__()
+        self.model, self.max_length, self.batch_size = model, context, batch_size
+        self._key = jax.random.key(seed)
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.model.tokenizer.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        return self.model.tokenizer.start_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.model.tokenizer.digest
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
+        if add_special_tokens is False:
+            return self.model.tokenizer.encode(string)
+        return self.model.prompt(string)
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        return self._score([(context, continuation) for _, context, continuation in requests])
+
+    def _score(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
+        for _, continuation in pairs:
+            if len(continuation) > self.max_length:
+                raise UserError(
+                    f"a continuation has {len(continuation)} tokens, more than the context of "
+                    f"{self.max_length}; go beyond it with --context"
+                )
+        # The last token is predicted and not read.
+        kept = [(c[-(self.max_length + 1 - len(t)) :], t) for c, t in pairs]
+        return loglikelihoods(self.model.params, self.model.config, kept, self.batch_size)
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Of whole texts: each token predicted once, in windows of the model's context."""
+        pairs, owners = [], []
+        for owner, request in enumerate(requests):
+            tokens = self.model.tokenizer.encode(request.args[0])
+            for window in get_rolling_token_windows(
+                tokens, self.prefix_token_id, self.max_length, context_len=1
+            ):
+                pairs.append(make_disjoint_window(window))
+                owners.append(owner)
+        totals = [0.0] * len(requests)
+        for owner, (nats, _) in zip(owners, self._score(pairs), strict=True):
+            totals[owner] += nats
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Requests with equal settings together, in batches of like lengths."""
+        asked = [
+            (index, self.tok_encode(text), settings)
+            for index, (text, settings) in enumerate(r.args for r in requests)
+        ]
+        asked.sort(key=lambda item: (repr(sorted(item[2].items())), len(item[1])))
+        texts = [""] * len(requests)
+        for _, group in itertools.groupby(asked, key=lambda item: item[2]):
+            for chosen in batched(group, self.batch_size):
+                new = self._continue([tokens for _, tokens, _ in chosen], chosen[0][2])
+                for (index, _, _), text in zip(chosen, new, strict=True):
+                    texts[index] = text
+        return texts
+
+    def _continue(self, prompts: Sequence[list[int]], settings: dict[str, Any]) -> list[str]:
+        asked = normalize_gen_kwargs(settings, default_max_gen_toks=self.max_length // 2)
+        room = self.max_length - asked["max_gen_toks"]
+        if room < 1:
+            raise UserError(
+                f"max_gen_toks is {asked['max_gen_toks']}, which leaves no room for a prompt in "
+                f"the context of {self.max_length}; go beyond it with --context"
+            )
+        sampling = Sampling(
+            max_new_tokens=asked["max_gen_toks"],
+            temperature=asked.get("temperature", 1.0 if asked.get("do_sample") else 0.0),
+            top_k=asked.get("top_k", 0),
+            top_p=asked.get("top_p", 1.0),
+            stop_tokens=(self.eot_token_id,),
+        )
+        streams = [TextStream(self.model.tokenizer, asked["until"]) for _ in prompts]
+        rows = [prompt[-room:] for prompt in prompts]
+        # Filled up to one number of rows, that is one program; what is added ends at once.
+        rows += [[self.prefix_token_id]] * (self.batch_size - len(rows))
+        self._key, key = jax.random.split(self._key)
+        generate(
+            self.model.params, self.model.config, rows, sampling, key,
+            on_token=lambda row, token: row >= len(streams) or streams[row].add(token),
+        )  # fmt: skip
+        return [stream.end() for stream in streams]
+
+
+def run(
+    adapter: Adapter,
+    tasks: Sequence[str],
+    include_path: str | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+) -> dict[str, Any]:
+    """Runs tasks of the harness, or of the YAML files under `include_path`.
+
+    Returns: per task, the harness's metrics and its number of samples.
+
+    Raises:
+      UserError: there is no such task.
+    """
+    manager = TaskManager(include_path=include_path, include_defaults=include_path is None)
+    if any(task not in manager.all_tasks for task in tasks) and include_path is not None:
+        manager = TaskManager(include_path=include_path)  # the harness's own, thousands of files
+    unknown = [task for task in tasks if task not in manager.all_tasks]
+    if unknown:
+        raise UserError(
+            f"the harness has no task {unknown[0]!r}; give one of its own, or the folder of its "
+            "YAML file as --include_path"
+        )
+    found = lm_eval.simple_evaluate(
+        adapter, tasks=list(tasks), num_fewshot=num_fewshot, limit=limit, task_manager=manager,
+        log_samples=False,
+    )  # fmt: skip
+    assert found is not None
+    return {
+        task: {"samples": found["n-samples"].get(task, {}).get("effective"), **values}
+        for task, values in found["results"].items()
+    }

@@ -1,0 +1,348 @@
+"""Writes a model in another format, block by block, so that memory is bounded by a setting."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import math
+import pathlib
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from flm_jax import mapping
+from flm_jax.config import DataConfig, ExperimentConfig, StageConfig, TransformerConfig
+from flm_jax.errors import UserError
+from flm_jax.interop import hf_config, names, tensor_files
+from flm_jax.interop.names import TENSORS, Index
+from flm_jax.interop.sources import Source, open_source
+from flm_jax.interop.tensor_files import TensorsWriter
+from flm_jax.interop.tokenizer_files import BYTES, Vocabulary, write_config
+from flm_jax.interop.weights import Resized, Weights, scaled
+from flm_jax.params import axes, counts, trees
+from flm_jax.runtime.display import Transfer
+from flm_jax.store.checkpoint import digest_of_leaves
+from flm_jax.store.files import write_json
+from flm_jax.store.leaves import CHUNK_BYTES, CheckpointReader, CheckpointWriter
+from flm_jax.store.lineage import RunFolder, identity
+from flm_jax.store.pieces import cells, chunk_shape
+
+FORMATS = ("flm", *hf_config.FORMATS)
+DTYPES = {d.name: d for d in tensor_files.DTYPES.values() if d.itemsize <= 4}
+MEMORY = 1 << 30  # bytes
+SHARD_BYTES = 5_000_000_000
+_THREADS = 2  # one reads and lays out while the other writes
+# A block is held as read, as float32, laid out anew, and as written.
+_COPIES = 4 * _THREADS
+_IMPORTED = "imported"
+
+
+@contextlib.contextmanager
+def appearing(target: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A folder beside `target` that becomes it at the end; after an error nothing is left.
+
+    Raises UserError if the target exists and is not empty, or the disk refuses.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} exists and is not empty; give another target, or remove it")
+    partial = target.absolute().with_name(f".{target.name}.converting")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # of a killed process
+        partial.mkdir(parents=True)
+        yield partial
+        partial.replace(target.absolute())
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or target}: {error.strerror or error}; {target} is not written: mend "
+            "that and call again"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def convert(
+    source: str,
+    target: str,
+    format: str,
+    *,
+    stage: str = "",
+    step: int | None = None,
+    dtype: str = "",
+    vocab_size: int = 0,
+    memory: int = MEMORY,
+) -> dict[str, Any]:
+    """Reads a model and writes it in a format.
+
+    Args:
+      source, stage, step: what `open_source` opens.
+      target: a folder that does not exist.
+      format: of `FORMATS`.
+      dtype: of the written parameters, of `DTYPES`; "": the source's. "flm" is float32.
+      vocab_size: rows of embedding and head: padded with zeros, or cut where they are no tokens;
+        0: the source's.
+      memory: bytes that this may take beyond what is loaded; a bound as long as the rows of one
+        key/value head, of one layer, take less than an eighth of it.
+
+    Returns: what was written: sizes, seconds, GB/s, dtype, and notes on what is not the same.
+
+    Raises:
+      UserError: in one line, what does not fit; the target does not appear.
+    """
+    opened = open_source(source, stage, step)
+    weights = opened.weights
+    notes = []
+    if opened.masks is not None:
+        notes.append(f"masks of the growth at {opened.masks:g} are folded into the parameters")
+    if vocab_size:
+        weights = with_vocab_size(opened, weights, vocab_size, memory)
+    check_vocabulary(opened, weights.config)
+    if opened.vocabulary.num_tokens() is None:
+        notes.append(f"no tokenizer comes along: no files at {opened.vocabulary.path!r}")
+    began = time.monotonic()
+    if format == "flm":
+        if dtype not in ("", "float32"):
+            raise UserError(f"dtype is {dtype!r}, but training keeps float32; leave it out")
+        dtype = "float32"
+        num_bytes = write_run(pathlib.Path(target), weights, opened, memory)
+    else:
+        dtype = dtype or (opened.dtype.name if opened.dtype.name in DTYPES else "float32")
+        num_bytes, more = write_hf(
+            pathlib.Path(target), weights, format, dtype, opened.vocabulary, memory,
+            context=opened.context,
+        )  # fmt: skip
+        notes += more
+    if not np.can_cast(opened.dtype, DTYPES[dtype]):
+        notes.append(f"parameters are rounded from {opened.dtype.name} to {dtype}")
+    seconds = time.monotonic() - began
+    return {
+        "source": str(opened.path),
+        "target": target,
+        "format": format,
+        "dtype": dtype,
+        "params": counts.params(weights.config),
+        "bytes_read": opened.num_bytes,
+        "bytes_written": num_bytes,
+        "seconds": seconds,
+        "gb_per_s": (opened.num_bytes + num_bytes) / 1e9 / seconds,
+        "notes": notes,
+    }
+
+
+def write_hf(
+    target: pathlib.Path,
+    weights: Weights,
+    format: str,
+    dtype: str,
+    vocabulary: Vocabulary,
+    memory: int = MEMORY,
+    *,
+    context: int = 0,
+    shard_bytes: int = SHARD_BYTES,
+) -> tuple[int, list[str]]:
+    """Writes a folder that transformers opens; returns its parameters' bytes, and notes.
+
+    Args:
+      vocabulary: whose files come along, with the other keys of the config.json beside them.
+      context: the longest sequence, where that config.json does not say; 0: 2048.
+
+    Raises:
+      UserError: the format has no such model; the target exists or cannot be written.
+    """
+    if format not in hf_config.FORMATS:
+        raise UserError(f"format is {format!r}; choose one of {', '.join(FORMATS)}")
+    if dtype not in DTYPES:
+        raise UserError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
+    config, scales = hf_config.folded(weights.config, format)
+    weights = scaled(weights, config, scales)
+    notes = [
+        f"{path} is multiplied by {scale:.6g}: format {format!r} has no multipliers"
+        for path, scale in scales.items()
+    ]
+    carried = vocabulary.values()
+    values = hf_config.write(config, format, dtype, carried, context or 2048)
+    values |= vocabulary.special_tokens()
+    with appearing(target) as folder:
+        vocabulary.copy(folder, code=carried.get("model_type") == values["model_type"])
+        writer = TensorsWriter(folder, names.shapes(config), DTYPES[dtype], shard_bytes)
+        sizes = axes.axis_sizes(config)
+
+        def write(path: str, index: Index) -> int:
+            tensor, own = TENSORS[path], index
+            block, layer = weights.read(path, index), 0
+            if names.stacked(path):
+                block, layer, own = block[0], index[0].start, index[1:]
+            first = own[names.own_axes(path).index(tensor.rows)].start
+            rows = names.to_rows(block, path)
+            writer.write(tensor.name.format(layer=layer), first * tensor.row_size(sizes), rows)
+            return rows.size * DTYPES[dtype].itemsize
+
+        blocks = names.blocks(config, memory // _COPIES)
+        _in_threads(write, blocks, f"writing {target.name}", writer.num_bytes)
+        writer.sync()
+        write_config(folder, values)
+    return writer.num_bytes, notes
+
+
+def _in_threads(
+    write: Callable[[str, Index], int], blocks: Iterable[tuple[str, Index]], name: str, total: int
+) -> None:
+    """Calls `write`, which returns a number of bytes, for every block; shows how far it is."""
+    with (
+        Transfer(name, 0, total) as progress,
+        concurrent.futures.ThreadPoolExecutor(_THREADS) as pool,
+    ):
+        for num_bytes in pool.map(write, *zip(*blocks, strict=True)):
+            progress.add(num_bytes)
+
+
+def write_run(target: pathlib.Path, weights: Weights, source: Source, memory: int = MEMORY) -> int:
+    """Writes a run's folder of one finished stage, not trained; returns its parameters' bytes.
+
+    Raises UserError if the target exists or cannot be written.
+    """
+    with appearing(target) as folder:
+        run = RunFolder(folder)
+        stage = run.stage(0, _IMPORTED)
+        files = stage.path / "source"
+        files.mkdir(parents=True)
+        vocabulary = source.vocabulary.path
+        if vocabulary != BYTES:
+            source.vocabulary.copy(files, code=True)
+            if values := source.vocabulary.values():
+                write_json(files / "config.json", values)
+            vocabulary = str(target.absolute() / files.relative_to(run.path))
+        about = _imported(weights.config, source, vocabulary)
+        saved = identity(about, 0, "")
+        write_json(stage.config, saved)
+        path = stage.checkpoints / "0"
+        num_bytes = _write_checkpoint(path, weights, memory)
+        reader = CheckpointReader(path)
+        run.add_stage(
+            {
+                "index": 0,
+                "name": _IMPORTED,
+                "parent": None,
+                "config_digest": mapping.digest(saved),
+                "plan_digest": None,
+                "params": counts.params(weights.config),
+                "tokens": 0,
+                "flops": 0,
+                "wall_s": 0.0,
+                "steps": 0,
+                "eval": {"bpb_start": None, "bpb_end": None},
+                "receipt": None,
+                "params_digest": _digest(reader, memory),
+                "checkpoint": str(path.relative_to(run.path)),
+                "data_fingerprint": "",
+            }
+        )
+    return num_bytes
+
+
+def _imported(model: TransformerConfig, source: Source, vocabulary: str) -> ExperimentConfig:
+    """The config of the stage: a run's own, else one whose rates and batch say nothing."""
+    if source.config is not None:
+        stage, data = source.config.stages[0], source.config.data_of(0)
+    else:
+        stage = StageConfig(
+            _IMPORTED, model, steps=0, batch_size=1, learning_rate=1e-4, matrix_learning_rate=1e-4,
+            source=str(source.path),
+        )  # fmt: skip
+        data = DataConfig(sequence_length=source.context or 2048)
+    stage = dataclasses.replace(stage, name=_IMPORTED, model=model, steps=0)
+    data = dataclasses.replace(data, vocabulary=vocabulary)
+    return ExperimentConfig(stages=(stage,), data=data)
+
+
+def _write_checkpoint(path: pathlib.Path, weights: Weights, memory: int) -> int:
+    """A checkpoint that holds parameters alone."""
+    config = weights.config
+    like = {
+        leaf: jax.ShapeDtypeStruct(param.shape(config), np.float32)
+        for leaf, param in axes.TABLE.items()
+    }
+    # Chunks are what can be read in one piece of the other formats.
+    chunks: dict[str, tuple[int, ...]] = {}
+    for leaf, index in names.blocks(config, min(CHUNK_BYTES, memory // _COPIES)):
+        chunks.setdefault(f"params/{leaf}", tuple(cut.stop - cut.start for cut in index))
+    tree = {"params": trees.unflatten(like)}
+    writer = CheckpointWriter(path, tree, {"data": {}, "wall_s": 0.0}, chunks)
+    total = 4 * counts.params(config)
+
+    def write(leaf: str, piece: Index) -> int:
+        block = weights.read(leaf, piece).astype(np.float32, copy=False)
+        writer.write(f"params/{leaf}", piece, block)
+        return block.nbytes
+
+    pieces = ((leaf, piece) for leaf in like for piece in writer.pieces(f"params/{leaf}"))
+    _in_threads(write, pieces, f"writing {_IMPORTED}", total)
+    writer.finish()
+    return total
+
+
+def _digest(reader: CheckpointReader, memory: int) -> str:
+    """`params_digest` of a checkpoint, read back from the disk."""
+    total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in reader.leaves.values())
+    with Transfer("reading back", 0, total) as progress:
+
+        def pieces(name: str) -> Iterator[np.ndarray]:
+            leaf = reader.leaves[name]
+            for index in cells(
+                leaf.shape, chunk_shape(leaf.shape, leaf.dtype.itemsize, memory // _COPIES)
+            ):
+                piece = reader.read(name, index)
+                progress.add(piece.nbytes)
+                yield piece
+
+        return digest_of_leaves(
+            (path, reader.leaves[f"params/{path}"], pieces(f"params/{path}")) for path in axes.TABLE
+        )
+
+
+def with_vocab_size(source: Source, weights: Weights, vocab_size: int, memory: int) -> Weights:
+    """Zero rows after the last token, or rows cut off that are no token's.
+
+    Raises UserError if a token would be cut off, or if it cannot be known.
+    """
+    have, tokens = weights.config.vocab_size, source.vocabulary.num_tokens()
+    if tokens is not None and vocab_size < tokens:
+        raise UserError(
+            f"vocab_size is {vocab_size}, but vocabulary {source.vocabulary.path!r} has "
+            f"{tokens} tokens; give {tokens} or more"
+        )
+    if tokens is None and vocab_size < have and not _padding(weights, vocab_size, memory):
+        raise UserError(
+            f"vocab_size is {vocab_size}, but {source.path} has {have} rows, which are not zero "
+            "after it, and no tokenizer that says how many are tokens; give "
+            f"{have} or more, or put the tokenizer's files beside the weights"
+        )
+    return Resized(weights, dataclasses.replace(weights.config, vocab_size=vocab_size))
+
+
+def _padding(weights: Weights, start: int, memory: int) -> bool:
+    """Whether the embedding's rows from `start` on are zero."""
+    rows = (
+        (path, index)
+        for path, index in names.blocks(weights.config, memory // _COPIES)
+        if path == "embedding" and index[0].stop > start
+    )
+    return not any(
+        weights.read(path, (slice(max(start, rows.start), rows.stop), *others)).any()
+        for path, (rows, *others) in rows
+    )
+
+
+def check_vocabulary(source: Source, config: TransformerConfig) -> None:
+    """Raises UserError if the tokenizer has tokens without a row."""
+    tokens = source.vocabulary.num_tokens()
+    if tokens is not None and tokens > config.vocab_size:
+        raise UserError(
+            f"{source.path}: vocabulary {source.vocabulary.path!r} has {tokens} tokens, but the "
+            f"model's vocab_size is {config.vocab_size}; give the tokenizer of this model, or "
+            f"--vocab_size={tokens}"
+        )

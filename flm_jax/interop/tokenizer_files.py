@@ -1,0 +1,147 @@
+"""What comes along with the weights: tokenizer files, generation_config.json, other keys."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+from flm_jax.data.tokenizer import byte_alphabet, open_tokenizer
+from flm_jax.errors import UserError
+
+# Of a tokenizer and of what else text passes through.
+_TOKENIZER = ("tokenizer*", "tokenization_*.py", "special_tokens_map.json", "added_tokens.json",
+              "vocab.json", "merges.txt", "chat_template*")  # fmt: skip
+_GENERATION = "generation_config.json"
+_MODEL_CODE = ("configuration_*.py", "modeling_*.py")  # of a model that stock tools do not know
+BYTES = "bytes"  # seqio's byte vocabulary: these three, then the bytes
+_BYTES_SPECIAL = ("<pad>", "</s>", "<unk>")
+
+
+class Vocabulary:
+    """The tokenizer's files: `path` is a folder, a SentencePiece model, "bytes", or "" for none."""
+
+    def __init__(self, path: str):
+        self.path = path
+        self._folder = pathlib.Path(path) if path and path != BYTES else None
+        if self._folder and self._folder.name in ("tokenizer.json", "tokenizer.model"):
+            self._folder = self._folder.parent
+
+    def num_tokens(self) -> int | None:
+        """One more than the largest token id; None if there are no files that say it."""
+        if self.path == BYTES:
+            return len(_BYTES_SPECIAL) + 256
+        if self._folder is None:
+            return None
+        if self._folder.is_file():
+            return _sentencepiece(self._folder).vocab_size()
+        ids = [-1]
+        if (file := self._folder / "tokenizer.json").exists():
+            ids += _tokenizer_json(file).get_vocab(with_added_tokens=True).values()
+        elif (file := self._folder / "tokenizer.model").exists():
+            ids.append(_sentencepiece(file).vocab_size() - 1)
+        if (file := self._folder / "added_tokens.json").exists():
+            ids += _json(file).values()
+        return max(ids) + 1 or None
+
+    def special_tokens(self) -> dict[str, Any]:
+        """The ids that config.json shall name, where no config.json beside the files says them."""
+        if not self.path or self.values():
+            return {}
+        tokenizer = open_tokenizer(self.path)
+        return {
+            "bos_token_id": tokenizer.start_id,
+            "eos_token_id": tokenizer.eos_id,
+            "pad_token_id": 0 if tokenizer.start_id == 0 else None,
+        }
+
+    def values(self) -> dict[str, Any]:
+        """config.json of the model that the files came with; {} if there is none."""
+        file = (self._folder or pathlib.Path()) / "config.json"
+        return _json(file) if self._folder and file.is_file() else {}
+
+    def copy(self, target: pathlib.Path, code: bool = False) -> None:
+        """Copies the files into a folder; with `code` the model's own Python files too."""
+        if self.path == BYTES:
+            _write_byte_tokenizer(target)
+        elif self._folder is None:
+            return
+        elif self._folder.is_file():
+            shutil.copyfile(self._folder, target / "tokenizer.model")
+        else:
+            for pattern in (*_TOKENIZER, _GENERATION, *(_MODEL_CODE if code else ())):
+                for file in self._folder.glob(pattern):
+                    if file.is_file():
+                        shutil.copyfile(file, target / file.name)
+
+
+def write_config(folder: pathlib.Path, values: Mapping[str, Any]) -> None:
+    """config.json, and generation_config.json made to match it."""
+    _write(folder / "config.json", values)
+    file = folder / _GENERATION
+    generation = _json(file) if file.exists() else {}
+    generation = {k: v for k, v in generation.items() if k != "transformers_version"}
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if values.get(key) is not None:
+            generation.setdefault(key, values[key])
+    longest = values["max_position_embeddings"]
+    if generation.get("max_length", 0) > longest:
+        generation["max_length"] = longest
+    _write(file, generation)
+
+
+def _write(file: pathlib.Path, values: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _json(file: pathlib.Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: not JSON ({error}); fetch it again") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{file}: no JSON object; fetch it again")
+    return values
+
+
+def _write_byte_tokenizer(folder: pathlib.Path) -> None:
+    """The byte vocabulary as a byte-level tokenizer.json without merges."""
+    import tokenizers
+
+    tokens = [*_BYTES_SPECIAL, *byte_alphabet()]
+    made = tokenizers.Tokenizer(
+        tokenizers.models.BPE({token: i for i, token in enumerate(tokens)}, merges=[])
+    )
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=False
+    )
+    made.decoder = tokenizers.decoders.ByteLevel()
+    made.add_special_tokens(list(_BYTES_SPECIAL))
+    made.save(str(folder / "tokenizer.json"))
+    pad, eos, unknown = _BYTES_SPECIAL
+    about = {"pad_token": pad, "eos_token": eos, "unk_token": unknown}
+    _write(
+        folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **about}
+    )
+
+
+def _sentencepiece(file: pathlib.Path) -> Any:
+    import sentencepiece
+
+    model = sentencepiece.SentencePieceProcessor()
+    try:
+        model.Load(str(file))
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{file}: no SentencePiece model ({error}); fetch it again") from None
+    return model
+
+
+def _tokenizer_json(file: pathlib.Path) -> Any:
+    import tokenizers
+
+    try:
+        return tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises no narrower kind
+        raise UserError(f"{file}: no tokenizer ({error}); fetch it again") from None

@@ -1,0 +1,55 @@
+"""Parameters, FLOPs and bytes of a model, from its config alone; nothing is allocated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flm_jax.config import TransformerConfig
+from flm_jax.params import axes
+from flm_jax.params.axes import Role
+
+MASTER_BYTES = 4  # float32 master weights
+MOMENTS_BYTES = 2 * 4  # Adam's two moments, float32
+
+
+def params(config: TransformerConfig) -> int:
+    return sum(axes.param_sizes(config).values())
+
+
+def params_by_component(config: TransformerConfig) -> dict[str, int]:
+    """embedding, attention, mlp, norms and head."""
+    counted = dict.fromkeys(("embedding", "attention", "mlp", "norms", "head"), 0)
+    for path, size in axes.param_sizes(config).items():
+        is_gain = Role.GAIN in axes.TABLE[path].roles
+        component = "norms" if is_gain else path.removeprefix("layers/").split("/")[0]
+        counted[component] += size
+    return counted
+
+
+def flops_per_token_forward(config: TransformerConfig, length: int) -> int:
+    """Multiply-adds count 2. Matrix products, and attention scores and values over all `length`
+    tokens, seen or not (PaLM's convention, arXiv 2204.02311, appendix B); the embedding is a
+    lookup and counts nothing.
+    """
+    by_component = params_by_component(config)
+    matrices = by_component["attention"] + by_component["mlp"] + by_component["head"]
+    attention = 4 * config.num_layers * length * config.num_heads * config.head_dim
+    return 2 * matrices + attention
+
+
+def flops_per_token_train(config: TransformerConfig, length: int) -> int:
+    """Forward, and twice as much backward; without recomputation."""
+    return 3 * flops_per_token_forward(config, length)
+
+
+def describe(config: TransformerConfig, length: int) -> dict[str, Any]:
+    """All counts, at sequences of `length` tokens."""
+    total = params(config)
+    return {
+        "params": total,
+        "params_by_component": params_by_component(config),
+        "flops_per_token_forward": flops_per_token_forward(config, length),
+        "flops_per_token_train": flops_per_token_train(config, length),
+        "param_bytes": MASTER_BYTES * total,
+        "optimizer_bytes": MOMENTS_BYTES * total,
+    }

@@ -1,0 +1,97 @@
+"""How scales follow the width: initial scale, learning rate and decay, from the axis table.
+
+With m = d_model / base width, by the rules of Tensor Programs V (arXiv 2203.03466, table 3, Adam)
+as Tele-FLM uses them (arXiv 2404.16645, table 4). "sp" is the standard parametrisation to compare
+with: entries scaled to their fan-in, everything else the same at every width. Both agree at m = 1.
+
+    kind      example          µP: std     rate   decay   output        SP: std     rate, decay
+    matrix    query, down      s / sqrt m  1 / m  m                     s / sqrt m  1
+    vector    embedding, gain  s           1      1                     s           1
+    readout   head             s           1      1       output / m    s / sqrt m  1
+
+Decoupled decay acts through the learning rate: the factor m keeps it equally fast at every width.
+Attention needs no factor: the head size is fixed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flm_jax.config import OptimizerConfig, StageConfig, TransformerConfig
+from flm_jax.params.axes import TABLE, Param, Role, multiplier_of
+from flm_jax.params.draws import unit_normal
+from flm_jax.params.trees import Window, window_shape
+
+
+def init_std(param: Param, config: TransformerConfig) -> float:
+    """Standard deviation of the parameter's initial entries (0 for a gain, which starts at 1)."""
+    if Role.GAIN in param.roles:
+        return 0.0
+    fan_in = math.sqrt(config.width_mult)
+    if not param.matrix_like:
+        scaled = param.kind == "readout" and config.parametrisation == "sp"
+        return config.vector_init_std / (fan_in if scaled else 1)
+    std = config.matrix_init_std / fan_in
+    if config.depth_scaled_init and param.residual_writer:
+        std /= math.sqrt(2 * max(config.num_layers, 1))
+    return std
+
+
+def _matrix_mult(param: Param, config: TransformerConfig) -> float:
+    mup = config.parametrisation == "mup"
+    return config.width_mult if mup and param.matrix_like else 1.0
+
+
+def learning_rate_mult(param: Param, config: TransformerConfig) -> float:
+    """Under µP 1/m for matrix-like parameters; else 1."""
+    return 1 / _matrix_mult(param, config)
+
+
+def decay_mult(param: Param, config: TransformerConfig) -> float:
+    """Under µP m for matrix-like parameters; else 1; 0 for gains."""
+    return 0.0 if Role.GAIN in param.roles else _matrix_mult(param, config)
+
+
+def table(stage: StageConfig, settings: OptimizerConfig) -> dict[str, dict[str, Any]]:
+    """Of each parameter: kind, and std, learning rate, decay and multiplier, at the base width
+    and at the stage's own."""
+    target = stage.model
+    base = dataclasses.replace(target, d_model=target.mup_base_width or target.d_model)
+
+    def at(param: Param, config: TransformerConfig) -> dict[str, float]:
+        rate = stage.matrix_learning_rate if param.matrix_like else stage.learning_rate
+        return {
+            "init_std": init_std(param, config),
+            "learning_rate": rate * learning_rate_mult(param, config),
+            "weight_decay": settings.weight_decay * decay_mult(param, config),
+            "multiplier": multiplier_of(param, config),
+        }
+
+    return {
+        path: {"kind": param.kind, "base": at(param, base), "target": at(param, target)}
+        for path, param in TABLE.items()
+    }
+
+
+Initializer = Callable[..., jax.Array]
+
+
+def initializer(param: Param, config: TransformerConfig) -> Initializer:
+    """Draws fresh entries, (key, shape, dtype, window=None): ones for a gain, else `unit_normal`
+    times `init_std`."""
+    std = init_std(param, config)
+
+    def draw(
+        key: jax.Array, shape: tuple[int, ...], dtype: Any, window: Window | None = None
+    ) -> jax.Array:
+        if Role.GAIN not in param.roles:
+            return unit_normal(key, shape, dtype, std, window)
+        return jnp.ones(window_shape(shape, window), dtype)
+
+    return draw

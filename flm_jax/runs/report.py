@@ -1,0 +1,178 @@
+"""What a run shows at its end: a table on screen, `report/report.md` and its figures."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import rich.box
+import rich.table
+
+from flm_jax.runtime.figures import ACCENT, GUIDE, LINE, clean, plt, save
+from flm_jax.store.lineage import RunFolder, StageFolder, bits_per_byte
+from flm_jax.store.files import write_atomically, write_json
+
+_COLUMNS = (
+    "stage", "params", "steps", "tokens", "FLOPs", "time", "bits per byte",
+    "logit change", "loss change", "dead", "locked",
+)  # fmt: skip
+_ON_SCREEN = ("stage", "params", "tokens", "time", "bits per byte", "logit change")
+
+
+def _row(stage: dict[str, Any]) -> list[str]:
+    receipt = stage["receipt"]
+    growth = ["", "", "", ""]
+    if receipt:
+        growth = [
+            f"{receipt['max_abs_logit_diff'] / receipt['logit_scale']:.1e}",
+            f"{receipt['loss_after'] - receipt['loss_before']:+.1e}",
+            str(receipt["dead_slots"]),
+            str(receipt["locked_copies"]),
+        ]
+    return [
+        stage["name"],
+        f"{stage['params'] / 1e6:,.2f}M",
+        f"{stage['steps']:,}",
+        f"{stage['tokens']:,}",
+        f"{stage['flops']:.2e}",
+        f"{stage['wall_s']:.0f} s",
+        bits_per_byte(stage["eval"]),
+        *growth,
+    ]
+
+
+def table(stages: Sequence[dict[str, Any]]) -> rich.table.Table:
+    """The stage table's main columns, within 80 characters."""
+    drawn = rich.table.Table(box=rich.box.SIMPLE)
+    for name in _ON_SCREEN:
+        drawn.add_column(name, no_wrap=True)
+    for stage in stages:
+        row = dict(zip(_COLUMNS, _row(stage), strict=True))
+        drawn.add_row(*(row[name] for name in _ON_SCREEN))
+    return drawn
+
+
+def _markdown(stages: Sequence[dict[str, Any]]) -> str:
+    rows = [_COLUMNS, ["---"] * len(_COLUMNS), *(_row(s) for s in stages)]
+    return "\n".join("| " + " | ".join(r) + " |" for r in rows)
+
+
+def _folders(folder: RunFolder, stages: Sequence[dict[str, Any]]) -> list[StageFolder]:
+    return [folder.stage(s["index"], s["name"]) for s in stages]
+
+
+def _grown(stages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without the first stage and those that were fine-tuned."""
+    return [s for s in stages if s["receipt"] and s["receipt"]["operator"] != "none"]
+
+
+def _curves(folder: RunFolder, stages: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
+    """Validation bits per byte against tokens and against FLOPs, growth points marked."""
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+    for panel, unit, name in zip(
+        panels, ("tokens", "flops"), ("training tokens", "training FLOPs"), strict=True
+    ):
+        done, step0 = 0.0, 0
+        worst = 0.0
+        for stage, at in zip(stages, _folders(folder, stages), strict=True):
+            per_step = stage[unit] / max(stage["steps"], 1)
+            rows = at.metrics.rows("eval")
+            # The untrained model's first point would flatten all others.
+            rows = [r for r in rows if r["step"] > 0]
+            xs = [done + (r["step"] - step0) * per_step for r in rows]
+            ys = [r["bpb"] for r in rows]
+            worst = max([worst, *ys])
+            panel.plot(xs, ys, color=LINE, marker="o", markersize=3)
+            if stage["index"] > 0:
+                panel.axvline(done, color=ACCENT, linestyle="--", linewidth=1)
+                grew = stage in _grown(stages)
+                panel.annotate(
+                    f"grow to {stage['params'] / 1e6:.3g}M" if grew else stage["name"],
+                    (done, 1), (3, -4),
+                    xycoords=("data", "axes fraction"), textcoords="offset points",
+                    color=ACCENT, fontsize=8, rotation=90, va="top",
+                )  # fmt: skip
+            done += stage[unit]
+            step0 += stage["steps"]
+        panel.set_xlabel(name)
+        panel.set_xlim(left=0)
+        clean(panel)
+    panels[0].set_ylabel("validation bits per byte")
+    save(figure, path)
+
+
+def _ramps(folder: RunFolder, stages: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
+    """Training loss and mask value over each grown stage's first steps."""
+    grown = _grown(stages)
+    figure, panels = plt.subplots(1, len(grown), figsize=(4.5 * len(grown), 3.4), squeeze=False)
+    for panel, stage in zip(panels[0], grown, strict=True):
+        rows = folder.stage(stage["index"], stage["name"]).metrics.rows("train")
+        ramp = sum(r["mask"] < 1 for r in rows)
+        rows = rows[: max(2 * ramp, ramp + 2)]
+        steps = [r["step"] for r in rows]
+        panel.plot(steps, [r["loss"] for r in rows], color=LINE)
+        panel.set(title=f"{stage['name']}: the ramp", xlabel="step")
+        panel.set_ylabel("training loss, 10-step mean (nats)", color=LINE)
+        right = panel.twinx()
+        right.plot(steps, [r["mask"] for r in rows], color=GUIDE)
+        right.set_ylim(0, 1.05)
+        right.set_ylabel("mask of the added slots", color=GUIDE)
+        right.spines["top"].set_visible(False)
+        panel.spines["top"].set_visible(False)
+    save(figure, path)
+
+
+def _distances(folder: RunFolder, stages: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
+    """How far each layer is from the identity, and which were copied."""
+    grown = _grown(stages)
+    figure, panels = plt.subplots(1, len(grown), figsize=(4.5 * len(grown), 3.2), squeeze=False)
+    for panel, stage in zip(panels[0], grown, strict=True):
+        distances = stage["receipt"]["layer_distances"]
+        copied = [stage["receipt"]["layer_map"].count(i) > 1 for i in range(len(distances))]
+        colors = [ACCENT if c else GUIDE for c in copied]
+        panel.bar(range(len(distances)), distances, color=colors)
+        panel.set_yscale("log")
+        panel.set(title=f"before {stage['name']} (orange: copied)", xlabel="layer")
+        panel.set_ylabel("||out - in|| / ||in||")
+        clean(panel)
+    save(figure, path)
+
+
+def write(folder: RunFolder) -> pathlib.Path:
+    """Writes the report of the finished stages; returns the path of report.md."""
+    stages = folder.stages()
+    folder.report.mkdir(exist_ok=True)
+    figures = [("curve.png", "Validation bits per byte; dashed: growth.", _curves)]
+    if _grown(stages):
+        figures += [
+            ("ramp.png", "The run-time masks' ramps.", _ramps),
+            ("distances.png", "Layer distances on the calibration batch.", _distances),
+        ]
+    for name, _, draw in figures:
+        draw(folder, stages, folder.report / name)
+    config = json.loads(folder.stage(0, stages[0]["name"]).config.read_text())
+    pictures = "\n".join(f"![{caption}]({name})\n\n{caption}\n" for name, caption, _ in figures)
+    text = f"""# {" -> ".join(s["name"] for s in stages)}
+
+Data: `{config["data"]["task"]}`, vocabulary `{config["data"]["vocabulary"]}`, fingerprint
+`{config["data_fingerprint"][:16]}`. Validation: always the same sequences of the validation split.
+
+{_markdown(stages)}
+
+"Logit change" is the largest change of a logit at the growth, over the root mean square of the
+logits; "loss change" is in nats per token; both on the calibration batch.
+
+{pictures}
+## What this does and does not show
+
+It shows the mechanics: each growth keeps the function, training goes on, and the loss falls from
+stage to stage. It does not show a saving. At sizes that train in minutes, a small model trained
+longer reaches a lower loss than the grown one; part of the last stage's fall is the decay of its
+learning rate.
+"""
+    path = folder.report / "report.md"
+    write_atomically(path, text)
+    return path

@@ -1,0 +1,234 @@
+"""A checkpoint's leaves as arrays on disk: read and written slice by slice, in bounded memory.
+
+`CheckpointReader` reads what `Checkpoints` (or `CheckpointWriter`) wrote; `CheckpointWriter` writes
+what `Checkpoints.restore` reads. Orbax describes the tree (`checkpoint.py`), tensorstore holds the
+arrays. Both are safe to use from several threads. Leaves are named as in `checkpoint.by_name`:
+"params/layers/mlp/up", "opt_state/1/mu/embedding".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+import os
+import pathlib
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+from flm_jax.errors import UserError
+from flm_jax.store.checkpoint import CHUNK_BYTES, STATE, describe, shapes, write_skeleton
+from flm_jax.store.pieces import cells, chunk_shape
+
+# What is read or written of a leaf: for each dimension a slice, or the indices of its entries.
+Slices = Sequence[slice | np.ndarray]
+
+
+@functools.cache
+def _context() -> ts.Context:
+    # Files are not synced one by one: a checkpoint is synced once, before it appears.
+    return ts.Context({"file_io_sync": False, "cache_pool": {"total_bytes_limit": 0}})
+
+
+def _open(state: pathlib.Path, name: str, **how: Any) -> ts.TensorStore:
+    folder = name.replace("/", ".") + "/"
+    kvstore: dict[str, Any] = {"driver": "file", "path": f"{state}/{folder}"}
+    if (state / "manifest.ocdbt").exists():
+        base = {"driver": "file", "path": f"{state}/"}
+        kvstore = {"driver": "ocdbt", "base": base, "path": folder}
+    driver = how.pop("driver")
+    # Zeros are written too: a chunk's file says that the chunk is done.
+    spec = {"driver": driver, "kvstore": kvstore, "store_data_equal_to_fill_value": True}
+    return ts.open(spec | how.pop("spec", {}), context=_context(), **how).result()
+
+
+@contextlib.contextmanager
+def disk_refusals(what: str) -> Iterator[None]:
+    """Turns what the system refuses into one line; tensorstore keeps the system's error number."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        number = re.search(r"os_error_code='(\d+)'", str(error))
+        code = int(number[1]) if number else getattr(error, "errno", None)
+        if code is None:
+            raise
+        raise UserError(
+            f"{what} ({os.strerror(code)}); mend that, and the same command goes on from there"
+        ) from error
+
+
+class CheckpointReader:
+    """A complete checkpoint.
+
+    Attributes:
+      path: its folder, as `checkpoints/STEP`.
+      leaves: name -> shape and dtype.
+      progress: what was saved with the state.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        """Raises UserError if there is no complete checkpoint."""
+        self.path = pathlib.Path(path)
+        self.leaves, self.progress = describe(self.path)
+        state = self.path.absolute() / STATE
+        zarr3 = json.loads((state / "_METADATA").read_text())["use_zarr3"]
+        driver = "zarr3" if zarr3 else "zarr"
+        self._arrays = {name: _open(state, name, driver=driver, open=True) for name in self.leaves}
+
+    def read(self, name: str, slices: Slices | None = None) -> np.ndarray:
+        """The leaf's entries at `slices`, combined as by `np.ix_`; None: all.
+
+        Raises UserError if the disk refuses.
+        """
+        array = self._arrays[name]
+        with disk_refusals(f"{self.path}: {name} cannot be read"):
+            return (array if slices is None else array.oindex[tuple(slices)]).read().result()
+
+    def chunk(self, name: str) -> tuple[int, ...]:
+        """The shape of the smallest piece of the leaf that can be read without its neighbours."""
+        sizes = self._arrays[name].chunk_layout.read_chunk.shape or ()
+        return tuple(int(size or 1) for size in sizes)
+
+
+class CheckpointWriter:
+    """A checkpoint in the making, at PATH.partial; `finish` makes it appear at PATH.
+
+    What a killed process left there is taken up again: `holds` says which chunks are done.
+
+    Attributes:
+      path: the checkpoint's folder, as `checkpoints/STEP`.
+      leaves: name -> shape and dtype.
+      chunks: name -> shape of the pieces that are written whole.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        like: Any,
+        progress: dict[str, Any],
+        chunks: Mapping[str, Sequence[int]] | None = None,
+    ):
+        """Begins a checkpoint, or takes up one that was begun with the same arguments.
+
+        Args:
+          path: the checkpoint's folder; its name is the step.
+          like: the tree, as `ShapeDtypeStruct`s.
+          progress: small and JSON-able, kept with the state.
+          chunks: of leaves that shall have other ones than `chunk_shape` gives.
+
+        Raises:
+          UserError: the path exists, or another checkpoint was begun there, or the disk refuses.
+        """
+        self.path = pathlib.Path(path)
+        self.leaves = shapes(like)
+        self.chunks = {
+            name: tuple(
+                (chunks or {}).get(name) or chunk_shape(x.shape, x.dtype.itemsize, CHUNK_BYTES)
+            )
+            for name, x in self.leaves.items()
+        }
+        self._partial = self.path.absolute().with_name(self.path.name + ".partial")
+        if self.path.exists():
+            raise UserError(f"{self.path} exists; give another folder, or remove it")
+        if not self._partial.exists():
+            self._begin(like, progress)
+        self._check(progress)
+        self._arrays = {
+            name: _open(self._partial / STATE, name, driver="zarr", open=True)
+            for name in self.leaves
+        }
+
+    def _begin(self, like: Any, progress: dict[str, Any]) -> None:
+        """Appears with all its arrays, still without chunks, or not at all."""
+        made = self._partial.with_name(self.path.name + ".begun")
+        self._clear(made)
+        try:
+            with disk_refusals(f"{self.path} cannot be written"):
+                made.parent.mkdir(parents=True, exist_ok=True)
+                write_skeleton(made, like, progress)
+                for name, x in self.leaves.items():
+                    _open(
+                        made / STATE, name, driver="zarr", spec={"metadata": {"compressor": None}},
+                        create=True, delete_existing=True, dtype=ts.dtype(x.dtype), shape=x.shape,
+                        chunk_layout=ts.ChunkLayout(chunk_shape=self.chunks[name]),
+                    )  # fmt: skip
+                made.rename(self._partial)
+        except UserError:
+            self._clear(made)
+            raise
+
+    @staticmethod
+    def _clear(made: pathlib.Path) -> None:
+        for path in made.parent.glob(made.name + "*"):  # orbax has a temporary name of its own
+            shutil.rmtree(path)
+
+    def _check(self, progress: dict[str, Any]) -> None:
+        have = CheckpointReader(self._partial)
+        same = have.leaves == self.leaves and have.progress == progress
+        if not same or any(have.chunk(name) != self.chunks[name] for name in self.leaves):
+            raise UserError(
+                f"{self._partial}: another checkpoint was begun here; remove it to begin anew"
+            )
+
+    def _file(self, name: str, cell: Sequence[int]) -> pathlib.Path:
+        """The file of the chunk at that place of the grid: zarr's format, version 2."""
+        folder = self._partial / STATE / name.replace("/", ".")
+        return folder / (".".join(map(str, cell)) or "0")
+
+    def pieces(self, name: str) -> Iterator[tuple[slice, ...]]:
+        """The leaf's chunks, as slices, in C order."""
+        return cells(self.leaves[name].shape, self.chunks[name])
+
+    def holds(self, name: str, piece: Sequence[slice]) -> bool:
+        """Whether a piece (of `pieces`) was written, by this process or one before it."""
+        cell = [s.start // c for s, c in zip(piece, self.chunks[name], strict=True)]
+        return self._file(name, cell).exists()
+
+    def held_bytes(self) -> int:
+        """Of the pieces that are there already."""
+        return sum(
+            self.leaves[name].dtype.itemsize * math.prod(s.stop - s.start for s in piece)
+            for name in self.leaves
+            for piece in self.pieces(name)
+            if self.holds(name, piece)
+        )
+
+    def write(self, name: str, slices: Slices | None, values: np.ndarray) -> None:
+        """Writes entries of a leaf; quick where `slices` is one of its `pieces`. None: all.
+
+        `values` must not change afterwards. Raises UserError if the disk refuses.
+        """
+        array = self._arrays[name]
+        target = array if slices is None else array[tuple(slices)]
+        with disk_refusals(f"{self.path}: {name} cannot be written"):
+            target.write(values, can_reference_source_data_indefinitely=True).result()
+
+    def finish(self) -> None:
+        """The checkpoint appears, whole and on disk.
+
+        Raises ValueError if a piece was not written, UserError if the disk refuses.
+        """
+        for name in self.leaves:
+            for piece in self.pieces(name):
+                if not self.holds(name, piece):
+                    raise ValueError(f"{self.path}: {name} was never written at {piece}")
+        with disk_refusals(f"{self.path} cannot be written"):
+            for folder, _, files in os.walk(self._partial, topdown=False):
+                for file in [*files, "."]:
+                    _sync(pathlib.Path(folder, file))
+            self._partial.rename(self.path)
+            _sync(self.path.parent)
+
+
+def _sync(path: pathlib.Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

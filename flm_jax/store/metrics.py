@@ -1,0 +1,36 @@
+"""Training curves for TensorBoard, through clu."""
+
+from __future__ import annotations
+
+import pathlib
+from types import TracebackType
+
+from flm_jax.runtime import processes
+
+
+class TensorBoard:
+    """A context manager; clu and TensorFlow are imported when it is entered.
+
+    Of several processes the first writes.
+    """
+
+    def __init__(self, directory: pathlib.Path):
+        self._directory = directory
+
+    def __enter__(self) -> TensorBoard:
+        from clu import metric_writers
+
+        writers = [metric_writers.SummaryWriter(str(self._directory))] if processes.first() else []
+        self._writer = metric_writers.AsyncMultiWriter(writers)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._writer.close()
+
+    def write(self, step: int, **scalars: float) -> None:
+        self._writer.write_scalars(step, scalars)

@@ -1,0 +1,313 @@
+"""Claims of "less is more", decided by a rule on the seeds' differences; the study's report.
+
+The rule: the two arms of a claim are compared seed by seed (same pool, same order). Where the 95%
+interval (Student's t over seeds) of the mean difference is on the claimed side of zero the claim is
+supported, where it is on the other side it is not supported, else undecided.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pathlib
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from flm_jax.runtime.figures import ACCENT, GUIDE, LINE, clean, plt, save
+from flm_jax.store.files import write_atomically, write_json
+from flm_jax.studies.less_is_more import BUDGETS, LessIsMoreConfig, MixConfig
+
+Row = dict[str, Any]
+Setting = tuple[int, str, str, str]  # size, selection, mix, budget
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """Arms of all seeds, and the categories in which they are measured."""
+
+    setting: Setting
+    categories: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """That `better` does better than `worse`: lower loss, or more answers right."""
+
+    text: str
+    better: Side
+    worse: Side
+    metric: str = "loss"
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """`gain` is what `better` is ahead by, mean over seeds, with its 95% interval."""
+
+    claim: Claim
+    gain: float
+    low: float
+    high: float
+    seeds: int
+
+    @property
+    def word(self) -> str:
+        if self.low > 0:
+            return "supported"
+        return "not supported" if self.high < 0 else "undecided"
+
+    def __str__(self) -> str:
+        unit = "nats per token" if self.claim.metric == "loss" else "of the answers"
+        return (
+            f"{self.word.capitalize()} at this size: {self.claim.text} (ahead by {self.gain:+.3f} "
+            f"{unit}, 95% interval {self.low:+.3f} to {self.high:+.3f}, {self.seeds} seeds)."
+        )
+
+
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean and 95% interval by Student's t; infinite for one value."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return mean, -math.inf, math.inf
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * error
+    return mean, mean - half, mean + half
+
+
+class Rows:
+    """The finished arms, by setting and seed."""
+
+    def __init__(self, config: LessIsMoreConfig, rows: Iterable[Row]):
+        self.base: Row = {}
+        self.arms: dict[Setting, dict[int, Row]] = {}
+        for row in rows:
+            if row["name"] == "base":
+                self.base = row
+                continue
+            for budget in BUDGETS if row["size"] == config.sizes[-1] else (row["budget"],):
+                setting = (row["size"], row["selection"], row["mix"], budget)
+                self.arms.setdefault(setting, {})[row["seed"]] = row
+
+    def values(self, side: Side, metric: str) -> dict[int, float]:
+        """By seed, the mean over the categories that have the metric."""
+        return {
+            seed: value(row, side.categories, metric)
+            for seed, row in self.arms.get(side.setting, {}).items()
+        }
+
+
+def value(row: Row, categories: Iterable[str], metric: str) -> float:
+    """Mean over the categories that have the metric; not a number if none has."""
+    found = [row["scores"][c][metric] for c in categories if metric in row["scores"][c]]
+    return statistics.fmean(found) if found else math.nan
+
+
+def decide(claim: Claim, rows: Rows) -> Verdict | None:
+    """None where no seed has both arms."""
+    better, worse = (rows.values(side, claim.metric) for side in (claim.better, claim.worse))
+    sign = -1 if claim.metric == "loss" else 1
+    gains = [sign * (better[s] - worse[s]) for s in sorted(better.keys() & worse.keys())]
+    if not gains or math.isnan(gains[0]):
+        return None
+    return Verdict(claim, *interval(gains), len(gains))
+
+
+def groups(config: LessIsMoreConfig, categories: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """What the base has seen, and what is new to it."""
+    known = tuple(c for c in categories if c in config.known)
+    new = tuple(c for c in categories if c not in config.known)
+    return {name: cs for name, cs in (("known", known), ("new", new)) if cs}
+
+
+def claims(config: LessIsMoreConfig, categories: Sequence[str]) -> list[Claim]:
+    """The paper's claims (arXiv 2407.02783) in terms of the grid."""
+    small, large, even = config.sizes[0], config.sizes[-1], config.mixes[0].name
+    made: list[Claim] = []
+
+    def add(text: str, better: Setting, worse: Setting, over: Iterable[str]) -> None:
+        made.append(Claim(text, Side(better, tuple(over)), Side(worse, tuple(over))))
+
+    for budget in BUDGETS:
+        for name, over in groups(config, categories).items():
+            add(
+                f"{small} chosen conversations beat {large} taken at random in {name} categories, "
+                f"at equal {budget}",
+                (small, "chosen", even, budget), (large, "random", even, budget), over,
+            )  # fmt: skip
+        for size in config.sizes:
+            if size < large or budget == "steps":
+                add(
+                    f"{size} chosen conversations beat {size} taken at random"
+                    + (f", at equal {budget}" if size < large else ""),
+                    (size, "chosen", even, budget), (size, "random", even, budget), categories,
+                )  # fmt: skip
+        add(
+            f"{large} conversations taken at random beat {small}, at equal {budget}",
+            (large, "random", even, budget), (small, "random", even, budget), categories,
+        )  # fmt: skip
+    for mix in config.mixes[1:]:
+        add(
+            f"half of the conversations being {_names(mix.more)} helps there",
+            (large, "chosen", mix.name, "steps"), (large, "chosen", even, "steps"), mix.more,
+        )  # fmt: skip
+    made += _worked_steps(config.mixes, large)
+    return made
+
+
+def _worked_steps(mixes: Sequence[MixConfig], size: int) -> list[Claim]:
+    """Of two mixes, where one has what the other is without: answers right, each in its own."""
+    return [
+        Claim(
+            f"{_names(one.more)} in place of {_names(other.more)} gives more right answers",
+            Side((size, "chosen", one.name, "steps"), one.more),
+            Side((size, "chosen", other.name, "steps"), other.more),
+            "accuracy",
+        )
+        for n, one in enumerate(mixes)
+        for other in mixes[:n]
+        if one.more and one.more == other.without and other.more == one.without
+    ]
+
+
+def _names(categories: Iterable[str]) -> str:
+    return " and ".join(c.replace("_", " ") for c in categories)
+
+
+def write(config: LessIsMoreConfig, found: Sequence[Row], workdir: str) -> list[Verdict]:
+    """Writes report/less_is_more.md, .json and its figures; returns the verdicts."""
+    folder = pathlib.Path(workdir) / "report"
+    rows = Rows(config, found)
+    categories = [c for c in rows.base["scores"] if c != "all"]
+    decided = [decide(claim, rows) for claim in claims(config, categories)]
+    verdicts = [v for v in decided if v]
+    _sizes_figure(config, rows, groups(config, categories), folder / "less_is_more_sizes.png")
+    _mixes_figure(config, rows, categories, folder / "less_is_more_mixes.png")
+    write_json(
+        folder / "less_is_more.json", {"rows": list(found), "verdicts": verdict_rows(verdicts)}
+    )
+    write_atomically(folder / "less_is_more.md", _markdown(config, rows, categories, verdicts))
+    return verdicts
+
+
+def verdict_rows(verdicts: Iterable[Verdict]) -> list[dict[str, Any]]:
+    return [
+        {
+            "claim": v.claim.text, "verdict": v.word, "gain": v.gain, "low": finite(v.low),
+            "high": finite(v.high), "seeds": v.seeds, "metric": v.claim.metric,
+        }
+        for v in verdicts
+    ]  # fmt: skip
+
+
+def finite(x: float) -> float | None:
+    """JSON has no infinity."""
+    return x if math.isfinite(x) else None
+
+
+def _markdown(
+    config: LessIsMoreConfig, rows: Rows, categories: Sequence[str], verdicts: Sequence[Verdict]
+) -> str:
+    parts = groups(config, categories)
+    heads = ["size", "selection", "mix", "equal", "seeds", "steps"]
+    heads += [f"loss, {name}" for name in parts] + ["right", "base data, bits per byte"]
+    lines = [heads, ["---"] * len(heads), _table_row("base", [rows.base], parts, {})]
+    for (size, selection, mix, budget), by_seed in rows.arms.items():
+        if size < config.sizes[-1] or budget == "steps":
+            label = {"size": size, "selection": selection, "mix": mix, "budget": budget}
+            if size == config.sizes[-1]:
+                label["budget"] = "both"
+            lines.append(_table_row("", list(by_seed.values()), parts, label))
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    sentences = "\n".join(f"- {v}" for v in verdicts)
+    named = "; ".join(f"{name}: {', '.join(cs)}" for name, cs in parts.items())
+    return f"""{sentences}
+
+{table}
+
+Mean over seeds, plus or minus the half width of the 95% interval (Student's t). Loss: nats per
+token of held-out responses, mean over categories ({named}). Right: answers that a program can
+check, mean over the categories that have them.
+
+![loss against size](less_is_more_sizes.png)
+
+![loss by mix](less_is_more_mixes.png)
+"""
+
+
+def _table_row(
+    name: str, of: Sequence[Row], parts: dict[str, tuple[str, ...]], label: dict[str, Any]
+) -> list[str]:
+    def cell(measure: Callable[[Row], float], form: str) -> str:
+        mean, low, _ = interval([measure(row) for row in of])
+        half = mean - low
+        return format(mean, form) + (f" ± {format(half, form)}" if math.isfinite(half) else "")
+
+    cells = [str(label.get(k, name if k == "size" else "")) for k in
+             ("size", "selection", "mix", "budget")]  # fmt: skip
+    cells += [str(len(of)) if label else "", str(of[0]["step"])]
+    cells += [cell(lambda r, cs=cs: value(r, cs, "loss"), ".3f") for cs in parts.values()]  # type: ignore[misc]
+    every = [c for cs in parts.values() for c in cs]
+    cells.append(cell(lambda r: value(r, every, "accuracy"), ".1%"))
+    cells.append(cell(lambda r: r["bpb"]["bpb_end"], ".4f") if label else "")
+    return cells
+
+
+def _sizes_figure(
+    config: LessIsMoreConfig, rows: Rows, parts: dict[str, tuple[str, ...]], path: pathlib.Path
+) -> None:
+    """Loss against the number of conversations: random and chosen, both budgets."""
+    figure, panels = plt.subplots(1, len(parts), figsize=(4.6 * len(parts), 3.6), squeeze=False)
+    even = config.mixes[0].name
+    kinds = [("random", "steps"), ("random", "epochs"), ("chosen", "steps"), ("chosen", "epochs")]
+    for panel, (name, over) in zip(panels[0], parts.items(), strict=True):
+        for n, (selection, budget) in enumerate(kinds):
+            sides = {size: Side((size, selection, even, budget), over) for size in config.sizes}
+            found = {size: rows.values(side, "loss") for size, side in sides.items()}
+            means = {size: interval([*of.values()]) for size, of in found.items() if of}
+            panel.errorbar(
+                [size * 1.05**n for size in means],  # side by side
+                [mean for mean, _, _ in means.values()],
+                [mean - low if math.isfinite(low) else 0.0 for mean, low, _ in means.values()],
+                color=GUIDE if selection == "random" else LINE,
+                linestyle="-" if budget == "steps" else "--",
+                marker="o", markersize=4, capsize=3, label=f"{selection}, equal {budget}",
+            )  # fmt: skip
+        panel.axhline(value(rows.base, over, "loss"), color=ACCENT, linewidth=1, linestyle=":")
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(config.sizes, [str(size) for size in config.sizes])
+        panel.set(title=f"{name} categories (dotted: base)", xlabel="conversations")
+        clean(panel)
+    panels[0][0].set_ylabel("held-out response loss (nats per token)")
+    panels[0][-1].legend(fontsize=8, frameon=False)
+    save(figure, path)
+
+
+def _mixes_figure(
+    config: LessIsMoreConfig, rows: Rows, categories: Sequence[str], path: pathlib.Path
+) -> None:
+    """Loss and right answers in each category, by mix, at the largest size."""
+    figure, panels = plt.subplots(1, 2, figsize=(10, 3.6))
+    width = 0.8 / len(config.mixes)
+    colors = plt.get_cmap("viridis")
+    for panel, metric in zip(panels, ("loss", "accuracy"), strict=True):
+        shown = [c for c in categories if metric in rows.base["scores"][c]]
+        for n, mix in enumerate(config.mixes):
+            found = rows.arms.get((config.sizes[-1], "chosen", mix.name, "steps"), {}).values()
+            if not found:
+                continue
+            triples = [interval([r["scores"][c][metric] for r in found]) for c in shown]
+            errors = [m - low if math.isfinite(low) else 0.0 for m, low, _ in triples]
+            panel.bar(
+                np.arange(len(shown)) + (n - (len(config.mixes) - 1) / 2) * width,
+                [m for m, _, _ in triples], width, yerr=errors, capsize=2, label=mix.name,
+                color=colors(0.85 * n / max(len(config.mixes) - 1, 1)),
+            )  # fmt: skip
+        panel.set_xticks(range(len(shown)), shown, rotation=35, ha="right", fontsize=8)
+        panel.set_ylim(0, 1 if metric == "accuracy" else None)
+        panel.set_ylabel("nats per token" if metric == "loss" else "share right")
+        clean(panel)
+    panels[0].legend(title="mix", fontsize=8, frameon=False)
+    save(figure, path)

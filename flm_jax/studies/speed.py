@@ -1,0 +1,146 @@
+"""How fast a train step is, and what share of the machine's matmul peak it reaches."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from flm_jax import growth
+from flm_jax.config import ExperimentConfig, StageConfig, TransformerConfig
+from flm_jax.params import counts, sharding
+from flm_jax.runtime import host
+from flm_jax.train import optim, schedules
+from flm_jax.train.train_step import init_state, make_train_step
+
+_PEAK_SIZE = 2048
+
+
+def matmul_peak(dtype: str, seconds: float = 1.0) -> float:
+    """FLOP/s of one square matrix product, the best of those that fit in `seconds`."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(_PEAK_SIZE,) * 2), dtype)
+    product = jax.jit(jnp.matmul)
+    product(x, x).block_until_ready()
+    best, began = float("inf"), time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        start = time.perf_counter()
+        product(x, x).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return 2 * _PEAK_SIZE**3 / best
+
+
+def _half(model: TransformerConfig) -> TransformerConfig:
+    """A source for the masks: about half of every axis."""
+    groups = max(model.kv_heads // 2, 1)
+    return dataclasses.replace(
+        model,
+        num_layers=max(model.num_layers // 2, 1),
+        d_model=max(model.d_model // 2, 1),
+        d_ff=max(model.d_ff // 2, 1),
+        num_kv_heads=groups,
+        num_heads=groups * model.queries_per_kv,
+        mup_base_width=0,  # the base may be wider than the half
+    )
+
+
+def _batch(stage: StageConfig, length: int, mesh: Mesh) -> dict[str, jax.Array]:
+    shape = (stage.batch_size, length)
+    rng = np.random.default_rng(0)
+    batch = {
+        "tokens": rng.integers(0, stage.model.vocab_size, shape).astype(np.int32),
+        "targets": rng.integers(0, stage.model.vocab_size, shape).astype(np.int32),
+        "segment_ids": np.ones(shape, np.int32),
+        "positions": np.tile(np.arange(length, dtype=np.int32), (stage.batch_size, 1)),
+        "weights": np.ones(shape, np.float32),
+    }
+    return sharding.place_batch(batch, mesh)
+
+
+@dataclasses.dataclass
+class _Timed:
+    """One compiled variant of the step and its times."""
+
+    step: Callable[..., Any]
+    extra: tuple[Any, ...]
+    compile_s: float
+    peak_bytes: int
+    times: list[float] = dataclasses.field(default_factory=list)
+
+
+def _compile(step: Any, state: Any, batch: Any, extra: tuple[Any, ...]) -> _Timed:
+    began = time.perf_counter()
+    compiled = step.lower(state, batch, *extra).compile()
+    seconds = time.perf_counter() - began
+    memory = compiled.memory_analysis()
+    peak = (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+    )
+    return _Timed(compiled, extra, seconds, peak)
+
+
+def measure(config: ExperimentConfig, index: int, steps: int) -> dict[str, Any]:
+    """Times the train step of one stage, plain and masked in turns, on random tokens.
+
+    Returns: tokens_per_s, step_s (median), compile_s, model_flops_per_s (without recomputation),
+    matmul_peak_flops_per_s (measured in the same run, in the compute dtype), utilisation (their
+    ratio), peak_bytes (arguments, outputs and temporaries of the compiled step, per device); the
+    same of the masked step under "masked"; and "mask_overhead", the ratio of the step times.
+    """
+    host.keep_freed()
+    stage, length = config.stages[index], config.data_of(index).sequence_length
+    mesh, rules = sharding.make_layout(config.mesh_of(index))
+    sharding.check_divisible(stage.model, mesh, rules)
+    shape = schedules.schedule_shape(config.schedule, config.total_steps)
+    tx = optim.optimizer(stage, config.optimizer, shape)
+    plan = growth.plan(_half(stage.model), stage.model)
+    with jax.set_mesh(mesh):
+        key = jax.random.key(0)
+        abstract = jax.eval_shape(lambda: init_state(stage.model, tx, key))
+        placed = sharding.shardings(abstract, mesh, rules)
+        state = jax.jit(lambda: init_state(stage.model, tx, key), out_shardings=placed)()
+        batch = _batch(stage, length, mesh)
+        step = make_train_step(stage, tx, mesh, plan.masks if plan else None, rules)
+        variants = [_compile(step, state, batch, extra) for extra in ((), (jnp.float32(0.5),))]
+        peak = matmul_peak(stage.model.dtype)
+        for repeat in range(steps + 1):  # the first is a warm-up
+            for timed in variants:
+                began = time.perf_counter()
+                state, metrics = timed.step(state, batch, *timed.extra)
+                jax.block_until_ready((state, metrics))
+                if repeat:
+                    timed.times.append(time.perf_counter() - began)
+        peak = max(peak, matmul_peak(stage.model.dtype))
+    tokens = stage.batch_size * length
+    flops = tokens * counts.flops_per_token_train(stage.model, length)
+    peak *= jax.device_count() if jax.default_backend() != "cpu" else 1
+    plain, masked = (_result(timed, tokens, flops, peak) for timed in variants)
+    return {
+        **plain,
+        "masked": masked,
+        "mask_overhead": masked["step_s"] / plain["step_s"] - 1,
+        "device": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+    }
+
+
+def _result(timed: _Timed, tokens: int, flops: float, peak: float) -> dict[str, Any]:
+    step_s = statistics.median(timed.times)
+    return {
+        "tokens_per_s": tokens / step_s,
+        "step_s": step_s,
+        "compile_s": timed.compile_s,
+        "model_flops_per_s": flops / step_s,
+        "matmul_peak_flops_per_s": peak,
+        "utilisation": flops / step_s / peak,
+        "peak_bytes": timed.peak_bytes,
+    }

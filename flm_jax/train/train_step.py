@@ -1,0 +1,131 @@
+"""One optimizer step, masked or plain."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from flm_jax.config import RulesConfig, StageConfig, TransformerConfig
+from flm_jax.models import Transformer
+from flm_jax.params import sharding
+
+
+def cross_entropy(
+    logits_BTV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Sum of weighted negative log-likelihoods in nats, and the sum of the weights.
+
+    Both in the logits' dtype, so that sums over microbatches and devices add up exactly as one.
+    """
+    weights_BT = weights_BT.astype(logits_BTV.dtype)
+    log_normaliser_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+    target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    return jnp.sum((log_normaliser_BT - target_BT) * weights_BT), jnp.sum(weights_BT)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Random keys are not kept: a step derives its own from the seed and `step`."""
+
+    step: jax.Array  # int32: optimizer steps done over the whole chain
+    params: Any  # nested dicts as in `axes.PARAMS`
+    opt_state: Any  # optax
+
+
+Batch = dict[str, jax.Array]
+MasksAt = Callable[[jax.Array], dict[str, jax.Array]]  # mask value -> run-time masks by axis
+TrainStep = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def init_state(
+    config: TransformerConfig, tx: optax.GradientTransformation, key: jax.Array
+) -> TrainState:
+    """A fresh train state. Pure: `jax.eval_shape` of it gives the shapes alone."""
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    params = Transformer(config).init(key, tokens)["params"]
+    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params))
+
+
+def logits_of(
+    config: TransformerConfig, params: Any, batch: Batch, masks: dict[str, jax.Array] | None = None
+) -> jax.Array:
+    """The model's logits [B, T, V] on a packed batch."""
+    logits_BTV: jax.Array = Transformer(config).apply(
+        {"params": params}, batch["tokens"], batch["segment_ids"], batch["positions"], masks=masks
+    )  # type: ignore[assignment]
+    return logits_BTV
+
+
+def summed_loss(
+    params: Any, batch: Batch, config: TransformerConfig, masks: dict[str, jax.Array] | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Sum of the negative log-likelihoods, and of the weights."""
+    logits_BTV = logits_of(config, params, batch, masks)
+    return cross_entropy(logits_BTV, batch["targets"], batch["weights"])
+
+
+def gradients(
+    params: Any,
+    batch: Batch,
+    config: TransformerConfig,
+    masks: dict[str, jax.Array] | None = None,
+    accumulate: int = 1,
+) -> tuple[jax.Array, Any, jax.Array]:
+    """Mean loss in nats per token, its gradient, and the number of target tokens.
+
+    With `accumulate` the batch is cut into that many microbatches; sums of losses and gradients
+    are divided by the whole batch's tokens, so the result is that of one big batch.
+    """
+    value_and_grad = jax.value_and_grad(summed_loss, has_aux=True)
+    if accumulate == 1:
+        (loss, tokens), grads = value_and_grad(params, batch, config, masks)
+    else:
+        micro = {k: v.reshape(accumulate, -1, *v.shape[1:]) for k, v in batch.items()}
+
+        def add(total: Any, part: Batch) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, value_and_grad(params, part, config, masks)), None
+
+        shapes = jax.eval_shape(
+            lambda: value_and_grad(params, {k: v[0] for k, v in micro.items()}, config, masks)
+        )
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        ((loss, tokens), grads), _ = jax.lax.scan(add, zeros, micro)
+    return loss / tokens, jax.tree.map(lambda g: g / tokens.astype(g.dtype), grads), tokens
+
+
+def make_train_step(
+    stage: StageConfig,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    masks_at: MasksAt | None = None,
+    rules: RulesConfig = sharding.RULES,
+) -> TrainStep:
+    """`step(state, batch, mask_value=None) -> (state, metrics)`, jitted; the state is donated.
+
+    With a mask value (a traced scalar) the run-time masks `masks_at(value)` are on; without, it is
+    the plain step. These two are all that is ever compiled. Metrics: loss (nats per token),
+    grad_norm, tokens.
+    """
+
+    def step(
+        state: TrainState, batch: Batch, mask_value: jax.Array | None = None
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        masks = None if mask_value is None or masks_at is None else masks_at(mask_value)
+        loss, grads, tokens = gradients(state.params, batch, stage.model, masks, stage.accumulate)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "tokens": tokens}
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    abstract = jax.eval_shape(lambda: init_state(stage.model, tx, jax.random.key(0)))
+    out = (sharding.shardings(abstract, mesh, rules), None)
+    return jax.jit(step, donate_argnums=0, out_shardings=out)
