@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from flm_jax.config import RulesConfig, StageConfig, TransformerConfig
 from flm_jax.models import Transformer
 from flm_jax.params import sharding
+from flm_jax.params.sharding import Layout
 
 
 def cross_entropy(
@@ -53,6 +54,27 @@ def init_state(
     tokens = jnp.zeros((1, 1), jnp.int32)
     params = Transformer(config).init(key, tokens)["params"]
     return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params))
+
+
+def abstract_state(
+    config: TransformerConfig,
+    tx: optax.GradientTransformation,
+    layout: Layout | None = None,
+) -> TrainState:
+    """The train state without arrays: what `init_state` gives, as `ShapeDtypeStruct`s.
+
+    Args:
+      config: the model's.
+      tx: the optimizer.
+      layout: where the state lies; None: leaves without a sharding.
+    """
+    state: TrainState = jax.eval_shape(lambda: init_state(config, tx, jax.random.key(0)))
+    if layout is None:
+        return state
+    placed = sharding.shardings(state, *layout)
+    return jax.tree.map(
+        lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), state, placed
+    )
 
 
 def logits_of(
@@ -126,6 +148,6 @@ def make_train_step(
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "tokens": tokens}
         return TrainState(state.step + 1, params, opt_state), metrics
 
-    abstract = jax.eval_shape(lambda: init_state(stage.model, tx, jax.random.key(0)))
-    out = (sharding.shardings(abstract, mesh, rules), None)
-    return jax.jit(step, donate_argnums=0, out_shardings=out)
+    state = abstract_state(stage.model, tx, Layout(mesh, rules))
+    placed = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(step, donate_argnums=0, out_shardings=(placed, None))
