@@ -23,7 +23,7 @@ MUP = flags.DEFINE_bool("mup", False, "Print each parameter's role and multiplie
 def _mup(chain: ExperimentConfig) -> dict[str, Any]:
     stages = []
     for stage in chain.stages:
-        parameters = mup.table(stage, chain.optimizer)
+        parameters = mup.summary(stage, chain.optimizer)
         model = stage.model
         about = {"base_width": model.mup_base_width or model.d_model, "width": model.d_model}
         stages.append({"name": stage.name, **about, "parameters": parameters})

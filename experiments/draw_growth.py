@@ -38,23 +38,24 @@ def main(arguments: list[str]) -> dict[str, Any]:
 
     from flm_jax import growth
     from flm_jax.config import TransformerConfig
-    from flm_jax.growth.apply import grow_moment, grow_value
+    from flm_jax.growth.apply import grow_value
     from flm_jax.growth.expansion import any_slot
+    from flm_jax.growth.moments import grow_moment
     from flm_jax.params import axes
 
-    param = axes.TABLE["layers/mlp/down"]
+    path = "layers/mlp/down"
     small = TransformerConfig(
         vocab_size=8, num_layers=1, d_model=4, num_heads=1, head_dim=4, d_ff=3
     )
+    param = axes.table(small)[path]
     x = jnp.linspace(0.4, 1.0, 12).reshape(1, 3, 4)
     figure, panels = plt.subplots(2, len(PANELS), figsize=(13, 4.6))
     for column, (recipe, width, units) in zip(panels.T, PANELS, strict=True):
         big = dataclasses.replace(small, d_model=width, d_ff=units)
-        big = dataclasses.replace(big, rms_norm_eps=growth.norm_eps(small, big, recipe))
         plan = growth.plan(small, big, recipe)
         dual = dataclasses.replace(plan, moments="dual")
-        value = np.array(grow_value(x, param, plan, jax.random.key(0))[0])
-        gradient = np.array(grow_moment(x, param, dual, power=1)[0])
+        value = np.array(grow_value(x, path, plan, jax.random.key(0))[0])
+        gradient = np.array(grow_moment(x, path, dual, power=1)[0])
         new = any_slot(param, plan.by_axis, lambda e, role: e.new)
         fresh = np.zeros(value.shape, bool) if new is None else np.array(jnp.broadcast_to(
             new[0], value.shape)) & (value != 0)  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import enum
 import hashlib
 import json
 import types
@@ -75,11 +76,21 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         if not isinstance(value, Mapping):
             raise UserError(f"{path} is {value!r}; it must be a group of {hint.__name__}'s fields")
         return from_mapping(hint, value, path)
-    if typing.get_origin(hint) is types.UnionType:  # X | None
-        return None if value is None else _convert(typing.get_args(hint)[0], value, path)
-    if typing.get_origin(hint) is tuple:
-        (item, _) = typing.get_args(hint)
-        return tuple(_convert(item, v, f"{path}[{i}]") for i, v in enumerate(value))
+    origin, items = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:
+        return _convert_union(items, value, path)
+    if origin is tuple:
+        return tuple(_convert(items[0], v, f"{path}[{i}]") for i, v in enumerate(value))
+    if origin is Mapping:
+        if not isinstance(value, Mapping):
+            raise UserError(f"{path} is {value!r}; it must be a group of named values")
+        return {k: _convert(items[1], v, f"{path}.{k}") for k, v in value.items()}
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        try:
+            return hint(value)
+        except ValueError:
+            known = ", ".join(repr(member.value) for member in hint)
+            raise UserError(f"{path} is {value!r}; choose one of {known}") from None
     if hint is float and type(value) is int:
         return float(value)
     if type(value) is not hint:
@@ -87,3 +98,18 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
             f"{path} is {value!r} of type {type(value).__name__}; it must be {hint.__name__}"
         )
     return value
+
+
+def _convert_union(hints: tuple[Any, ...], value: Any, path: str) -> Any:
+    """Converts to `X | None`, or to the one of several dataclasses that has the value's fields."""
+    if value is None and types.NoneType in hints:
+        return None
+    kinds = [hint for hint in hints if hint is not types.NoneType]
+    fitting = [
+        kind
+        for kind in kinds
+        if isinstance(value, Mapping)
+        and dataclasses.is_dataclass(kind)
+        and set(value) <= {field.name for field in dataclasses.fields(kind)}
+    ]
+    return _convert((fitting or kinds)[0], value, path)

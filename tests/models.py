@@ -30,6 +30,7 @@ SMALL = TransformerConfig(
     rms_norm_eps=1e-2,
     dtype="float64",
 )
+TABLE = axes.table(SMALL)  # of every decoder
 # With µP's multipliers and without, each with its own eps.
 MUP = {
     "mup": {"mup_base_width": 8, "rms_norm_eps": 1e-2},
@@ -53,9 +54,9 @@ def random_params(config: TransformerConfig, seed: int):
     Drawn by numpy, which compiles nothing.
     """
     rng = np.random.default_rng(seed)
-    leaves = {}
-    for path, param in axes.TABLE.items():
-        shape, std = param.shape(config), mup.init_std(param, config)
+    leaves, sizes = {}, axes.axis_sizes(config)
+    for path, param in TABLE.items():
+        shape, std = param.shape(sizes), mup.init_std(param, config)
         values = rng.normal(0, std, shape) if std else rng.uniform(0.5, 1.5, shape)
         leaves[path] = jnp.asarray(values, wide(config.dtype))
     return trees.unflatten(leaves)

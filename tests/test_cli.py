@@ -18,6 +18,7 @@ from flm_jax.sft.config import SftConfig
 from flm_jax.studies.config import MupStudyConfig, ProbeConfig
 from flm_jax.studies.less_is_more import LessIsMoreConfig
 from tests.commands import ROOT, json_of, mistake, peak_memory, run
+from tests.models import TABLE
 
 CONFIGS = sorted(p for p in (ROOT / "configs").glob("*.py") if p.stem not in ("__init__", "common"))
 DEMO = "--config=configs/demo.py"
@@ -50,7 +51,7 @@ def test_every_config_resolves_and_opens_with_its_command(path):
             Transformer(stage.model).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
         )["params"]
         assert {p: s.shape for p, s in trees.flatten(shapes)} == {
-            p: param.shape(stage.model) for p, param in axes.TABLE.items()
+            p: param.shape(axes.axis_sizes(stage.model)) for p, param in TABLE.items()
         }
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from flm_jax.config import TransformerConfig
 from flm_jax.interop import hf_config, names, tensor_files
+from flm_jax.params import axes
 from tests.commands import ROOT
 
 MEMORY_SCRIPT = """
@@ -33,7 +34,7 @@ def test_two_gigabytes_in_bounded_memory(tmp_path):
     config = TransformerConfig(32000, 16, 2048, 16, 128, 2816, 4)
     folder = tmp_path / "big"
     folder.mkdir()
-    shapes = names.shapes(config)
+    shapes = names.shapes(axes.table(config), axes.axis_sizes(config))
     writer = tensor_files.TensorsWriter(folder, shapes, np.dtype(np.float32), 500_000_000)
     assert writer.num_bytes > 2e9 and len(list(folder.glob("*.safetensors"))) > 4
     some = np.random.default_rng(0).normal(0, 0.02, 1 << 22).astype(np.float32)

@@ -9,7 +9,7 @@ from flm_jax import growth
 from flm_jax.errors import UserError
 from flm_jax.growth.folding import fold_block, masks_of
 from flm_jax.params import axes, trees
-from tests.models import SMALL, changed, grow, logits_of, packed_batch, random_params
+from tests.models import SMALL, TABLE, changed, grow, logits_of, packed_batch, random_params
 
 BIG = changed(SMALL, d_model=18, d_ff=32, num_layers=4, num_heads=9, num_kv_heads=3)
 TARGETS = {"embed": changed(SMALL, d_model=18), "all axes": BIG}
@@ -35,7 +35,7 @@ def test_the_folded_model_is_the_masked_one(grown, value):
         masked, config, plain, batch = masked_and_folded(TARGETS[grown], value)
         assert distance(masked, logits_of(config, plain, batch)) < 1e-10
         assert {p: x.shape for p, x in trees.flatten(plain)} == {
-            p: param.shape(config) for p, param in axes.TABLE.items()
+            p: param.shape(axes.axis_sizes(config)) for p, param in TABLE.items()
         }
 
 
@@ -64,11 +64,11 @@ def test_blocks_are_folded_as_the_whole():
     plan = growth.plan(SMALL, BIG, "msg")
     masks = masks_of(plan, 0.25)
     rng = np.random.default_rng(0)
-    for path, param in axes.TABLE.items():
-        x = rng.normal(size=param.shape(BIG))
+    for param in TABLE.values():
+        x = rng.normal(size=param.shape(axes.axis_sizes(BIG)))
         index = tuple(slice(size // 3, size) for size in x.shape)
-        whole = fold_block(x, path, masks)
-        np.testing.assert_array_equal(whole[index], fold_block(x[index], path, masks, index))
+        whole = fold_block(x, param, masks)
+        np.testing.assert_array_equal(whole[index], fold_block(x[index], param, masks, index))
 
 
 def test_a_masked_vocabulary_is_refused():

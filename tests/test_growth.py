@@ -17,7 +17,16 @@ from flm_jax.growth._plan import Plan
 from flm_jax.growth.expansion import NEW, Expansion, Run, any_slot, append_new, from_index
 from flm_jax.growth.receipt import dead_slots, gradient_error, locked_copies
 from flm_jax.params import axes, trees
-from tests.models import SMALL, changed, gradients, grow, logits_of, packed_batch, random_params
+from tests.models import (
+    SMALL,
+    TABLE,
+    changed,
+    gradients,
+    grow,
+    logits_of,
+    packed_batch,
+    random_params,
+)
 
 KEY = jax.random.key(7)
 
@@ -67,7 +76,7 @@ def test_msg_keeps_the_function_exactly(pair, seed):
         before, after = logits_of(small, params, batch), grown_logits(plan, grown, batch)
         assert float(jnp.max(jnp.abs(after - before))) < 1e-10
         assert {p: v.shape for p, v in trees.flatten(grown)} == {
-            p: param.shape(big) for p, param in axes.TABLE.items()
+            p: param.shape(axes.axis_sizes(big)) for p, param in TABLE.items()
         }
         # The plain model is reached at mask 1, with no residue.
         plain = logits_of(big, grown, batch)
@@ -91,7 +100,7 @@ def test_msg_keeps_the_function_in_float32():
 
 
 def _unscaled_head(plan, grown):
-    scale = plan.value_scale(axes.TABLE["head"])
+    scale = plan.value_scale("head")
     return {**grown, "head": grown["head"] / scale}
 
 
@@ -146,7 +155,7 @@ def test_gradients_grow_by_the_dual_map():
         _, target, _ = gradients(grown, batch, BIG, plan.masks(jnp.float32(0)))
         assert gradient_error(plan, source, target) < 1e-12
         for path, grad in trees.flatten(target):
-            added = any_slot(axes.TABLE[path], plan.by_axis, lambda e, role: e.added)
+            added = any_slot(TABLE[path], plan.by_axis, lambda e, role: e.added)
             assert not jnp.where(added, grad, 0).any()
         # The twin maps gradients like values: the head's scale is then the wrong way round.
         unscaled = dataclasses.replace(plan, source=changed(SMALL, output_mult=1.9 * 18 / 12))

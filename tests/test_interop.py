@@ -28,7 +28,7 @@ from flm_jax.store.files import write_atomically, write_json
 from flm_jax.store.leaves import CheckpointWriter
 from flm_jax.store.lineage import RunFolder, identity
 from tests.commands import json_of, mistake, run
-from tests.models import grow, logits_of, random_params
+from tests.models import TABLE, grow, logits_of, random_params
 
 torch = pytest.importorskip("torch", reason="the oracles are transformers' models: extra [hf]")
 transformers = pytest.importorskip("transformers", reason="extra [hf]")
@@ -124,7 +124,7 @@ def distance(a, b):
 
 def equal(one, two):
     leaves = [dict(trees.flatten(tree)) for tree in (one, two)]
-    return all(np.array_equal(leaves[0][p], leaves[1][p]) for p in axes.TABLE)
+    return all(np.array_equal(leaves[0][p], leaves[1][p]) for p in TABLE)
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -288,8 +288,8 @@ def test_files_are_those_of_the_library(saved, tmp_path):
 def test_blocks_tile_every_parameter():
     config = dataclasses.replace(SMALL, num_layers=3)
     for most in (1, 700, 1 << 30):
-        seen = {path: np.zeros(p.shape(config), int) for path, p in axes.TABLE.items()}
-        for path, index in names.blocks(config, most):
+        seen = {path: np.zeros(p.shape(axes.axis_sizes(config)), int) for path, p in TABLE.items()}
+        for path, index in names.blocks(TABLE, axes.axis_sizes(config), most):
             seen[path][index] += 1
         assert all((x == 1).all() for x in seen.values())
 

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from experiments import cli
 from flm_jax import mapping
 from flm_jax.errors import UserError
-from flm_jax.params import axes, draws, mup, threefry
+from flm_jax.params import draws, mup, threefry
 from flm_jax.studies import coordinates, predict, study, sweep, through_growth
 from flm_jax.studies.config import MupStudyConfig
 from tests.commands import json_of, mistake
-from tests.models import SMALL, changed
+from tests.models import SMALL, TABLE, changed
 
 STUDY = "--config=configs/mup_study.py:smoke"
 
@@ -47,7 +47,7 @@ def test_fresh_entries_have_the_bits_of_jax_random():
 
 
 def test_roles_follow_from_axes():
-    kinds = {path: param.kind for path, param in axes.TABLE.items()}
+    kinds = {path: param.kind for path, param in TABLE.items()}
     assert {p for p, k in kinds.items() if k == "readout"} == {"head"}
     vectors = {"embedding", "final_norm", "layers/attention/norm", "layers/mlp/norm"}
     assert {p for p, k in kinds.items() if k == "vector"} == vectors
@@ -59,7 +59,7 @@ def test_standard_parametrisation_is_the_same_at_the_base_width_and_not_beyond()
     for factor in (1, 4):
         of = {p: study.widened(changed(SMALL, mup_base_width=0), factor, p) for p in ("mup", "sp")}
         assert of["mup"].width_mult == factor
-        for path, param in axes.TABLE.items():
+        for path, param in TABLE.items():
             std = {p: mup.init_std(param, c) for p, c in of.items()}
             rate = {p: mup.learning_rate_mult(param, c) for p, c in of.items()}
             decay = {p: mup.decay_mult(param, c) for p, c in of.items()}

@@ -10,12 +10,13 @@ import pytest
 
 from flm_jax import growth
 from flm_jax.config import StageConfig
-from flm_jax.params import axes, trees
+from flm_jax.params import axes, mup, trees
 from flm_jax.train import optim, schedules
 from flm_jax.train.train_step import TrainState
 from tests.models import (
     MUP,
     SMALL,
+    TABLE,
     changed,
     farthest,
     grow,
@@ -80,13 +81,13 @@ def test_mup_and_carried_rates_agree_when_all_widths_tile_alike():
     small = changed(SMALL, num_kv_heads=4)
     big = changed(SMALL, d_model=24, d_ff=40, num_heads=8, num_kv_heads=8)
     with jax.enable_x64(True):
-        tx = optim.scale_by_slot_adam(axes.axis_sizes(small), 0.9, 0.95, 1e-8)
+        tx = optim.scale_by_slot_adam(mup.spec(small), 0.9, 0.95, 1e-8)
         params = random_params(small, 1)
         state = TrainState(jnp.int32(0), params, (tx.init(params),))
         plan = growth.plan(small, big, "tile", rates="carry")
         adam = grow(state, plan, KEY).opt_state[0]
-        for path, scale in zip(axes.TABLE, adam.step_scale, strict=True):
-            for axis, role in zip(axes.TABLE[path].axes, axes.TABLE[path].roles, strict=True):
+        for path, scale in zip(TABLE, adam.step_scale, strict=True):
+            for axis, role in zip(TABLE[path].axes, TABLE[path].roles, strict=True):
                 scale = scale * (adam.share[axis][0] if role is axes.Role.IN else 1)
             assert float(scale) == pytest.approx(1), path
 
@@ -94,8 +95,10 @@ def test_mup_and_carried_rates_agree_when_all_widths_tile_alike():
 def _update_sizes(model, adam, stage, growth_, seeds):
     """Root mean square of the last update of each parameter, on random gradients."""
     tx = optax.chain(
-        optim.scale_by_slot_adam(axes.axis_sizes(model), 0.9, 0.95, 1e-12, growth_),
-        optim.scale_by_mup_learning_rate(dataclasses.replace(stage, model=model), schedules.steady),
+        optim.scale_by_slot_adam(mup.spec(model), 0.9, 0.95, 1e-12, growth_),
+        optim.scale_by_mup_learning_rate(
+            mup.spec(model), stage.learning_rate, stage.matrix_learning_rate, schedules.steady
+        ),
     )
     rate = tx.init(random_params(model, 0))[1]
     state, step = (adam, rate), jax.jit(tx.update)
@@ -113,13 +116,13 @@ def test_update_sizes_go_from_the_sources_to_the_target_widths(recipe):
     big = changed(small, d_model=48)
     big = changed(big, rms_norm_eps=growth.norm_eps(small, big, recipe))
     with jax.enable_x64(True):
-        tx = optim.scale_by_slot_adam(axes.axis_sizes(small), 0.9, 0.95, 1e-12)
+        tx = optim.scale_by_slot_adam(mup.spec(small), 0.9, 0.95, 1e-12)
         _, adam = _update_sizes(small, tx.init(random_params(small, 0)), stage, None, range(1, 60))
         plan = growth.plan(small, big, recipe, rates="ramp")
         grown = grow(TrainState(jnp.int32(59), random_params(small, 0), (adam,)), plan, KEY)
         since = optim.SinceGrowth(59, fade_steps=100)
         last_small, _ = _update_sizes(small, adam, stage, None, [60])
-        always = optim.scale_by_slot_adam(axes.axis_sizes(big), 0.9, 0.95, 1e-12)
+        always = optim.scale_by_slot_adam(mup.spec(big), 0.9, 0.95, 1e-12)
         reference, _ = _update_sizes(
             big, always.init(random_params(big, 0)), stage, None, range(1, 160)
         )
@@ -129,12 +132,12 @@ def test_update_sizes_go_from_the_sources_to_the_target_widths(recipe):
 
         first, _ = _update_sizes(big, grown.opt_state[0], stage, since, [60])
         last, _ = _update_sizes(big, grown.opt_state[0], stage, since, range(60, 160))
-        for path, param in axes.TABLE.items():
+        for path, param in TABLE.items():
             old = first[path]
             for dim, axis in enumerate(param.axes):
                 old = jnp.take(old, jnp.arange(axes.axis_sizes(small)[axis]), axis=dim)
             # The value map of the parameter is what its steps are carried by.
-            mapped = plan.value_scale(param) * plan.gain(param)
+            mapped = plan.value_scale(path) * plan.gain(path)
             if recipe == "tile" and param.has(axes.Role.IN, "embed"):
                 mapped /= 3
             carried = rms(old) / (mapped * rms(last_small[path]))
@@ -145,7 +148,7 @@ def test_update_sizes_go_from_the_sources_to_the_target_widths(recipe):
             big, grown.opt_state[0], stage, optim.SinceGrowth(59), range(60, 160)
         )
         ratios = [rms(stays[p][..., :2, :2]) / rms(reference[p][..., :2, :2])
-                  for p in axes.TABLE if "norm" not in p]  # fmt: skip
+                  for p in TABLE if "norm" not in p]  # fmt: skip
         assert recipe == "tile" or max(ratios) > 2, ratios
 
 
@@ -171,14 +174,14 @@ def test_moments_policies():
 def test_added_slots_get_a_rate_of_their_own():
     """Rises linearly to the ratio; old entries keep theirs; earlier growths are old."""
     with jax.enable_x64(True):
-        sizes = axes.axis_sizes(SMALL)
-        tx = optim.scale_by_slot_adam(sizes, 0.9, 0.95, 1e-8, optim.SinceGrowth(5, 1.3, 4))
+        spec = mup.spec(SMALL)
+        tx = optim.scale_by_slot_adam(spec, 0.9, 0.95, 1e-8, optim.SinceGrowth(5, 1.3, 4))
         params = random_params(SMALL, 1)
         state = tx.init(params)._replace(steps=jnp.int32(5))
         born = state.born["mlp"].at[10:].set(5).at[5:10].set(2)
         state = state._replace(born={**state.born, "mlp": born})
         ones = jax.tree.map(jnp.ones_like, params)
-        plain = optim.scale_by_slot_adam(sizes, 0.9, 0.95, 1e-8)
+        plain = optim.scale_by_slot_adam(spec, 0.9, 0.95, 1e-8)
         plain_state = state
         ours, theirs = jax.jit(tx.update), jax.jit(plain.update)
         for n in range(1, 7):

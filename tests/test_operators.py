@@ -17,12 +17,13 @@ from flm_jax.growth import ligo, measure, operators
 from flm_jax.growth.expansion import NEW, Expansion, Run
 from flm_jax.growth.operators import EXACT, OPERATORS
 from flm_jax.growth.receipt import gradient_error
-from flm_jax.params import axes, sharding, trees
+from flm_jax.params import sharding, trees
 from flm_jax.studies import check_operators
 from tests.commands import ROOT
 from tests.models import (
     MUP,
     SMALL,
+    TABLE,
     changed,
     farthest,
     gradients,
@@ -146,8 +147,12 @@ def test_an_operator_without_its_rule_is_noticed(twin):
 def test_padding_needs_its_eps():
     small, big = pair_of("zero_pad")
     assert big.rms_norm_eps == pytest.approx(small.rms_norm_eps * 12 / 18)
-    with pytest.raises(UserError, match=f"set the target's to it.*|{big.rms_norm_eps!r}"):
-        growth.plan(small, changed(big, rms_norm_eps=small.rms_norm_eps), "zero_pad")
+    # The plan derives it for a target that has the source's.
+    derived = growth.plan(small, changed(big, rms_norm_eps=small.rms_norm_eps), "zero_pad")
+    assert derived == growth.plan(small, big, "zero_pad")
+    assert derived.config.rms_norm_eps == big.rms_norm_eps
+    with pytest.raises(UserError, match=rf"0\.01 to 123\.0.*exact with {big.rms_norm_eps!r}"):
+        growth.plan(small, changed(big, rms_norm_eps=123.0), "zero_pad")
     with jax.enable_x64(True):
         plan = dataclasses.replace(
             growth.plan(small, big, "zero_pad"),
@@ -250,7 +255,7 @@ def test_layer_maps(recipe, layers, layer_map):
     grown = dict(trees.flatten(grow(params, plan, KEY)))
     for path, old in trees.flatten(params):
         if path.startswith("layers/") and not (
-            recipe == "identity" and axes.TABLE[path].residual_writer
+            recipe == "identity" and TABLE[path].residual_writer
         ):
             for layer, of in enumerate(plan.layer_map):
                 if of != NEW:
@@ -385,7 +390,7 @@ def test_every_plan_survives_json(recipe):
         ("msg", {"num_layers": 1}, "'layers' from 2 to 1"),
         ("msg", {"head_dim": 8}, "head_dim 6 to 8: RoPE.*add heads"),
         ("msg", {"rope_theta": 5e5}, "rope_theta"),
-        ("msg", {"rms_norm_eps": 1e-5}, "rms_norm_eps 0.01 to 1e-05.*with rms_norm_eps 0.01"),
+        ("msg", {"rms_norm_eps": 1e-5}, "rms_norm_eps 0.01 to 1e-05.*exact with 0.01"),
         ("tile", {"vocab_size": 30}, "'vocab' from 23 to 30.*'msg' or 'mean' could"),
         ("repeat", {"num_heads": 8, "num_kv_heads": 4}, "4 and 8 query heads.*'msg'"),
         ("msg", {"num_kv_heads": 4}, "'q_per_kv' from 2 to 1.*grow by kv_heads=repeat"),

@@ -8,10 +8,10 @@ import pytest
 
 from flm_jax import growth
 from flm_jax.config import OptimizerConfig, ScheduleConfig, StageConfig
-from flm_jax.params import axes, mup, trees
+from flm_jax.params import mup, trees
 from flm_jax.train import optim, schedules
 from flm_jax.train.train_step import TrainState
-from tests.models import SMALL, changed, grow, random_params
+from tests.models import SMALL, TABLE, changed, grow, random_params
 
 BIG = changed(SMALL, d_model=18, d_ff=32, num_layers=3, num_heads=6, num_kv_heads=3)
 KEY = jax.random.key(11)
@@ -34,7 +34,7 @@ def assert_trees_close(a, b, atol):
 def test_without_growth_it_is_optax_adam():
     with jax.enable_x64(True):
         params = random_params(SMALL, 5)
-        ours = optim.scale_by_slot_adam(axes.axis_sizes(SMALL), 0.9, 0.95, 1e-8)
+        ours = optim.scale_by_slot_adam(mup.spec(SMALL), 0.9, 0.95, 1e-8)
         theirs = optax.scale_by_adam(0.9, 0.95, 1e-8)
         state, reference = ours.init(params), theirs.init(params)
         update = jax.jit(ours.update)
@@ -49,7 +49,7 @@ def test_without_growth_it_is_optax_adam():
 def _grown_adam(b2, steps_before):
     """Optimizer state of SMALL after some steps of gradient 1, grown to BIG."""
     params = random_params(SMALL, 5)
-    tx = optim.scale_by_slot_adam(axes.axis_sizes(SMALL), 0.9, b2, 1e-8)
+    tx = optim.scale_by_slot_adam(mup.spec(SMALL), 0.9, b2, 1e-8)
     state = tx.init(params)
     ones = jax.tree.map(jnp.ones_like, params)
     update = jax.jit(tx.update)
@@ -64,7 +64,7 @@ def test_added_slots_take_steps_of_their_own_age():
     step count, beta2 = 0.999 gives added slots (1 - b1^n) / sqrt(1 - b2^n): 6.6 at its peak."""
     with jax.enable_x64(True):
         grown = _grown_adam(0.999, steps_before=200)
-        tx = optim.scale_by_slot_adam(axes.axis_sizes(BIG), 0.9, 0.999, 1e-8)
+        tx = optim.scale_by_slot_adam(mup.spec(BIG), 0.9, 0.999, 1e-8)
         ones = jax.tree.map(jnp.ones_like, grown.params)
         # The head's gradient moments were rescaled with its values; drop that entry's scale.
         state = grown.opt_state[0]
@@ -94,7 +94,7 @@ def test_old_moments_stay_and_added_ones_start_at_zero():
         assert (state.mu["embedding"][:, 12:] == 0).all()
         assert (state.nu["layers"]["mlp"]["up"][1] == 0).all()
         # The head's values were multiplied by its scale, so its gradients are divided by it.
-        scale = growth.plan(SMALL, BIG).value_scale(axes.TABLE["head"])
+        scale = growth.plan(SMALL, BIG).value_scale("head")
         assert scale != 1
         np.testing.assert_allclose(state.mu["head"][:12], m / scale, rtol=1e-12)
         np.testing.assert_allclose(state.nu["head"][:12], (1 - 0.95**7) / scale**2, rtol=1e-12)
@@ -107,15 +107,15 @@ def test_mup_groups_of_tele_flm():
         vector_init_std=4e-3, output_mult=0.5, dtype="float32",
     )  # fmt: skip
     stage = StageConfig("a", config, 1, 1, learning_rate=1.5e-4, matrix_learning_rate=2.4e-3)
-    up, head = axes.TABLE["layers/mlp/up"], axes.TABLE["head"]
-    assert up.matrix_like and not head.matrix_like and not axes.TABLE["embedding"].matrix_like
+    up, head = TABLE["layers/mlp/up"], TABLE["head"]
+    assert up.matrix_like and not head.matrix_like and not TABLE["embedding"].matrix_like
     assert mup.init_std(up, config) == pytest.approx(4.242e-3, rel=1e-3)
     assert mup.init_std(head, config) == 4e-3
     rate = stage.matrix_learning_rate * mup.learning_rate_mult(up, config)
     assert rate == pytest.approx(1.5e-4)
     assert config.logit_mult == pytest.approx(0.5 / 16)
     assert mup.decay_mult(up, config) == 16
-    assert mup.decay_mult(axes.TABLE["final_norm"], config) == 0
+    assert mup.decay_mult(TABLE["final_norm"], config) == 0
 
 
 def test_one_step_is_optax_adamw_when_mup_is_off():
@@ -124,7 +124,7 @@ def test_one_step_is_optax_adamw_when_mup_is_off():
         params = random_params(config, 5)
         stage = StageConfig("a", config, 1, 1, learning_rate=1e-2, matrix_learning_rate=1e-2)
         ours = optim.optimizer(stage, OptimizerConfig(weight_decay=0.1), lambda step: jnp.ones(()))
-        decayed = trees.unflatten({p: "norm" not in p for p in axes.TABLE})
+        decayed = trees.unflatten({p: "norm" not in p for p in TABLE})
         theirs = optax.chain(
             optax.clip_by_global_norm(1.0),
             optax.adamw(1e-2, 0.9, 0.95, 1e-8, weight_decay=0.1, mask=decayed),

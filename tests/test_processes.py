@@ -24,7 +24,7 @@ from flm_jax.store.checkpoint import params_digest
 from flm_jax.store.lineage import identity
 from flm_jax.train.train_step import init_state
 from tests.commands import mistake, start
-from tests.models import grow
+from tests.models import TABLE, grow
 from tests.test_train import BIG, MODEL, optimizer, stage_of
 
 CHAIN = ("experiments.grow", "--config=tests/tiny_chain.py")
@@ -81,7 +81,7 @@ def fresh():
 
 
 def start_on(mesh):
-    return jax.device_put(fresh(), sharding.shardings(fresh(), mesh))
+    return jax.device_put(fresh(), sharding.shardings(fresh(), TABLE, mesh))
 
 
 @pytest.mark.slow

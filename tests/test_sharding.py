@@ -14,7 +14,7 @@ from flm_jax.params import axes, sharding
 from flm_jax.train import optim, schedules
 from flm_jax.train.train_step import init_state, make_train_step
 from tests.commands import ROOT
-from tests.models import SMALL, changed, packed_batch
+from tests.models import SMALL, TABLE, changed, packed_batch
 
 GOLDEN = json.loads((ROOT / "tests" / "golden" / "shards.json").read_text())
 SIZES = ("tele_flm_52b", "tele_flm_102b", "tele_flm_1t")
@@ -37,10 +37,10 @@ def shards(config, devices):
     return {
         path: list(
             jax.sharding.NamedSharding(mesh, sharding.param_spec(param)).shard_shape(
-                param.shape(config)
+                param.shape(axes.axis_sizes(config))
             )
         )
-        for path, param in axes.TABLE.items()
+        for path, param in TABLE.items()
     }
 
 
@@ -69,7 +69,7 @@ def losses_on(mesh_config, model):
     sharding.check_divisible(model, mesh, rules)
     with jax.set_mesh(mesh):
         state = init_state(model, tx, jax.random.key(0))
-        state = jax.device_put(state, sharding.shardings(state, mesh, rules))
+        state = jax.device_put(state, sharding.shardings(state, TABLE, mesh, rules))
         step = make_train_step(stage, tx, mesh, None, rules)
         losses = []
         for seed in range(3):

@@ -275,7 +275,7 @@ WIDE = growth.plan(CONFIG, changed(CONFIG, d_ff=30), "msg")
 def grow_up_only(target, key=KEY):
     """The pieces of one parameter."""
     source, programs = Held(grown_state()), stream._Programs(WIDE)
-    (leaf,) = stream._leaves([UP])
+    (leaf,) = stream._leaves([UP], WIDE.table)
     for piece in target.pieces(UP):
         stream._grow_piece(source, target, WIDE, key, programs, leaf, piece)
     return target.arrays[UP]

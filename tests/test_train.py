@@ -17,7 +17,7 @@ from flm_jax.params import axes, sharding, trees
 from flm_jax.store.checkpoint import Checkpoints, params_digest
 from flm_jax.train import optim
 from flm_jax.train.train_step import init_state, make_train_step
-from tests.models import grow, packed_batch
+from tests.models import TABLE, grow, packed_batch
 
 MODEL = TransformerConfig(
     vocab_size=32, num_layers=2, d_model=16, num_heads=4, head_dim=4, d_ff=24, mup_base_width=8
@@ -41,7 +41,7 @@ def losses_on(mesh_config, plan=None, mask=None, steps=4):
     sharding.check_divisible(stage.model, mesh)
     with jax.set_mesh(mesh):
         state = init_state(MODEL, tx, jax.random.key(0))
-        state = jax.device_put(state, sharding.shardings(state, mesh))
+        state = jax.device_put(state, sharding.shardings(state, TABLE, mesh))
         step = make_train_step(stage, tx, mesh, None)
         losses = []
         for seed in range(steps):
@@ -73,7 +73,7 @@ def test_a_ramp_compiles_once():
     with jax.set_mesh(mesh):
         small = init_state(MODEL, optimizer(stage_of(MODEL)), jax.random.key(0))
         state = grow(small, plan, jax.random.key(1))
-        state = jax.device_put(state, sharding.shardings(state, mesh))
+        state = jax.device_put(state, sharding.shardings(state, TABLE, mesh))
         step = make_train_step(stage, tx, mesh, plan.masks)
         for local in range(1, 5):
             batch = jax.tree.map(np.asarray, packed_batch(MODEL, local, batch=8))
@@ -100,11 +100,11 @@ def test_growth_is_the_same_on_a_mesh_and_abstractly(recipe):
     here = grow(state, plan, jax.random.key(1))
     mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
     with jax.set_mesh(mesh):
-        placed = jax.device_put(state, sharding.shardings(state, mesh))
+        placed = jax.device_put(state, sharding.shardings(state, TABLE, mesh))
         shapes = jax.eval_shape(lambda s: growth.grow(s, plan, jax.random.key(1)), state)
         there = jax.jit(
             lambda s: growth.grow(s, plan, jax.random.key(1)),
-            out_shardings=sharding.shardings(shapes, mesh),
+            out_shardings=sharding.shardings(shapes, TABLE, mesh),
         )(placed)
     chex.assert_trees_all_equal(jax.device_get(here), jax.device_get(there))
     want = jax.eval_shape(
@@ -134,7 +134,7 @@ def test_checkpoint_returns_the_same_bits_and_refuses_other_shapes(tmp_path):
     mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
     tx = optimizer(stage_of(MODEL))
     state = init_state(MODEL, tx, jax.random.key(0))
-    placed = jax.device_put(state, sharding.shardings(state, mesh))
+    placed = jax.device_put(state, sharding.shardings(state, TABLE, mesh))
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
     assert checkpoints.latest is None
     for step in (1, 2, 3):
@@ -147,7 +147,7 @@ def test_checkpoint_returns_the_same_bits_and_refuses_other_shapes(tmp_path):
 
     def like(model):
         abstract = jax.eval_shape(lambda: init_state(model, tx, jax.random.key(0)))
-        placed = sharding.shardings(abstract, other)
+        placed = sharding.shardings(abstract, TABLE, other)
         return jax.tree.map(
             lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), abstract, placed
         )

@@ -29,7 +29,7 @@ from flm_jax.aot import hlo, roofline
 from flm_jax.aot.roofline import CHIPS, Chip
 from flm_jax.config import MESH_AXES, ExperimentConfig, StageConfig
 from flm_jax.errors import UserError
-from flm_jax.params import counts, sharding
+from flm_jax.params import axes, counts, sharding
 from flm_jax.runs.loop import plan_of
 from flm_jax.train import optim, schedules
 from flm_jax.train.train_step import init_state, make_train_step
@@ -168,7 +168,7 @@ def program(
     def abstract_state(i: int) -> Any:
         tx = optim.optimizer(stage_at(i), config.optimizer, shape, grown_at)
         state = jax.eval_shape(lambda: init_state(stage_at(i).model, tx, jax.random.key(0)))
-        placed = sharding.shardings(state, mesh, config.mesh.rules)
+        placed = sharding.shardings(state, axes.table(stage_at(i).model), mesh, config.mesh.rules)
         return jax.tree.map(
             lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), state, placed
         )

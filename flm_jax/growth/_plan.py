@@ -12,7 +12,8 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +23,13 @@ from flm_jax.config import MOMENTS, RATES, TransformerConfig
 from flm_jax.errors import UserError
 from flm_jax.growth import operators
 from flm_jax.growth.expansion import Expansion
-from flm_jax.params import axes
-from flm_jax.params.axes import Role
+from flm_jax.params import axes, mup, trees
+from flm_jax.params.axes import ModelSpec, Role, Table
 
 VERSION = 2
+Model = TransformerConfig | ModelSpec  # the decoder by its config, a model of your own by its spec
+
+AnyModel = TypeVar("AnyModel", TransformerConfig, ModelSpec, Model)
 
 # Fields that growth must not touch: each changes the function in a way no expansion undoes.
 _KEPT = {
@@ -45,7 +49,8 @@ class Plan:
 
     Attributes:
       recipe: the operators' names (`operators.py`).
-      source, target: the configs.
+      source, target: the models before and after: the decoder's configs, or the `ModelSpec`s of a
+        model of your own.
       expansions: of the axes that grow.
       moments: what Adam's moments become. "dual": every slot's history comes along, through the
         gradients' map. "asym": added slots begin anew, with an age of their own (SPARKLING).
@@ -58,8 +63,8 @@ class Plan:
     """
 
     recipe: str
-    source: TransformerConfig
-    target: TransformerConfig
+    source: Model
+    target: Model
     expansions: tuple[Expansion, ...]
     moments: str = "asym"
     rates: str = "target"
@@ -78,6 +83,47 @@ class Plan:
     def by_axis(self) -> dict[str, Expansion]:
         return {e.axis: e for e in self.expansions}
 
+    @functools.cached_property
+    def small(self) -> ModelSpec:
+        """The source: its table, sizes and scales."""
+        return spec_of(self.source)
+
+    @functools.cached_property
+    def big(self) -> ModelSpec:
+        """The target."""
+        return spec_of(self.target)
+
+    @property
+    def config(self) -> TransformerConfig:
+        """The decoder's config after the growth.
+
+        Raises UserError if the plan is for a model of your own, which has no such config.
+        """
+        if isinstance(self.target, ModelSpec):
+            raise UserError(
+                "this runs flm_jax's decoder, and the plan is for a model of your own; use plan "
+                "and grow alone for it"
+            )
+        return self.target
+
+    @property
+    def table(self) -> Table:
+        """The axis table, the same before and after."""
+        return self.big.table
+
+    def check_source(self, tree: Mapping[str, Any]) -> dict[str, Any]:
+        """The leaves by path. Raises UserError if they are not shaped like the source's."""
+        leaves = dict(trees.flatten(tree))
+        for path in dict.fromkeys([*self.table, *leaves]):
+            have = leaves[path].shape if path in leaves else "missing"
+            want = self.small.shape(path) if path in self.table else "no such parameter"
+            if have != want:
+                raise UserError(
+                    f"grow: parameter {path!r} is {have}, the plan's source has {want}; use the "
+                    "plan made for this state"
+                )
+        return leaves
+
     @property
     def exactness(self) -> str:
         """EXACT if no expansion changes the function, else APPROX."""
@@ -93,7 +139,7 @@ class Plan:
     def layer_map(self) -> tuple[int, ...]:
         """The source layer of every layer of the target, -1 for a new one."""
         e = self.by_axis.get("layers")
-        return tuple(range(self.source.num_layers)) if e is None else tuple(e.index.tolist())
+        return tuple(range(self.small.sizes["layers"])) if e is None else tuple(e.index.tolist())
 
     @property
     def lockable(self) -> tuple[Expansion, ...]:
@@ -110,12 +156,13 @@ class Plan:
             and e.even_copies.any()
         )
 
-    def value_scale(self, param: axes.Param) -> float:
-        """Keeps `multiplier * parameter` when the config's multiplier changes between sizes."""
-        return axes.multiplier_of(param, self.source) / axes.multiplier_of(param, self.target)
+    def value_scale(self, path: str) -> float:
+        """Keeps `multiplier * parameter` when the multiplier changes between sizes."""
+        return self.small.scale(path).multiplier / self.big.scale(path).multiplier
 
-    def gain(self, param: axes.Param) -> float:
+    def gain(self, path: str) -> float:
         """What a norm's gains are multiplied by; 1 for other parameters."""
+        param = self.table[path]
         pairs = zip(param.axes, param.roles, strict=True)
         return math.prod(
             self.by_axis[axis].gain for axis, r in pairs if r is Role.GAIN and axis in self.by_axis
@@ -147,9 +194,21 @@ class Plan:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
 
+def spec_of(model: Model) -> ModelSpec:
+    """What growth needs to know of a model."""
+    return mup.spec(model) if isinstance(model, TransformerConfig) else model
+
+
+def with_norm_eps(model: AnyModel, eps: float) -> AnyModel:
+    """The model with another eps in its RMSNorms."""
+    field = "norm_eps" if isinstance(model, ModelSpec) else "rms_norm_eps"
+    changes: dict[str, Any] = {field: eps}
+    return dataclasses.replace(model, **changes)
+
+
 def plan(
-    small: TransformerConfig,
-    big: TransformerConfig,
+    small: Model,
+    big: Model,
     recipe: str = "msg",
     *,
     moments: str = "asym",
@@ -157,48 +216,50 @@ def plan(
     noise_db: float = 0.0,
     layer_distances: Sequence[float] | None = None,
 ) -> Plan:
-    """Compiles the difference of two configs into one expansion per axis.
+    """Compiles the difference of two models into one expansion per axis.
+
+    Where a recipe adds zeros to the residual stream, RMSNorm's eps must become smaller for the
+    function to stay (`norm_eps`). A target that has the source's eps gets it, in `Plan.target`.
 
     Args:
-      small: the model as it is.
-      big: the model as it shall be; no axis smaller.
+      small: the model as it is: the decoder's config, or the `ModelSpec` of a model of your own.
+      big: the model to grow to, of the same kind; no axis smaller.
       recipe: operators by name, as "msg", "tile,identity" or "zero_pad,layers=stack"; see
         `operators.py` and docs/growth.md.
-      moments, rates, noise_db: see `Plan`.
+      moments: see `Plan`.
+      rates: see `Plan`.
+      noise_db: see `Plan`, decibels.
       layer_distances: how far each layer of `small` is from the identity; `msg` and `identity`
         put new layers beside the closest. None: all equal, so that the first layers are copied.
 
+    Returns:
+      The plan. Its `target` is the model to train from then on.
+
     Raises:
-      UserError: naming axis or field, both sizes and what could, if the recipe cannot do it.
+      UserError: the recipe cannot do it; names axis or field, both sizes and what could.
 
     Warns:
-      LockedCopiesWarning: copies would stay equal to their source for ever.
+      LockedCopiesWarning: copies would never diverge from their source.
     """
-    for name, why in _KEPT.items():
-        old, new = getattr(small, name), getattr(big, name)
-        if old != new:
-            raise UserError(f"growth from {name} {old} to {new}: {why}; set {name} to {old}")
-    distances = [0.0] * small.num_layers if layer_distances is None else list(layer_distances)
-    if len(distances) != small.num_layers:
+    _check_models(small, big)
+    before, after = spec_of(small), spec_of(big)
+    layers = before.sizes.get("layers", 0)
+    distances = [0.0] * layers if layer_distances is None else list(layer_distances)
+    if len(distances) != layers:
         raise UserError(
-            f"layer_distances has {len(distances)} entries for {small.num_layers} layers; give "
+            f"layer_distances has {len(distances)} entries for {layers} layers; give "
             "one for each layer of the source"
         )
-    expansions = operators.expansions(recipe, small, big, distances)
-    needed = _norm_eps(small, expansions)
-    if not math.isclose(needed, big.rms_norm_eps, rel_tol=1e-12):
-        raise UserError(
-            f"growth from rms_norm_eps {small.rms_norm_eps} to {big.rms_norm_eps}: recipe "
-            f"{recipe!r} keeps the norms exact with rms_norm_eps {needed!r}; set the target's to it"
-        )
+    expansions = operators.expansions(recipe, before.sizes, after.sizes, distances)
+    big = _with_norm_eps(big, before.norm_eps, after.norm_eps, expansions, recipe)
     if any(e.learned for e in expansions):
         moments = "reset"  # a dense map mixes histories
     made = Plan(recipe, small, big, expansions, moments, rates, noise_db)
     if made.lockable and not noise_db and moments != "asym":
         names = ", ".join(f"{e.axis} ({e.operator})" for e in made.lockable)
         warnings.warn(
-            f"recipe {recipe!r} with moments {moments!r}: copies on {names} stay equal to their "
-            "source for ever; use moments 'asym', set noise_db (10 is usual), or use operator "
+            f"recipe {recipe!r} with moments {moments!r}: copies on {names} never diverge from "
+            "their source; use moments 'asym', set noise_db (10 is usual), or use operator "
             "'uneven' where it can",
             LockedCopiesWarning,
             stacklevel=2,
@@ -206,17 +267,81 @@ def plan(
     return made
 
 
-def _norm_eps(small: TransformerConfig, expansions: Sequence[Expansion]) -> float:
-    for e in expansions:
-        if e.gain != 1:
-            return small.rms_norm_eps * int((~e.new).sum()) / e.target
-    return small.rms_norm_eps
+def _check_models(small: Any, big: Any) -> None:
+    """Raises UserError if these are not two models that a growth can connect."""
+    for name, model in (("small", small), ("big", big)):
+        if not isinstance(model, TransformerConfig | ModelSpec):
+            raise UserError(
+                f"plan: {name} is a {type(model).__name__}; give a TransformerConfig, or the "
+                "ModelSpec of a model of your own"
+            )
+    if type(small) is not type(big):
+        raise UserError(
+            f"plan: small is a {type(small).__name__} and big a {type(big).__name__}; give two of "
+            "the same kind"
+        )
+    if isinstance(small, TransformerConfig):
+        for name, why in _KEPT.items():
+            old, new = getattr(small, name), getattr(big, name)
+            if old != new:
+                raise UserError(f"growth from {name} {old} to {new}: {why}; set {name} to {old}")
+    before, after = spec_of(small), spec_of(big)
+    if before.table != after.table or set(before.sizes) != set(after.sizes):
+        raise UserError(
+            "plan: small and big have different axis tables; growth keeps every parameter and its "
+            "axes: give one table and two dictionaries of sizes"
+        )
 
 
-def norm_eps(small: TransformerConfig, big: TransformerConfig, recipe: str) -> float:
-    """The target's `rms_norm_eps` with which the recipe is exact: smaller where it adds zeros.
+def norm_eps(small: Model, big: Model, recipe: str) -> float:
+    """The target's RMSNorm eps with which the recipe is exact: smaller where it adds zeros.
 
     RMSNorm over q d of D coordinates, the rest zero: gain sqrt(q d / D) and eps q d / D give the
     old output (derived here, docs/growth.md).
+
+    Raises:
+      UserError: the recipe cannot grow `small` to `big`.
     """
-    return _norm_eps(small, operators.expansions(recipe, small, big, [0.0] * small.num_layers))
+    before, after = spec_of(small), spec_of(big)
+    distances = [0.0] * before.sizes.get("layers", 0)
+    expansions = operators.expansions(recipe, before.sizes, after.sizes, distances)
+    return _needed_eps(before.norm_eps, expansions, recipe) or 0.0
+
+
+def _needed_eps(eps: float | None, expansions: Sequence[Expansion], recipe: str) -> float | None:
+    for e in expansions:
+        if e.gain != 1:
+            if eps is None:
+                raise UserError(
+                    f"growth of axis {e.axis!r} from {e.source} to {e.target}: recipe {recipe!r} "
+                    "adds zeros, which only RMSNorm can make up for, and the model has another "
+                    "norm (ModelSpec.norm_eps is None); operator 'tile' could"
+                )
+            return eps * int((~e.new).sum()) / e.target
+    return eps
+
+
+def _with_norm_eps(
+    big: Model,
+    old: float | None,
+    given: float | None,
+    expansions: Sequence[Expansion],
+    recipe: str,
+) -> Model:
+    """The target with the eps that the recipe needs.
+
+    Raises UserError if the target has another one that is not the source's either.
+    """
+    needed = _needed_eps(old, expansions, recipe)
+    if needed is None or given is None:
+        if needed is not given:
+            raise UserError(f"plan: norm_eps is {old} before and {given} after; give both the same")
+        return big
+    if math.isclose(needed, given, rel_tol=1e-12):
+        return big
+    if given != old:
+        raise UserError(
+            f"growth from rms_norm_eps {old} to {given}: recipe {recipe!r} keeps the norms exact "
+            f"with {needed!r}; leave the target's at {old}, and the plan sets it"
+        )
+    return with_norm_eps(big, needed)

@@ -13,6 +13,9 @@ round. (Derived here; docs/growth.md has the equations and the norms, which are 
     OUT      1        alpha
     GAIN     gain     alpha / gain
     STACK    1        1
+
+A parameter that carries the axis (`Param.carries`: the last norm before a tied head) has its value
+multiplied by alpha besides, and its gradient divided by it.
 """
 
 from __future__ import annotations
@@ -180,13 +183,21 @@ class Expansion:
     def identity(self) -> bool:
         return np.array_equal(self.index, np.arange(self.source))
 
-    def factor(self, role: Role, *, dual: bool) -> np.ndarray | None:
-        """float64 [target]: what entries are multiplied by on this axis, None for ones."""
+    def factor(self, role: Role, *, dual: bool, carried: bool = False) -> np.ndarray | None:
+        """What entries are multiplied by on this axis: float64 [target], None for ones.
+
+        Args:
+          role: of the parameter on this axis.
+          dual: for gradients, instead of values.
+          carried: whether the parameter carries the copies' weights (`Param.carries`).
+        """
         factor = np.ones(self.target)
         if role is (Role.OUT if dual else Role.IN):
             factor = self.weight
         elif role is Role.GAIN:
             factor = self.weight / self.gain if dual else factor * self.gain
+        if carried:
+            factor = factor / self.weight if dual else factor * self.weight
         return None if np.all(factor == 1) else factor
 
 
@@ -279,7 +290,8 @@ def weighted(
     """
     factor = jnp.asarray(scale**power, x.dtype)
     for dim, e, role in grown_dims(param, expansions):
-        on_axis = None if e.splits in param.axes else e.factor(role, dual=dual)
+        carried = e.axis in param.carries
+        on_axis = None if e.splits in param.axes else e.factor(role, dual=dual, carried=carried)
         if on_axis is not None:
             here = slots_in(jnp.asarray(on_axis**power, x.dtype), window[dim] if window else None)
             factor = factor * along(here, dim, x.ndim)

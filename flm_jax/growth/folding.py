@@ -18,23 +18,21 @@ bias, so only 1 can be folded.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from flm_jax.config import TransformerConfig
 from flm_jax.errors import UserError
-from flm_jax.growth._plan import Plan
-from flm_jax.params import axes, trees
+from flm_jax.growth._plan import AnyModel, Model, Plan, spec_of, with_norm_eps
+from flm_jax.params import trees
 from flm_jax.params.axes import Param, Role
 from flm_jax.params.trees import along
 
 Masks = Mapping[str, np.ndarray]
 
 
-def fold(params: Any, plan: Plan, value: float) -> tuple[Any, TransformerConfig]:
+def fold(params: Any, plan: Plan, value: float) -> tuple[Any, Model]:
     """The plain model that equals `params` behind `plan.masks(value)`.
 
     Args:
@@ -42,14 +40,15 @@ def fold(params: Any, plan: Plan, value: float) -> tuple[Any, TransformerConfig]
       plan: of the growth that made them.
       value: of the masks of added slots, in [0, 1].
 
-    Returns: parameters and config; the config differs from `plan.target` in `rms_norm_eps`.
+    Returns:
+      Parameters and model; the model differs from `plan.target` in its RMSNorm's eps alone.
 
     Raises:
       UserError: the vocabulary is masked below 1.
     """
     masks = masks_of(plan, value)
-    folded = {path: fold_block(x, path, masks) for path, x in trees.flatten(params)}
-    return trees.unflatten(folded), folded_config(plan.target, masks)
+    folded = {path: fold_block(x, plan.table[path], masks) for path, x in trees.flatten(params)}
+    return trees.unflatten(folded), folded_model(plan.target, masks)
 
 
 def masks_of(plan: Plan, value: float) -> dict[str, np.ndarray]:
@@ -63,17 +62,24 @@ def masks_of(plan: Plan, value: float) -> dict[str, np.ndarray]:
     return masks
 
 
-def folded_config(config: TransformerConfig, masks: Masks) -> TransformerConfig:
-    """The masked model's config as a plain one."""
+def folded_model(model: AnyModel, masks: Masks) -> AnyModel:
+    """The masked model's config, or spec, as that of the plain model.
+
+    Raises UserError if `embed` is masked in a model whose norms are not RMSNorm.
+    """
     if "embed" not in masks:
-        return config
-    eps = config.rms_norm_eps * float(masks["embed"].mean())
-    return dataclasses.replace(config, rms_norm_eps=eps)
+        return model
+    eps = spec_of(model).norm_eps
+    if eps is None:
+        raise UserError(
+            "fold: axis 'embed' is masked, which only RMSNorm can absorb, and the model has "
+            "another norm (ModelSpec.norm_eps is None); use masks at 1"
+        )
+    return with_norm_eps(model, eps * float(masks["embed"].mean()))
 
 
-def fold_block(x: Any, path: str, masks: Masks, index: Sequence[slice] | None = None) -> Any:
+def fold_block(x: Any, param: Param, masks: Masks, index: Sequence[slice] | None = None) -> Any:
     """One parameter, or the block of it at `index`, with the masks multiplied in."""
-    param = axes.TABLE[path]
     index = index or [slice(None)] * len(param.axes)
     factor: Any = None
     for dim, on_axis in enumerate(_factors(param, masks)):

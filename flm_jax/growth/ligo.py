@@ -24,7 +24,7 @@ from flm_jax.config import GrowthConfig
 from flm_jax.growth import Plan
 from flm_jax.growth.apply import grow_value, leaf_key
 from flm_jax.growth.expansion import Learned
-from flm_jax.params import axes, draws, sharding, trees
+from flm_jax.params import draws, sharding, trees
 from flm_jax.params.axes import Role
 from flm_jax.runtime.display import Progress
 from flm_jax.train.train_step import summed_loss
@@ -93,10 +93,10 @@ def fit(
     def loss(matrices: Matrices, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
         fitting = _with(plan, matrices)
         grown = {
-            path: grow_value(x, axes.TABLE[path], fitting, leaf_key(key, path))
+            path: grow_value(x, path, fitting, leaf_key(key, path))
             for path, x in trees.flatten(params)
         }
-        total, tokens = summed_loss(trees.unflatten(grown), batch, plan.target, plan.masks(1.0))
+        total, tokens = summed_loss(trees.unflatten(grown), batch, plan.config, plan.masks(1.0))
         return total / tokens
 
     # In every process whole: the plan holds them.

@@ -15,7 +15,7 @@ from flm_jax.config import OptimizerConfig, StageConfig, TransformerConfig
 from flm_jax.growth import Plan
 from flm_jax.growth.receipt import dead_slots, difference, largest_added, locked_copies
 from flm_jax.models import Transformer, layers
-from flm_jax.params import axes, sharding, trees
+from flm_jax.params import axes, mup, sharding, trees
 from flm_jax.train import optim, schedules
 from flm_jax.train.optim import SlotAdamState
 from flm_jax.train.train_step import Batch, TrainState, cross_entropy, gradients, logits_of
@@ -52,7 +52,7 @@ def layer_distances(
     def step(params: Any, x_BTD: jax.Array) -> tuple[jax.Array, Any]:
         segment_ids_BT, positions_BT = map(jnp.asarray, (batch["segment_ids"], batch["positions"]))
         angles = layers.rotary_angles(positions_BT, config)
-        (x_BTD, _), sown = layers.Layer(config, axes.PARAMS["layers"]).apply(
+        (x_BTD, _), sown = layers.Layer(config, axes.nested_table(config)["layers"]).apply(
             {"params": params}, x_BTD, None, segment_ids_BT, angles, {}, mutable=["intermediates"]
         )
         return x_BTD, sown["intermediates"]["distance"][0]
@@ -67,8 +67,8 @@ def layer_distances(
                 path.removeprefix("layers/"): read(
                     path, (slice(layer, layer + 1), *[slice(None)] * (len(param.axes) - 1))
                 )[0]
-                for path, param in axes.TABLE.items()
-                if param.axes[0] == "layers"
+                for path, param in axes.table(config).items()
+                if param.stacked
             }
         )
         x_BTD, distance = step(params, x_BTD)
@@ -78,7 +78,7 @@ def layer_distances(
 
 @functools.partial(jax.jit, static_argnums=2)
 def _grown(params: Any, batch: Batch, plan: Plan) -> tuple[jax.Array, jax.Array]:
-    logits_BTV = logits_of(plan.target, params, batch, plan.masks(0.0))
+    logits_BTV = logits_of(plan.config, params, batch, plan.masks(0.0))
     return logits_BTV, _mean_loss(logits_BTV, batch)
 
 
@@ -110,9 +110,11 @@ def first_steps(
     """
     if not plan.expansions:
         return {"dead_slots": 0, "locked_copies": 0, "first_update_over_lr": 0.0}
-    sizes = axes.axis_sizes(stage.model)
-    adam = optim.scale_by_slot_adam(sizes, settings.b1, settings.b2, settings.eps)
-    rate = optim.scale_by_mup_learning_rate(stage, schedules.steady)
+    spec = mup.spec(stage.model)
+    adam = optim.scale_by_slot_adam(spec, settings.b1, settings.b2, settings.eps)
+    rate = optim.scale_by_mup_learning_rate(
+        spec, stage.learning_rate, stage.matrix_learning_rate, schedules.steady
+    )
 
     @jax.jit
     def step(params: Any, moments: SlotAdamState, mask: jax.Array) -> tuple[Any, Any, Any, Any]:

@@ -29,7 +29,7 @@ def growth_program(
         return grow(state, plan, key)
 
     shapes = jax.eval_shape(lambda state: onto(state, jax.random.key(0)), before)
-    placed = sharding.shardings(shapes, *layout)
+    placed = sharding.shardings(shapes, plan.table, *layout)
     return jax.jit(onto, out_shardings=placed, donate_argnums=0)
 
 
@@ -47,7 +47,7 @@ def grow_on_mesh(
     )
     if same_order != mesh:
         with jax.set_mesh(same_order):
-            placed = sharding.shardings(state, same_order, rules)
+            placed = sharding.shardings(state, plan.table, same_order, rules)
             state = jax.device_put(state, placed, donate=True)
     with jax.set_mesh(target.mesh), warnings.catch_warnings():
         # Most leaves change their size; those are freed below.

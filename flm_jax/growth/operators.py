@@ -10,16 +10,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from flm_jax.config import TransformerConfig
 from flm_jax.errors import UserError
 from flm_jax.growth import layer_maps
 from flm_jax.growth.expansion import NEW, Expansion, Learned, Run, append_new, from_index
-from flm_jax.params import axes
 
 EXACT, APPROX = "EXACT", "APPROX"
 _LARGEST_DENSE = 1 << 22  # entries of a learned map: it is kept in the plan
@@ -34,8 +32,8 @@ class Request:
     axis: str
     source: int
     target: int
-    small: TransformerConfig
-    big: TransformerConfig
+    small: Mapping[str, int]  # all axes -> sizes, before and after
+    big: Mapping[str, int]
     distances: Sequence[float]  # of the source's layers from the identity
 
 
@@ -151,15 +149,19 @@ def _aki(r: Request) -> Expansion:
     return dataclasses.replace(copies, runs=tuple(runs))
 
 
+def _query_heads(sizes: Mapping[str, int]) -> int:
+    return sizes["kv_heads"] * sizes.get("q_per_kv", 1)
+
+
 def _repeat(r: Request) -> Expansion:
     times, rest = divmod(r.target, r.source)
     why = ""
     if rest:
         why = f"operator 'repeat' copies whole heads, and {r.target} is no multiple of {r.source}"
-    elif r.small.num_heads != r.big.num_heads:
+    elif _query_heads(r.small) != _query_heads(r.big):
         why = (
             f"operator 'repeat' gives the same query heads more key/value heads, but there are "
-            f"{r.small.num_heads} and {r.big.num_heads} query heads"
+            f"{_query_heads(r.small)} and {_query_heads(r.big)} query heads"
         )
     if why:
         raise refusal(r, why, ("msg", "zero_pad"))
@@ -296,21 +298,27 @@ def able(axis: str) -> list[str]:
 
 
 def expansions(
-    recipe: str, small: TransformerConfig, big: TransformerConfig, distances: Sequence[float]
+    recipe: str, small: Mapping[str, int], big: Mapping[str, int], distances: Sequence[float]
 ) -> tuple[Expansion, ...]:
     """One expansion for every axis that differs.
 
-    Raises UserError, naming axis, sizes and what could, if the recipe cannot do it.
+    Args:
+      recipe: operators by name.
+      small: axis -> size, of the source.
+      big: axis -> size, of the target.
+      distances: of the source's layers from the identity.
+
+    Raises:
+      UserError: the recipe cannot do it; names the axis, both sizes and operators that could.
     """
     chosen = choose(recipe)
-    targets = axes.axis_sizes(big)
     found: dict[str, Expansion] = {}
-    for axis, source in axes.axis_sizes(small).items():
-        r = Request(axis, source, targets[axis], small, big, distances)
+    for axis, source in small.items():
+        r = Request(axis, source, big[axis], small, big, distances)
         if any(e.splits == axis for e in found.values()) or r.target == source:
             continue
         if r.target < source:
-            same_heads = axis == "q_per_kv" and small.num_heads == big.num_heads
+            same_heads = axis == "q_per_kv" and _query_heads(small) == _query_heads(big)
             raise UserError(
                 f"growth of axis {axis!r} from {source} to {r.target}: a target is never smaller "
                 f"than its source; set it to {source} or more"

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from flm_jax.growth._plan import Plan
-from flm_jax.growth.apply import carried, grow_moment
 from flm_jax.growth.expansion import any_slot
-from flm_jax.params import axes, trees
+from flm_jax.growth.moments import carried, grow_moment
+from flm_jax.params import trees
 from flm_jax.params.axes import Role
 
 
@@ -89,12 +89,12 @@ def gradient_error(plan: Plan, source: Mapping[str, Any], target: Mapping[str, A
     dual = dataclasses.replace(plan, moments="dual")
     worst = largest = jnp.zeros(())
     for (path, g), (_, got) in zip(trees.flatten(source), trees.flatten(target), strict=True):
-        param = axes.TABLE[path]
+        param = plan.table[path]
         splits = [e.splits for e in plan.expansions if e.splits and e.axis in param.axes]
         if any(axis not in param.axes for axis in splits):
             continue
         begins = any_slot(param, plan.by_axis, lambda e, role: ~carried(e, "dual"))
-        apart = jnp.abs(grow_moment(g, param, dual, power=1) - got)
+        apart = jnp.abs(grow_moment(g, path, dual, power=1) - got)
         apart = apart if begins is None else jnp.where(begins, 0, apart)
         worst = jnp.maximum(worst, jnp.max(apart))
         largest = jnp.maximum(largest, jnp.max(jnp.abs(g)))
@@ -105,21 +105,21 @@ def largest_added(plan: Plan, tree: Mapping[str, Any]) -> jax.Array:
     """Largest absolute entry in an added slot of any axis."""
     largest = jnp.zeros(())
     for path, leaf in trees.flatten(tree):
-        added = any_slot(axes.TABLE[path], plan.by_axis, lambda e, role: e.added)
+        added = any_slot(plan.table[path], plan.by_axis, lambda e, role: e.added)
         if added is not None:
             here = jnp.max(jnp.where(added, jnp.abs(leaf), 0))
             largest = jnp.maximum(largest, here.astype(largest.dtype))
     return largest
 
 
-def _slices(tree: Mapping[str, Any], axis: str) -> list[jax.Array]:
+def _slices(plan: Plan, tree: Mapping[str, Any], axis: str) -> list[jax.Array]:
     """Every parameter that has the axis, with that axis first.
 
     Without the embedding on `vocab`: a token's row has a gradient only where the token occurs.
     """
     found = []
     for path, leaf in trees.flatten(tree):
-        param = axes.TABLE[path]
+        param = plan.table[path]
         if axis in param.axes and not (axis == "vocab" and param.has(Role.IN, axis)):
             found.append(jnp.moveaxis(jnp.asarray(leaf), param.axes.index(axis), 0))
     return found
@@ -135,7 +135,7 @@ def dead_slots(plan: Plan, grads: Mapping[str, Any]) -> jax.Array:
     dead = jnp.zeros((), jnp.int32)
     for e in plan.expansions:
         zero = jnp.zeros(e.target, bool)
-        for grad in _slices(grads, e.axis):
+        for grad in _slices(plan, grads, e.axis):
             zero |= jnp.all(grad == 0, axis=tuple(range(1, grad.ndim)))
         dead += jnp.sum(zero & e.added, dtype=jnp.int32)
     return dead
@@ -154,7 +154,9 @@ def locked_copies(plan: Plan, params: Mapping[str, Any], grads: Mapping[str, Any
             continue
         first = e.first[e.index[copies]]
         same = jnp.ones(len(copies), bool)
-        for value, grad in zip(_slices(params, e.axis), _slices(grads, e.axis), strict=True):
+        for value, grad in zip(
+            _slices(plan, params, e.axis), _slices(plan, grads, e.axis), strict=True
+        ):
             for x in (value, grad):
                 same &= _norm(x[copies] - x[first]) <= 1e-6 * _norm(x[first])
         locked += jnp.sum(same, dtype=jnp.int32)

@@ -19,20 +19,12 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from flm_jax.config import TransformerConfig
 from flm_jax.errors import UserError
 from flm_jax.growth._plan import Plan
-from flm_jax.growth.apply import (
-    grow_moment,
-    grow_slots,
-    grow_value,
-    leaf_key,
-    looks_ahead,
-    next_layer,
-)
+from flm_jax.growth.apply import grow_value, leaf_key, looks_ahead, next_layer
 from flm_jax.growth.expansion import NEW
-from flm_jax.params import axes
-from flm_jax.params.axes import Param
+from flm_jax.growth.moments import grow_moment, grow_slots
+from flm_jax.params.axes import Table
 from flm_jax.store.pieces import chunk_shape
 from flm_jax.train.optim import SlotAdamState
 from flm_jax.train.train_step import TrainState
@@ -69,20 +61,13 @@ class _Leaf:
     path: str
     power: int
 
-    @property
-    def param(self) -> Param:
-        return axes.TABLE[self.path]
 
-    def shape(self, config: TransformerConfig) -> tuple[int, ...]:
-        return self.param.shape(config)
-
-
-def _leaves(names: Iterable[str]) -> list[_Leaf]:
+def _leaves(names: Iterable[str], table: Table) -> list[_Leaf]:
     found = []
     for name in names:
         for power, part in enumerate(("params/", "/mu/", "/nu/")):
             _, _, path = name.partition(part)
-            if path in axes.TABLE:
+            if path in table:
                 found.append(_Leaf(name, path, power))
     return found
 
@@ -120,12 +105,12 @@ def chunks(
     """
     limit = min(memory // (WORKERS * _COPIES), _LARGEST)
     found = {}
-    for leaf in _leaves(names):
+    for leaf in _leaves(names, plan.table):
         itemsize = names[leaf.name].dtype.itemsize
         # Heads that are dealt out among copies stay together.
         dealt = {axis for e in plan.expansions if e.splits for axis in (e.axis, e.splits)}
-        whole = [d for d, axis in enumerate(leaf.param.axes) if axis in dealt]
-        chunk = chunk_shape(leaf.shape(plan.target), itemsize, limit, whole)
+        whole = [d for d, axis in enumerate(plan.table[leaf.path].axes) if axis in dealt]
+        chunk = chunk_shape(plan.big.shape(leaf.path), itemsize, limit, whole)
         found[leaf.name] = chunk
         largest = max(math.prod(c) * itemsize for c in (chunk, source.chunk(leaf.name)))
         if largest * WORKERS * _COPIES > max(memory, limit * WORKERS * _COPIES):
@@ -160,7 +145,7 @@ def grow(
     Raises UserError if the disk refuses; what was written stays.
     """
     check(plan)
-    large = _leaves(jax.tree.leaves(names))
+    large = _leaves(jax.tree.leaves(names), plan.table)
     todo = [
         (leaf, piece)
         for leaf in large
@@ -192,16 +177,18 @@ class _Programs:
 
     def of(self, leaf: _Leaf, sizes: tuple[int | None, ...]) -> Callable[..., jax.Array]:
         """`f(x, following, key, starts)`; sizes: of the piece along each dimension, None: all."""
-        what = (leaf.param, leaf.power, sizes)
+        plan, path = self._plan, leaf.path
+        kind = (plan.table[path], plan.small.scale(path), plan.big.scale(path), leaf.power, sizes)
         with self._lock:
-            if what not in self._made:
-                self._made[what] = jax.jit(functools.partial(_map, self._plan, *what))
-            return self._made[what]
+            if kind not in self._made:
+                program = functools.partial(_map, plan, path, leaf.power, sizes)
+                self._made[kind] = jax.jit(program)
+            return self._made[kind]
 
 
 def _map(
     plan: Plan,
-    param: Param,
+    path: str,
     power: int,
     sizes: tuple[int | None, ...],
     x: jax.Array,
@@ -211,8 +198,8 @@ def _map(
 ) -> jax.Array:
     window = [None if n is None else (starts[d], n) for d, n in enumerate(sizes)]
     if power:
-        return grow_moment(x, param, plan, power, window)
-    return grow_value(x, param, plan, key, window, following)
+        return grow_moment(x, path, plan, power, window)
+    return grow_value(x, path, plan, key, window, following)
 
 
 def _grow_piece(
@@ -225,13 +212,14 @@ def _grow_piece(
     piece: tuple[slice, ...],
 ) -> int:
     """Returns the number of bytes written."""
-    cut = [s != slice(0, n) for s, n in zip(piece, leaf.shape(plan.target), strict=True)]
+    param = plan.table[leaf.path]
+    cut = [s != slice(0, n) for s, n in zip(piece, plan.big.shape(leaf.path), strict=True)]
     slots = [_sources(plan, axis, s) if c else None
-             for axis, s, c in zip(leaf.param.axes, piece, cut, strict=True)]  # fmt: skip
+             for axis, s, c in zip(param.axes, piece, cut, strict=True)]  # fmt: skip
     x = _read(source, plan, leaf, slots)
     following = None
-    if not leaf.power and looks_ahead(leaf.param, plan) and slots[0] is not None:
-        after = next_layer(slots[0], plan.source.num_layers)
+    if not leaf.power and looks_ahead(param, plan) and slots[0] is not None:
+        after = next_layer(slots[0], plan.small.sizes["layers"])
         following = _read(source, plan, leaf, [after, *slots[1:]])
     sizes = tuple(s.stop - s.start if c else None for s, c in zip(piece, cut, strict=True))
     starts = np.array([s.start for s in piece], np.int32)
@@ -255,7 +243,8 @@ def _read(
         leaf.power and plan.moments == "reset"
     ):
         shape = [
-            n if s is None else len(s) for n, s in zip(leaf.shape(plan.source), slots, strict=True)
+            n if s is None else len(s)
+            for n, s in zip(plan.small.shape(leaf.path), slots, strict=True)
         ]
         return np.zeros(shape, source.leaves[leaf.name].dtype)
     return source.read(leaf.name, [slice(None) if s is None else _indices(s) for s in slots])

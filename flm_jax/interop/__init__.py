@@ -17,7 +17,7 @@ from flm_jax.interop.converter import DTYPES, FORMATS, MEMORY, convert, write_hf
 from flm_jax.interop.sources import open_huggingface, open_source, source_of
 from flm_jax.interop.tokenizer_files import Vocabulary
 from flm_jax.interop.weights import Tree, Weights, whole
-from flm_jax.params import axes, trees
+from flm_jax.params import axes, mup, trees
 from flm_jax.params.dtypes import wide
 
 __all__ = [
@@ -49,7 +49,9 @@ def load_hf(path: str | os.PathLike[str]) -> tuple[dict[str, Any], TransformerCo
 def load(weights: Weights) -> dict[str, Any]:
     """All parameters as nested dicts of numpy arrays."""
     config = weights.config
-    return trees.unflatten({path: weights.read(path, whole(path, config)) for path in axes.TABLE})
+    return trees.unflatten(
+        {path: weights.read(path, whole(path, config)) for path in axes.table(config)}
+    )
 
 
 def place(weights: Weights, shardings: Any) -> dict[str, Any]:
@@ -58,9 +60,10 @@ def place(weights: Weights, shardings: Any) -> dict[str, Any]:
     Args: `shardings`: of each parameter, in the same nested dicts.
     """
     config = weights.config
+    spec = mup.spec(config)
 
     def placed(path: str, sharding: jax.sharding.Sharding) -> jax.Array:
-        shape = axes.TABLE[path].shape(config)
+        shape = spec.shape(path)
 
         def read(index: tuple[slice, ...] | None) -> np.ndarray:
             assert index is not None
@@ -87,7 +90,7 @@ def save_hf(
 
     Args:
       path: of a folder that does not exist.
-      params: nested dicts as in `axes.PARAMS`; arrays of jax or numpy.
+      params: nested dicts, as the axis table names them; arrays of jax or numpy.
       config: theirs.
       format: "llama" (multipliers are multiplied into embedding and head), "teleflm" or "granite".
       dtype: of the files: float32, bfloat16 or float16.

@@ -168,20 +168,20 @@ def write_hf(
     values |= vocabulary.special_tokens()
     with appearing(target) as folder:
         vocabulary.copy(folder, code=carried.get("model_type") == values["model_type"])
-        writer = TensorsWriter(folder, names.shapes(config), DTYPES[dtype], shard_bytes)
-        sizes = axes.axis_sizes(config)
+        table, sizes = axes.table(config), axes.axis_sizes(config)
+        writer = TensorsWriter(folder, names.shapes(table, sizes), DTYPES[dtype], shard_bytes)
 
         def write(path: str, index: Index) -> int:
-            tensor, own = TENSORS[path], index
+            param, tensor, own = table[path], TENSORS[path], index
             block, layer = weights.read(path, index), 0
-            if names.stacked(path):
+            if param.stacked:
                 block, layer, own = block[0], index[0].start, index[1:]
-            first = own[names.own_axes(path).index(tensor.rows)].start
-            rows = names.to_rows(block, path)
+            first = own[names.own_axes(param).index(tensor.rows)].start
+            rows = names.to_rows(block, param, tensor)
             writer.write(tensor.name.format(layer=layer), first * tensor.row_size(sizes), rows)
             return rows.size * DTYPES[dtype].itemsize
 
-        blocks = names.blocks(config, memory // _COPIES)
+        blocks = names.blocks(table, sizes, memory // _COPIES)
         _in_threads(write, blocks, f"writing {target.name}", writer.num_bytes)
         writer.sync()
         write_config(folder, values)
@@ -236,7 +236,7 @@ def write_run(target: pathlib.Path, weights: Weights, source: Source, memory: in
                 "steps": 0,
                 "eval": {"bpb_start": None, "bpb_end": None},
                 "receipt": None,
-                "params_digest": _digest(reader, memory),
+                "params_digest": _digest(reader, axes.table(weights.config), memory),
                 "checkpoint": str(path.relative_to(run.path)),
                 "data_fingerprint": "",
             }
@@ -262,13 +262,13 @@ def _imported(model: TransformerConfig, source: Source, vocabulary: str) -> Expe
 def _write_checkpoint(path: pathlib.Path, weights: Weights, memory: int) -> int:
     """A checkpoint that holds parameters alone."""
     config = weights.config
+    table, sizes = axes.table(config), axes.axis_sizes(config)
     like = {
-        leaf: jax.ShapeDtypeStruct(param.shape(config), np.float32)
-        for leaf, param in axes.TABLE.items()
+        leaf: jax.ShapeDtypeStruct(param.shape(sizes), np.float32) for leaf, param in table.items()
     }
     # Chunks are what can be read in one piece of the other formats.
     chunks: dict[str, tuple[int, ...]] = {}
-    for leaf, index in names.blocks(config, min(CHUNK_BYTES, memory // _COPIES)):
+    for leaf, index in names.blocks(table, sizes, min(CHUNK_BYTES, memory // _COPIES)):
         chunks.setdefault(f"params/{leaf}", tuple(cut.stop - cut.start for cut in index))
     tree = {"params": trees.unflatten(like)}
     writer = CheckpointWriter(path, tree, {"data": {}, "wall_s": 0.0}, chunks)
@@ -285,7 +285,7 @@ def _write_checkpoint(path: pathlib.Path, weights: Weights, memory: int) -> int:
     return total
 
 
-def _digest(reader: CheckpointReader, memory: int) -> str:
+def _digest(reader: CheckpointReader, paths: Iterable[str], memory: int) -> str:
     """`params_digest` of a checkpoint, read back from the disk."""
     total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in reader.leaves.values())
     with Transfer("reading back", 0, total) as progress:
@@ -300,7 +300,7 @@ def _digest(reader: CheckpointReader, memory: int) -> str:
                 yield piece
 
         return digest_of_leaves(
-            (path, reader.leaves[f"params/{path}"], pieces(f"params/{path}")) for path in axes.TABLE
+            (path, reader.leaves[f"params/{path}"], pieces(f"params/{path}")) for path in paths
         )
 
 
@@ -328,7 +328,9 @@ def _padding(weights: Weights, start: int, memory: int) -> bool:
     """Whether the embedding's rows from `start` on are zero."""
     rows = (
         (path, index)
-        for path, index in names.blocks(weights.config, memory // _COPIES)
+        for path, index in names.blocks(
+            axes.table(weights.config), axes.axis_sizes(weights.config), memory // _COPIES
+        )
         if path == "embedding" and index[0].stop > start
     )
     return not any(

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from flm_jax.config import TransformerConfig
-from flm_jax.params import axes
-from flm_jax.params.axes import Role
+from flm_jax.params.axes import Param, Table
 
 Index = tuple[slice, ...]  # a block of a parameter: one slice per axis, with a step of 1
 
@@ -35,10 +33,10 @@ class Tensor:
         """The axis that blocks of the tensor are cut along: rows of it are one piece of a file."""
         return self.layout[0][0]
 
-    def shape(self, sizes: dict[str, int]) -> tuple[int, ...]:
+    def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         return tuple(math.prod(sizes[axis] for axis in merged) for merged in self.layout)
 
-    def row_size(self, sizes: dict[str, int]) -> int:
+    def row_size(self, sizes: Mapping[str, int]) -> int:
         """Rows of the tensor for one slot of the axis `rows`."""
         return math.prod(sizes[axis] for axis in self.layout[0][1:])
 
@@ -73,65 +71,60 @@ TENSORS: dict[str, Tensor] = {
 }
 
 
-def stacked(path: str) -> bool:
-    """Whether the parameter is one tensor a layer there."""
-    return axes.TABLE[path].roles[0] is Role.STACK
+def own_axes(param: Param) -> tuple[str, ...]:
+    """The parameter's axes without `layers`."""
+    return param.axes[param.stacked :]
 
 
-def own_axes(path: str) -> tuple[str, ...]:
-    """The parameter's axes but `layers`."""
-    return axes.TABLE[path].axes[stacked(path) :]
-
-
-def shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
-    """Tensor name -> shape, of all tensors of a model, in the order of the files."""
-    sizes = axes.axis_sizes(config)
+def shapes(table: Table, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    """Tensor name -> shape, for all tensors of a model, in the order of the files."""
     found = {}
-    for path, layer in _in_file_order(config):
+    for path, layer in _in_file_order(table, sizes):
         tensor = TENSORS[path]
         found[tensor.name.format(layer=layer)] = tensor.shape(sizes)
     return found
 
 
-def blocks(config: TransformerConfig, most_bytes: int) -> Iterator[tuple[str, Index]]:
+def blocks(table: Table, sizes: Mapping[str, int], most_bytes: int) -> Iterator[tuple[str, Index]]:
     """Cuts all parameters into blocks of at most so many bytes of float32, in file order.
 
     A block lies in one layer and is whole on all axes but the one that is the tensor's rows.
     A single row of that axis may be larger than `most_bytes`.
     """
-    sizes = axes.axis_sizes(config)
-    for path, layer in _in_file_order(config):
-        names, rows = own_axes(path), TENSORS[path].rows
+    for path, layer in _in_file_order(table, sizes):
+        names, rows = own_axes(table[path]), TENSORS[path].rows
         row_bytes = 4 * math.prod(sizes[axis] for axis in names) // sizes[rows]
         step = max(1, most_bytes // row_bytes)
-        lead = (slice(layer, layer + 1),) if stacked(path) else ()
+        lead = (slice(layer, layer + 1),) if table[path].stacked else ()
         for start in range(0, sizes[rows], step):
             stop = min(start + step, sizes[rows])
             own = (slice(start, stop) if axis == rows else slice(0, sizes[axis]) for axis in names)
             yield path, (*lead, *own)
 
 
-def _in_file_order(config: TransformerConfig) -> Iterator[tuple[str, int]]:
+def _in_file_order(table: Table, sizes: Mapping[str, int]) -> Iterator[tuple[str, int]]:
     """(path, layer), the layers' parameters layer by layer; layer is 0 where there is none."""
     paths = list(TENSORS)
-    layered = [path for path in paths if stacked(path)]
+    layered = [path for path in paths if table[path].stacked]
     first = paths.index(layered[0])
     yield from ((path, 0) for path in paths[:first])
-    yield from ((path, layer) for layer in range(config.num_layers) for path in layered)
+    yield from ((path, layer) for layer in range(sizes["layers"]) for path in layered)
     yield from ((path, 0) for path in paths[first + len(layered) :])
 
 
-def to_rows(x: np.ndarray, path: str) -> np.ndarray:
-    """A block of one layer, in the table's axes, as rows of the tensor: a view where it can be."""
-    names = own_axes(path)
-    layout = TENSORS[path].layout
+def to_rows(x: np.ndarray, param: Param, tensor: Tensor) -> np.ndarray:
+    """A block of one layer, in the table's axes, as rows of the tensor: a view where possible."""
+    names = own_axes(param)
+    layout = tensor.layout
     x = x.transpose([names.index(axis) for merged in layout for axis in merged])
     sizes = dict(zip((axis for merged in layout for axis in merged), x.shape, strict=True))
     return x.reshape([math.prod(sizes[axis] for axis in merged) for merged in layout])
 
 
-def from_rows(rows: np.ndarray, path: str, sizes: dict[str, int]) -> np.ndarray:
+def from_rows(
+    rows: np.ndarray, param: Param, tensor: Tensor, sizes: Mapping[str, int]
+) -> np.ndarray:
     """The inverse of `to_rows`; `sizes` are those of the block."""
-    order = [axis for merged in TENSORS[path].layout for axis in merged]
+    order = [axis for merged in tensor.layout for axis in merged]
     x = rows.reshape([sizes[axis] for axis in order])
-    return x.transpose([order.index(axis) for axis in own_axes(path)])
+    return x.transpose([order.index(axis) for axis in own_axes(param)])

@@ -19,7 +19,7 @@ from flm_jax.params import axes, sharding
 from flm_jax.store.checkpoint import Checkpoints
 from flm_jax.store.lineage import RunFolder
 from flm_jax.train import optim, schedules
-from flm_jax.train.train_step import TrainState, init_state
+from flm_jax.train.train_step import TrainState, abstract_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ def open_stage(workdir: str, stage: str = "") -> Opened:
     config = stage_folder.experiment()
     model = config.stages[0].model
     tx = optim.optimizer(config.stages[0], config.optimizer, schedules.steady)
-    like = _on_one_device(jax.eval_shape(lambda: init_state(model, tx, jax.random.key(0))))
+    like = _on_one_device(abstract_state(model, tx), axes.table(model))
     path = pathlib.Path(folder.path / entry["checkpoint"])
     checkpoints = Checkpoints(path.parent, keep=None)
     try:
@@ -67,7 +67,7 @@ class OpenedModel:
     """Parameters on one device, and what they are parameters of.
 
     Attributes:
-      params: nested dicts as in `axes.PARAMS`.
+      params: nested dicts as the axis table names them.
       data: what a run was trained on, in the stage's sequence length; None for weights from
         elsewhere.
       name: of the stage or the folder.
@@ -125,14 +125,16 @@ def open_model(path: str, stage: str = "") -> OpenedModel:
         data = dataclasses.replace(source.config.data_of(0), window_length=0)
         stage_config = source.config.stages[0]
         trained = not stage_config.source or stage_config.steps > 0
-    placed = sharding.shardings(axes.PARAMS, sharding.one_device())
+    placed = sharding.shardings(
+        axes.nested_table(config), axes.table(config), sharding.one_device()
+    )
     params = interop.place(source.weights, placed)
     return OpenedModel(params, config, data, source.name, source.path, source.context, trained)
 
 
-def _on_one_device(abstract: Any) -> Any:
+def _on_one_device(abstract: Any, table: axes.Table) -> Any:
     """The same shapes, with shardings."""
-    placed = sharding.shardings(abstract, sharding.one_device())
+    placed = sharding.shardings(abstract, table, sharding.one_device())
     return jax.tree.map(
         lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), abstract, placed
     )

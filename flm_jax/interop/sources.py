@@ -137,7 +137,7 @@ def _checkpoint(path: pathlib.Path) -> Source:
     if masks is not None:
         plan = Plan.from_json(folder.plan.read_text())
         weights = folded(weights, masks_of(plan, masks))
-    leaves = [reader.leaves[f"params/{leaf}"] for leaf in axes.TABLE]
+    leaves = [reader.leaves[f"params/{leaf}"] for leaf in axes.table(stage.model)]
     return Source(
         path=path,
         name=stage.name,

@@ -15,11 +15,11 @@ import numpy as np
 
 from flm_jax.config import TransformerConfig
 from flm_jax.errors import UserError
-from flm_jax.growth.folding import Masks, fold_block, folded_config
+from flm_jax.growth.folding import Masks, fold_block, folded_model
 from flm_jax.interop import hf_config, names
 from flm_jax.interop.names import TENSORS, Index
 from flm_jax.interop.tensor_files import Tensors
-from flm_jax.params import axes, trees
+from flm_jax.params import axes, mup, trees
 from flm_jax.params.dtypes import wide
 from flm_jax.store.leaves import CheckpointReader
 
@@ -37,7 +37,7 @@ class Weights(Protocol):
 
 def whole(path: str, config: TransformerConfig) -> Index:
     """The index of all of a parameter."""
-    return tuple(slice(0, size) for size in axes.TABLE[path].shape(config))
+    return tuple(slice(0, size) for size in mup.spec(config).shape(path))
 
 
 class HuggingFace:
@@ -59,17 +59,17 @@ class HuggingFace:
         self.described = hf_config.read(folder)
         self.config = self.described.config
         self.tensors = Tensors(folder)
-        expected = names.shapes(self.config)
+        self._table, self._sizes = axes.table(self.config), axes.axis_sizes(self.config)
+        expected = names.shapes(self._table, self._sizes)
         head = TENSORS["head"].name
         if self.described.tied:
             del expected[head]  # some files hold it nevertheless
         buffers = (f"model.layers.{i}.self_attn.rotary_emb.inv_freq"
                    for i in range(self.config.num_layers))  # fmt: skip
         self.tensors.check(expected, frozenset({head, *buffers}))
-        self._sizes = axes.axis_sizes(self.config)
 
     def read(self, path: str, index: Index) -> np.ndarray:
-        if names.stacked(path):
+        if self._table[path].stacked:
             layers, *own = index
             read = [self._read(path, i, tuple(own)) for i in range(layers.start, layers.stop)]
             return read[0][None] if len(read) == 1 else np.stack(read)
@@ -78,13 +78,14 @@ class HuggingFace:
     def _read(self, path: str, layer: int, index: Index) -> np.ndarray:
         """Rows of the tensor, cut on the other axes once they are read."""
         tensor = TENSORS["embedding" if path == "head" and self.described.tied else path]
-        own = names.own_axes(path)
+        param = self._table[path]
+        own = names.own_axes(param)
         dim, row_size = own.index(tensor.rows), tensor.row_size(self._sizes)
         rows = self.tensors.read(
             tensor.name.format(layer=layer), index[dim].start * row_size, index[dim].stop * row_size
         )
         sizes = self._sizes | {tensor.rows: index[dim].stop - index[dim].start}
-        x = names.from_rows(rows, path, sizes)
+        x = names.from_rows(rows, param, tensor, sizes)
         others = tuple(slice(None) if d == dim else cut for d, cut in enumerate(index))
         # As it lies: what is written in the same layout again is never laid out anew.
         return x[others].astype(wide(rows.dtype), order="K", copy=False)
@@ -99,9 +100,10 @@ class Checkpoint:
 
     def __post_init__(self) -> None:
         """Raises UserError if its parameters are not the config's."""
-        for path, param in axes.TABLE.items():
+        spec = mup.spec(self.config)
+        for path in spec.table:
             leaf = self.reader.leaves.get(f"params/{path}")
-            have, want = leaf and list(leaf.shape), list(param.shape(self.config))
+            have, want = leaf and list(leaf.shape), list(spec.shape(path))
             if have != want:
                 raise UserError(
                     f"{self.reader.path}: params/{path} is {have or 'missing'}, config.json of its "
@@ -121,10 +123,10 @@ class Tree:
 
     def __post_init__(self) -> None:
         """Raises UserError if they are not the config's."""
-        leaves = dict(trees.flatten(self.params))
-        for path in dict.fromkeys([*axes.TABLE, *leaves]):
+        leaves, spec = dict(trees.flatten(self.params)), mup.spec(self.config)
+        for path in dict.fromkeys([*spec.table, *leaves]):
             have = leaves[path].shape if path in leaves else "missing"
-            want = axes.TABLE[path].shape(self.config) if path in axes.TABLE else "absent"
+            want = spec.shape(path) if path in spec.table else "absent"
             if have != want:
                 raise UserError(
                     f"parameter {path!r} is {have}, its config says {want}; give the config of "
@@ -158,10 +160,11 @@ def scaled(weights: Weights, config: TransformerConfig, scales: Mapping[str, flo
 
 def folded(weights: Weights, masks: Masks) -> Weights:
     """A masked model as a plain one: see `growth/fold.py`."""
+    table = axes.table(weights.config)
     return Changed(
         weights,
-        folded_config(weights.config, masks),
-        lambda x, path, index: fold_block(x, path, masks, index),
+        folded_model(weights.config, masks),
+        lambda x, path, index: fold_block(x, table[path], masks, index),
     )
 
 
@@ -173,7 +176,7 @@ class Resized:
     config: TransformerConfig
 
     def read(self, path: str, index: Index) -> np.ndarray:
-        names_of = axes.TABLE[path].axes
+        names_of = axes.table(self.config)[path].axes
         if "vocab" not in names_of:
             return self.inner.read(path, index)
         dim, have = names_of.index("vocab"), self.inner.config.vocab_size

@@ -12,6 +12,7 @@ gating for `mlp`, on a layer's branches for `layers`, as the logarithm of the ma
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -24,7 +25,8 @@ from flm_jax.config import TransformerConfig
 from flm_jax.models.attention import attention, in_slots
 from flm_jax.models.cache import KeysValues, Slots, write
 from flm_jax.params import mup
-from flm_jax.params.axes import Param, Role
+from flm_jax.params.axes import Param, axis_sizes
+from flm_jax.params.draws import initial
 from flm_jax.params.dtypes import wide
 from flm_jax.params.sharding import BATCH_AXES, constrain, head_axes
 
@@ -38,15 +40,11 @@ def create(
 
     A stacked parameter is created one layer at a time: `nn.scan` adds the `layers` axis.
     """
-    created = {}
+    sizes, created = axis_sizes(config), {}
     for name, param in table.items():
-        shape = tuple(
-            size
-            for size, role in zip(param.shape(config), param.roles, strict=True)
-            if role is not Role.STACK
-        )
-        value = module.param(name, mup.initializer(param, config), shape, wide(config.dtype))
-        created[name] = value.astype(config.dtype)
+        shape = param.shape(sizes)[param.stacked :]
+        draw = functools.partial(initial, mup.scale(param, config))
+        created[name] = module.param(name, draw, shape, wide(config.dtype)).astype(config.dtype)
     return created
 
 

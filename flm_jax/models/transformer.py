@@ -16,7 +16,7 @@ from flax import linen as nn
 from flm_jax.config import TransformerConfig
 from flm_jax.models import layers as nn_layers
 from flm_jax.models.cache import Cache, layer_name, write
-from flm_jax.params.axes import PARAMS, Param
+from flm_jax.params.axes import Param, nested_table
 from flm_jax.params.dtypes import wide
 from flm_jax.params.sharding import BATCH_AXES, constrain
 
@@ -78,8 +78,8 @@ class Transformer(nn.Module):
         cache: Cache | None,
     ) -> tuple[jax.Array, Cache | None]:
         config = self.config
-        table = {name: p for name, p in PARAMS.items() if isinstance(p, Param)}
-        w = nn_layers.create(self, table, config)
+        own = {name: p for name, p in nested_table(config).items() if isinstance(p, Param)}
+        w = nn_layers.create(self, own, config)
         masks = dict(masks or {})
         layer_mask_L = masks.pop("layers", None)
 
@@ -119,7 +119,7 @@ class Transformer(nn.Module):
             length=config.num_layers,
             unroll=config.scan_unroll,
         )
-        return scanned(config, PARAMS["layers"], name="layers")
+        return scanned(config, nested_table(config)["layers"], name="layers")
 
     def _cached_layers(
         self,
@@ -131,8 +131,9 @@ class Transformer(nn.Module):
         """All layers one after the other, each with its own parameters and its own cache."""
         ids_BS = write(cache.segment_ids_BS, segment_ids_BT, cache.length, axis=1)
         slots, layers = (ids_BS, cache.length), list(cache.layers)
+        table = nested_table(self.config)["layers"]
         for index, past in enumerate(cache.layers):
-            layer = nn_layers.Layer(self.config, PARAMS["layers"], name=layer_name(index))
+            layer = nn_layers.Layer(self.config, table, name=layer_name(index))
             x_BTD, extended = layer(x_BTD, None, segment_ids_BT, angles, {}, past, slots)
             assert extended is not None  # there is a cache
             layers[index] = extended

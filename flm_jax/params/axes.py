@@ -1,13 +1,15 @@
 """The axis table: every parameter, its axes, and what it does on each.
 
-This one table gives each parameter its shape, its initial scale and learning rate (`mup.py`), its
-place on the mesh (`sharding.py`) and its growth (`growth/`). The model creates its parameters
-from it, so a parameter cannot exist without an entry.
+A table is a value: path -> `Param`. `table(config)` is the decoder's; a model of your own brings
+its own. From a table and the sizes of its axes follow each parameter's shape, its initial scale and
+learning rate (`mup.py`), its place on the mesh (`sharding.py`), its optimizer state
+(`train/optim.py`) and its growth (`growth/`). The decoder creates its parameters from the table, so
+a parameter cannot exist without an entry.
 
 Roles. Every activation lives on an axis, and a parameter touches activations in four ways:
   OUT   it writes them: the axis is an output of the linear map (`up` writes `mlp`)
   IN    it reads them: the axis is summed over (`down` reads `mlp`)
-  GAIN  it multiplies them one by one (a norm's gain)
+  GAIN  it acts on them one by one (a norm's gain or bias)
   STACK one slice per layer; no activation on this axis
 A slot of an axis is one index of it, in every parameter that has the axis.
 """
@@ -16,14 +18,17 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from flm_jax.config import TransformerConfig
-from flm_jax.params.trees import flatten
+from flm_jax.errors import UserError
+from flm_jax.params import trees
 
 
-class Role(enum.Enum):
+class Role(enum.StrEnum):
     IN = "in"
     OUT = "out"
     GAIN = "gain"
@@ -37,14 +42,45 @@ WIDTHS = frozenset({"embed", "mlp", "kv_heads", "q_per_kv"})
 
 @dataclasses.dataclass(frozen=True)
 class Param:
-    """One parameter: its axes in order, its role on each, and the multiplier it is used with."""
+    """One parameter: its axes in order, and its role on each.
+
+    Attributes:
+      axes: names of its dimensions.
+      roles: what it does on each of them.
+      multiplier: what the decoder multiplies its output by: "", "input" or "output" (`mup.py`).
+      carries: axes whose copy weights this parameter carries in place of a reader that cannot. A
+        tied embedding is both writer and reader of `embed`, in one leaf; the last norm's gain and
+        bias, which only the tied head reads, then share out what copies contribute.
+
+    Raises:
+      UserError: axes and roles do not match.
+    """
 
     axes: tuple[str, ...]
     roles: tuple[Role, ...]
-    multiplier: str = ""  # "input" or "output": see `multiplier_of`
+    multiplier: str = ""
+    carries: tuple[str, ...] = ()
 
-    def shape(self, config: TransformerConfig) -> tuple[int, ...]:
-        sizes = axis_sizes(config)
+    def __post_init__(self) -> None:
+        if len(self.axes) != len(self.roles) or not set(self.carries) <= set(self.axes):
+            raise UserError(
+                f"Param has axes {self.axes}, roles {self.roles} and carries {self.carries}; give "
+                "one role for each axis, and carry axes that it has"
+            )
+
+    @classmethod
+    def of(cls, spec: str, multiplier: str = "", carries: tuple[str, ...] = ()) -> Param:
+        """A parameter from text.
+
+        >>> Param.of("layers:stack embed:in mlp:out").axes
+        ('layers', 'embed', 'mlp')
+        """
+        pairs = [item.split(":") for item in spec.split()]
+        return cls(
+            tuple(a for a, _ in pairs), tuple(Role(r) for _, r in pairs), multiplier, carries
+        )
+
+    def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         return tuple(sizes[axis] for axis in self.axes)
 
     def has(self, role: Role, axis: str) -> bool:
@@ -55,6 +91,11 @@ class Param:
 
     def writes(self) -> frozenset[str]:
         return frozenset(a for a, r in zip(self.axes, self.roles, strict=True) if r is Role.OUT)
+
+    @property
+    def stacked(self) -> bool:
+        """Whether its first axis stacks layers."""
+        return bool(self.roles) and self.roles[0] is Role.STACK
 
     @property
     def kind(self) -> str:
@@ -72,40 +113,122 @@ class Param:
 
     @property
     def residual_writer(self) -> bool:
-        """It ends a layer's branch: attention's output or the MLP's down projection."""
+        """Whether it ends a layer's branch: attention's output or the MLP's down projection."""
         return self.has(Role.STACK, "layers") and self.has(Role.OUT, "embed")
 
 
-def _param(spec: str, multiplier: str = "") -> Param:
-    """`_param("layers:stack embed:in mlp:out")`."""
-    pairs = [item.split(":") for item in spec.split()]
-    return Param(tuple(a for a, _ in pairs), tuple(Role(r) for _, r in pairs), multiplier)
+Table = Mapping[str, Param]  # path ("layers/mlp/up") -> parameter
 
 
-PARAMS: dict[str, Any] = {
-    "embedding": _param("vocab:in embed:out", multiplier="input"),
-    "layers": {
-        "attention": {
-            "norm": _param("layers:stack embed:gain"),
-            # Query head g of group k is [k, g]: heads append inside their group by construction.
-            "query": _param("layers:stack embed:in kv_heads:out q_per_kv:out head_dim:out"),
-            "key": _param("layers:stack embed:in kv_heads:out head_dim:out"),
-            "value": _param("layers:stack embed:in kv_heads:out head_dim:out"),
-            "out": _param("layers:stack kv_heads:in q_per_kv:in head_dim:in embed:out"),
-        },
-        "mlp": {
-            "norm": _param("layers:stack embed:gain"),
-            "gate": _param("layers:stack embed:in mlp:out"),
-            "up": _param("layers:stack embed:in mlp:out"),
-            "down": _param("layers:stack mlp:in embed:out"),
-        },
-    },
-    "final_norm": _param("embed:gain"),
-    "head": _param("embed:in vocab:out", multiplier="output"),
-}
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """The numbers of one parameter that depend on the model's size.
+
+    Attributes:
+      std: standard deviation of its initial entries.
+      start: their mean: 1 for a gain, else 0.
+      rate: what the learning rate is multiplied by.
+      decay: what the weight decay is multiplied by.
+      multiplier: what the model multiplies the parameter's output by.
+    """
+
+    std: float = 0.02
+    start: float = 0.0
+    rate: float = 1.0
+    decay: float = 1.0
+    multiplier: float = 1.0
+
+
+GAIN_SCALE = Scale(std=0.0, start=1.0, decay=0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """All that growth needs to know of a model at one size.
+
+    `mup.spec(config)` is the decoder's. For a model of your own, give its table once and its sizes
+    before and after: `plan(ModelSpec(table, small_sizes), ModelSpec(table, big_sizes), "tile")`.
+
+    Attributes:
+      table: its parameters.
+      sizes: axis -> size.
+      scales: path -> numbers at this size; parameters that are left out have `Scale()`, or start at
+        1 if they have a GAIN role.
+      norm_eps: eps of the RMSNorms over `embed`. None: the model has other norms (LayerNorm), whose
+        output would change if coordinates were added that are zero.
+
+    Raises:
+      UserError: an axis without a size, or a scale of an unknown parameter.
+    """
+
+    table: Table
+    sizes: Mapping[str, int]
+    scales: Mapping[str, Scale] = dataclasses.field(default_factory=dict)
+    norm_eps: float | None = None
+
+    def __post_init__(self) -> None:
+        for path, param in self.table.items():
+            for axis in param.axes:
+                if axis not in self.sizes:
+                    raise UserError(
+                        f"ModelSpec.sizes has no axis {axis!r}, which parameter {path!r} has; add "
+                        "its size"
+                    )
+        for path in self.scales:
+            if path not in self.table:
+                raise UserError(
+                    f"ModelSpec.scales has parameter {path!r}, which its table does not have; "
+                    f"the table has {', '.join(self.table)}"
+                )
+
+    def __hash__(self) -> int:
+        groups = (self.table, self.sizes, self.scales)
+        return hash(
+            (*(tuple(sorted(g.items(), key=lambda x: x[0])) for g in groups), self.norm_eps)
+        )
+
+    def scale(self, path: str) -> Scale:
+        found = self.scales.get(path)
+        if found is not None:
+            return found
+        return GAIN_SCALE if Role.GAIN in self.table[path].roles else Scale()
+
+    def shape(self, path: str) -> tuple[int, ...]:
+        return self.table[path].shape(self.sizes)
+
+
+@functools.lru_cache
+def table(config: TransformerConfig) -> dict[str, Param]:
+    """The decoder's axis table: path -> parameter, sorted by path. Do not change it."""
+    del config  # every decoder has the same parameters
+    layer = "layers:stack "
+    # Query head g of group k is [k, g]: heads append inside their group by construction.
+    query = "kv_heads:{0} q_per_kv:{0} head_dim:{0}"
+    key = layer + "embed:in kv_heads:out head_dim:out"
+    found = {
+        "embedding": Param.of("vocab:in embed:out", multiplier="input"),
+        "layers/attention/norm": Param.of(layer + "embed:gain"),
+        "layers/attention/query": Param.of(layer + "embed:in " + query.format("out")),
+        "layers/attention/key": Param.of(key),
+        "layers/attention/value": Param.of(key),
+        "layers/attention/out": Param.of(layer + query.format("in") + " embed:out"),
+        "layers/mlp/norm": Param.of(layer + "embed:gain"),
+        "layers/mlp/gate": Param.of(layer + "embed:in mlp:out"),
+        "layers/mlp/up": Param.of(layer + "embed:in mlp:out"),
+        "layers/mlp/down": Param.of(layer + "mlp:in embed:out"),
+        "final_norm": Param.of("embed:gain"),
+        "head": Param.of("embed:in vocab:out", multiplier="output"),
+    }
+    return dict(trees.flatten(trees.unflatten(found)))
+
+
+def nested_table(config: TransformerConfig) -> dict[str, Any]:
+    """The decoder's table as nested dicts, shaped like its parameters."""
+    return trees.unflatten(table(config))
 
 
 def axis_sizes(config: TransformerConfig) -> dict[str, int]:
+    """Axis -> size of the decoder."""
     return {
         "vocab": config.vocab_size,
         "embed": config.d_model,
@@ -117,14 +240,7 @@ def axis_sizes(config: TransformerConfig) -> dict[str, int]:
     }
 
 
-def multiplier_of(param: Param, config: TransformerConfig) -> float:
-    """The scalar that the model multiplies this parameter's output by."""
-    return {"": 1.0, "input": config.input_mult, "output": config.logit_mult}[param.multiplier]
-
-
-TABLE: dict[str, Param] = dict(flatten(PARAMS))
-
-
 def param_sizes(config: TransformerConfig) -> dict[str, int]:
-    """Number of entries of each parameter."""
-    return {path: math.prod(param.shape(config)) for path, param in TABLE.items()}
+    """Number of entries of each of the decoder's parameters."""
+    sizes = axis_sizes(config)
+    return {path: math.prod(param.shape(sizes)) for path, param in table(config).items()}

@@ -20,7 +20,7 @@ def params_by_component(config: TransformerConfig) -> dict[str, int]:
     """embedding, attention, mlp, norms and head."""
     counted = dict.fromkeys(("embedding", "attention", "mlp", "norms", "head"), 0)
     for path, size in axes.param_sizes(config).items():
-        is_gain = Role.GAIN in axes.TABLE[path].roles
+        is_gain = Role.GAIN in axes.table(config)[path].roles
         component = "norms" if is_gain else path.removeprefix("layers/").split("/")[0]
         counted[component] += size
     return counted

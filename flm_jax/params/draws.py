@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from flm_jax.params import threefry
-from flm_jax.params.trees import Window, along, slots_in
+from flm_jax.params.axes import Scale
+from flm_jax.params.trees import Window, along, slots_in, window_shape
 
 # Standard deviation of the sum of four uniform integers from 0 to 2^16 - 1.
 _UNIT = math.sqrt(4 * (2**32 - 1) / 12)
@@ -52,3 +53,25 @@ def unit_normal(
     ]
     sums = (halves[0] + halves[1]).astype(np.int32) - 2 * 0xFFFF
     return sums.astype(dtype) * jnp.asarray(std / _UNIT, dtype)
+
+
+def initial(
+    scale: Scale,
+    key: jax.Array,
+    shape: tuple[int, ...],
+    dtype: Any,
+    window: Window | None = None,
+) -> jax.Array:
+    """Initial entries of a parameter, or of a window of it: `scale.start` plus normal draws.
+
+    Args:
+      scale: their mean and standard deviation.
+      key: of the parameter.
+      shape: of the whole parameter.
+      dtype: of the entries.
+      window: the part to draw; None: all.
+    """
+    if not scale.std:
+        return jnp.full(window_shape(shape, window), scale.start, dtype)
+    drawn = unit_normal(key, shape, dtype, scale.std, window)
+    return drawn + jnp.asarray(scale.start, dtype) if scale.start else drawn

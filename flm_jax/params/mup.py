@@ -16,17 +16,13 @@ Attention needs no factor: the head size is fixed.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from flm_jax.config import OptimizerConfig, StageConfig, TransformerConfig
-from flm_jax.params.axes import TABLE, Param, Role, multiplier_of
-from flm_jax.params.draws import unit_normal
-from flm_jax.params.trees import Window, window_shape
+from flm_jax.params import axes
+from flm_jax.params.axes import ModelSpec, Param, Role, Scale
 
 
 def init_std(param: Param, config: TransformerConfig) -> float:
@@ -58,40 +54,51 @@ def decay_mult(param: Param, config: TransformerConfig) -> float:
     return 0.0 if Role.GAIN in param.roles else _matrix_mult(param, config)
 
 
-def table(stage: StageConfig, settings: OptimizerConfig) -> dict[str, dict[str, Any]]:
-    """Of each parameter: kind, and std, learning rate, decay and multiplier, at the base width
-    and at the stage's own."""
+def multiplier(param: Param, config: TransformerConfig) -> float:
+    """What the model multiplies the parameter's output by."""
+    return {"": 1.0, "input": config.input_mult, "output": config.logit_mult}[param.multiplier]
+
+
+def scale(param: Param, config: TransformerConfig) -> Scale:
+    """All of these numbers for one of the decoder's parameters."""
+    return Scale(
+        std=init_std(param, config),
+        start=1.0 if Role.GAIN in param.roles else 0.0,
+        rate=learning_rate_mult(param, config),
+        decay=decay_mult(param, config),
+        multiplier=multiplier(param, config),
+    )
+
+
+@functools.lru_cache
+def spec(config: TransformerConfig) -> ModelSpec:
+    """The decoder as growth, the optimizer and sharding see it: table, sizes and scales."""
+    table = axes.table(config)
+    return ModelSpec(
+        table=table,
+        sizes=axes.axis_sizes(config),
+        scales={path: scale(param, config) for path, param in table.items()},
+        norm_eps=config.rms_norm_eps,
+    )
+
+
+def summary(stage: StageConfig, settings: OptimizerConfig) -> dict[str, dict[str, Any]]:
+    """For each parameter: its kind, and its std, learning rate, decay and multiplier, at the base
+    width and at the stage's own."""
     target = stage.model
     base = dataclasses.replace(target, d_model=target.mup_base_width or target.d_model)
 
     def at(param: Param, config: TransformerConfig) -> dict[str, float]:
         rate = stage.matrix_learning_rate if param.matrix_like else stage.learning_rate
+        numbers = scale(param, config)
         return {
-            "init_std": init_std(param, config),
-            "learning_rate": rate * learning_rate_mult(param, config),
-            "weight_decay": settings.weight_decay * decay_mult(param, config),
-            "multiplier": multiplier_of(param, config),
+            "init_std": numbers.std,
+            "learning_rate": rate * numbers.rate,
+            "weight_decay": settings.weight_decay * numbers.decay,
+            "multiplier": numbers.multiplier,
         }
 
     return {
         path: {"kind": param.kind, "base": at(param, base), "target": at(param, target)}
-        for path, param in TABLE.items()
+        for path, param in axes.table(target).items()
     }
-
-
-Initializer = Callable[..., jax.Array]
-
-
-def initializer(param: Param, config: TransformerConfig) -> Initializer:
-    """Draws fresh entries, (key, shape, dtype, window=None): ones for a gain, else `unit_normal`
-    times `init_std`."""
-    std = init_std(param, config)
-
-    def draw(
-        key: jax.Array, shape: tuple[int, ...], dtype: Any, window: Window | None = None
-    ) -> jax.Array:
-        if Role.GAIN not in param.roles:
-            return unit_normal(key, shape, dtype, std, window)
-        return jnp.ones(window_shape(shape, window), dtype)
-
-    return draw

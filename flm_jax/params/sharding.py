@@ -70,7 +70,7 @@ def check_divisible(config: TransformerConfig, mesh: Mesh, rules: RulesConfig = 
     share a mesh axis.
     """
     sizes = axes.axis_sizes(config)
-    for path, param in axes.TABLE.items():
+    for path, param in axes.table(config).items():
         taken: dict[str, str] = {}
         for axis, over in zip(param.axes, param_spec(param, rules), strict=True):
             if over is None:
@@ -89,16 +89,24 @@ def check_divisible(config: TransformerConfig, mesh: Mesh, rules: RulesConfig = 
                 )
 
 
-def shardings(tree: Any, mesh: Mesh, rules: RulesConfig = RULES) -> Any:
+def shardings(tree: Any, table: axes.Table, mesh: Mesh, rules: RulesConfig = RULES) -> Any:
     """A NamedSharding for every leaf: by the table where it is shaped like a parameter.
 
-    Parameters, their gradients and their moments are nested dicts as in `axes.PARAMS`, so the
-    dictionary keys on the way to a leaf are its name in the table; other leaves are replicated.
+    Parameters, their gradients and their moments are nested dicts, so the dictionary keys on the
+    way to a leaf are its path in the table. Other leaves are replicated.
+
+    Args:
+      tree: arrays or `ShapeDtypeStruct`s.
+      table: of the model.
+      mesh: where the tree lies.
+      rules: parameter axis -> mesh axis.
+
+    Returns: a tree of the same structure.
     """
 
     def place(path: tuple[Any, ...], _: Any) -> NamedSharding:
         name = "/".join(k.key for k in path if isinstance(k, jax.tree_util.DictKey))
-        param = axes.TABLE.get(name)
+        param = table.get(name)
         return NamedSharding(mesh, param_spec(param, rules) if param else PartitionSpec())
 
     return jax.tree_util.tree_map_with_path(place, tree)

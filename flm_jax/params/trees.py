@@ -31,7 +31,7 @@ def slots_in(vector: Any, cut: tuple[Any, int] | None) -> Any:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of a nested dict shaped like `PARAMS`, as ("layers/mlp/up", leaf), sorted."""
+    """The leaves of nested dicts, as ("layers/mlp/up", leaf), sorted."""
     for name, value in sorted(tree.items()):
         path = f"{prefix}{name}"
         if isinstance(value, Mapping):

@@ -23,6 +23,7 @@ from flm_jax import config as config_lib
 from flm_jax import data, growth, interop
 from flm_jax.runtime import host, processes
 from flm_jax.train import optim
+from flm_jax.params import axes
 from flm_jax.params import sharding
 from flm_jax.store.checkpoint import Checkpoints
 from flm_jax.config import ExperimentConfig
@@ -157,7 +158,9 @@ class _ChainJob:
         tx, _ = self.optimizer()
         key = jax.random.fold_in(jax.random.key(self.config.seed), 0)
         init = functools.partial(init_state, self.stage.model, tx)
-        placed = sharding.shardings(jax.eval_shape(init, key), *self.layout)
+        placed = sharding.shardings(
+            jax.eval_shape(init, key), axes.table(self.stage.model), *self.layout
+        )
         state = jax.jit(init, out_shardings=placed)(key)
         if self.stage.source:
             params = interop.place(interop.source_of(self.stage).weights, placed.params)

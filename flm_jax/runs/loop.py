@@ -29,6 +29,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from flm_jax.train import schedules
 from flm_jax import mapping
 from flm_jax import config as config_lib
+from flm_jax.params import axes
 from flm_jax.params import counts, sharding
 from flm_jax import growth
 from flm_jax.growth import ligo, measure
@@ -134,7 +135,7 @@ def restore(job: Job, checkpoints: Checkpoints, step: int | None = None) -> Posi
     assert step is not None
     tx, _ = job.optimizer()
     state = jax.eval_shape(lambda: init_state(job.stage.model, tx, jax.random.key(0)))
-    placed = sharding.shardings(state, *job.layout)
+    placed = sharding.shardings(state, axes.table(job.stage.model), *job.layout)
     like = jax.tree.map(
         lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), state, placed
     )

@@ -25,7 +25,7 @@ from flm_jax.data.tokenizer import Tokenizer, open_tokenizer
 from flm_jax.errors import UserError
 from flm_jax.inference.evaluation import score
 from flm_jax.interop.opening import OpenedModel, open_model
-from flm_jax.params import sharding
+from flm_jax.params import axes, sharding
 from flm_jax.params.sharding import Layout
 from flm_jax.runs import chain, loop
 from flm_jax.runs.loop import Position
@@ -210,7 +210,7 @@ class _ChatJob:
         tx, _ = self.optimizer()
         params = self.base.model.params
         state = TrainState(jnp.int32(self.start), params, tx.init(params))
-        placed = sharding.shardings(state, *self.layout)
+        placed = sharding.shardings(state, axes.table(self.stage.model), *self.layout)
         # A copy: the runner consumes it.
         state = jax.device_put(state, placed, may_alias=False)
         return Position(state, self.batches(1).get_state(), 0.0)

@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from flm_jax.errors import UserError
-from flm_jax.params import axes, trees
+from flm_jax.params import trees
 
 Tree = TypeVar("Tree")
 
@@ -118,10 +118,10 @@ def _context() -> ocp.Context:
 def _chunks(path: Any, leaf: Any) -> ocp.options.ArrayOptions.Saving.StorageOptions | None:
     if leaf.nbytes <= CHUNK_BYTES:
         return None
-    param = axes.TABLE.get("/".join(k.key for k in path if isinstance(k, jax.tree_util.DictKey)))
-    stacked = param is not None and param.roles[0] is axes.Role.STACK
+    del path
+    # Along the first axis where possible: a layer, or some rows, can then be read alone.
     return ocp.options.ArrayOptions.Saving.StorageOptions(
-        chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if stacked else ()
+        chunk_byte_size=CHUNK_BYTES, shard_axes=(0,)
     )
 
 

@@ -63,8 +63,9 @@ def random_source(model: TransformerConfig = RANDOM_MODEL, seed: int = 0) -> Sou
     settings = OptimizerConfig()
     tx = optim.optimizer(stage, settings, schedules.steady)
     state = init_state(model, tx, jax.random.key(seed))
+    table = axes.table(model)
     params = {
-        path: x if axes.TABLE[path].matrix_like or "norm" not in path
+        path: x if axes.Role.GAIN not in table[path].roles
         else jnp.asarray(rng.uniform(0.5, 1.5, x.shape), x.dtype)
         for path, x in trees.flatten(state.params)
     }  # fmt: skip
@@ -194,7 +195,8 @@ _gradients = jax.jit(gradients, static_argnums=2)
 
 def _exactness(plan: Plan, params: Any, grown: Any, batch: Batch, dtype: str) -> dict[str, float]:
     """Receipt fields of the function, computed in `dtype`; in float64 with the gradients'."""
-    small, big = (dataclasses.replace(c, dtype=dtype) for c in (plan.source, plan.target))
+    assert isinstance(plan.source, TransformerConfig)
+    small, big = (dataclasses.replace(c, dtype=dtype) for c in (plan.source, plan.config))
     plan = dataclasses.replace(plan, source=small, target=big)
     found = measure.function_change(measure.source(params, batch, small), grown, batch, plan)
     if dtype == "float64":

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flm_jax import growth
-from flm_jax.config import GrowthConfig, StageConfig
+from flm_jax.config import GrowthConfig, StageConfig, TransformerConfig
 from flm_jax.growth import Plan
 from flm_jax.growth.expansion import any_slot
 from flm_jax.params import axes, trees
@@ -32,11 +32,11 @@ LAST = 0.25  # share of the steps after the ramp that the final ratio is a mean 
 Sizes = dict[str, list[float]]  # "matrix old" -> [step]
 
 
-def _sizes(updates: Any, plan: Plan | None) -> dict[str, jax.Array]:
+def _sizes(updates: Any, model: TransformerConfig, plan: Plan | None) -> dict[str, jax.Array]:
     """Root mean square of the updates of each kind, in old entries and in added ones."""
     total: dict[str, Any] = {}
     for path, u in trees.flatten(updates):
-        param = axes.TABLE[path]
+        param = axes.table(model)[path]
         by_axis = plan.by_axis if plan else {}
         added = any_slot(param, by_axis, lambda e, role: e.added)
         where = jnp.zeros(u.shape, bool) if added is None else jnp.broadcast_to(added, u.shape)
@@ -56,7 +56,7 @@ def run(study: Study, config: MupStudyConfig, note: Callable[[str], None]) -> di
     # The schedule's length is the stage's: the same for all, whenever they grow.
     proxy = dataclasses.replace(proxy, steps=before + steps)
     wide = widened(proxy.model, config.growth_factor)
-    measured = jax.jit(_sizes, static_argnums=1)
+    measured = jax.jit(_sizes, static_argnums=(1, 2))
 
     def trained(stage: StageConfig, state: Any, batches: Any, count: int, **how: Any) -> Any:
         step, sizes = study.step(stage, **how), []
@@ -64,7 +64,7 @@ def run(study: Study, config: MupStudyConfig, note: Callable[[str], None]) -> di
         for n in range(count):
             mask = np.float32((n + 1) / ramp) if masked and n + 1 < ramp else None
             state, _, updates = step(state, next(batches), np.float32(1), mask)
-            sizes.append(measured(updates, how.get("plan")))
+            sizes.append(measured(updates, stage.model, how.get("plan")))
         return state, jax.device_get(sizes)
 
     note(f"reference: width {wide.d_model} from the start")

@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flm_jax.config import OptimizerConfig, StageConfig, TransformerConfig
+from flm_jax.config import OptimizerConfig, StageConfig
 from flm_jax.params import axes, mup, trees
+from flm_jax.params.axes import ModelSpec, Param, Role
 from flm_jax.params.dtypes import wide
 from flm_jax.params.trees import along
 from flm_jax.train.schedules import Schedule
@@ -55,36 +56,42 @@ class SinceGrowth(NamedTuple):
     fade_steps: int = 0
 
 
-def _map(function: Callable[..., Any], *given: Any) -> Any:
+def _map(table: axes.Table, function: Callable[..., Any], *given: Any) -> Any:
     """Maps (path, param, leaf, ...) -> leaf over trees shaped like the axis table."""
     flat = [dict(trees.flatten(tree)) for tree in given]
     return trees.unflatten(
-        {path: function(path, p, *(f[path] for f in flat)) for path, p in axes.TABLE.items()}
+        {path: function(path, p, *(f[path] for f in flat)) for path, p in table.items()}
     )
 
 
 def _combined(
-    param: axes.Param,
+    param: Param,
     vectors: dict[str, jax.Array],
     with_: Callable[[jax.Array, jax.Array], jax.Array],
-    roles: frozenset[axes.Role] = frozenset(axes.Role),
+    which: Callable[[Param, str, Role], bool] = lambda param, axis, role: True,
 ) -> jax.Array:
-    """Per-axis vectors of the parameter's axes in these roles, combined by broadcasting."""
+    """Per-axis vectors of those of the parameter's axes, combined by broadcasting."""
     parts = [
         along(vectors[axis], dim, len(param.axes))
         for dim, (axis, role) in enumerate(zip(param.axes, param.roles, strict=True))
-        if role in roles
+        if which(param, axis, role)
     ]
     one = jnp.ones((1,) * len(param.axes), jax.tree.leaves(vectors)[0].dtype)
     return functools.reduce(with_, parts) if parts else one
 
 
-_READ = frozenset({axes.Role.IN})
-_WRITTEN = frozenset({axes.Role.OUT, axes.Role.GAIN})
+def _shares_out(param: Param, axis: str, role: Role) -> bool:
+    """Whether the parameter shares a slot's contribution among its copies."""
+    return role is Role.IN or axis in param.carries
+
+
+def _is_copied(param: Param, axis: str, role: Role) -> bool:
+    """Whether a slot's copies in the parameter are equal, so that its gradient is shared out."""
+    return role in (Role.OUT, Role.GAIN) and axis not in param.carries
 
 
 def scale_by_slot_adam(
-    sizes: dict[str, int], b1: float, b2: float, eps: float, growth: SinceGrowth | None = None
+    spec: ModelSpec, b1: float, b2: float, eps: float, growth: SinceGrowth | None = None
 ) -> optax.GradientTransformation:
     """Adam (arXiv 1412.6980, algorithm 1) whose step count t is that of each slot.
 
@@ -93,10 +100,12 @@ def scale_by_slot_adam(
     keeps its pace.
 
     Args:
-      sizes: axis -> size.
+      spec: of the model: its table, and the sizes of its axes.
       b1, b2, eps: Adam's.
       growth: of the stage; None: multipliers stay as they are.
     """
+
+    table, sizes = spec.table, spec.sizes
 
     def init(params: Any) -> SlotAdamState:
         dtype = jax.tree.leaves(params)[0].dtype
@@ -107,8 +116,8 @@ def scale_by_slot_adam(
             born={axis: jnp.zeros(size, jnp.int32) for axis, size in sizes.items()},
             share={axis: jnp.ones(size, dtype) for axis, size in sizes.items()},
             sourced={axis: jnp.ones(size, dtype) for axis, size in sizes.items()},
-            step_scale=jnp.ones(len(axes.TABLE), dtype),
-            eps_scale=jnp.ones(len(axes.TABLE), dtype),
+            step_scale=jnp.ones(len(table), dtype),
+            eps_scale=jnp.ones(len(table), dtype),
         )
 
     def update(grads: Any, state: SlotAdamState, params: Any = None) -> tuple[Any, SlotAdamState]:
@@ -132,45 +141,51 @@ def scale_by_slot_adam(
         }
         mu = jax.tree.map(lambda g, m: b1 * m + (1 - b1) * g, grads, state.mu)
         nu = jax.tree.map(lambda g, v: b2 * v + (1 - b2) * jnp.square(g), grads, state.nu)
-        row = {path: n for n, path in enumerate(axes.TABLE)}
+        row = {path: n for n, path in enumerate(table)}
 
-        def direction(path: str, param: axes.Param, m: jax.Array, v: jax.Array) -> jax.Array:
+        def direction(path: str, param: Param, m: jax.Array, v: jax.Array) -> jax.Array:
             # The youngest slot has the largest beta^age.
             m_hat = m / (1 - _combined(param, decay1, jnp.maximum).astype(m.dtype))
             v_hat = v / (1 - _combined(param, decay2, jnp.maximum).astype(v.dtype))
             sourced = _combined(param, state.sourced, jnp.multiply)
             scale = 1 + sourced * (step_scale[row[path]] - 1)
-            scale = scale * _combined(param, share, jnp.multiply, _READ)
+            scale = scale * _combined(param, share, jnp.multiply, _shares_out)
             eps_here = 1 + sourced * (eps_scale[row[path]] - 1)
-            eps_here = eps * eps_here * _combined(param, share, jnp.multiply, _WRITTEN)
+            eps_here = eps * eps_here * _combined(param, share, jnp.multiply, _is_copied)
             if growth and boosted:
                 risen = _combined(param, boosted, jnp.maximum)
                 scale = scale * (1 + (growth.added_rate - 1) * risen)
             return scale.astype(m.dtype) * m_hat / (jnp.sqrt(v_hat) + eps_here)
 
-        return _map(direction, mu, nu), state._replace(steps=steps, mu=mu, nu=nu)
+        return _map(table, direction, mu, nu), state._replace(steps=steps, mu=mu, nu=nu)
 
     return optax.GradientTransformation(init, update)
 
 
-def add_mup_decay(weight_decay: float, model: TransformerConfig) -> optax.GradientTransformation:
-    """Adds weight_decay * decay_mult * parameter to the update (arXiv 1711.05101)."""
+def add_mup_decay(weight_decay: float, spec: ModelSpec) -> optax.GradientTransformation:
+    """Adds weight_decay * `Scale.decay` * parameter to the update (arXiv 1711.05101)."""
 
     def update(updates: Any, state: optax.EmptyState, params: Any) -> tuple[Any, optax.EmptyState]:
-        def decayed(_: str, param: axes.Param, u: jax.Array, p: jax.Array) -> jax.Array:
-            return u + weight_decay * mup.decay_mult(param, model) * p
+        def decayed(path: str, param: Param, u: jax.Array, p: jax.Array) -> jax.Array:
+            del param
+            return u + weight_decay * spec.scale(path).decay * p
 
-        return _map(decayed, updates, params), state
+        return _map(spec.table, decayed, updates, params), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def scale_by_mup_learning_rate(stage: StageConfig, shape: Schedule) -> optax.GradientTransformation:
-    """Multiplies by minus the learning rate: the stage's peak, µP's multiplier, the schedule."""
+def scale_by_mup_learning_rate(
+    spec: ModelSpec, learning_rate: float, matrix_learning_rate: float, shape: Schedule
+) -> optax.GradientTransformation:
+    """Multiplies by minus the learning rate: the peak, µP's multiplier, the schedule.
 
-    def peak(param: axes.Param) -> float:
-        base = stage.matrix_learning_rate if param.matrix_like else stage.learning_rate
-        return base * mup.learning_rate_mult(param, stage.model)
+    Args:
+      spec: of the model.
+      learning_rate: peak, of vector-like parameters and readouts.
+      matrix_learning_rate: peak, of matrix-like parameters at the µP base width.
+      shape: learning-rate factor by global step.
+    """
 
     def init(params: Any) -> optax.ScaleByScheduleState:
         del params
@@ -181,8 +196,13 @@ def scale_by_mup_learning_rate(stage: StageConfig, shape: Schedule) -> optax.Gra
     ) -> tuple[Any, optax.ScaleByScheduleState]:
         del params
         now = shape(state.count)
-        scaled = _map(lambda _, param, u: u * (-peak(param) * now).astype(u.dtype), updates)
-        return scaled, optax.ScaleByScheduleState(count=state.count + 1)
+
+        def scaled(path: str, param: Param, u: jax.Array) -> jax.Array:
+            peak = matrix_learning_rate if param.matrix_like else learning_rate
+            return u * (-(peak * spec.scale(path).rate) * now).astype(u.dtype)
+
+        updates = _map(spec.table, scaled, updates)
+        return updates, optax.ScaleByScheduleState(count=state.count + 1)
 
     return optax.GradientTransformation(init, update)
 
@@ -198,14 +218,14 @@ def optimizer(
       shape: learning-rate factor by global step.
       grown_at: global step of the stage's growth; None: it did not grow.
     """
-    g, sizes = stage.growth, axes.axis_sizes(stage.model)
+    g, spec = stage.growth, mup.spec(stage.model)
     growth = None
     if grown_at is not None:
         fade = g.ramp_steps if g.rates == "ramp" else 0
         growth = SinceGrowth(grown_at, g.added_rate, g.added_rate_steps, fade)
     return optax.chain(
         optax.clip_by_global_norm(settings.clip_norm),
-        scale_by_slot_adam(sizes, settings.b1, settings.b2, settings.eps, growth),
-        add_mup_decay(settings.weight_decay, stage.model),
-        scale_by_mup_learning_rate(stage, shape),
+        scale_by_slot_adam(spec, settings.b1, settings.b2, settings.eps, growth),
+        add_mup_decay(settings.weight_decay, spec),
+        scale_by_mup_learning_rate(spec, stage.learning_rate, stage.matrix_learning_rate, shape),
     )

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from flm_jax.config import RulesConfig, StageConfig, TransformerConfig
 from flm_jax.models import Transformer
-from flm_jax.params import sharding
+from flm_jax.params import axes, sharding
 from flm_jax.params.sharding import Layout
 
 
@@ -37,7 +37,7 @@ class TrainState:
     """Random keys are not kept: a step derives its own from the seed and `step`."""
 
     step: jax.Array  # int32: optimizer steps done over the whole chain
-    params: Any  # nested dicts as in `axes.PARAMS`
+    params: Any  # nested dicts, as the axis table names them
     opt_state: Any  # optax
 
 
@@ -71,7 +71,7 @@ def abstract_state(
     state: TrainState = jax.eval_shape(lambda: init_state(config, tx, jax.random.key(0)))
     if layout is None:
         return state
-    placed = sharding.shardings(state, *layout)
+    placed = sharding.shardings(state, axes.table(config), *layout)
     return jax.tree.map(
         lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), state, placed
     )
