@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flm_jax.errors import UserError
-from flm_jax.mapping import from_mapping
+from flm_jax.mapping import Checked, from_mapping
 
 COMPUTE_DTYPES = ("float32", "bfloat16", "float64")
 ATTENTIONS = ("auto", "plain", "splash", "cudnn")
@@ -42,7 +42,7 @@ def require_choice(config: Any, name: str, choices: tuple[str, ...]) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class TransformerConfig:
+class TransformerConfig(Checked):
     """Tele-FLM's decoder: Llama's block plus two µP multipliers (arXiv 2404.16645, section 3.1).
 
     Raises UserError if the sizes do not fit each other.
@@ -73,6 +73,7 @@ class TransformerConfig:
     scan_unroll: int = 1  # layers per step of the scan over layers
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_positive(
             self, "vocab_size", "d_model", "num_heads", "head_dim", "d_ff", "rope_theta",
             "rms_norm_eps", "input_mult", "output_mult", "matrix_init_std", "vector_init_std",
@@ -122,7 +123,7 @@ class TransformerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Checked):
     """A seqio task, a vocabulary and the shape of its sequences."""
 
     task: str = "python_stdlib"  # a registered seqio task; text_files and jsonl_files read `path`
@@ -137,6 +138,7 @@ class DataConfig:
     window_length: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_positive(self, "sequence_length", "shuffle_tokens")
         require(
             self.window % self.sequence_length == 0,
@@ -150,7 +152,7 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Checked):
     """AdamW with µP groups. Betas as in FLM-101B (arXiv 2309.03852); Tele-FLM states none."""
 
     b1: float = 0.9
@@ -160,6 +162,7 @@ class OptimizerConfig:
     clip_norm: float = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("b1", "b2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"OptimizerConfig.{name} is {value}; it must be in [0, 1)")
@@ -167,7 +170,7 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ScheduleConfig:
+class ScheduleConfig(Checked):
     """The learning rate's shape over the chain's steps; a stage's peaks multiply it.
 
     `cosine` falls from 1 to `final_ratio` over `total_steps`; `wsd` (warm-up, stable, decay) stays
@@ -181,6 +184,7 @@ class ScheduleConfig:
     final_ratio: float = 0.1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_choice(self, "kind", SCHEDULES)
         require(
             0 <= self.final_ratio <= 1,
@@ -189,7 +193,7 @@ class ScheduleConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class GrowthConfig:
+class GrowthConfig(Checked):
     """How a stage grows out of the one before it. Ignored in the first stage."""
 
     recipe: str = "msg"  # operators by name, as "tile,identity": docs/growth.md
@@ -206,6 +210,7 @@ class GrowthConfig:
     fit_learning_rate: float = 1e-3
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_positive(
             self, "ramp_steps", "calibration_sequences", "added_rate", "added_rate_steps",
             "fit_steps", "fit_learning_rate",
@@ -223,7 +228,7 @@ class GrowthConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class RulesConfig:
+class RulesConfig(Checked):
     """Parameter axis -> the mesh axis that it is split over; "": not split.
 
     With few key/value heads, `kv_heads=""` and `q_per_kv="tensor"` split the queries of each.
@@ -236,12 +241,13 @@ class RulesConfig:
     vocab: str = "tensor"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for field in dataclasses.fields(self):
             require_choice(self, field.name, ("", *MESH_AXES))
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshConfig:
+class MeshConfig(Checked):
     """Devices along each mesh axis; data = 0 takes what the other axes leave."""
 
     data: int = 0
@@ -251,7 +257,7 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class StageConfig:
+class StageConfig(Checked):
     """One size of the chain and how long it trains."""
 
     name: str
@@ -269,6 +275,7 @@ class StageConfig:
     source: str = ""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_positive(self, "batch_size", "accumulate", "learning_rate", "matrix_learning_rate")
         require(
             self.steps >= 0,
@@ -286,7 +293,7 @@ class StageConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(Checked):
     """Validation: always the same first sequences of the validation split."""
 
     sequences: int = 96
@@ -295,13 +302,13 @@ class EvalConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class CheckpointConfig:
+class CheckpointConfig(Checked):
     every_steps: int = 200
     keep: int = 2  # latest checkpoints kept in a stage; a stage's last one is always kept
 
 
 @dataclasses.dataclass(frozen=True)
-class LayoutConfig:
+class LayoutConfig(Checked):
     """A topology, a mesh and a batch that a stage fits: `experiments.compile_ahead` proves it."""
 
     stage: str
@@ -313,7 +320,7 @@ class LayoutConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ExperimentConfig:
+class ExperimentConfig(Checked):
     """A chain of stages, each grown out of the one before."""
 
     stages: tuple[StageConfig, ...]
@@ -328,6 +335,7 @@ class ExperimentConfig:
     quick_compile: bool = False  # on a CPU: less optimised programs, for runs of seconds
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(len(self.stages) > 0, "ExperimentConfig.stages is empty; give at least one stage")
         names = [stage.name for stage in self.stages]
         require(

@@ -7,6 +7,7 @@ import difflib
 import enum
 import hashlib
 import json
+import numbers
 import types
 import typing
 from collections.abc import Mapping
@@ -15,6 +16,20 @@ from typing import Any, TypeVar
 from flm_jax.errors import UserError
 
 T = TypeVar("T")
+
+
+class Checked:
+    """Base of config dataclasses: every field has its declared type.
+
+    Raises UserError, naming class, field, value and both types, if one does not.
+    """
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            path = f"{type(self).__name__}.{field.name}"
+            value = _convert(hints[field.name], getattr(self, field.name), path)
+            object.__setattr__(self, field.name, value)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -73,6 +88,8 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], path: str = "config") 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        if isinstance(value, hint):
+            return value
         if not isinstance(value, Mapping):
             raise UserError(f"{path} is {value!r}; it must be a group of {hint.__name__}'s fields")
         return from_mapping(hint, value, path)
@@ -80,24 +97,34 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if origin is types.UnionType:
         return _convert_union(items, value, path)
     if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise UserError(f"{path} is {value!r}; it must be a list or tuple")
         return tuple(_convert(items[0], v, f"{path}[{i}]") for i, v in enumerate(value))
     if origin is Mapping:
         if not isinstance(value, Mapping):
             raise UserError(f"{path} is {value!r}; it must be a group of named values")
         return {k: _convert(items[1], v, f"{path}.{k}") for k, v in value.items()}
-    if isinstance(hint, type) and issubclass(hint, enum.Enum):
-        try:
-            return hint(value)
-        except ValueError:
-            known = ", ".join(repr(member.value) for member in hint)
-            raise UserError(f"{path} is {value!r}; choose one of {known}") from None
-    if hint is float and type(value) is int:
-        return float(value)
-    if type(value) is not hint:
-        raise UserError(
-            f"{path} is {value!r} of type {type(value).__name__}; it must be {hint.__name__}"
-        )
-    return value
+    if issubclass(hint, enum.Enum):
+        return _convert_enum(hint, value, path)
+    return _convert_scalar(hint, value, path)
+
+
+def _convert_enum(hint: type[enum.Enum], value: Any, path: str) -> enum.Enum:
+    try:
+        return hint(value)
+    except ValueError:
+        known = ", ".join(repr(member.value) for member in hint)
+        raise UserError(f"{path} is {value!r}; choose one of {known}") from None
+
+
+def _convert_scalar(hint: type, value: Any, path: str) -> Any:
+    """A bool, int, float or str; numpy's numbers become Python's, and an int may be a float."""
+    accepted = {int: numbers.Integral, float: numbers.Real}.get(hint, hint)
+    if isinstance(value, accepted) and (hint is bool or not isinstance(value, bool)):
+        return hint(value)
+    raise UserError(
+        f"{path} is {value!r} of type {type(value).__name__}; it must be {hint.__name__}"
+    )
 
 
 def _convert_union(hints: tuple[Any, ...], value: Any, path: str) -> Any:
