@@ -6,7 +6,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from flm_jax import growth
 from flm_jax.config import MeshConfig, OptimizerConfig, StageConfig, TransformerConfig
@@ -135,18 +134,15 @@ def trained(model, state, batches):
     stage = StageConfig("a", model, 1, 1, learning_rate=0.01, matrix_learning_rate=0.02)
     settings = OptimizerConfig(clip_norm=1e9, eps=1e-3, weight_decay=0.1)
     tx = optim.optimizer(stage, settings, schedules.steady)
-
-    @jax.jit
-    def step(state, batch):
-        _, grads, _ = gradients(state.params, batch, model)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
-
     if state is None:
         params = random_params(model, 5)
         state = TrainState(jnp.int32(0), params, tx.init(params))
-    for batch in batches:
-        state = step(state, batch)
+    mesh = sharding.one_device()
+    with jax.set_mesh(mesh):
+        step = make_train_step(stage, tx, mesh)
+        state = jax.tree.map(jnp.copy, state)  # the step takes its state over
+        for batch in batches:
+            state, _ = step(state, batch)
     return state
 
 
