@@ -35,12 +35,12 @@ def size_pairs(draw):
     small = changed(
         SMALL, d_model=d, d_ff=f, num_layers=layers, num_heads=k * g, num_kv_heads=k,
         rms_norm_eps=draw(st.sampled_from([1e-2, 1e-5])),
-        mup_base_width=draw(st.sampled_from([0, 4])),
+        mup_base_width=draw(st.sampled_from([0, min(4, d)])),
     )  # fmt: skip
     big = changed(
         small, d_model=D, d_ff=F, num_layers=Layers, num_heads=K * G, num_kv_heads=K,
         input_mult=draw(st.sampled_from([1.3, 2.0])), output_mult=draw(st.sampled_from([0.7, 1.1])),
-        mup_base_width=draw(st.sampled_from([0, 4])),
+        mup_base_width=draw(st.sampled_from([0, min(4, d)])),
     )  # fmt: skip
     return small, big
 
