@@ -33,18 +33,31 @@ class Checked:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The config as plain dicts, lists and scalars."""
+    """The config as plain dicts, lists and scalars.
+
+    >>> from flm_jax.config import CheckpointConfig
+    >>> to_dict(CheckpointConfig(every_steps=50))
+    {'every_steps': 50, 'keep': 2}
+    """
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def digest(values: dict[str, Any]) -> str:
-    """SHA-256 of the canonical JSON of a `to_dict`: equal for equal configs, on every machine."""
+    """SHA-256 of the canonical JSON of a `to_dict`: equal for equal configs, on every machine.
+
+    >>> digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
+    True
+    """
     text = json.dumps(values, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def differences(old: Any, new: Any, path: str = "config") -> list[str]:
-    """The fields in which two `to_dict` results differ, as 'config.seed: 0 -> 1'."""
+    """The fields in which two `to_dict` results differ.
+
+    >>> differences({"seed": 0, "data": {"task": "c4"}}, {"seed": 1, "data": {"task": "c4"}})
+    ['config.seed: 0 -> 1']
+    """
     if isinstance(old, dict) and isinstance(new, dict):
         found: list[str] = []
         for key in dict.fromkeys([*old, *new]):
@@ -66,6 +79,13 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], path: str = "config") 
 
     Raises:
       UserError: an unknown, missing or mistyped field, with its full name.
+
+    >>> from flm_jax.config import CheckpointConfig
+    >>> from_mapping(CheckpointConfig, {"keep": 1})
+    CheckpointConfig(every_steps=200, keep=1)
+    >>> from_mapping(CheckpointConfig, {"kept": 1})
+    Traceback (most recent call last):
+    flm_jax.errors.UserError: config.kept: CheckpointConfig has no such field; did you mean 'keep'?
     """
     hints = typing.get_type_hints(cls)
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]

@@ -1,18 +1,19 @@
 """Small configs, parameters away from their defaults, and an independent model, for the tests."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from flm_jax import growth
-from flm_jax.config import OptimizerConfig, StageConfig, TransformerConfig
-from flm_jax.params import axes, mup, trees
+from flm_jax.config import MeshConfig, OptimizerConfig, StageConfig, TransformerConfig
+from flm_jax.models import Transformer
+from flm_jax.params import axes, mup, sharding, trees
 from flm_jax.params.dtypes import wide
 from flm_jax.train import optim, schedules, train_step
-from flm_jax.train.train_step import TrainState
+from flm_jax.train.train_step import TrainState, init_state, make_train_step
 
 SMALL = TransformerConfig(
     vocab_size=23,
@@ -36,6 +37,12 @@ MUP = {
     "mup": {"mup_base_width": 8, "rms_norm_eps": 1e-2},
     "plain": {"mup_base_width": 0, "input_mult": 1.0, "output_mult": 1.0, "rms_norm_eps": 1e-5},
 }
+
+# Divisible over eight devices in several meshes, and what it grows into.
+TINY = TransformerConfig(
+    vocab_size=32, num_layers=2, d_model=16, num_heads=4, head_dim=4, d_ff=24, mup_base_width=8
+)
+TINY_GROWN = dataclasses.replace(TINY, num_layers=3, d_model=32, num_heads=8, d_ff=48)
 
 
 def changed(config: TransformerConfig, **values) -> TransformerConfig:
@@ -128,18 +135,15 @@ def trained(model, state, batches):
     stage = StageConfig("a", model, 1, 1, learning_rate=0.01, matrix_learning_rate=0.02)
     settings = OptimizerConfig(clip_norm=1e9, eps=1e-3, weight_decay=0.1)
     tx = optim.optimizer(stage, settings, schedules.steady)
-
-    @jax.jit
-    def step(state, batch):
-        _, grads, _ = gradients(state.params, batch, model)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
-
     if state is None:
         params = random_params(model, 5)
         state = TrainState(jnp.int32(0), params, tx.init(params))
-    for batch in batches:
-        state = step(state, batch)
+    mesh = sharding.one_device()
+    with jax.set_mesh(mesh):
+        step = make_train_step(stage, tx, mesh)
+        state = jax.tree.map(jnp.copy, state)  # the step takes its state over
+        for batch in batches:
+            state, _ = step(state, batch)
     return state
 
 
@@ -147,3 +151,51 @@ def farthest(a, b):
     """Largest absolute difference of two parameter trees."""
     pairs = zip(trees.flatten(a), trees.flatten(b), strict=True)
     return max(float(jnp.max(jnp.abs(x - y))) for (_, x), (_, y) in pairs)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def full(params, tokens, config):
+    """Logits of one forward pass, without packing and without a cache."""
+    return Transformer(config).apply({"params": params}, tokens)
+
+
+LONG = 64  # tokens: all that `nats_of` scores, so that it compiles once
+
+
+def nats_of(params, config, tokens):
+    """-log P of tokens[1:], each given those before it, and whether each is the likeliest."""
+    row = np.zeros((1, LONG), np.int32)
+    row[0, : len(tokens)] = tokens
+    logits = np.asarray(full(params, row, config), np.float64)[0]
+    logp = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    found = [logp[i, t] for i, t in enumerate(tokens[1:])]
+    greedy = all(logits[i].argmax() == t for i, t in enumerate(tokens[1:]))
+    return -np.array(found), greedy
+
+
+def stage_of(model):
+    """A stage of eight steps of eight sequences."""
+    return StageConfig("a", model, 8, 8, learning_rate=1e-2, matrix_learning_rate=1e-2)
+
+
+def optimizer(stage):
+    """The stage's optimizer at a constant learning rate."""
+    return optim.optimizer(stage, OptimizerConfig(), schedules.steady)
+
+
+def losses_on(mesh_config: MeshConfig, model: TransformerConfig, steps: int = 4):
+    """Losses of a few steps on one batch, always from the same start, and the last state."""
+    stage = stage_of(model)
+    tx = optimizer(stage)
+    mesh, rules = sharding.make_mesh(mesh_config), mesh_config.rules
+    sharding.check_divisible(model, mesh, rules)
+    batch = jax.tree.map(np.asarray, packed_batch(model, batch=stage.batch_size))
+    with jax.set_mesh(mesh):
+        state = init_state(model, tx, jax.random.key(0))
+        state = jax.device_put(state, sharding.shardings(state, TABLE, mesh, rules))
+        step = make_train_step(stage, tx, mesh, None, rules)
+        losses = []
+        for _ in range(steps):
+            state, metrics = step(state, sharding.place_batch(batch, mesh))
+            losses.append(float(metrics["loss"]))
+    return losses, state

@@ -1,4 +1,6 @@
-"""A run's folder without training: what `open_model` reads."""
+"""A run's folder without training: what `open_model` reads; and what a run wrote."""
+
+import json
 
 import jax.numpy as jnp
 
@@ -10,6 +12,11 @@ from tests.models import SMALL, changed, random_params
 
 # Bytes, and one token that no byte has.
 BYTES = changed(SMALL, vocab_size=260, dtype="float32")
+
+
+def lineage(workdir):
+    """The finished stages of a run."""
+    return json.loads((workdir / "lineage.json").read_text())["stages"]
 
 
 def save(path, models, data=None, seed=0):

@@ -1,4 +1,4 @@
-"""The whole run, as its users call it: stopped, killed and resumed to the same bits; mistakes."""
+"""The whole run, as its users call it: stopped, killed and resumed bit-identically; mistakes."""
 
 import json
 import pathlib
@@ -15,12 +15,9 @@ from flm_jax.errors import UserError
 from flm_jax.runs import chain
 from flm_jax.store.files import MetricsFile
 from tests.commands import json_of, mistake, run, start, wait_for
+from tests.runs import lineage
 
 SMOKE = ("experiments.grow", "--config=configs/demo.py:smoke")
-
-
-def lineage(workdir):
-    return json.loads((workdir / "lineage.json").read_text())["stages"]
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +100,7 @@ def test_killed_and_stopped_anywhere_it_ends_in_the_same_bits(finished, tmp_path
 
 @pytest.mark.slow
 def test_another_seed_ends_in_other_bits(finished, tmp_path):
-    """The twin of the test above: the digest does see what differs."""
+    """Negative control of the test above: the digest does see what differs."""
     args = ("--config.seed=1", "--config.stages[0].steps=20", f"--workdir={tmp_path / 'run'}")
     process = start(*SMOKE, *args)
     wait_for("lineage.json", tmp_path / "run", process)

@@ -96,7 +96,7 @@ def test_embeddings_do_not_depend_on_the_batch(model):
                                 for s in SAMPLES[::-1]])[::-1]  # fmt: skip
     assert together.shape == (3, CONFIG.d_model)
     np.testing.assert_allclose(together, alone, rtol=1e-10)
-    assert np.abs(together[0] - together[2]).max() > 1e-3  # twin: samples differ
+    assert np.abs(together[0] - together[2]).max() > 1e-3  # negative control: samples differ
 
 
 def test_stage_after_the_colon(tmp_path):

@@ -18,11 +18,9 @@ from flm_jax.store.checkpoint import params_digest
 from flm_jax.studies import papers
 from tests import runs
 from tests.commands import json_of, mistake
-from tests.models import SMALL, changed, random_params
-from tests.test_generate import full
+from tests.models import LONG, SMALL, changed, full, nats_of, random_params
 
 TEXTS = ("def f(x):\n    return 'naïve'\n" * 4, "another one, µ\n")
-LONG = 64
 
 
 @pytest.fixture(scope="module")
@@ -64,17 +62,6 @@ def test_wrong_places_of_models_are_named(run, tmp_path):
         open_model(other)
 
 
-def nats_of(params, config, tokens):
-    """-log P of tokens[1:], each given those before it, by full forward passes on one length."""
-    row = np.zeros((1, LONG), np.int32)
-    row[0, : len(tokens)] = tokens
-    logits = np.asarray(full(params, row, config), np.float64)[0]
-    logp = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
-    found = [logp[i, t] for i, t in enumerate(tokens[1:])]
-    greedy = all(logits[i].argmax() == t for i, t in enumerate(tokens[1:]))
-    return -np.array(found), greedy
-
-
 def test_a_file_is_scored_whole(tmp_path):
     """Against one forward pass per segment, unpadded and unpacked."""
     length = 16
@@ -101,12 +88,12 @@ def test_a_file_is_scored_whole(tmp_path):
                 document = document[room:]
         np.testing.assert_allclose(got.nats, want, rtol=1e-12)
         np.testing.assert_allclose(got.bits_per_byte, want / math.log(2) / size, rtol=1e-12)
-        # Twin: packed documents that see each other score otherwise.
+        # Negative control: packed documents that see each other score otherwise.
         for batch in batches:
             batch["segment_ids"] = np.minimum(batch["segment_ids"], 1)
         with jax.set_mesh(mesh):
-            twin = evaluation.score(params, config, batches, corpus.token_bytes, mesh)
-        assert abs(twin.nats / want - 1) > 1e-6
+            unpacked = evaluation.score(params, config, batches, corpus.token_bytes, mesh)
+        assert abs(unpacked.nats / want - 1) > 1e-6
 
 
 def test_log_likelihoods_are_those_of_single_forward_passes():

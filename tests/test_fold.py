@@ -1,4 +1,4 @@
-"""Masks multiplied into the parameters: the same function, without masks; each with a twin."""
+"""Masks multiplied into the parameters: the same function without masks; negative controls."""
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ def test_the_folded_model_is_the_masked_one(grown, value):
         }
 
 
-def test_twins_of_the_fold_fail():
+def test_a_wrong_fold_is_noticed():
     """Without the change of eps, or of one parameter, it is another model."""
     with jax.enable_x64(True):
         masked, config, plain, batch = masked_and_folded(BIG, 0.37)

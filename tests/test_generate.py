@@ -12,7 +12,8 @@ from flm_jax.errors import UserError
 from flm_jax.inference import generation as gen
 from flm_jax.inference.generation import Sampling, TextStream, generate
 from flm_jax.models import Cache, Transformer, by_layer
-from tests.models import SMALL, changed, random_params
+from tests.compilations import counted
+from tests.models import SMALL, changed, full, random_params
 
 LENGTHS = (1, 4, 9)
 WIDTH = 9
@@ -26,11 +27,6 @@ def extend(params, tokens, segments, positions, cache, config):
     )
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def full(params, tokens, config):
-    return Transformer(config).apply({"params": params}, tokens)
-
-
 def ragged(config, seed=0):
     rng = np.random.default_rng(seed)
     return [[int(t) for t in rng.integers(0, config.vocab_size, n)] for n in LENGTHS]
@@ -39,7 +35,7 @@ def ragged(config, seed=0):
 def cached_logits(params, config, rows, first, shift=0, padding_seen=False, slot=0):
     """Logits [row][position, V] through a cache: `first` slots at once, then one by one.
 
-    shift, padding_seen, slot: mistakes, for the twins.
+    shift, padding_seen, slot: mistakes, for the negative controls.
     """
     padding = np.array([WIDTH - len(row) for row in rows])
     tokens = np.zeros((len(rows), WIDTH), np.int32)
@@ -156,12 +152,12 @@ def test_sampling_has_the_distribution_that_it_states():
 def test_one_program_serves_lengths_of_a_bucket_and_every_sampling():
     config = changed(SMALL32, rope_theta=11_000.0)  # nobody else's programs
     params, prompts = random_params(config, 6), ragged(config)
-    before = gen.prefill._cache_size(), gen.decode._cache_size()
-    for lengths, temperature, top_k in (((1, 4, 9), 0.5, 0), ((30, 2, 3), 1.0, 5)):
-        rows = [(p * 30)[:n] for p, n in zip(prompts, lengths, strict=True)]
-        sampling = Sampling(max_new_tokens=20, temperature=temperature, top_k=top_k)
-        generate(params, config, rows, sampling, jax.random.key(0))
-    assert (gen.prefill._cache_size(), gen.decode._cache_size()) == (before[0] + 1, before[1] + 1)
+    with counted() as compiled:
+        for lengths, temperature, top_k in (((1, 4, 9), 0.5, 0), ((30, 2, 3), 1.0, 5)):
+            rows = [(p * 30)[:n] for p, n in zip(prompts, lengths, strict=True)]
+            sampling = Sampling(max_new_tokens=20, temperature=temperature, top_k=top_k)
+            generate(params, config, rows, sampling, jax.random.key(0))
+    assert compiled["prefill"] == compiled["decode"] == 1
 
 
 def test_the_cache_is_updated_in_place():

@@ -20,10 +20,10 @@ from flm_jax.store.checkpoint import Checkpoints, by_name
 from flm_jax.store.files import write_json
 from flm_jax.store.leaves import CheckpointReader
 from flm_jax.store.lineage import RunFolder, identity
-from tests.commands import mistake, peak_memory, run, start
+from tests.commands import mistake, peak_memory, run, start, wait_for
 from tests.models import SMALL, changed, packed_batch, random_params
-from tests.test_chain import lineage, wait_for
-from tests.test_stream import assert_same_bits, files_of_at_most, random_state
+from tests.runs import lineage
+from tests.states import assert_same_bits, files_of_at_most, random_state
 
 KEY_OF_STAGE_1 = jax.random.fold_in(jax.random.key(0), 1)
 

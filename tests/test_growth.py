@@ -1,4 +1,4 @@
-"""Growth keeps the function, its gradients and the optimizer's state; each with a broken twin."""
+"""Growth keeps function, gradients and the optimizer's state; each has a negative control."""
 
 import dataclasses
 
@@ -44,12 +44,12 @@ def size_pairs(draw):
     small = changed(
         SMALL, d_model=d, d_ff=f, num_layers=layers, num_heads=k * g, num_kv_heads=k,
         rms_norm_eps=draw(st.sampled_from([1e-2, 1e-5])),
-        mup_base_width=draw(st.sampled_from([0, 4])),
+        mup_base_width=draw(st.sampled_from([0, min(4, d)])),
     )  # fmt: skip
     big = changed(
         small, d_model=D, d_ff=F, num_layers=Layers, num_heads=K * G, num_kv_heads=K,
         input_mult=draw(st.sampled_from([1.3, 2.0])), output_mult=draw(st.sampled_from([0.7, 1.1])),
-        mup_base_width=draw(st.sampled_from([0, 4])),
+        mup_base_width=draw(st.sampled_from([0, min(4, d)])),
     )  # fmt: skip
     return small, big
 
@@ -157,7 +157,7 @@ def test_gradients_grow_by_the_dual_map():
         for path, grad in trees.flatten(target):
             added = any_slot(TABLE[path], plan.by_axis, lambda e, role: e.added)
             assert not jnp.where(added, grad, 0).any()
-        # The twin maps gradients like values: the head's scale is then the wrong way round.
+        # Negative control: mapped like values, the head's scale is the wrong way round.
         unscaled = dataclasses.replace(plan, source=changed(SMALL, output_mult=1.9 * 18 / 12))
         assert gradient_error(unscaled, source, target) > 1e-2
 
@@ -176,7 +176,8 @@ def test_no_added_slot_is_dead_or_locked_once_the_ramp_begins():
         _, grads, _ = gradients(grown, batch, BIG, plan.masks(jnp.float32(0.01)))
         assert dead_slots(plan, grads) == 0
         assert locked_copies(plan, grown, grads) == 0
-        # Twins: at mask 0 every added slot is dead; double zeros kill new mlp slots at any mask.
+        # Negative controls: at mask 0 every added slot is dead; double zeros kill new mlp slots
+        # at any mask.
         _, at_zero, _ = gradients(grown, batch, BIG, plan.masks(jnp.float32(0)))
         assert dead_slots(plan, at_zero) == sum(int(e.added.sum()) for e in plan.expansions)
         mlp = {k: v.at[..., 20:].set(0) if k in ("gate", "up") else v

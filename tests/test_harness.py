@@ -12,8 +12,7 @@ import pytest
 from flm_jax.interop.opening import open_model
 from tests import runs
 from tests.commands import ROOT, mistake
-from tests.models import changed
-from tests.test_evaluate import LONG, nats_of
+from tests.models import LONG, changed, full, nats_of
 
 pytest.importorskip("lm_eval", reason="needs the extra [hf]")
 pytestmark = pytest.mark.slow
@@ -113,7 +112,7 @@ def test_answers_of_the_adapter(run):
     ids = model.tokenizer.encode("x" * 60 + "end")[-CONTEXT - 1 :]
     cut = -nats_of(model.params, model.config, ids)[0][-3:].sum()
     np.testing.assert_allclose(got[3], cut, rtol=1e-5)
-    assert abs(direct(model, "x" * 58, "end") - got[3]) > 1e-4  # twin: not cut
+    assert abs(direct(model, "x" * 58, "end") - got[3]) > 1e-4  # negative control: not cut
 
     settings = {"until": ["\n"], "max_gen_toks": 6}
     prompts = [("def f(", settings), ("import os", settings), ("x" * 80, settings)]
@@ -132,8 +131,6 @@ def test_answers_of_the_adapter(run):
 
 
 def full_logits(model, row):
-    from tests.test_generate import full
-
     return full(model.params, row, model.config)
 
 

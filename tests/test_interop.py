@@ -1,4 +1,4 @@
-"""Weights in and out, against transformers' own models; equalities have twins that must fail."""
+"""Weights in and out, against transformers' own models; equalities have negative controls."""
 
 import dataclasses
 import json
@@ -135,7 +135,7 @@ def test_an_imported_model_has_the_same_logits(kind, saved):
     assert distance(oracle, ours(params, config)) < 1e-4
 
 
-def test_twins_of_the_import_fail(saved, monkeypatch):
+def test_a_wrong_import_is_noticed(saved, monkeypatch):
     """Heads merged in the other order, a matrix not transposed, no multipliers: other logits."""
     model, folder = saved("grouped")
     oracle = theirs(model)

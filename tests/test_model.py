@@ -137,7 +137,7 @@ def test_splash_attention_is_the_plain_one(heads):
     np.testing.assert_allclose(got, value, rtol=1e-4)
     for a, b in zip(got_grads, grads, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-3 * float(jnp.abs(b).max()))
-    other = jnp.ones_like(ids)  # twin: without documents the result is another
+    other = jnp.ones_like(ids)  # negative control: without documents the result is another
     assert (
         float(jnp.abs(attention.plain(q, k, v, other) - attention.plain(q, k, v, ids)).max()) > 0.1
     )

@@ -1,4 +1,4 @@
-"""The optimizer's state through a growth: moments, ages, rates; each rule has a twin without it."""
+"""The optimizer's state through a growth: moments, ages, rates; each with a negative control."""
 
 import dataclasses
 
@@ -62,18 +62,18 @@ def test_a_tiled_model_follows_the_small_ones_adamw(trajectory, mup):
             logits_of(small, end.params, batches[0]),
             atol=1e-10,
         )
-        # Twins: moments mapped like parameters; learning rate and eps as for the target.
+        # Negative controls: moments mapped like parameters; rates and eps as for the target.
         grown = grow(start, plan, KEY)
         adam = grown.opt_state[1]
         like_values = adam._replace(
             mu=grow(start.opt_state[1].mu, plan, KEY), nu=grow(start.opt_state[1].nu, plan, KEY)
         )
         opt_state = (grown.opt_state[0], like_values, *grown.opt_state[2:])
-        twin = trained(big, dataclasses.replace(grown, opt_state=opt_state), batches)
-        assert farthest(twin.params, want) > 1e-4
+        other = trained(big, dataclasses.replace(grown, opt_state=opt_state), batches)
+        assert farthest(other.params, want) > 1e-4
         unscaled = dataclasses.replace(plan, rates="target")
-        twin = trained(big, grow(start, unscaled, KEY), batches)
-        assert farthest(twin.params, want) > 1e-4
+        other = trained(big, grow(start, unscaled, KEY), batches)
+        assert farthest(other.params, want) > 1e-4
 
 
 def test_mup_and_carried_rates_agree_when_all_widths_tile_alike():

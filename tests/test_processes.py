@@ -24,8 +24,8 @@ from flm_jax.store.checkpoint import params_digest
 from flm_jax.store.lineage import identity
 from flm_jax.train.train_step import init_state
 from tests.commands import mistake, start
-from tests.models import TABLE, grow
-from tests.test_train import BIG, MODEL, optimizer, stage_of
+from tests.models import TABLE, TINY, TINY_GROWN, grow, optimizer, stage_of
+from tests.runs import lineage
 
 CHAIN = ("experiments.grow", "--config=tests/tiny_chain.py")
 MESHES = [MeshConfig(8, 1, 1), MeshConfig(2, 2, 2), MeshConfig(1, 4, 2), MeshConfig(1, 1, 8)]
@@ -76,8 +76,8 @@ def test_a_placed_batch_is_the_batch():
 
 @functools.cache
 def fresh():
-    tx = optimizer(stage_of(MODEL))
-    return jax.device_get(jax.jit(lambda: init_state(MODEL, tx, jax.random.key(0)))())
+    tx = optimizer(stage_of(TINY))
+    return jax.device_get(jax.jit(lambda: init_state(TINY, tx, jax.random.key(0)))())
 
 
 def start_on(mesh):
@@ -88,7 +88,7 @@ def start_on(mesh):
 @pytest.mark.parametrize("turned", [False, True])
 def test_growth_from_mesh_to_mesh_gives_the_same_bits(turned):
     """Also where the meshes order the devices differently."""
-    plan = growth.plan(MODEL, BIG)
+    plan = growth.plan(TINY, TINY_GROWN)
     old, target = (sharding.make_mesh(m) for m in (MeshConfig(2, 2, 2), MeshConfig(1, 8, 1)))
     if turned:
         target = Mesh(target.devices[:, ::-1], target.axis_names, axis_types=target.axis_types)
@@ -100,7 +100,7 @@ def test_growth_from_mesh_to_mesh_gives_the_same_bits(turned):
     assert up.sharding.mesh == target and up.addressable_shards[0].data.size == up.size // 8
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(source))
     chex.assert_trees_all_equal(jax.device_get(here), jax.device_get(there))
-    # The twin: another key is seen.
+    # Negative control: another key is seen.
     other = grow(fresh(), plan, jax.random.key(2))
     assert params_digest(other.params) != params_digest(there.params)
 
@@ -114,7 +114,7 @@ def test_the_digest_does_not_depend_on_the_mesh_or_on_its_pieces():
 
 
 def test_a_stages_mesh_is_no_part_of_its_identity():
-    stages = (stage_of(MODEL), dataclasses.replace(stage_of(BIG), name="b", steps=200))
+    stages = (stage_of(TINY), dataclasses.replace(stage_of(TINY_GROWN), name="b", steps=200))
     config = ExperimentConfig(stages=stages, mesh=MeshConfig(8))
     own = dataclasses.replace(stages[1], mesh=MeshConfig(1, 8))
     moved = dataclasses.replace(config, stages=(stages[0], own))
@@ -191,10 +191,6 @@ def evaluations(workdir):
         text = (workdir / "stages" / stage / "metrics.jsonl").read_text()
         rows += [json.loads(line) for line in text.splitlines()]
     return np.array([row["bpb"] for row in rows if row["kind"] == "eval"])
-
-
-def lineage(workdir):
-    return json.loads((workdir / "lineage.json").read_text())["stages"]
 
 
 def assert_same_run(workdir, other):

@@ -26,6 +26,7 @@ from flm_jax.studies import claims, less_is_more
 from flm_jax.train import train_step
 from tests.commands import json_of, mistake, start, wait_for
 from tests.models import SMALL, changed, gradients, random_params
+from tests.runs import lineage
 
 BYTES = open_tokenizer("bytes")
 
@@ -207,11 +208,11 @@ def test_packing_changes_no_loss(params):
     packed, alone = packed_and_alone()
     assert abs(nats_of(params, packed) / nats_of(params, alone) - 1) < 1e-10
     merged = packed | {"segment_ids": np.minimum(packed["segment_ids"], 1)}
-    assert abs(nats_of(params, merged) / nats_of(params, alone) - 1) > 1e-4  # the twin
+    assert abs(nats_of(params, merged) / nats_of(params, alone) - 1) > 1e-4  # negative control
     shifted = packed | {
         "positions": np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (8, LENGTH))
     }
-    # Positions matter only relative to each other, so that this is no twin.
+    # Positions matter only relative to each other, so that this is no negative control.
     assert abs(nats_of(params, shifted) / nats_of(params, alone) - 1) < 1e-10
 
 
@@ -226,8 +227,9 @@ def test_masked_tokens_receive_no_gradient(params):
 
     for a, b in zip(jax.tree.leaves(of(packed)), jax.tree.leaves(of(unlearned)), strict=True):
         assert (a == b).all()
-    twins = of(packed | everything), of(unlearned | everything)
-    assert float(twins[0][0]) != float(twins[1][0])
+    # Negative control: with every token learned, they do differ.
+    one, other = of(packed | everything), of(unlearned | everything)
+    assert float(one[0]) != float(other[0])
 
 
 def batches(seed=0, batch_size=4, fingerprint="f"):
@@ -355,10 +357,6 @@ def test_the_grid_shares_the_largest_arms_and_runs_seed_by_seed():
 SFT = ("experiments.sft", "--config=configs/sft_demo.py:smoke")
 
 
-def lineage(workdir):
-    return json.loads((workdir / "lineage.json").read_text())["stages"]
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A run to fine-tune: the smoke chain's first stage."""
@@ -429,7 +427,7 @@ def test_killed_and_resumed_it_ends_in_the_same_bits(base, tuned, tmp_path):
         assert resumed["stage"][key] == printed["stage"][key], key
     assert resumed["before"] == printed["before"] and resumed["after"] == printed["after"]
     other = json_of(*args[:-1], f"--workdir={tmp_path / 'other'}", "--config.seed=1")
-    assert other["stage"]["params_digest"] != printed["stage"]["params_digest"]  # the twin
+    assert other["stage"]["params_digest"] != printed["stage"]["params_digest"]
     line = mistake(*args, "--config.matrix_learning_rate=1e-3")
     assert "matrix_learning_rate: 0.0005 -> 0.001" in line and "another --workdir" in line
 

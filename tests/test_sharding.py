@@ -8,13 +8,11 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
 
-from flm_jax.config import MeshConfig, OptimizerConfig, RulesConfig, StageConfig
+from flm_jax.config import MeshConfig, RulesConfig
 from flm_jax.errors import UserError
 from flm_jax.params import axes, sharding
-from flm_jax.train import optim, schedules
-from flm_jax.train.train_step import init_state, make_train_step
 from tests.commands import ROOT
-from tests.models import SMALL, TABLE, changed, packed_batch
+from tests.models import SMALL, TABLE, changed, losses_on
 
 GOLDEN = json.loads((ROOT / "tests" / "golden" / "shards.json").read_text())
 SIZES = ("tele_flm_52b", "tele_flm_102b", "tele_flm_1t")
@@ -60,23 +58,6 @@ def test_no_parameter_is_replicated_by_accident(name, devices):
     for path, shape in parts.items():
         if "norm" not in path:
             assert int(np.prod(shape, dtype=np.int64)) * devices == whole[path], path
-
-
-def losses_on(mesh_config, model):
-    stage = StageConfig("a", model, 8, 8, learning_rate=1e-2, matrix_learning_rate=1e-2)
-    tx = optim.optimizer(stage, OptimizerConfig(), schedules.steady)
-    mesh, rules = sharding.make_mesh(mesh_config), mesh_config.rules
-    sharding.check_divisible(model, mesh, rules)
-    with jax.set_mesh(mesh):
-        state = init_state(model, tx, jax.random.key(0))
-        state = jax.device_put(state, sharding.shardings(state, TABLE, mesh, rules))
-        step = make_train_step(stage, tx, mesh, None, rules)
-        losses = []
-        for seed in range(3):
-            batch = jax.tree.map(np.asarray, packed_batch(model, seed, batch=8))
-            state, metrics = step(state, sharding.place_batch(batch, mesh))
-            losses.append(float(metrics["loss"]))
-    return losses, state
 
 
 def test_rules_split_the_queries_of_few_groups():

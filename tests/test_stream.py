@@ -1,9 +1,7 @@
 """Checkpoints slice by slice, and growth from one to another, against the same in memory."""
 
-import contextlib
 import dataclasses
 import functools
-import resource
 
 import jax
 import jax.numpy as jnp
@@ -11,47 +9,22 @@ import numpy as np
 import pytest
 
 from flm_jax import growth
-from flm_jax.config import OptimizerConfig, StageConfig
 from flm_jax.errors import UserError
 from flm_jax.growth import stream
 from flm_jax.store import checkpoint
 from flm_jax.store.checkpoint import Checkpoints, by_name
 from flm_jax.store.leaves import CheckpointReader, CheckpointWriter
 from flm_jax.store.pieces import cells, chunk_shape
-from flm_jax.train import optim, schedules, train_step
 from tests.models import SMALL, changed
+from tests.states import assert_same_bits, files_of_at_most, random_state
 
 PROGRESS = {"data": {"place": [3, 1]}, "wall_s": 1.5}
 CONFIG = changed(SMALL, dtype="float32")
 
 
-def random_state(config, seed=0):
-    """A train state with random entries everywhere."""
-    stage = StageConfig("s", config, 9, 2, 1e-3, 1e-3)
-    tx = optim.optimizer(stage, OptimizerConfig(), schedules.steady)
-    like = jax.eval_shape(lambda: train_step.init_state(config, tx, jax.random.key(0)))
-    rng = np.random.default_rng(seed)
-
-    def draw(x):
-        if x.dtype == jnp.int32:
-            return jnp.asarray(rng.integers(0, 50, x.shape), jnp.int32)
-        return jnp.asarray(rng.normal(size=x.shape), x.dtype)
-
-    return jax.tree.map(draw, like)
-
-
 def placed(tree):
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), tree)
-
-
-def assert_same_bits(got, want):
-    got, want = by_name(got), by_name(want)
-    assert got.keys() == want.keys()
-    for name, x in want.items():
-        x, y = np.asarray(x), np.asarray(got[name])
-        assert x.dtype == y.dtype and x.shape == y.shape, name
-        assert x.tobytes() == y.tobytes(), name
 
 
 @pytest.mark.parametrize("limit", [1 << 20, 300])
@@ -138,17 +111,6 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     for path in (tmp_path, tmp_path / "none"):
         with pytest.raises(UserError, match="is no checkpoint"):
             CheckpointReader(path)
-
-
-@contextlib.contextmanager
-def files_of_at_most(size):
-    """The disk refuses larger ones."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_disk_that_refuses_is_one_line_and_the_rest_goes_on(tmp_path):
@@ -272,28 +234,31 @@ UP = "params/layers/mlp/up"
 WIDE = growth.plan(CONFIG, changed(CONFIG, d_ff=30), "msg")
 
 
-def grow_up_only(target, key=KEY):
-    """The pieces of one parameter."""
-    source, programs = Held(grown_state()), stream._Programs(WIDE)
-    (leaf,) = stream._leaves([UP], WIDE.table)
-    for piece in target.pieces(UP):
-        stream._grow_piece(source, target, WIDE, key, programs, leaf, piece)
+class Shifted(Held):
+    """A source whose parameter `UP` is read one slot off."""
+
+    def read(self, name, slices=None):
+        values = super().read(name, slices)
+        return np.roll(values, 1, axis=-1) if name == UP else values
+
+
+def streamed_up(source, key=KEY):
+    """The parameter `UP` of a growth by pieces."""
+    state = grown_state()
+    want = jax.eval_shape(functools.partial(growth.grow, plan=WIDE), state, key=key)
+    target = Held(want, {UP: (1, 5, 30)})
+    stream.grow(source, target, names_of(state), WIDE, key)
     return target.arrays[UP]
 
 
-def test_a_piece_from_the_wrong_place_is_noticed(monkeypatch):
-    """Twins of the test above: fresh entries of another key, sources one slot off."""
+def test_a_piece_from_the_wrong_place_is_noticed():
+    """Negative controls of the test above: fresh entries of another key, sources one slot off."""
     state = grown_state()
     want = jax.jit(functools.partial(growth.grow, plan=WIDE))
     want = np.asarray(want(state, key=KEY).params["layers"]["mlp"]["up"])
     new = WIDE.by_axis["mlp"].new
-    begun = functools.partial(
-        Held, {UP: jax.ShapeDtypeStruct(want.shape, want.dtype)}, {UP: (1, 5, 30)}
-    )
-    np.testing.assert_array_equal(grow_up_only(begun()), want)
-    other = grow_up_only(begun(), jax.random.key(12))
+    np.testing.assert_array_equal(streamed_up(Held(state)), want)
+    other = streamed_up(Held(state), jax.random.key(12))
     np.testing.assert_array_equal(other[..., ~new], want[..., ~new])
     assert (other[..., new] != want[..., new]).all()
-    sources = stream._sources
-    monkeypatch.setattr(stream, "_sources", lambda *args: np.roll(sources(*args), 1))
-    assert (grow_up_only(begun())[..., ~new] != want[..., ~new]).any()
+    assert (streamed_up(Shifted(state))[..., ~new] != want[..., ~new]).all()

@@ -22,6 +22,9 @@ def beside_smallest(distances: Sequence[float], layers: int) -> list[int]:
       layers: number of layers of the grown model.
 
     Returns: the layer map, ascending.
+
+    >>> beside_smallest([0.3, 0.1, 0.2], 5)
+    [0, 1, 1, 2, 2]
     """
     source = len(distances)
     order = sorted(range(source), key=lambda i: (distances[i], i))
@@ -33,12 +36,20 @@ def beside_smallest(distances: Sequence[float], layers: int) -> list[int]:
 
 
 def stacked(source: int, layers: int) -> list[int]:
-    """The whole stack again on top: i mod l (G_stack, arXiv 2405.15319; StackBERT)."""
+    """The whole stack again on top: i mod l (G_stack, arXiv 2405.15319; StackBERT).
+
+    >>> stacked(3, 5)
+    [0, 1, 2, 0, 1]
+    """
     return [i % source for i in range(layers)]
 
 
 def interposed(source: int, layers: int) -> list[int]:
-    """Each copy right after its layer, spread evenly: floor(i l / L) (arXiv 2510.08008)."""
+    """Each copy right after its layer, spread evenly: floor(i l / L) (arXiv 2510.08008).
+
+    >>> interposed(3, 6)
+    [0, 0, 1, 1, 2, 2]
+    """
     return [i * source // layers for i in range(layers)]
 
 
@@ -46,6 +57,9 @@ def middle(source: int, layers: int) -> list[int]:
     """The middle block of L - l layers twice in a row (MIDAS, arXiv 2409.19044).
 
     When more layers are added than there are, the whole stack is repeated first.
+
+    >>> middle(4, 6)
+    [0, 1, 2, 1, 2, 3]
     """
     index = list(range(source))
     while len(index) < layers:

@@ -13,11 +13,22 @@ MOMENTS_BYTES = 2 * 4  # Adam's two moments, float32
 
 
 def params(config: TransformerConfig) -> int:
+    """Number of parameters.
+
+    >>> params(TransformerConfig(
+    ...     vocab_size=10, num_layers=1, d_model=4, num_heads=2, head_dim=2, d_ff=8))
+    252
+    """
     return sum(axes.param_sizes(config).values())
 
 
 def params_by_component(config: TransformerConfig) -> dict[str, int]:
-    """embedding, attention, mlp, norms and head."""
+    """Number of parameters of embedding, attention, mlp, norms and head.
+
+    >>> params_by_component(TransformerConfig(
+    ...     vocab_size=10, num_layers=1, d_model=4, num_heads=2, head_dim=2, d_ff=8))
+    {'embedding': 40, 'attention': 64, 'mlp': 96, 'norms': 12, 'head': 40}
+    """
     counted = dict.fromkeys(("embedding", "attention", "mlp", "norms", "head"), 0)
     for path, size in axes.param_sizes(config).items():
         is_gain = Role.GAIN in axes.table(config)[path].roles
@@ -30,6 +41,10 @@ def flops_per_token_forward(config: TransformerConfig, length: int) -> int:
     """Multiply-adds count 2. Matrix products, and attention scores and values over all `length`
     tokens, seen or not (PaLM's convention, arXiv 2204.02311, appendix B); the embedding is a
     lookup and counts nothing.
+
+    >>> flops_per_token_forward(TransformerConfig(
+    ...     vocab_size=10, num_layers=1, d_model=4, num_heads=2, head_dim=2, d_ff=8), length=16)
+    656
     """
     by_component = params_by_component(config)
     matrices = by_component["attention"] + by_component["mlp"] + by_component["head"]

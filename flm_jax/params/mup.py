@@ -26,7 +26,15 @@ from flm_jax.params.axes import ModelSpec, Param, Role, Scale
 
 
 def init_std(param: Param, config: TransformerConfig) -> float:
-    """Standard deviation of the parameter's initial entries (0 for a gain, which starts at 1)."""
+    """Standard deviation of the parameter's initial entries (0 for a gain, which starts at 1).
+
+    >>> up = Param(("embed", "mlp"), (Role.IN, Role.OUT))
+    >>> wide = TransformerConfig(
+    ...     vocab_size=10, num_layers=1, d_model=64, num_heads=4, head_dim=16, d_ff=128,
+    ...     mup_base_width=16, matrix_init_std=0.1)
+    >>> init_std(up, wide)  # 0.1 / sqrt(64 / 16)
+    0.05
+    """
     if Role.GAIN in param.roles:
         return 0.0
     fan_in = math.sqrt(config.width_mult)
@@ -45,12 +53,28 @@ def _matrix_mult(param: Param, config: TransformerConfig) -> float:
 
 
 def learning_rate_mult(param: Param, config: TransformerConfig) -> float:
-    """Under µP 1/m for matrix-like parameters; else 1."""
+    """Under µP 1/m for matrix-like parameters; else 1.
+
+    >>> up, gain = Param(("embed", "mlp"), (Role.IN, Role.OUT)), Param(("embed",), (Role.GAIN,))
+    >>> wide = TransformerConfig(
+    ...     vocab_size=10, num_layers=1, d_model=64, num_heads=4, head_dim=16, d_ff=128,
+    ...     mup_base_width=16, matrix_init_std=0.1)
+    >>> learning_rate_mult(up, wide), learning_rate_mult(gain, wide)
+    (0.25, 1.0)
+    """
     return 1 / _matrix_mult(param, config)
 
 
 def decay_mult(param: Param, config: TransformerConfig) -> float:
-    """Under µP m for matrix-like parameters; else 1; 0 for gains."""
+    """Under µP m for matrix-like parameters; else 1; 0 for gains.
+
+    >>> up, gain = Param(("embed", "mlp"), (Role.IN, Role.OUT)), Param(("embed",), (Role.GAIN,))
+    >>> wide = TransformerConfig(
+    ...     vocab_size=10, num_layers=1, d_model=64, num_heads=4, head_dim=16, d_ff=128,
+    ...     mup_base_width=16, matrix_init_std=0.1)
+    >>> decay_mult(up, wide), decay_mult(gain, wide)
+    (4.0, 0.0)
+    """
     return 0.0 if Role.GAIN in param.roles else _matrix_mult(param, config)
 
 

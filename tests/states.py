@@ -1,0 +1,47 @@
+"""Train states with random entries, and what a checkpoint of one must keep."""
+
+import contextlib
+import resource
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flm_jax.config import OptimizerConfig, StageConfig
+from flm_jax.store.checkpoint import by_name
+from flm_jax.train import optim, schedules, train_step
+
+
+def random_state(config, seed=0):
+    """A train state with random entries everywhere."""
+    stage = StageConfig("s", config, 9, 2, 1e-3, 1e-3)
+    tx = optim.optimizer(stage, OptimizerConfig(), schedules.steady)
+    like = train_step.abstract_state(config, tx)
+    rng = np.random.default_rng(seed)
+
+    def draw(x):
+        if x.dtype == jnp.int32:
+            return jnp.asarray(rng.integers(0, 50, x.shape), jnp.int32)
+        return jnp.asarray(rng.normal(size=x.shape), x.dtype)
+
+    return jax.tree.map(draw, like)
+
+
+def assert_same_bits(got, want):
+    got, want = by_name(got), by_name(want)
+    assert got.keys() == want.keys()
+    for name, x in want.items():
+        x, y = np.asarray(x), np.asarray(got[name])
+        assert x.dtype == y.dtype and x.shape == y.shape, name
+        assert x.tobytes() == y.tobytes(), name
+
+
+@contextlib.contextmanager
+def files_of_at_most(size):
+    """The disk refuses larger ones."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

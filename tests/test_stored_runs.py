@@ -1,0 +1,190 @@
+"""Run folders and exports written by an earlier version still open, and a stopped run resumes.
+
+How they were written: tests/stored/README.md.
+"""
+
+import importlib.metadata
+import json
+import pathlib
+import platform
+import tarfile
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import cli
+from flm_jax import data, growth, interop
+from flm_jax.errors import UserError
+from flm_jax.inference.evaluation import bits_per_byte
+from flm_jax.interop.opening import open_model, open_stage
+from flm_jax.params import sharding, trees
+from flm_jax.runs import chain
+from flm_jax.store.checkpoint import params_digest
+from flm_jax.store.lineage import RunFolder
+from tests.commands import ROOT, json_of, run
+from tests.models import farthest
+from tests.stored import chain as stored_chain
+
+CHAIN = ("experiments.grow", "--config=tests/stored/chain.py")
+# Of the stopped run's last checkpoint, by the version that wrote it.
+STOPPED_AT = 14
+STOPPED_DIGEST = "eaed4352106eba0c9468f8d14174d9e8565e0c09cee5a1b9fe884095d8d62d3d"
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """The folder with `run`, `stopped` and `export`."""
+    folder = tmp_path_factory.mktemp("stored")
+    with tarfile.open(ROOT / "tests" / "stored" / "runs.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
+@pytest.fixture
+def stopped(tmp_path):
+    """A copy of the stopped run that a test may continue."""
+    with tarfile.open(ROOT / "tests" / "stored" / "runs.tar.xz") as archive:
+        members = [m for m in archive.getmembers() if m.name.split("/")[0] == "stopped"]
+        archive.extractall(tmp_path, members, filter="data")
+    return tmp_path / "stopped"
+
+
+def config_of(**changes):
+    config = stored_chain.get_config()
+    config.update(changes)
+    return cli.experiment(config)
+
+
+def rounds_as_recorded():
+    """Whether XLA gives this machine the bits that it gave the one of the recording."""
+    flags = pathlib.Path("/proc/cpuinfo")
+    return (
+        platform.machine() == "x86_64"
+        and flags.exists()
+        and {"avx2", "fma"} <= set(flags.read_text().split())
+        and importlib.metadata.version("jaxlib") == "0.10.2"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "width"), [("small", 1, 4), ("large", 2, 8), ("sft", 2, 8)]
+)
+def test_every_stage_opens_with_its_parameters(stored, name, layers, width):
+    folder = RunFolder(stored / "run")
+    entry = folder.finished_stage(name)
+    opened = open_model(str(folder.path), name)
+    assert params_digest(opened.params) == entry["params_digest"]
+    assert (opened.config.num_layers, opened.config.d_model) == (layers, width)
+    assert opened.name == name and opened.trained
+    assert opened.context == (256 if name == "sft" else 32)
+    assert opened.tokenizer.name == "bytes"
+    by_path = open_model(str(folder.path / entry["checkpoint"]))
+    chex.assert_trees_all_equal(by_path.params, opened.params)
+    assert by_path.config == opened.config
+
+
+def test_a_stage_opens_with_its_whole_state(stored):
+    for name, end, sequences in (("small", 12, 48), ("large", 24, 96)):
+        opened = open_stage(str(stored / "run"), name)
+        adam = opened.state.opt_state[1]
+        assert int(opened.state.step) == int(adam.steps) == end
+        assert all(float(jnp.abs(x).max()) > 0 for _, x in trees.flatten(adam.mu))
+        born = 0 if name == "small" else 12
+        assert int(adam.born["layers"].max()) == int(adam.born["embed"].max()) == born
+        assert opened.data["sequences"] == sequences
+    with pytest.raises(UserError, match="stage sft learned from conversations"):
+        open_stage(str(stored / "run"))
+
+
+def test_the_stopped_run_opens_inside_its_ramp(stored):
+    folder = RunFolder(stored / "stopped")
+    assert [entry["name"] for entry in folder.stages()] == ["small"]
+    path = folder.stage(1, "large").checkpoints / str(STOPPED_AT)
+    assert params_digest(open_model(str(path)).params) == STOPPED_DIGEST
+    small = folder.finished_stage()
+    assert params_digest(open_model(str(folder.path)).params) == small["params_digest"]
+
+
+def test_an_earlier_config_and_its_data_are_the_same_today(stored, monkeypatch):
+    """What is compared when a run resumes: each stage's config.json and the data's fingerprint."""
+    monkeypatch.chdir(ROOT)
+    folder = RunFolder(stored / "run")
+    entries = folder.stages()
+    chain.check_finished(config_of(), folder, entries)
+    corpus = data.open_corpus(config_of().data_of(0))
+    assert {entry["data_fingerprint"] for entry in entries[:2]} == {corpus.fingerprint}
+    with pytest.raises(UserError, match=r"0-small.config\.json: .*config\.seed: 0 -> 1"):
+        chain.check_finished(config_of(seed=1), folder, entries)
+
+
+def test_an_earlier_plan_is_read_and_has_its_digest(stored):
+    folder = RunFolder(stored / "run")
+    entry = folder.finished_stage("large")
+    stage = folder.stage(1, "large")
+    plan = growth.Plan.from_json(stage.plan.read_text())
+    assert plan.digest() == entry["plan_digest"]
+    small, large = (stage.model for stage in config_of().stages)
+    assert plan == growth.plan(
+        small, large, "msg", moments="asym", layer_distances=entry["receipt"]["layer_distances"]
+    )
+    assert json.loads(stage.receipt.read_text()) == entry["receipt"]
+
+
+@pytest.mark.parametrize("name", ["small", "large"])
+def test_an_earlier_model_has_its_validation_loss(stored, monkeypatch, name):
+    monkeypatch.chdir(ROOT)
+    opened = open_model(str(stored / "run"), name)
+    config = config_of()
+    corpus = data.open_corpus(config.data_of(0))
+    batches = corpus.validation(config.eval.batch_size, config.eval.sequences)
+    mesh = sharding.one_device()
+    with jax.set_mesh(mesh):
+        got = bits_per_byte(opened.params, opened.config, batches, corpus.token_bytes, mesh)
+    want = RunFolder(stored / "run").finished_stage(name)["eval"]["bpb_end"]
+    assert got == pytest.approx(want, rel=1e-6)
+
+
+def test_an_earlier_export_is_the_stage_that_it_was_made_from(stored):
+    params, config = interop.load_hf(stored / "export")
+    opened = open_model(str(stored / "run"), "large")
+    chex.assert_trees_all_equal(params, jax.device_get(opened.params))
+    for field in ("d_model", "num_layers", "input_mult", "logit_mult", "rms_norm_eps"):
+        assert getattr(config, field) == getattr(opened.config, field), field
+
+
+def test_inspect_reads_an_earlier_run(stored):
+    found = json_of("experiments.inspect", str(stored / "run"), "--compare=small,sft")
+    assert found["stages"] == json.loads((stored / "run" / "lineage.json").read_text())["stages"]
+    assert "config.stage.model.d_model: 4 -> 8" in found["compare"]["config"]
+
+
+def test_the_stopped_run_resumes_to_the_end_that_the_earlier_version_reached(stored, stopped):
+    """Bit-identically where XLA rounds as it did then; else to float32's rounding.
+
+    In a process of its own, with one device and the flags of the recording.
+    """
+    before = (stopped / "stages" / "1-large" / "plan.json").read_bytes()
+    status, _, err = run(*CHAIN, f"--workdir={stopped}")
+    assert status == 0, err
+    assert (stopped / "stages" / "1-large" / "plan.json").read_bytes() == before
+    got, want = (RunFolder(path).finished_stage("large") for path in (stopped, stored / "run"))
+    for key in ("steps", "tokens", "config_digest", "plan_digest", "receipt", "checkpoint"):
+        assert got[key] == want[key], key
+    ended, recorded = (open_model(str(path), "large").params for path in (stopped, stored / "run"))
+    assert farthest(ended, recorded) < 1e-5
+    paused = open_model(str(stored / "stopped/stages/1-large/checkpoints" / str(STOPPED_AT))).params
+    assert farthest(paused, recorded) > 0.1  # the steps in between do matter
+    evaluations = [
+        [
+            (row["step"], row["mask"], row["bpb"])
+            for row in folder.stage(1, "large").metrics.rows("eval")
+        ]
+        for folder in (RunFolder(stopped), RunFolder(stored / "run"))
+    ]
+    np.testing.assert_allclose(*np.array(evaluations, float), rtol=1e-5)
+    if rounds_as_recorded():
+        assert got["params_digest"] == want["params_digest"]
+        assert evaluations[0] == evaluations[1]
