@@ -124,7 +124,7 @@ def test_another_seed_ends_in_other_bits(finished, tmp_path):
 def test_a_changed_config_is_refused_on_resume(finished, override, words):
     before = (finished / "lineage.json").read_bytes()
     line = mistake(*SMOKE, f"--workdir={finished}", override)
-    assert all(word in line for word in (*words, "--workdir")), line
+    assert all(word in line for word in (*words, "another workdir")), line
     assert (finished / "lineage.json").read_bytes() == before
 
 
@@ -219,7 +219,9 @@ def test_inspect_prints_and_compares(finished):
     assert "grown by msg (EXACT)" in out and "config.stage.model.d_model: 32 -> 80" in out
     found = json_of("experiments.inspect", str(finished))
     assert [s["name"] for s in found["stages"]] == ["small", "medium", "large"]
-    assert "no finished stage '7'" in mistake("experiments.inspect", str(finished), "--compare=0,7")
+    assert "no finished stage '7'; it has 0 (small)" in mistake(
+        "experiments.inspect", str(finished), "--compare=0,7"
+    )
     assert "no lineage.json" in mistake("experiments.inspect", str(finished.parent))
 
 

@@ -51,7 +51,7 @@ def test_wrong_places_of_models_are_named(run, tmp_path):
     folder, _ = run
     for where, stage, message in (
         (str(tmp_path), "", "holds no model; give a run's folder"),
-        (folder, "s2", "no finished stage 's2'; it has s0, s1"),
+        (folder, "s2", r"no finished stage 's2'; it has 0 \(s0\), 1 \(s1\)"),
         (f"{folder}/stages/0-s0/checkpoints/7", "s0", "leave stage and step out"),
         (f"{folder}/stages/0-s0/checkpoints/8", "", "is no checkpoint; give a folder"),
     ):

@@ -16,8 +16,7 @@ from flm_jax.errors import UserError
 from flm_jax.growth import stream
 from flm_jax.store import checkpoint
 from flm_jax.store.checkpoint import Checkpoints, by_name
-from flm_jax.store.leaves import CheckpointReader, CheckpointWriter
-from flm_jax.store.pieces import cells, chunk_shape
+from flm_jax.store.chunked import CheckpointReader, CheckpointWriter, cells, chunk_shape
 from flm_jax.train import optim, schedules, train_step
 from tests.models import SMALL, changed
 
@@ -29,7 +28,7 @@ def random_state(config, seed=0):
     """A train state with random entries everywhere."""
     stage = StageConfig("s", config, 9, 2, 1e-3, 1e-3)
     tx = optim.optimizer(stage, OptimizerConfig(), schedules.steady)
-    like = jax.eval_shape(lambda: train_step.init_state(config, tx, jax.random.key(0)))
+    like = train_step.abstract_state(config, tx)
     rng = np.random.default_rng(seed)
 
     def draw(x):
@@ -130,7 +129,7 @@ def test_another_checkpoint_begun_in_the_same_place_is_refused(tmp_path):
     CheckpointWriter(tmp_path / "1", like, PROGRESS)
     wider = {"a": jax.ShapeDtypeStruct((4, 5), np.float32)}
     for other in ((wider, PROGRESS), (like, {}), (like, PROGRESS, {"a": (1, 3)})):
-        with pytest.raises(UserError, match=r"1\.partial: another checkpoint was begun here"):
+        with pytest.raises(UserError, match=r"1\.partial: another checkpoint was started here"):
             CheckpointWriter(tmp_path / "1", *other)
 
 

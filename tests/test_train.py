@@ -12,7 +12,7 @@ import pytest
 from flm_jax import growth
 from flm_jax.config import MeshConfig, OptimizerConfig, StageConfig, TransformerConfig
 from flm_jax.errors import UserError
-from flm_jax.inference.evaluation import bits_per_byte
+from flm_jax.inference.evaluation import score
 from flm_jax.params import axes, sharding, trees
 from flm_jax.store.checkpoint import Checkpoints, params_digest
 from flm_jax.train import optim
@@ -179,5 +179,5 @@ def test_bits_per_byte_of_a_uniform_model():
     token_bytes = np.full(MODEL.vocab_size, 2)
     mesh = sharding.make_mesh(MeshConfig(data=8))
     with jax.set_mesh(mesh):
-        got = bits_per_byte(params, MODEL, [batch, batch], token_bytes, mesh)
+        got = score(params, MODEL, [batch, batch], token_bytes, mesh).bits_per_byte
     assert got == pytest.approx(math.log2(32) / 2, rel=1e-6)

@@ -33,7 +33,7 @@ from flm_jax.growth.apply import (
 from flm_jax.growth.expansion import NEW
 from flm_jax.params import axes
 from flm_jax.params.axes import Param
-from flm_jax.store.pieces import chunk_shape
+from flm_jax.store.chunked import chunk_shape
 from flm_jax.train.optim import SlotAdamState
 from flm_jax.train.train_step import TrainState
 
