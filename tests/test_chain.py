@@ -103,7 +103,7 @@ def test_killed_and_stopped_anywhere_it_ends_in_the_same_bits(finished, tmp_path
 
 @pytest.mark.slow
 def test_another_seed_ends_in_other_bits(finished, tmp_path):
-    """The twin of the test above: the digest does see what differs."""
+    """Negative control of the test above: the digest does see a difference."""
     args = ("--config.seed=1", "--config.stages[0].steps=20", f"--workdir={tmp_path / 'run'}")
     process = start(*SMOKE, *args)
     wait_for("lineage.json", tmp_path / "run", process)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import shutil
 import signal
@@ -14,6 +15,7 @@ from flm_jax import growth
 from flm_jax.config import DataConfig, ExperimentConfig, GrowthConfig, StageConfig
 from flm_jax.errors import UserError
 from flm_jax.growth import measure
+from flm_jax.growth.operators import uses_distances
 from flm_jax.growth.receipt import measured
 from flm_jax.runs import grow_on_disk
 from flm_jax.runs.stage import plan_of
@@ -132,6 +134,19 @@ def test_mistakes_are_refused_and_write_nothing(tmp_path, monkeypatch):
     refused(r"down is float32\[2, 21, 12\], the config needs float32\[2, 20, 12\]")
     shutil.rmtree(source / "stages/0-small/checkpoints/4")
     refused("is no checkpoint")
+
+
+@pytest.mark.parametrize("recipe", ["msg", "identity", "zero_pad", "stack", "middle", "fresh"])
+@pytest.mark.parametrize(("source", "layers"), [(1, 2), (2, 3), (2, 4), (3, 4), (3, 5), (3, 6)])
+def test_distances_are_asked_for_where_the_plan_depends_on_them(recipe, source, layers):
+    small, big = (changed(CONFIG, num_layers=n) for n in (source, layers))
+    plans = [
+        growth.plan(small, big, recipe, layer_distances=order)
+        for order in itertools.permutations(range(source))
+    ]
+    depends = any(plan != plans[0] for plan in plans)
+    assert uses_distances(recipe, small, big) == depends
+    assert not uses_distances(recipe, small, small)
 
 
 def test_distances_are_measured_one_layer_at_a_time():

@@ -152,7 +152,7 @@ def test_twins_of_the_import_fail(saved, monkeypatch):
     plain = dataclasses.replace(config, input_mult=1.0)
     assert distance(theirs(model), ours(params, plain)) > 1e-2
     with monkeypatch.context() as patch:  # what the config cannot say is multiplied in
-        patch.setattr("flm_jax.interop.sources.scaled", lambda weights, *_: weights)
+        patch.setattr("flm_jax.interop.opening.scaled", lambda weights, *_: weights)
         assert distance(theirs(model), ours(*interop.load_hf(folder))) > 1e-2
 
 

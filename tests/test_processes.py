@@ -100,7 +100,7 @@ def test_growth_from_mesh_to_mesh_gives_the_same_bits(turned):
     assert up.sharding.mesh == target and up.addressable_shards[0].data.size == up.size // 8
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(source))
     chex.assert_trees_all_equal(jax.device_get(here), jax.device_get(there))
-    # The twin: another key is seen.
+    # Negative control: another key is seen.
     other = grow(fresh(), plan, jax.random.key(2))
     assert params_digest(other.params) != params_digest(there.params)
 

@@ -281,7 +281,7 @@ def grow_up_only(target, key=KEY):
 
 
 def test_a_piece_from_the_wrong_place_is_noticed(monkeypatch):
-    """Twins of the test above: fresh entries of another key, sources one slot off."""
+    """Negative controls of the test above: fresh entries of another key, sources one slot off."""
     state = grown_state()
     want = jax.jit(functools.partial(growth.grow, plan=WIDE))
     want = np.asarray(want(state, key=KEY).params["layers"]["mlp"]["up"])

@@ -33,7 +33,7 @@ from flm_jax.train.train_step import TrainState, abstract_state
 
 
 @dataclasses.dataclass(frozen=True)
-class _Job:
+class _DiskGrowth:
     """One growth from disk to disk.
 
     Attributes:
@@ -41,7 +41,6 @@ class _Job:
       index: of the stage to grow into.
       source, target: the run folders.
       entries: of lineage.json, the stages before that one.
-      memory: bytes to work with at once.
     """
 
     config: ExperimentConfig
@@ -49,7 +48,6 @@ class _Job:
     source: RunFolder
     target: RunFolder
     entries: list[dict[str, Any]]
-    memory: int
 
     @property
     def stage(self) -> StageConfig:
@@ -62,6 +60,12 @@ class _Job:
     @property
     def folder(self) -> StageFolder:
         return self.target.stage(self.index, self.stage.name)
+
+    @property
+    def checkpoint(self) -> pathlib.Path:
+        """The checkpoint to write: its step is the global one at which the stage starts."""
+        step = sum(stage.steps for stage in self.config.stages[: self.index])
+        return self.folder.checkpoints / str(step)
 
     @property
     def fingerprint(self) -> str:
@@ -97,46 +101,34 @@ def grow(
       UserError: config, source or target do not fit, the plan needs whole leaves, or the disk
         fails. An incomplete checkpoint is never taken for a complete one; the same call continues.
     """
-    job = _job(config, RunFolder(source_dir), RunFolder(target_dir), stage, memory)
-    reader = CheckpointReader(job.source.path / job.entries[-1]["checkpoint"])
-    tx = optim.optimizer(job.small, config.optimizer, schedules.steady)
-    state = abstract_state(job.small.model, tx)
+    growing = _checked(config, RunFolder(source_dir), RunFolder(target_dir), stage)
+    reader = CheckpointReader(growing.source.path / growing.entries[-1]["checkpoint"])
+    tx = optim.optimizer(growing.small, config.optimizer, schedules.steady)
+    state = abstract_state(growing.small.model, tx)
     check_fits(reader.path, reader.leaves, shapes(state))
-    result = {"stage": job.stage.name, "source": str(reader.path)}
-    done = _steps_on_disk(job.folder)
+    result = {"stage": growing.stage.name, "source": str(reader.path)}
+    done = _steps_on_disk(growing.folder)
     if done:
-        return {**result, "checkpoint": str(job.folder.checkpoints / str(min(done))), "bytes": 0}
+        return {
+            **result,
+            "checkpoint": str(growing.folder.checkpoints / str(min(done))),
+            "bytes": 0,
+        }
 
-    plan, distances = _plan(job, reader)
-    key = jax.random.fold_in(jax.random.key(config.seed), job.index)
+    plan, distances = _plan(growing, reader)
+    key = jax.random.fold_in(jax.random.key(config.seed), growing.index)
     grown = jax.eval_shape(lambda s: growth.grow(s, plan, key), state)
     chunks = stream.chunks(plan, shapes(grown), reader, memory)
-    _prepare(job, plan, distances, grown)
-    step = sum(s.steps for s in config.stages[: job.index])
+    _prepare(growing, plan, distances, grown)
     progress = {"data": reader.progress["data"], "wall_s": 0.0}
-    writer = CheckpointWriter(job.folder.checkpoints / str(step), grown, progress, chunks)
-    total = sum(x.size * x.dtype.itemsize for x in writer.leaves.values())
+    writer = CheckpointWriter(growing.checkpoint, grown, progress, chunks)
     names = jax.tree.unflatten(jax.tree.structure(state), list(by_name(state)))
-    began = time.monotonic()
-    with Transfer(f"growing {job.stage.name}", writer.held_bytes(), total) as shown:
-        written = stream.grow(reader, writer, names, plan, key, shown.add)
-    writer.finish()
-    seconds = time.monotonic() - began
-    return {
-        **result,
-        "checkpoint": str(writer.path),
-        "plan_digest": plan.digest(),
-        "exactness": plan.exactness,
-        "bytes": total,
-        "bytes_written": written,
-        "seconds": seconds,
-        "bytes_per_s": written / seconds,
-    }
+    return result | _write(growing.stage.name, reader, writer, names, plan, key)
 
 
-def _job(
-    config: ExperimentConfig, source: RunFolder, target: RunFolder, stage: str, memory: int
-) -> _Job:
+def _checked(
+    config: ExperimentConfig, source: RunFolder, target: RunFolder, stage: str
+) -> _DiskGrowth:
     """Raises UserError if config, source and target do not fit each other."""
     if source.path.resolve() == target.path.resolve():
         raise UserError(f"source and target are both {source.path}; give another target")
@@ -148,27 +140,49 @@ def _job(
         )
     entries = source.stages()[:index]
     chain.check_finished(config, source, entries)
-    job = _Job(config, index, source, target, entries, memory)
-    stream.check(plan_of(job.small.model, job.stage))
+    growing = _DiskGrowth(config, index, source, target, entries)
+    stream.check(plan_of(growing.small.model, growing.stage))
     started = target.stages()[:index]
     if started and started != entries:
         raise UserError(f"{target.lineage}: its stages are not the source's; give another target")
-    target.check_stage(job.folder, job.identity)
-    return job
+    target.check_stage(growing.folder, growing.identity)
+    return growing
+
+
+def _write(
+    name: str, reader: CheckpointReader, writer: CheckpointWriter, names: Any, plan: growth.Plan,
+    key: jax.Array,
+) -> dict[str, Any]:  # fmt: skip
+    """Grows leaf by leaf from the reader to the writer; returns what was done, and how fast."""
+    total = sum(x.size * x.dtype.itemsize for x in writer.leaves.values())
+    began = time.monotonic()
+    with Transfer(f"growing {name}", writer.held_bytes(), total) as shown:
+        written = stream.grow(reader, writer, names, plan, key, shown.add)
+    writer.finish()
+    seconds = time.monotonic() - began
+    return {
+        "checkpoint": str(writer.path),
+        "plan_digest": plan.digest(),
+        "exactness": plan.exactness,
+        "bytes": total,
+        "bytes_written": written,
+        "seconds": seconds,
+        "bytes_per_s": written / seconds,
+    }
 
 
 def _prepare(
-    job: _Job, plan: growth.Plan, distances: tuple[float, ...] | None, grown: TrainState
+    growing: _DiskGrowth, plan: growth.Plan, distances: tuple[float, ...] | None, grown: TrainState
 ) -> None:
     """Writes all that the target needs before its checkpoint."""
-    folder, target = job.folder, job.target
+    folder, target = growing.folder, growing.target
     if folder.plan.exists() and growth.Plan.from_json(folder.plan.read_text()) != plan:
         raise UserError(f"{folder.plan}: another growth was started here; give another target")
     target.open()
     _check_space(target.path, folder, grown)
     with disk_refusals(f"{target.path} cannot be written"):
-        job.source.branch(target, job.index)
-        write_json(folder.config, job.identity)
+        growing.source.branch(target, growing.index)
+        write_json(folder.config, growing.identity)
         folder.keep_growth(plan.to_json(), unmeasured(plan, distances))
 
 
@@ -179,18 +193,20 @@ def _steps_on_disk(folder: StageFolder) -> list[int]:
     return [int(p.name) for p in folder.checkpoints.iterdir() if p.name.isdigit()]
 
 
-def _plan(job: _Job, reader: CheckpointReader) -> tuple[growth.Plan, tuple[float, ...] | None]:
+def _plan(
+    growing: _DiskGrowth, reader: CheckpointReader
+) -> tuple[growth.Plan, tuple[float, ...] | None]:
     """Returns the plan, and the layers' distances from the identity if it depends on them."""
-    small, stage = job.small.model, job.stage
+    small, stage = growing.small.model, growing.stage
     if not uses_distances(stage.growth.recipe, small, stage.model):
         return plan_of(small, stage), None
-    corpus = data.open_corpus(job.config.data_of(0))
-    if corpus.fingerprint != job.fingerprint:
+    corpus = data.open_corpus(growing.config.data_of(0))
+    if corpus.fingerprint != growing.fingerprint:
         raise UserError(
             f"config.data: its fingerprint is {corpus.fingerprint}, the source was trained on "
-            f"{job.fingerprint}; restore the data"
+            f"{growing.fingerprint}; restore the data"
         )
-    about = job.config.data_of(job.index)
+    about = growing.config.data_of(growing.index)
     batches = corpus.with_length(about).train(stage.growth.calibration_sequences)
     batch = calibration_batch(batches, reader.progress["data"])
     distances = measure.layer_distances(

@@ -77,6 +77,7 @@ def train(
     board: TensorBoard,
 ) -> Position:
     """Trains a stage from a position to its end; returns the position there."""
+    began = time.monotonic() - position.wall_s
     config, (mesh, rules) = stage.config, stage.layout
     ramp = read_ramp(stage, folder)
     train_step = make_train_step(config, stage.tx, mesh, ramp.masks_at, rules)
@@ -84,7 +85,6 @@ def train(
     batches = stage.batches(config.batch_size, *share)
     batches.set_state(position.data)
     rows = processes.once(lambda: folder.metrics.rewind(position.step))
-    began = time.monotonic() - position.wall_s
     state, step, first = position.state, position.step, position.step
     save_every = stage.experiment.checkpoint.every_steps
 

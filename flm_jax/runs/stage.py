@@ -210,7 +210,7 @@ class Ramp:
 
 
 def read_ramp(stage: Stage, folder: StageFolder) -> Ramp:
-    """Reads the ramp of a stage that has begun."""
+    """Reads the ramp of a stage that `begin` has started."""
     plan = read_plan(stage, folder)
     masks_at = plan.masks if plan and plan.masked else None
     return Ramp(masks_at, stage.start, stage.config.growth)

@@ -188,8 +188,8 @@ def describe(path: pathlib.Path) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[
 def write_skeleton(path: pathlib.Path, like: Any, progress: dict[str, Any]) -> None:
     """Writes a checkpoint of the tree `like` in which every array has one entry.
 
-    Orbax's metadata describes how leaves are nested, not their sizes: replacing the arrays, each
-    of which is a folder in zarr's format, gives a checkpoint of other sizes.
+    Orbax's metadata describes how leaves are nested, not their sizes. Each array is a folder in
+    zarr's format: replacing the arrays gives a checkpoint of other sizes.
     """
     context = ocp.Context()
     context.array.saving.use_ocdbt = context.array.saving.use_zarr3 = False
