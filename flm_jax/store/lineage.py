@@ -133,7 +133,8 @@ class RunFolder:
                 f"{self.lineage}: version {data.get('version')}, but this code reads version "
                 f"{VERSION}; use the code that wrote it"
             )
-        return data["stages"]
+        stages: list[dict[str, Any]] = data["stages"]
+        return stages
 
     def finished_stage(self, stage: str = "") -> dict[str, Any]:
         """Returns the entry of one finished stage: see `pick_stage`."""
