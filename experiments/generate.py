@@ -85,7 +85,7 @@ def _tokens(model: OpenedModel, prompt: str) -> list[int]:
     from flm_jax.sft.chats import Message
     from flm_jax.sft.template import encode_prompt
 
-    return model.begun(encode_prompt([Message("user", prompt)], model.tokenizer))
+    return model.with_start(encode_prompt([Message("user", prompt)], model.tokenizer))
 
 
 def _show(text: str) -> None:

@@ -19,17 +19,9 @@ from absl import flags
 from experiments import cli
 from flm_jax import mapping
 from flm_jax.errors import UserError
-from flm_jax.store.lineage import RunFolder, bits_per_byte
+from flm_jax.store.lineage import RunFolder, bits_per_byte, pick_stage
 
 COMPARE = flags.DEFINE_list("compare", [], "Two stage indices, as 0,2.")
-
-
-def _pick(stages: Sequence[dict[str, Any]], wanted: str) -> dict[str, Any]:
-    for stage in stages:
-        if wanted in (str(stage["index"]), stage["name"]):
-            return stage
-    names = ", ".join(f"{s['index']} ({s['name']})" for s in stages)
-    raise UserError(f"--compare: no finished stage {wanted!r}; the run has {names}")
 
 
 def _tree(folder: RunFolder, stages: Sequence[dict[str, Any]]) -> rich.tree.Tree:
@@ -76,13 +68,12 @@ def main(arguments: list[str]) -> dict[str, Any]:
         raise UserError("give one run folder: python -m experiments.inspect DIR")
     folder = RunFolder(arguments[0])
     stages = folder.stages()
-    if not stages:
-        raise UserError(f"{folder.path} has no finished stage (no lineage.json); train one first")
+    pick_stage(stages, "", folder.path)  # raises if there is none
     picked = []
     if COMPARE.value:
         if len(COMPARE.value) != 2:
             raise UserError(f"--compare={','.join(COMPARE.value)}: give two stages, as 0,2")
-        picked = [_pick(stages, wanted) for wanted in COMPARE.value]
+        picked = [pick_stage(stages, wanted, folder.path) for wanted in COMPARE.value]
 
     console = rich.console.Console(stderr=cli.json_wanted())
     console.print(_tree(folder, stages))

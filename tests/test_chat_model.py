@@ -2,13 +2,17 @@
 
 import dataclasses
 import math
+import pathlib
 
 import jax
 import numpy as np
 import pytest
 
+from flm_jax.config import DataConfig
 from flm_jax.data.tokenizer import open_tokenizer
 from flm_jax.errors import UserError
+from flm_jax.interop import opening
+from flm_jax.interop.opening import OpenedModel
 from flm_jax.sft import chat_model
 from flm_jax.sft.chat_model import ChatModel
 from flm_jax.sft.chats import Message, Sample
@@ -26,6 +30,12 @@ def sample(*texts):
     return Sample(tuple(Message(r, t) for r, t in zip(roles, texts, strict=False)))
 
 
+def opened(config, params, trained=True):
+    """A model as `open_model` gives it."""
+    data = DataConfig(vocabulary="bytes")
+    return OpenedModel(params, config, data, "model", pathlib.Path("."), 96, trained)
+
+
 SAMPLES = [sample("ab", "cde"), sample("a", "b", "what is it?", "é"), sample("long " * 9, "x")]
 
 
@@ -33,7 +43,7 @@ SAMPLES = [sample("ab", "cde"), sample("a", "b", "what is it?", "é"), sample("l
 def model():
     with jax.enable_x64(True):
         params = random_params(CONFIG, 0)
-        yield ChatModel(params, CONFIG, BYTES, max_new_tokens=4, batch_size=2)
+        yield ChatModel(opened(CONFIG, params), max_new_tokens=4, batch_size=2)
 
 
 def plain_nats(model, s):
@@ -54,7 +64,7 @@ def test_losses(model):
         assert loss.nats == pytest.approx(plain_nats(model, s), rel=1e-10)
     # Two answers with two end tokens; é is two bytes.
     assert (found[1].tokens, found[1].bytes) == (1 + 1 + 2 + 1, 3)
-    # Twin: another question gives another loss.
+    # Negative control: another question gives another loss.
     other = sample("aB", "cde")
     assert abs(plain_nats(model, other) - found[0].nats) > 1e-6
 
@@ -89,6 +99,28 @@ def test_answers_are_greedy(model):
             assert answer == BYTES.decode([t for t in new if t != 1])
 
 
+@pytest.mark.parametrize(
+    ("trained", "adds_start", "start"),
+    [(True, False, [0]), (True, True, [0]), (False, True, [0]), (False, False, [])],
+)
+def test_answers_and_generate_prompt_alike(model, trained, adds_start, start, monkeypatch):
+    """A model from elsewhere, whose tokenizer adds no start token, is prompted without one."""
+    seen = []
+
+    def record(params, config, rows, *more):
+        seen.extend(rows)
+        return [[] for _ in rows]
+
+    monkeypatch.setattr(chat_model, "generate", record)
+    tokenizer = dataclasses.replace(BYTES, adds_start=adds_start)
+    monkeypatch.setattr(opening, "open_tokenizer", lambda name: tokenizer)
+    model = dataclasses.replace(model, model=dataclasses.replace(model.model, trained=trained))
+    model.answer(SAMPLES[:1])
+    ids = [*encode_prompt(SAMPLES[0].messages[:-1], BYTES)]
+    assert seen[0] == [*start, *ids]
+    assert seen[0] == model.model.with_start(ids)  # what experiments.generate --chat reads
+
+
 def test_embeddings_do_not_depend_on_the_batch(model):
     with jax.enable_x64(True):
         together = model.embeddings(SAMPLES)
@@ -113,6 +145,6 @@ def test_stage_after_the_colon(tmp_path):
 def test_scores_of_a_uniform_model():
     """All logits equal: log2(vocabulary) bits a token."""
     params = jax.tree.map(np.zeros_like, random_params(changed(CONFIG, dtype="float32"), 0))
-    uniform = ChatModel(params, changed(CONFIG, dtype="float32"), BYTES)
+    uniform = ChatModel(opened(changed(CONFIG, dtype="float32"), params))
     loss = uniform.losses([sample("q", "abc")])[0]
     assert loss.nats == pytest.approx(4 * math.log(259), rel=1e-6)

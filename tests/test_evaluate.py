@@ -49,7 +49,7 @@ def test_wrong_places_of_models_are_named(run, tmp_path):
     folder, _ = run
     for where, stage, message in (
         (str(tmp_path), "", "holds no model; give a run's folder"),
-        (folder, "s2", "no finished stage 's2'; it has s0, s1"),
+        (folder, "s2", r"no finished stage 's2'; it has 0 \(s0\), 1 \(s1\)"),
         (f"{folder}/stages/0-s0/checkpoints/7", "s0", "leave stage and step out"),
         (f"{folder}/stages/0-s0/checkpoints/8", "", "is no checkpoint; give a folder"),
     ):
@@ -88,12 +88,12 @@ def test_a_file_is_scored_whole(tmp_path):
                 document = document[room:]
         np.testing.assert_allclose(got.nats, want, rtol=1e-12)
         np.testing.assert_allclose(got.bits_per_byte, want / math.log(2) / size, rtol=1e-12)
-        # Negative control: packed documents that see each other score otherwise.
+        # Negative control: packed documents that see each other have another score.
         for batch in batches:
             batch["segment_ids"] = np.minimum(batch["segment_ids"], 1)
         with jax.set_mesh(mesh):
-            unpacked = evaluation.score(params, config, batches, corpus.token_bytes, mesh)
-        assert abs(unpacked.nats / want - 1) > 1e-6
+            control = evaluation.score(params, config, batches, corpus.token_bytes, mesh)
+        assert abs(control.nats / want - 1) > 1e-6
 
 
 def test_log_likelihoods_are_those_of_single_forward_passes():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import shutil
 import signal
@@ -14,11 +15,13 @@ from flm_jax import growth
 from flm_jax.config import DataConfig, ExperimentConfig, GrowthConfig, StageConfig
 from flm_jax.errors import UserError
 from flm_jax.growth import measure
+from flm_jax.growth.operators import uses_distances
 from flm_jax.growth.receipt import measured
-from flm_jax.runs import grow_on_disk, loop
+from flm_jax.runs import grow_on_disk
+from flm_jax.runs.stage import plan_of
 from flm_jax.store.checkpoint import Checkpoints, by_name
+from flm_jax.store.chunked import CheckpointReader
 from flm_jax.store.files import write_json
-from flm_jax.store.leaves import CheckpointReader
 from flm_jax.store.lineage import RunFolder, identity
 from tests.commands import mistake, peak_memory, run, start, wait_for
 from tests.models import SMALL, changed, packed_batch, random_params
@@ -69,7 +72,7 @@ def test_a_full_disk_in_the_middle_is_one_line_and_the_same_call_goes_on(tmp_pat
     again = grow()
     assert 0 < again["bytes_written"] < again["bytes"]
     reader = CheckpointReader(again["checkpoint"])
-    plan = loop.plan_of(CONFIG, WIDER.stages[1])
+    plan = plan_of(CONFIG, WIDER.stages[1])
     want = jax.jit(functools.partial(growth.grow, plan=plan))(state, key=KEY_OF_STAGE_1)
     assert_same_bits({n: reader.read(n) for n in reader.leaves}, by_name(want))
     assert reader.progress == {"data": {"place": 3}, "wall_s": 0.0}
@@ -97,9 +100,9 @@ def test_mistakes_are_refused_and_write_nothing(tmp_path, monkeypatch):
             grow_on_disk.grow(config, source, target, **how)
         assert sorted(tmp_path.rglob("*")) == before
 
-    refused("are both", target=tmp_path / "grown/../run")
+    refused("source and target are both", target=tmp_path / "grown/../run")
     refused("has no finished stage", source=tmp_path / "none")
-    refused(r"--stage=7: .*it has 0 \(small\)", stage="7")
+    refused(r"no finished stage '7'; it has 0 \(small\)", stage="7")
     one = dataclasses.replace(WIDER, stages=WIDER.stages[:1])
     refused("is the config's last", config=one)
     other = two_stages(changed(CONFIG, d_ff=21), WIDER.stages[1].model)
@@ -114,7 +117,7 @@ def test_mistakes_are_refused_and_write_nothing(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         usage = shutil.disk_usage(tmp_path)
         patched.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000))
-        with pytest.raises(UserError, match="its disk has 10,000 left"):
+        with pytest.raises(UserError, match=r"needs .* more bytes, but its disk has 10,000 left"):
             grow_on_disk.grow(WIDER, source, target)
         assert not list(target.iterdir())
 
@@ -122,7 +125,7 @@ def test_mistakes_are_refused_and_write_nothing(tmp_path, monkeypatch):
     (tmp_path / "thesis/thesis.tex").write_text("x")
     refused("holds files but no run", target=tmp_path / "thesis")
     finished_run(WIDER, tmp_path / "another")
-    refused("its stages are not those of --source", target=tmp_path / "another")
+    refused("its stages are not the source's; give another target", target=tmp_path / "another")
     # A checkpoint that is not of its config.
     shutil.rmtree(source / "stages/0-small/checkpoints")
     checkpoints = Checkpoints(source / "stages/0-small/checkpoints")
@@ -131,6 +134,19 @@ def test_mistakes_are_refused_and_write_nothing(tmp_path, monkeypatch):
     refused(r"down is float32\[2, 21, 12\], the config needs float32\[2, 20, 12\]")
     shutil.rmtree(source / "stages/0-small/checkpoints/4")
     refused("is no checkpoint")
+
+
+@pytest.mark.parametrize("recipe", ["msg", "identity", "zero_pad", "stack", "middle", "fresh"])
+@pytest.mark.parametrize(("source", "layers"), [(1, 2), (2, 3), (2, 4), (3, 4), (3, 5), (3, 6)])
+def test_distances_are_asked_for_where_the_plan_depends_on_them(recipe, source, layers):
+    small, big = (changed(CONFIG, num_layers=n) for n in (source, layers))
+    plans = [
+        growth.plan(small, big, recipe, layer_distances=order)
+        for order in itertools.permutations(range(source))
+    ]
+    depends = any(plan != plans[0] for plan in plans)
+    assert uses_distances(recipe, small.num_layers, big.num_layers) == depends
+    assert not uses_distances(recipe, small.num_layers, small.num_layers)
 
 
 def test_distances_are_measured_one_layer_at_a_time():
@@ -181,7 +197,7 @@ def test_the_runner_goes_on_as_if_it_had_grown_in_memory(tmp_path):
     assert status == 0, err
     for a, b in zip(lineage(target), lineage(tmp_path / "run"), strict=True):
         assert {**a, "wall_s": 0} == {**b, "wall_s": 0}  # digests, receipts, evaluations
-    assert "--target are both" in mistake(*args, f"--target={tmp_path / 'run'}")
+    assert "target are both" in mistake(*args, f"--target={tmp_path / 'run'}")
 
 
 @pytest.mark.slow

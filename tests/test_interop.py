@@ -20,12 +20,12 @@ from flm_jax.errors import UserError
 from flm_jax.interop import names, tensor_files
 from flm_jax.interop.converter import write_hf
 from flm_jax.interop.names import TENSORS, Tensor
-from flm_jax.interop.opening import open_model
-from flm_jax.interop.weights import Tree
+from flm_jax.interop.opening import open_model, open_stored_model
+from flm_jax.interop.weights import Tree, load
 from flm_jax.params import axes, trees
 from flm_jax.store.checkpoint import params_digest
+from flm_jax.store.chunked import CheckpointWriter
 from flm_jax.store.files import write_atomically, write_json
-from flm_jax.store.leaves import CheckpointWriter
 from flm_jax.store.lineage import RunFolder, identity
 from tests.commands import json_of, mistake, run
 from tests.models import TABLE, grow, logits_of, random_params
@@ -152,7 +152,7 @@ def test_a_wrong_import_is_noticed(saved, monkeypatch):
     plain = dataclasses.replace(config, input_mult=1.0)
     assert distance(theirs(model), ours(params, plain)) > 1e-2
     with monkeypatch.context() as patch:  # what the config cannot say is multiplied in
-        patch.setattr("flm_jax.interop.sources.scaled", lambda weights, *_: weights)
+        patch.setattr("flm_jax.interop.opening.scaled", lambda weights, *_: weights)
         assert distance(theirs(model), ours(*interop.load_hf(folder))) > 1e-2
 
 
@@ -235,8 +235,8 @@ def test_a_run_comes_and_goes_bit_equal(saved, tmp_path):
     interop.convert(str(tmp_path / "run"), str(tmp_path / "out"), "granite", memory=1 << 16)
     assert equal(params, interop.load_hf(tmp_path / "out")[0])
     checkpoint = tmp_path / "run" / entry["checkpoint"]
-    opened = interop.open_source(str(checkpoint))
-    assert equal(params, interop.load(opened.weights)) and opened.name == "imported"
+    opened = open_stored_model(str(checkpoint))
+    assert equal(params, load(opened.weights)) and opened.name == "imported"
     for path in (folder, tmp_path / "run"):
         model = open_model(str(path))
         assert equal(params, model.params) and model.config == config

@@ -429,7 +429,7 @@ def test_killed_and_resumed_it_ends_in_the_same_bits(base, tuned, tmp_path):
     other = json_of(*args[:-1], f"--workdir={tmp_path / 'other'}", "--config.seed=1")
     assert other["stage"]["params_digest"] != printed["stage"]["params_digest"]
     line = mistake(*args, "--config.matrix_learning_rate=1e-3")
-    assert "matrix_learning_rate: 0.0005 -> 0.001" in line and "another --workdir" in line
+    assert "matrix_learning_rate: 0.0005 -> 0.001" in line and "another workdir" in line
 
 
 @pytest.mark.slow
@@ -447,7 +447,7 @@ def test_mistakes_are_one_line_and_leave_nothing(base, tmp_path):
         ),
         (("--config.sequence_length=8",), ("no conversation is left", "dropped as too long")),
         (("--config.base=runs/nowhere",), ("runs/nowhere", "make demo")),
-        (("--config.base_stage=large",), ("no finished stage 'large'", "small")),
+        (("--config.base_stage=large",), ("no finished stage 'large'", "0 (small)")),
     ]:
         line = mistake(*args, *more)
         assert all(word in line for word in words), line
@@ -467,7 +467,7 @@ def test_inside_the_base_and_from_a_model_without_a_run(base, tmp_path):
         assert lineage(copy) == [*lineage(base), stage]
         assert fine_tune.run(config, str(copy)).stage == stage  # not fine-tuned once more
         other = dataclasses.replace(config, name="other", base_stage="small")
-        with pytest.raises(UserError, match=r"stages small, sft.*give another --workdir"):
+        with pytest.raises(UserError, match=r"stages small, sft.*give another workdir"):
             fine_tune.run(other, str(copy))  # its place in the lineage is taken
 
         path = next((base / "stages/0-small/checkpoints").glob("[0-9]*"))

@@ -13,8 +13,7 @@ from flm_jax.errors import UserError
 from flm_jax.growth import stream
 from flm_jax.store import checkpoint
 from flm_jax.store.checkpoint import Checkpoints, by_name
-from flm_jax.store.leaves import CheckpointReader, CheckpointWriter
-from flm_jax.store.pieces import cells, chunk_shape
+from flm_jax.store.chunked import CheckpointReader, CheckpointWriter, cells, chunk_shape
 from tests.models import SMALL, changed
 from tests.states import assert_same_bits, files_of_at_most, random_state
 
@@ -103,7 +102,7 @@ def test_another_checkpoint_begun_in_the_same_place_is_refused(tmp_path):
     CheckpointWriter(tmp_path / "1", like, PROGRESS)
     wider = {"a": jax.ShapeDtypeStruct((4, 5), np.float32)}
     for other in ((wider, PROGRESS), (like, {}), (like, PROGRESS, {"a": (1, 3)})):
-        with pytest.raises(UserError, match=r"1\.partial: another checkpoint was begun here"):
+        with pytest.raises(UserError, match=r"1\.partial: another checkpoint was started here"):
             CheckpointWriter(tmp_path / "1", *other)
 
 

@@ -12,7 +12,7 @@ import pytest
 from flm_jax import growth
 from flm_jax.config import MeshConfig
 from flm_jax.errors import UserError
-from flm_jax.inference.evaluation import bits_per_byte
+from flm_jax.inference.evaluation import score
 from flm_jax.params import axes, sharding, trees
 from flm_jax.store.checkpoint import Checkpoints, params_digest
 from flm_jax.train.train_step import init_state, make_train_step
@@ -154,5 +154,5 @@ def test_bits_per_byte_of_a_uniform_model():
     token_bytes = np.full(TINY.vocab_size, 2)
     mesh = sharding.make_mesh(MeshConfig(data=8))
     with jax.set_mesh(mesh):
-        got = bits_per_byte(params, TINY, [batch, batch], token_bytes, mesh)
+        got = score(params, TINY, [batch, batch], token_bytes, mesh).bits_per_byte
     assert got == pytest.approx(math.log2(32) / 2, rel=1e-6)

@@ -29,10 +29,10 @@ from flm_jax.aot import hlo, roofline
 from flm_jax.aot.roofline import CHIPS, Chip
 from flm_jax.config import MESH_AXES, ExperimentConfig, StageConfig
 from flm_jax.errors import UserError
-from flm_jax.params import axes, counts, sharding
-from flm_jax.runs.loop import plan_of
+from flm_jax.params import counts, sharding
+from flm_jax.runs.stage import plan_of
 from flm_jax.train import optim, schedules
-from flm_jax.train.train_step import init_state, make_train_step
+from flm_jax.train.train_step import abstract_state, make_train_step
 
 WHAT = ("train", "train_masked", "growth")
 
@@ -165,15 +165,7 @@ def program(
         model = dataclasses.replace(config.stages[i].model, attention=attention)
         return dataclasses.replace(config.stages[i], model=model)
 
-    def abstract_state(i: int) -> Any:
-        tx = optim.optimizer(stage_at(i), config.optimizer, shape, grown_at)
-        state = jax.eval_shape(lambda: init_state(stage_at(i).model, tx, jax.random.key(0)))
-        placed = sharding.shardings(state, axes.table(stage_at(i).model), mesh, config.mesh.rules)
-        return jax.tree.map(
-            lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), state, placed
-        )
-
-    stage = stage_at(index)
+    stage, layout = stage_at(index), sharding.Layout(mesh, config.mesh.rules)
     shape = schedules.schedule_shape(config.schedule, config.total_steps)
     grown_at = sum(s.steps for s in config.stages[:index]) if index else None
     if what != "train" and index == 0:
@@ -184,12 +176,11 @@ def program(
     plan = plan_of(stage_at(index - 1).model, stage) if index else None
     if what == "growth":
         assert plan is not None
-        before = abstract_state(index - 1)
+        small = stage_at(index - 1)
+        tx = optim.optimizer(small, config.optimizer, shape)
+        before = abstract_state(small.model, tx, layout)
         key = jax.eval_shape(lambda: jax.random.key(0))
-        return growth.growth_program(plan, before, sharding.Layout(mesh, config.mesh.rules)), (
-            before,
-            key,
-        )
+        return growth.growth_program(plan, before, layout), (before, key)
     tx = optim.optimizer(stage, config.optimizer, shape, grown_at)
     length = config.data_of(index).sequence_length
     placed = NamedSharding(mesh, sharding.BATCH)
@@ -200,9 +191,9 @@ def program(
             ("positions", jnp.int32), ("weights", jnp.float32),
         )
     }  # fmt: skip
-    step = make_train_step(stage, tx, mesh, plan.masks if plan else None, config.mesh.rules)
+    step = make_train_step(stage, tx, mesh, plan.masks if plan else None, layout.rules)
     mask = (jax.ShapeDtypeStruct((), jnp.float32),) if what == "train_masked" else ()
-    return step, (abstract_state(index), batch, *mask)
+    return step, (abstract_state(stage.model, tx, layout), batch, *mask)
 
 
 def compile_for(

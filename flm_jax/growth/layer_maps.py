@@ -35,6 +35,18 @@ def beside_smallest(distances: Sequence[float], layers: int) -> list[int]:
     return [i for i in range(source) for _ in range(1 + copies[i])]
 
 
+def distances_matter(source: int, layers: int) -> bool:
+    """Says whether `beside_smallest` depends on the distances.
+
+    It does not where every layer gets equally many copies.
+
+    Args:
+      source: number of layers of the source.
+      layers: number of layers of the grown model.
+    """
+    return 0 < source < layers and layers % source != 0
+
+
 def stacked(source: int, layers: int) -> list[int]:
     """The whole stack again on top: i mod l (G_stack, arXiv 2405.15319; StackBERT).
 

@@ -49,6 +49,7 @@ class Operator:
       paper: where it comes from.
       build: Request -> Expansion. Raises UserError if the sizes do not suit it.
       two_steps: growing twice is the same as growing once.
+      by_distance: it copies the layers that are closest to the identity.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Operator:
     paper: str
     build: Callable[[Request], Expansion]
     two_steps: bool = False
+    by_distance: bool = False
 
 
 def refusal(r: Request, why: str, instead: Sequence[str]) -> UserError:
@@ -225,7 +227,7 @@ OPERATORS: dict[str, Operator] = {
     o.name: o
     for o in (
         Operator("msg", (*WIDTHS, "layers", "vocab"), EXACT, "fresh entries; layers by place",
-                 "Masked Structural Growth, arXiv 2305.02869", _msg),
+                 "Masked Structural Growth, arXiv 2305.02869", _msg, by_distance=True),
         Operator("zero_pad", (*WIDTHS, "layers"), EXACT, "fresh entries",
                  "Gesmundo & Maile, arXiv 2308.06103; norm's eps derived here", _zero_pad),
         Operator("tile", WIDTHS, EXACT, _BREAK, "HyperCloning, arXiv 2409.12903", _tile,
@@ -242,7 +244,7 @@ OPERATORS: dict[str, Operator] = {
                  "derived here", _repeat, two_steps=True),
         Operator("identity", _LAYERS, EXACT, "place in the stack",
                  "LLaMA-Pro, arXiv 2401.02415; places after Tele-FLM-1T, arXiv 2407.02783",
-                 _identity),
+                 _identity, by_distance=True),
         Operator("stack", _LAYERS, APPROX, "place in the stack",
                  "G_stack, arXiv 2405.15319", _layers("stack", layer_maps.stacked), two_steps=True),
         Operator("interpose", _LAYERS, APPROX, "place in the stack",
@@ -295,6 +297,22 @@ def choose(recipe: str) -> dict[str, Operator]:
 def able(axis: str) -> list[str]:
     """Names of the operators that can grow an axis."""
     return [name for name, operator in OPERATORS.items() if axis in operator.axes]
+
+
+def uses_distances(recipe: str, layers: int, grown_layers: int) -> bool:
+    """Says whether a growth depends on how far the source's layers are from the identity.
+
+    Args:
+      recipe: operators by name.
+      layers: number of layers of the source.
+      grown_layers: number of layers of the target.
+
+    Raises:
+      UserError: as `choose`.
+    """
+    operator = choose(recipe).get("layers")
+    by_distance = operator is not None and operator.by_distance
+    return by_distance and layer_maps.distances_matter(layers, grown_layers)
 
 
 def expansions(

@@ -25,7 +25,7 @@ from flm_jax.growth.apply import grow_value, leaf_key, looks_ahead, next_layer
 from flm_jax.growth.expansion import NEW
 from flm_jax.growth.moments import grow_moment, grow_slots
 from flm_jax.params.axes import Table
-from flm_jax.store.pieces import chunk_shape
+from flm_jax.store.chunked import chunk_shape
 from flm_jax.train.optim import SlotAdamState
 from flm_jax.train.train_step import TrainState
 

@@ -1,4 +1,4 @@
-"""Bits per byte: comparable between vocabularies, unlike loss per token."""
+"""Scores of text under a model; bits per byte is comparable between vocabularies."""
 
 from __future__ import annotations
 
@@ -13,26 +13,19 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flm_jax.config import TransformerConfig
-from flm_jax.growth import Plan
 from flm_jax.params import sharding
-from flm_jax.train.train_step import summed_loss
-
-
-@functools.partial(jax.jit, static_argnames=("config", "plan"))
-def _nats(
-    params: Any,
-    batch: dict[str, jax.Array],
-    config: TransformerConfig,
-    plan: Plan | None,
-    mask_value: jax.Array | None,
-) -> jax.Array:
-    masks = None if plan is None or mask_value is None else plan.masks(mask_value)
-    return summed_loss(params, batch, config, masks)[0]
+from flm_jax.train.train_step import Batch, MasksAt, summed_loss
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """The negative log-likelihood of some text, and how much text it was."""
+    """The negative log-likelihood of some text, and the size of that text.
+
+    Attributes:
+      nats: negative log-likelihood of all tokens.
+      tokens: number of tokens that were predicted.
+      bytes: number of bytes that these tokens stand for.
+    """
 
     nats: float
     tokens: int
@@ -54,38 +47,41 @@ def score(
     batches: Iterable[dict[str, np.ndarray]],
     token_bytes: np.ndarray,
     mesh: Mesh,
-    plan: Plan | None = None,
+    masks_at: MasksAt | None = None,
     mask_value: float | None = None,
 ) -> Score:
-    """Scores the targets of all batches; their bytes are what `token_bytes` adds up to.
+    """Scores the targets of all batches.
 
     Args:
-      params: of `config`.
+      params: nested dicts, the parameters of `config`.
       config: the model's.
       batches: packed batches as `flm_jax.data` makes them.
-      token_bytes: int [vocabulary], bytes that a token stands for.
+      token_bytes: int [vocabulary], the number of bytes that a token stands for.
       mesh: where to compute.
-      plan, mask_value: evaluate behind the plan's masks at this value; None: the plain model.
+      masks_at: mask value -> run-time masks by axis, as `make_train_step` takes it.
+      mask_value: evaluates with the masks at this value; None: the plain model.
+
+    Returns:
+      Nats, tokens and bytes, summed over all batches.
     """
     nats, tokens, count = 0.0, 0, 0
     value = None if mask_value is None else np.float32(mask_value)
     for batch in batches:
         placed = sharding.place_batch(batch, mesh)
-        nats += float(_nats(params, placed, config, plan if value is not None else None, value))
+        nats += float(_nats(params, placed, config, masks_at, value))
         real = batch["weights"] > 0
         tokens += int(real.sum())
         count += int((token_bytes[batch["targets"]] * real).sum())
     return Score(nats, tokens, count)
 
 
-def bits_per_byte(
+@functools.partial(jax.jit, static_argnames=("config", "masks_at"))
+def _nats(
     params: Any,
+    batch: Batch,
     config: TransformerConfig,
-    batches: Iterable[dict[str, np.ndarray]],
-    token_bytes: np.ndarray,
-    mesh: Mesh,
-    plan: Plan | None = None,
-    mask_value: float | None = None,
-) -> float:
-    """Negative log2-likelihood of the batches over their bytes; arguments as of `score`."""
-    return score(params, config, batches, token_bytes, mesh, plan, mask_value).bits_per_byte
+    masks_at: MasksAt | None,
+    mask_value: jax.Array | None,
+) -> jax.Array:
+    masks = None if masks_at is None or mask_value is None else masks_at(mask_value)
+    return summed_loss(params, batch, config, masks)[0]

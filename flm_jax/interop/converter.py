@@ -20,17 +20,22 @@ from flm_jax.config import DataConfig, ExperimentConfig, StageConfig, Transforme
 from flm_jax.errors import UserError
 from flm_jax.interop import hf_config, names, tensor_files
 from flm_jax.interop.names import TENSORS, Index
-from flm_jax.interop.sources import Source, open_source
+from flm_jax.interop.opening import StoredModel, open_stored_model
 from flm_jax.interop.tensor_files import TensorsWriter
 from flm_jax.interop.tokenizer_files import BYTES, Vocabulary, write_config
 from flm_jax.interop.weights import Resized, Weights, scaled
 from flm_jax.params import axes, counts, trees
 from flm_jax.runtime.display import Transfer
 from flm_jax.store.checkpoint import digest_of_leaves
+from flm_jax.store.chunked import (
+    CHUNK_BYTES,
+    CheckpointReader,
+    CheckpointWriter,
+    cells,
+    chunk_shape,
+)
 from flm_jax.store.files import write_json
-from flm_jax.store.leaves import CHUNK_BYTES, CheckpointReader, CheckpointWriter
 from flm_jax.store.lineage import RunFolder, identity
-from flm_jax.store.pieces import cells, chunk_shape
 
 FORMATS = ("flm", *hf_config.FORMATS)
 DTYPES = {d.name: d for d in tensor_files.DTYPES.values() if d.itemsize <= 4}
@@ -79,7 +84,7 @@ def convert(
     """Reads a model and writes it in a format.
 
     Args:
-      source, stage, step: what `open_source` opens.
+      source, stage, step: what `open_stored_model` opens.
       target: a folder that does not exist.
       format: of `FORMATS`.
       dtype: of the written parameters, of `DTYPES`; "": the source's. "flm" is float32.
@@ -93,7 +98,7 @@ def convert(
     Raises:
       UserError: in one line, what does not fit; the target does not appear.
     """
-    opened = open_source(source, stage, step)
+    opened = open_stored_model(source, stage, step)
     weights = opened.weights
     notes = []
     if opened.masks is not None:
@@ -200,7 +205,9 @@ def _in_threads(
             progress.add(num_bytes)
 
 
-def write_run(target: pathlib.Path, weights: Weights, source: Source, memory: int = MEMORY) -> int:
+def write_run(
+    target: pathlib.Path, weights: Weights, source: StoredModel, memory: int = MEMORY
+) -> int:
     """Writes a run's folder of one finished stage, not trained; returns its parameters' bytes.
 
     Raises UserError if the target exists or cannot be written.
@@ -244,7 +251,7 @@ def write_run(target: pathlib.Path, weights: Weights, source: Source, memory: in
     return num_bytes
 
 
-def _imported(model: TransformerConfig, source: Source, vocabulary: str) -> ExperimentConfig:
+def _imported(model: TransformerConfig, source: StoredModel, vocabulary: str) -> ExperimentConfig:
     """The config of the stage: a run's own, else one whose rates and batch say nothing."""
     if source.config is not None:
         stage, data = source.config.stages[0], source.config.data_of(0)
@@ -304,7 +311,7 @@ def _digest(reader: CheckpointReader, paths: Iterable[str], memory: int) -> str:
         )
 
 
-def with_vocab_size(source: Source, weights: Weights, vocab_size: int, memory: int) -> Weights:
+def with_vocab_size(source: StoredModel, weights: Weights, vocab_size: int, memory: int) -> Weights:
     """Zero rows after the last token, or rows cut off that are no token's.
 
     Raises UserError if a token would be cut off, or if it cannot be known.
@@ -339,7 +346,7 @@ def _padding(weights: Weights, start: int, memory: int) -> bool:
     )
 
 
-def check_vocabulary(source: Source, config: TransformerConfig) -> None:
+def check_vocabulary(source: StoredModel, config: TransformerConfig) -> None:
     """Raises UserError if the tokenizer has tokens without a row."""
     tokens = source.vocabulary.num_tokens()
     if tokens is not None and tokens > config.vocab_size:

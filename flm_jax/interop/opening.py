@@ -1,78 +1,53 @@
-"""Opens what a run left on disk: a finished stage's train state, or the model of any checkpoint."""
+"""Every way to open what is on disk: a run, one of its checkpoints, or Hugging Face files.
+
+`open_model` gives a model on one device, `open_state` a finished stage's whole train state. Both
+rest on `open_stored_model`, which finds a model and reads no parameter yet.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import jax
+import numpy as np
 
-from flm_jax import interop
-from flm_jax.config import DataConfig, ExperimentConfig, TransformerConfig
+from flm_jax.config import DataConfig, ExperimentConfig, StageConfig, TransformerConfig
 from flm_jax.data.tokenizer import Tokenizer, open_tokenizer
 from flm_jax.errors import UserError
+from flm_jax.growth._plan import Plan
+from flm_jax.growth.folding import masks_of
+from flm_jax.interop.tokenizer_files import Vocabulary
+from flm_jax.interop.weights import Checkpoint, HuggingFace, Weights, folded, place, scaled
 from flm_jax.params import axes, sharding
+from flm_jax.params.sharding import Layout
 from flm_jax.store.checkpoint import Checkpoints
-from flm_jax.store.lineage import RunFolder
+from flm_jax.store.chunked import CheckpointReader
+from flm_jax.store.lineage import RunFolder, StageFolder
 from flm_jax.train import optim, schedules
 from flm_jax.train.train_step import TrainState, abstract_state
 
-
-@dataclasses.dataclass(frozen=True)
-class Opened:
-    """A finished stage: its config (as the only stage), its last state, its place in the data."""
-
-    config: ExperimentConfig
-    state: TrainState
-    data: dict[str, object]
-
-
-def open_stage(workdir: str, stage: str = "") -> Opened:
-    """Reads a finished stage of a run onto one device.
-
-    Args:
-      workdir: the run's folder.
-      stage: its index or name; "": the last one.
-
-    Raises:
-      UserError: there is no such run or stage, or it was fine-tuned on conversations.
-    """
-    folder = RunFolder(workdir)
-    entry = folder.finished_stage(stage)
-    stage_folder = folder.stage(entry["index"], entry["name"])
-    if "sft" in json.loads(stage_folder.config.read_text()):
-        raise UserError(
-            f"{workdir}: stage {entry['name']} learned from conversations and has no place in a "
-            "text; give a run that ends with a stage trained on text"
-        )
-    config = stage_folder.experiment()
-    model = config.stages[0].model
-    tx = optim.optimizer(config.stages[0], config.optimizer, schedules.steady)
-    like = _on_one_device(abstract_state(model, tx), axes.table(model))
-    path = pathlib.Path(folder.path / entry["checkpoint"])
-    checkpoints = Checkpoints(path.parent, keep=None)
-    try:
-        state, progress = checkpoints.restore(int(path.name), like)
-    finally:
-        checkpoints.close()
-    return Opened(config, state, progress["data"])
+# The fields of a config that determine the function that a model computes.
+_FUNCTION = ("vocab_size", "num_layers", "d_model", "num_heads", "kv_heads", "head_dim", "d_ff",
+             "rope_theta", "rms_norm_eps", "input_mult", "logit_mult")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class OpenedModel:
-    """Parameters on one device, and what they are parameters of.
+    """A model on one device.
 
     Attributes:
       params: nested dicts as the axis table names them.
+      config: the model's.
       data: what a run was trained on, in the stage's sequence length; None for weights from
         elsewhere.
-      name: of the stage or the folder.
+      name: the stage's or the folder's.
       path: what was opened: a checkpoint of a run, or a folder of Hugging Face files.
-      context: tokens that the model was trained to read at once; 0: its files do not say.
+      context: number of tokens that the model was trained to read at once; 0: not known.
       trained: by this library, where a start token precedes every document.
     """
 
@@ -86,7 +61,7 @@ class OpenedModel:
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        """What it was trained with. Raises UserError if it is not there or does not fit."""
+        """The model's tokenizer. Raises UserError if it is missing or does not fit."""
         found = open_tokenizer(self.data.vocabulary if self.data else str(self.path))
         if found.vocab_size > self.config.vocab_size:
             raise UserError(
@@ -96,45 +71,236 @@ class OpenedModel:
         return found
 
     def prompt(self, text: str) -> list[int]:
-        """The text's tokens as the model reads a document's beginning."""
-        return self.begun(self.tokenizer.encode(text))
+        """Encodes a text as the beginning of a document."""
+        return self.with_start(self.tokenizer.encode(text))
 
-    def begun(self, ids: Sequence[int]) -> list[int]:
-        """With the start token before them, as in training.
+    def with_data(self, data: DataConfig) -> OpenedModel:
+        """Returns the model with other data, and so with the tokenizer of that data."""
+        return dataclasses.replace(self, data=data)
 
-        Without it if the model comes from elsewhere and its tokenizer adds none.
+    def with_start(self, ids: Sequence[int]) -> list[int]:
+        """Puts the start token before a document's tokens, as in the model's training.
+
+        A model from elsewhere whose tokenizer adds no start token gets none, unless there is no
+        other token. This is the only place that decides.
+
+        Args:
+          ids: tokens without a start token.
+
+        Returns:
+          The tokens that the model reads.
         """
         start = self.trained or self.tokenizer.adds_start or not ids
         return [*([self.tokenizer.start_id] if start else []), *ids]
 
 
 def open_model(path: str, stage: str = "") -> OpenedModel:
-    """Reads a model, whatever wrote it, onto one device.
+    """Reads a model onto one device: of a run, a checkpoint, or Hugging Face files.
 
     Args:
       path: a run's folder, a checkpoint's folder inside one, or a folder of Hugging Face files.
       stage: of a run's folder: the index or name of a finished stage; "": the last one.
 
+    Returns:
+      The plain model: run-time masks are folded into its parameters.
+
     Raises:
-      UserError: there is no such model, or it is not what its config says.
+      UserError: there is no such model, or it does not match its config.
     """
-    source = interop.open_source(path, stage)
-    config = source.weights.config
+    stored = open_stored_model(path, stage)
     data, trained = None, False
-    if source.config is not None:
-        data = dataclasses.replace(source.config.data_of(0), window_length=0)
-        stage_config = source.config.stages[0]
+    if stored.config is not None:
+        data = dataclasses.replace(stored.config.data_of(0), window_length=0)
+        stage_config = stored.config.stages[0]
         trained = not stage_config.source or stage_config.steps > 0
+    config = stored.weights.config
     placed = sharding.shardings(
         axes.nested_table(config), axes.table(config), sharding.one_device()
     )
-    params = interop.place(source.weights, placed)
-    return OpenedModel(params, config, data, source.name, source.path, source.context, trained)
-
-
-def _on_one_device(abstract: Any, table: axes.Table) -> Any:
-    """The same shapes, with shardings."""
-    placed = sharding.shardings(abstract, table, sharding.one_device())
-    return jax.tree.map(
-        lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), abstract, placed
+    params = place(stored.weights, placed)
+    return OpenedModel(
+        params, stored.weights.config, data, stored.name, stored.path, stored.context, trained
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenedState:
+    """The end of a finished stage.
+
+    Attributes:
+      config: the run's, with this stage alone.
+      state: the train state of the stage's checkpoint, on one device.
+      data: the position in the training data.
+    """
+
+    config: ExperimentConfig
+    state: TrainState
+    data: dict[str, object]
+
+
+def open_state(path: str, stage: str = "") -> OpenedState:
+    """Reads the train state at the end of a run's finished stage onto one device.
+
+    Args:
+      path: the run's folder.
+      stage: its index or name; "": the last one.
+
+    Raises:
+      UserError: there is no such run or stage, or the stage was fine-tuned on conversations.
+    """
+    folder = RunFolder(path)
+    entry = folder.finished_stage(stage)
+    stage_folder = folder.stage(entry["index"], entry["name"])
+    if "sft" in json.loads(stage_folder.config.read_text()):
+        raise UserError(
+            f"{path}: stage {entry['name']} was trained on conversations and has no position in a "
+            "text; give a run that ends with a stage trained on text"
+        )
+    config = stage_folder.experiment()
+    tx = optim.optimizer(config.stages[0], config.optimizer, schedules.steady)
+    like = abstract_state(config.stages[0].model, tx, Layout(sharding.one_device()))
+    checkpoint = pathlib.Path(folder.path / entry["checkpoint"])
+    checkpoints = Checkpoints(checkpoint.parent, keep=None)
+    try:
+        state, progress = checkpoints.restore(int(checkpoint.name), like)
+    finally:
+        checkpoints.close()
+    return OpenedState(config, state, progress["data"])
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredModel:
+    """A model on disk.
+
+    Attributes:
+      path: what was opened: a checkpoint, or a folder of Hugging Face files.
+      name: the stage's or the folder's.
+      weights: the parameters of the plain model: masks are folded in.
+      vocabulary: its tokenizer's files.
+      config: the run's, with this stage alone; None for Hugging Face files.
+      dtype: of the parameters on disk.
+      num_bytes: size of the parameters on disk.
+      context: the longest sequence, in tokens; 0: not known.
+      masks: the value of the run-time masks that were folded in; None: there were none.
+    """
+
+    path: pathlib.Path
+    name: str
+    weights: Weights
+    vocabulary: Vocabulary
+    config: ExperimentConfig | None
+    dtype: np.dtype
+    num_bytes: int
+    context: int
+    masks: float | None
+
+
+def open_stored_model(path: str, stage: str = "", step: int | None = None) -> StoredModel:
+    """Opens a model on disk; reads no parameter yet.
+
+    Args:
+      path: a run's folder, a checkpoint's folder inside one, or a folder of Hugging Face files.
+      stage: of a run: the index or name of a finished stage; "": the last one.
+      step: of a run: the step of one of this stage's checkpoints; None: the stage's result.
+
+    Raises:
+      UserError: there is no such model, or it does not match its config.
+    """
+    folder = pathlib.Path(path).expanduser()
+    run = RunFolder(folder)
+    if run.lineage.exists():
+        entry = run.finished_stage(stage)
+        checkpoint = run.path / entry["checkpoint"]
+        return _checkpoint(checkpoint if step is None else checkpoint.with_name(str(step)))
+    if stage or step is not None:
+        raise UserError(f"{path} is no run's folder (no lineage.json): leave stage and step out")
+    if folder.parent.name == "checkpoints":
+        return _checkpoint(folder)
+    if _is_huggingface(folder):
+        return open_huggingface(folder)
+    raise UserError(
+        f"{path} holds no model; give a run's folder (with lineage.json), a checkpoint inside one "
+        "(.../checkpoints/STEP), or a folder of Hugging Face files (with config.json)"
+    )
+
+
+def open_stage_source(stage: StageConfig) -> StoredModel:
+    """Opens the model that `stage.source` names.
+
+    Raises:
+      UserError: there is none, or it computes another function than the stage's model.
+    """
+    stored = open_stored_model(stage.source)
+    found = stored.weights.config
+    for name in _FUNCTION:
+        have, want = getattr(found, name), getattr(stage.model, name)
+        if not math.isclose(have, want, rel_tol=1e-12):
+            raise UserError(
+                f"stage {stage.name}: model.{name} is {want}, but source {stage.source} has "
+                f"{have}; set it to {have}"
+            )
+    return stored
+
+
+def open_huggingface(folder: pathlib.Path) -> StoredModel:
+    """Opens a folder of Hugging Face files; reads no parameter yet.
+
+    Raises:
+      UserError: naming the file, tensor or key that is missing, damaged or unknown.
+    """
+    files = HuggingFace(folder)
+    tensors = files.tensors
+    return StoredModel(
+        path=folder,
+        name=folder.resolve().name,
+        weights=scaled(files, files.config, files.described.scales),
+        vocabulary=Vocabulary(str(folder)),
+        config=None,
+        dtype=tensors.dtype,
+        num_bytes=tensors.num_bytes,
+        context=files.described.values.get("max_position_embeddings") or 0,
+        masks=None,
+    )
+
+
+def _is_huggingface(folder: pathlib.Path) -> bool:
+    """Says whether the folder has a config.json that is not a stage's."""
+    file = folder / "config.json"
+    if not file.is_file():
+        return False
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return True  # `open_huggingface` says what is wrong
+    return not (isinstance(values, dict) and "stage" in values)
+
+
+def _checkpoint(path: pathlib.Path) -> StoredModel:
+    folder = StageFolder.of_checkpoint(path)
+    reader = CheckpointReader(path)
+    config = folder.experiment()
+    stage = config.stages[0]
+    weights: Weights = Checkpoint(reader, stage.model)
+    masks = _mask(folder, stage, int(path.name))
+    if masks is not None:
+        plan = Plan.from_json(folder.plan.read_text())
+        weights = folded(weights, masks_of(plan, masks))
+    leaves = [reader.leaves[f"params/{leaf}"] for leaf in axes.table(stage.model)]
+    return StoredModel(
+        path=path,
+        name=stage.name,
+        weights=weights,
+        vocabulary=Vocabulary(config.data.vocabulary),
+        config=config,
+        dtype=max((leaf.dtype for leaf in leaves), key=lambda dtype: dtype.itemsize),
+        num_bytes=sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves),
+        context=config.data_of(0).sequence_length,
+        masks=masks,
+    )
+
+
+def _mask(folder: StageFolder, stage: StageConfig, step: int) -> float | None:
+    """The masks' value after that step; None: there are none, or they are at 1."""
+    if not folder.plan.exists() or not Plan.from_json(folder.plan.read_text()).masked:
+        return None
+    return stage.growth.mask_at(step - folder.start())

@@ -11,6 +11,7 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+import jax
 import numpy as np
 
 from flm_jax.config import TransformerConfig
@@ -21,7 +22,7 @@ from flm_jax.interop.names import TENSORS, Index
 from flm_jax.interop.tensor_files import Tensors
 from flm_jax.params import axes, mup, trees
 from flm_jax.params.dtypes import wide
-from flm_jax.store.leaves import CheckpointReader
+from flm_jax.store.chunked import CheckpointReader
 
 
 class Weights(Protocol):
@@ -38,6 +39,40 @@ class Weights(Protocol):
 def whole(path: str, config: TransformerConfig) -> Index:
     """The index of all of a parameter."""
     return tuple(slice(0, size) for size in mup.spec(config).shape(path))
+
+
+def load(weights: Weights) -> dict[str, Any]:
+    """Reads all parameters as nested dicts of numpy arrays."""
+    config = weights.config
+    table = axes.table(config)
+    return trees.unflatten({path: weights.read(path, whole(path, config)) for path in table})
+
+
+def place(weights: Weights, shardings: Any) -> dict[str, Any]:
+    """Reads all parameters onto devices; every process reads only its own part.
+
+    Args:
+      weights: what to read.
+      shardings: nested dicts with a sharding for each parameter.
+
+    Returns:
+      Arrays in the same nested dicts.
+    """
+    config = weights.config
+    spec = mup.spec(config)
+
+    def placed(path: str, sharding: jax.sharding.Sharding) -> jax.Array:
+        shape = spec.shape(path)
+
+        def read(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
+            cuts = (cut.indices(size) for cut, size in zip(index, shape, strict=True))
+            block = weights.read(path, tuple(slice(start, stop) for start, stop, _ in cuts))
+            return block.astype(wide(config.dtype), copy=False)
+
+        return jax.make_array_from_callback(shape, sharding, read)
+
+    return trees.unflatten({path: placed(path, s) for path, s in trees.flatten(shardings)})
 
 
 class HuggingFace:

@@ -1,7 +1,7 @@
 """A chain: the stages of an experiment, each grown out of the one before.
 
-Whatever stops the run (`runner.py`), the same call goes on from the last complete checkpoint, to
-the same bits: the state, the data position and the schedule are all functions of the step, and a
+Whatever stops the run, the same call continues from the last complete checkpoint and resumes
+bit-identically: the state, the data position and the schedule are functions of the step, and a
 growth is a function of its parent checkpoint and the seed.
 """
 
@@ -10,47 +10,54 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 import optax
 
-from flm_jax.train import schedules
-from flm_jax import mapping
-from flm_jax import config as config_lib
-from flm_jax import data, growth, interop
-from flm_jax.runtime import host, processes
-from flm_jax.train import optim
-from flm_jax.params import axes
-from flm_jax.params import sharding
-from flm_jax.store.checkpoint import Checkpoints
-from flm_jax.config import ExperimentConfig
+from flm_jax import data, mapping
+from flm_jax.config import ExperimentConfig, StageConfig, TransformerConfig
 from flm_jax.errors import UserError
-from flm_jax.inference.evaluation import bits_per_byte
-from flm_jax.store.lineage import RunFolder, identity
-from flm_jax.runs.loop import Position, plan_of, restore, run_jobs
+from flm_jax.inference.evaluation import score
+from flm_jax.interop.opening import open_stage_source
+from flm_jax.interop.weights import place
+from flm_jax.params import sharding
 from flm_jax.params.sharding import Layout
-from flm_jax.train.train_step import init_state
+from flm_jax.runs.loop import run_stages
+from flm_jax.runs.stage import Batches, Parent, Position, Stage, plan_of, restore
+from flm_jax.runtime import host, processes
+from flm_jax.store.checkpoint import Checkpoints
+from flm_jax.store.lineage import RunFolder, identity
+from flm_jax.train import optim, schedules
+from flm_jax.train.schedules import Schedule
+from flm_jax.train.train_step import MasksAt, abstract_state, init_state, state_shardings
+
+if TYPE_CHECKING:
+    from flm_jax.data.pipeline import Corpus
+
+Validation = Callable[[int], list[dict[str, np.ndarray]]]  # sequence length -> batches
 
 
 def run(config: ExperimentConfig, workdir: str) -> list[dict[str, Any]]:
-    """Runs what is left of the chain. Returns lineage.json's stages.
+    """Runs a chain, or what is left of it.
+
+    Args:
+      config: the chain.
+      workdir: a run folder: new, or one that this config started.
+
+    Returns:
+      The stages' entries of lineage.json.
 
     Raises:
       UserError: the config, the data or the folder does not fit; nothing is overwritten.
-      RunStopped: after SIGINT or SIGTERM, with a checkpoint written.
+      RunStopped: after SIGINT or SIGTERM; a checkpoint was written.
     """
     host.keep_freed()
     if config.quick_compile:
         host.compile_quickly()
-    layouts = [
-        sharding.make_layout(
-            config.mesh_of(n), f"config.stages[{n}].mesh" if s.mesh else "config.mesh"
-        )
-        for n, s in enumerate(config.stages)
-    ]
+    layouts = layouts_of(config)
     check(config, layouts)
     processes.check_same("the config", mapping.digest(mapping.to_dict(config)))
     folder = RunFolder(workdir)
@@ -59,50 +66,25 @@ def run(config: ExperimentConfig, workdir: str) -> list[dict[str, Any]]:
         return done
     first = config.stages[0]
     if first.source and not folder.stage(0, first.name).config.exists():
-        interop.source_of(first)  # raises if it does not fit
-
-    corpus = data.open_corpus(config.data_of(0))
-    if corpus.vocab_size > min(stage.model.vocab_size for stage in config.stages):
-        raise UserError(
-            f"config.model.vocab_size is {config.stages[0].model.vocab_size}, but vocabulary "
-            f"{config.data.vocabulary!r} has {corpus.vocab_size} tokens; set vocab_size to "
-            f"{corpus.vocab_size} or more"
-        )
-    jobs: list[_ChainJob] = []
-    for index, layout in enumerate(layouts):
-        before = jobs[-1] if jobs else None
-        jobs.append(_ChainJob(config, index, corpus, folder, layout, before))
-    run_jobs(jobs[len(done) :], folder)
+        open_stage_source(first)  # raises if it does not fit
+    stages = stages_of(config, _open_corpus(config), folder, layouts)
+    run_stages(stages[len(done) :], folder)
     return processes.once(folder.stages)
 
 
-def _open(config: ExperimentConfig, folder: RunFolder) -> list[dict[str, Any]]:
-    """The finished stages. Raises UserError if the folder cannot be used or is another run's."""
-    folder.open()
-    done = folder.stages()
-    check_finished(config, folder, done)
-    return done
-
-
-def check_finished(config: ExperimentConfig, folder: RunFolder, done: list[dict[str, Any]]) -> None:
-    """Raises UserError if the finished stages are not the config's first ones.
-
-    More stages may follow a complete chain: it was fine-tuned.
-    """
-    names = [stage.name for stage in config.stages]
-    finished = [entry["name"] for entry in done]
-    if finished[: len(names)] != names[: len(finished)]:
-        raise UserError(
-            f"{folder.lineage}: the run has stages {', '.join(finished)}, the config has "
-            f"{', '.join(names)}; give another --workdir"
+def layouts_of(config: ExperimentConfig) -> list[Layout]:
+    """Makes the stages' layouts. Raises UserError if a mesh does not fit the devices."""
+    return [
+        sharding.make_layout(
+            config.mesh_of(index),
+            f"config.stages[{index}].mesh" if stage.mesh else "config.mesh",
         )
-    for index, entry in enumerate(done[: len(names)]):
-        about = identity(config, index, entry["data_fingerprint"])
-        folder.check_stage(folder.stage(index, entry["name"]), about)
+        for index, stage in enumerate(config.stages)
+    ]
 
 
 def check(config: ExperimentConfig, layouts: Sequence[Layout]) -> None:
-    """Raises UserError now for what would fail in a later stage; a layout for each."""
+    """Raises UserError for what would fail in a later stage; `layouts`: one for each stage."""
     for stage, (mesh, rules) in zip(config.stages, layouts, strict=True):
         rows = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
         sharding.check_divisible(stage.model, mesh, rules)
@@ -115,79 +97,155 @@ def check(config: ExperimentConfig, layouts: Sequence[Layout]) -> None:
         plan_of(before.model, after)
 
 
-class _ChainJob:
-    """A stage of a chain: text, the chain's schedule, validation bits per byte."""
+def check_finished(config: ExperimentConfig, folder: RunFolder, done: list[dict[str, Any]]) -> None:
+    """Raises UserError if the finished stages are not the config's first ones.
 
-    best_by = ""
-
-    def __init__(
-        self,
-        config: ExperimentConfig,
-        index: int,
-        corpus: Any,
-        folder: RunFolder,
-        layout: Layout,
-        before: _ChainJob | None,
-    ):
-        self.config, self.index, self.folder = config, index, folder
-        self.layout, self.parent_layout = layout, before.layout if before else layout
-        self.stage, self.before = config.stages[index], before
-        self.start: int = before.start + before.stage.steps if before else 0
-        self.parent = before.stage.name if before else None
-        self.small = before.stage.model if before else self.stage.model
-        about = config.data_of(index)
-        self.sequence_length = about.sequence_length
-        self.fingerprint = corpus.fingerprint
-        self.corpus = corpus.with_length(about)
-
-    def identity(self) -> dict[str, Any]:
-        return identity(self.config, self.index, self.fingerprint)
-
-    def optimizer(self) -> tuple[optax.GradientTransformation, schedules.Schedule]:
-        shape = schedules.schedule_shape(self.config.schedule, self.config.total_steps)
-        if self.before:
-            g = self.stage.growth
-            shape = schedules.rewarmed(shape, self.start, g.rewarmup_steps, g.rewarmup_ratio)
-        grown_at = self.start if self.before else None
-        return optim.optimizer(self.stage, self.config.optimizer, shape, grown_at), shape
-
-    def batches(self, batch_size: int, index: int = 0, count: int = 1) -> Any:
-        return self.corpus.train(batch_size, index, count)
-
-    def fresh(self) -> Position:
-        tx, _ = self.optimizer()
-        key = jax.random.fold_in(jax.random.key(self.config.seed), 0)
-        init = functools.partial(init_state, self.stage.model, tx)
-        placed = sharding.shardings(
-            jax.eval_shape(init, key), axes.table(self.stage.model), *self.layout
+    More stages may follow a complete chain, because fine-tuning adds one.
+    """
+    names = [stage.name for stage in config.stages]
+    finished = [entry["name"] for entry in done]
+    if finished[: len(names)] != names[: len(finished)]:
+        raise UserError(
+            f"{folder.lineage}: the run has stages {', '.join(finished)}, the config has "
+            f"{', '.join(names)}; give another workdir"
         )
-        state = jax.jit(init, out_shardings=placed)(key)
-        if self.stage.source:
-            params = interop.place(interop.source_of(self.stage).weights, placed.params)
-            state = dataclasses.replace(state, params=params)
-        return Position(state, self.batches(1).get_state(), 0.0)
+    for index, entry in enumerate(done[: len(names)]):
+        about = identity(config, index, entry["data_fingerprint"])
+        folder.check_stage(folder.stage(index, entry["name"]), about)
 
-    def source(self) -> Position:
-        assert self.before is not None
-        folder = self.folder.stage(self.before.index, self.before.stage.name)
-        ended = Checkpoints(folder.checkpoints, self.config.checkpoint.keep)
-        position = restore(self.before, ended)
-        ended.close()
-        return position
 
-    @functools.cached_property
-    def validation(self) -> list[dict[str, np.ndarray]]:
-        """The same tokens at every length."""
-        if self.before and self.before.sequence_length == self.sequence_length:
-            return self.before.validation
-        settings, length = self.config.eval, self.sequence_length
-        about = dataclasses.replace(self.config.data_of(0), sequence_length=length)
-        windows = settings.sequences * self.config.data.sequence_length // length
-        return self.corpus.with_length(about).validation(settings.batch_size, max(windows, 1))
+def stages_of(
+    config: ExperimentConfig, corpus: Corpus, folder: RunFolder, layouts: Sequence[Layout]
+) -> list[Stage]:
+    """Builds the chain's stages, ready to train.
 
-    def evaluate(self, params: Any, plan: growth.Plan | None, mask: float | None) -> dict[str, Any]:
-        bpb = bits_per_byte(
-            params, self.stage.model, self.validation, self.corpus.token_bytes, self.layout.mesh,
-            plan, mask,
-        )  # fmt: skip
-        return {"bpb": bpb}
+    Args:
+      config: the chain.
+      corpus: its data, open.
+      folder: the run's, where a stage finds its parent's end.
+      layouts: one for each stage.
+    """
+    validation = functools.cache(functools.partial(_validation, config, corpus))
+    stages: list[Stage] = []
+    for index, layout in enumerate(layouts):
+        before = stages[-1] if stages else None
+        stages.append(_stage(config, index, corpus, folder, layout, before, validation))
+    return stages
+
+
+def _open(config: ExperimentConfig, folder: RunFolder) -> list[dict[str, Any]]:
+    """Returns the finished stages. Raises UserError if the folder is not this run's or unusable."""
+    folder.open()
+    done = folder.stages()
+    check_finished(config, folder, done)
+    return done
+
+
+def _open_corpus(config: ExperimentConfig) -> Corpus:
+    corpus = data.open_corpus(config.data_of(0))
+    if corpus.vocab_size > min(stage.model.vocab_size for stage in config.stages):
+        raise UserError(
+            f"config.model.vocab_size is {config.stages[0].model.vocab_size}, but vocabulary "
+            f"{config.data.vocabulary!r} has {corpus.vocab_size} tokens; set vocab_size to "
+            f"{corpus.vocab_size} or more"
+        )
+    return corpus
+
+
+def _stage(
+    config: ExperimentConfig,
+    index: int,
+    corpus: Corpus,
+    folder: RunFolder,
+    layout: Layout,
+    before: Stage | None,
+    validation: Validation,
+) -> Stage:
+    """Builds one stage: text, the chain's schedule, validation bits per byte."""
+    own, about = config.stages[index], config.data_of(index)
+    start = before.end if before else 0
+    tx, schedule = _optimizer(config, own, start if before else None)
+    batches = corpus.with_length(about).train
+    text = functools.partial(validation, about.sequence_length)
+    if before:
+        source = functools.partial(_end_of, before, folder)
+        parent = Parent(before.name, before.config.model, before.layout)
+    else:
+        source, parent = functools.partial(_fresh, config, own, tx, layout, batches), None
+    return Stage(
+        config=own,
+        experiment=config,
+        index=index,
+        start=start,
+        parent=parent,
+        layout=layout,
+        sequence_length=about.sequence_length,
+        identity=identity(config, index, corpus.fingerprint),
+        tx=tx,
+        schedule=schedule,
+        batches=batches,
+        source=source,
+        evaluate=functools.partial(_evaluate, own.model, layout, corpus, text),
+    )
+
+
+def _optimizer(
+    config: ExperimentConfig, stage: StageConfig, grown_at: int | None
+) -> tuple[optax.GradientTransformation, Schedule]:
+    """Returns the stage's optimizer, and the learning rate's factor by global step."""
+    schedule = schedules.schedule_shape(config.schedule, config.total_steps)
+    if grown_at is not None:
+        g = stage.growth
+        schedule = schedules.rewarmed(schedule, grown_at, g.rewarmup_steps, g.rewarmup_ratio)
+    return optim.optimizer(stage, config.optimizer, schedule, grown_at), schedule
+
+
+def _fresh(
+    config: ExperimentConfig,
+    stage: StageConfig,
+    tx: optax.GradientTransformation,
+    layout: Layout,
+    batches: Callable[[int], Batches],
+) -> Position:
+    """Draws the first stage's parameters, or reads them from where `StageConfig.source` says."""
+    key = jax.random.fold_in(jax.random.key(config.seed), 0)
+    placed = state_shardings(stage.model, abstract_state(stage.model, tx), layout)
+    init = functools.partial(init_state, stage.model, tx)
+    state = jax.jit(init, out_shardings=placed)(key)
+    if stage.source:
+        params = place(open_stage_source(stage).weights, placed.params)
+        state = dataclasses.replace(state, params=params)
+    return Position(state, batches(1).get_state(), 0.0)
+
+
+def _end_of(stage: Stage, run: RunFolder) -> Position:
+    """Reads the end of a finished stage."""
+    checkpoints = Checkpoints(stage.folder(run).checkpoints, stage.experiment.checkpoint.keep)
+    try:
+        return restore(stage, checkpoints)
+    finally:
+        checkpoints.close()
+
+
+def _validation(
+    config: ExperimentConfig, corpus: Corpus, length: int
+) -> list[dict[str, np.ndarray]]:
+    """Reads the validation batches: the same tokens at every sequence length."""
+    about = dataclasses.replace(config.data_of(0), sequence_length=length)
+    windows = config.eval.sequences * config.data.sequence_length // length
+    return corpus.with_length(about).validation(config.eval.batch_size, max(windows, 1))
+
+
+def _evaluate(
+    model: TransformerConfig,
+    layout: Layout,
+    corpus: Corpus,
+    text: Callable[[], list[dict[str, np.ndarray]]],
+    params: Any,
+    masks_at: MasksAt | None,
+    mask_value: float | None,
+) -> dict[str, float]:
+    """Measures bits per byte of the validation text."""
+    mesh = layout.mesh
+    found = score(params, model, text(), corpus.token_bytes, mesh, masks_at, mask_value)
+    return {"bpb": found.bits_per_byte}

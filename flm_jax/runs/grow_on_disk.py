@@ -1,12 +1,13 @@
-"""Grows a run's last train state from disk to disk, into a run that goes on from there.
+"""Grows a run's train state from disk to disk, into a run that continues from there.
 
-The target gets what the runner (`loop.py`) would have made of the same chain: the finished
-stages, the next stage's config, plan and first checkpoint, bit for bit. Only its receipt is left
-open: it needs the whole model, and the runner completes it before it trains.
+The target gets, bit for bit, what training the same chain would have written: the finished stages,
+and the next stage's config, plan and first checkpoint. Only the receipt stays incomplete, because
+it needs the whole model in memory: `stage.begin` completes it before the stage trains.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import shutil
 import time
@@ -14,21 +15,66 @@ from typing import Any
 
 import jax
 
-from flm_jax.train import schedules
-from flm_jax.runs import chain, loop
 from flm_jax import data, growth
-from flm_jax.growth import measure
-from flm_jax.train import optim
-from flm_jax.store.checkpoint import by_name, check_fits, shapes
-from flm_jax.config import ExperimentConfig
+from flm_jax.config import ExperimentConfig, StageConfig
 from flm_jax.errors import UserError
-from flm_jax.growth import stream
+from flm_jax.growth import measure, stream
+from flm_jax.growth.operators import uses_distances
 from flm_jax.growth.receipt import unmeasured
-from flm_jax.store.leaves import CheckpointReader, CheckpointWriter, disk_refusals
-from flm_jax.store.lineage import RunFolder, StageFolder, identity
-from flm_jax.store.files import write_atomically, write_json
+from flm_jax.runs import chain
+from flm_jax.runs.stage import calibration_batch, plan_of
 from flm_jax.runtime.display import Transfer
-from flm_jax.train.train_step import init_state
+from flm_jax.store.checkpoint import by_name, check_fits, shapes
+from flm_jax.store.chunked import CheckpointReader, CheckpointWriter, disk_refusals
+from flm_jax.store.files import write_json
+from flm_jax.store.lineage import RunFolder, StageFolder, identity
+from flm_jax.train import optim, schedules
+from flm_jax.train.train_step import TrainState, abstract_state
+
+
+@dataclasses.dataclass(frozen=True)
+class _DiskGrowth:
+    """One growth from disk to disk.
+
+    Attributes:
+      config: the chain.
+      index: of the stage to grow into.
+      source, target: the run folders.
+      entries: of lineage.json, the stages before that one.
+    """
+
+    config: ExperimentConfig
+    index: int
+    source: RunFolder
+    target: RunFolder
+    entries: list[dict[str, Any]]
+
+    @property
+    def stage(self) -> StageConfig:
+        return self.config.stages[self.index]
+
+    @property
+    def small(self) -> StageConfig:
+        return self.config.stages[self.index - 1]
+
+    @property
+    def folder(self) -> StageFolder:
+        return self.target.stage(self.index, self.stage.name)
+
+    @property
+    def checkpoint(self) -> pathlib.Path:
+        """The checkpoint to write: its step is the global one at which the stage starts."""
+        step = sum(stage.steps for stage in self.config.stages[: self.index])
+        return self.folder.checkpoints / str(step)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the data that the source was trained on."""
+        return str(self.entries[-1]["data_fingerprint"])
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return identity(self.config, self.index, self.fingerprint)
 
 
 def grow(
@@ -41,60 +87,80 @@ def grow(
     """Grows a finished stage of a run into the next stage of the chain.
 
     Args:
-      config: the chain, of which the source has finished the first stages.
-      source_dir: its run folder.
-      target_dir: a run folder: new, or one that this call began before.
-      stage: index or name of the finished stage to grow; "": the last.
-      memory: bytes that are worked with at once. The process itself comes on top.
+      config: the chain; the source has finished its first stages.
+      source_dir: the source's run folder.
+      target_dir: a run folder: new, or one that the same call started.
+      stage: index or name of the finished stage to grow; "": the last one.
+      memory: bytes to work with at once, in addition to what the process itself takes.
 
-    Returns: what was done: checkpoint, bytes, seconds.
+    Returns:
+      The stage's name, source and checkpoint as paths, `bytes` of the grown state, and, unless it
+      was there already, `bytes_written`, `seconds`, `bytes_per_s`, `plan_digest`, `exactness`.
 
     Raises:
-      UserError: config, source or target do not fit, the plan needs whole leaves, the disk
-        refuses. Nothing half-made is taken for complete; the same call goes on from there.
+      UserError: config, source or target do not fit, the plan needs whole leaves, or the disk
+        fails. An incomplete checkpoint is never taken for a complete one; the same call continues.
     """
-    source, target = RunFolder(source_dir), RunFolder(target_dir)
-    index = _next_stage(config, source, target, stage)
-    entries = source.stages()[:index]
-    stream.check(loop.plan_of(config.stages[index - 1].model, config.stages[index]))
-    _check_target(target, entries)
-    folder = target.stage(index, config.stages[index].name)
-    about = identity(config, index, entries[-1]["data_fingerprint"])
-    target.check_stage(folder, about)
-    reader = CheckpointReader(source.path / entries[-1]["checkpoint"])
-    state = _abstract_state(config, index - 1)
+    growing = _checked(config, RunFolder(source_dir), RunFolder(target_dir), stage)
+    reader = CheckpointReader(growing.source.path / growing.entries[-1]["checkpoint"])
+    tx = optim.optimizer(growing.small, config.optimizer, schedules.steady)
+    state = abstract_state(growing.small.model, tx)
     check_fits(reader.path, reader.leaves, shapes(state))
-    result = {"stage": config.stages[index].name, "source": str(reader.path)}
-    done = _steps_on_disk(folder)
+    result = {"stage": growing.stage.name, "source": str(reader.path)}
+    done = _steps_on_disk(growing.folder)
     if done:
-        return {**result, "checkpoint": str(folder.checkpoints / str(min(done))), "bytes": 0}
+        return {
+            **result,
+            "checkpoint": str(growing.folder.checkpoints / str(min(done))),
+            "bytes": 0,
+        }
 
-    plan, distances = _plan(config, index, reader, entries[-1]["data_fingerprint"], memory)
-    key = jax.random.fold_in(jax.random.key(config.seed), index)
+    plan, distances = _plan(growing, reader)
+    key = jax.random.fold_in(jax.random.key(config.seed), growing.index)
     grown = jax.eval_shape(lambda s: growth.grow(s, plan, key), state)
     chunks = stream.chunks(plan, shapes(grown), reader, memory)
-    if folder.plan.exists() and growth.Plan.from_json(folder.plan.read_text()) != plan:
-        raise UserError(f"{folder.plan}: another growth was begun here; give another --target")
-    target.open()
-    _check_space(target.path, folder, grown)
-    with disk_refusals(f"{target.path} cannot be written"):
-        source.branch(target, index)
-        write_json(folder.config, about)
-        write_atomically(folder.plan, plan.to_json() + "\n")
-        write_json(folder.receipt, unmeasured(plan, distances))
-
-    step = sum(s.steps for s in config.stages[:index])
+    _prepare(growing, plan, distances, grown)
     progress = {"data": reader.progress["data"], "wall_s": 0.0}
-    writer = CheckpointWriter(folder.checkpoints / str(step), grown, progress, chunks)
-    total = sum(x.size * x.dtype.itemsize for x in writer.leaves.values())
+    writer = CheckpointWriter(growing.checkpoint, grown, progress, chunks)
     names = jax.tree.unflatten(jax.tree.structure(state), list(by_name(state)))
+    return result | _write(growing.stage.name, reader, writer, names, plan, key)
+
+
+def _checked(
+    config: ExperimentConfig, source: RunFolder, target: RunFolder, stage: str
+) -> _DiskGrowth:
+    """Raises UserError if config, source and target do not fit each other."""
+    if source.path.resolve() == target.path.resolve():
+        raise UserError(f"source and target are both {source.path}; give another target")
+    entry = source.finished_stage(stage)
+    index = entry["index"] + 1
+    if index >= len(config.stages):
+        raise UserError(
+            f"stage {entry['name']} is the config's last one; add the stage to grow into"
+        )
+    entries = source.stages()[:index]
+    chain.check_finished(config, source, entries)
+    growing = _DiskGrowth(config, index, source, target, entries)
+    stream.check(plan_of(growing.small.model, growing.stage))
+    started = target.stages()[:index]
+    if started and started != entries:
+        raise UserError(f"{target.lineage}: its stages are not the source's; give another target")
+    target.check_stage(growing.folder, growing.identity)
+    return growing
+
+
+def _write(
+    name: str, reader: CheckpointReader, writer: CheckpointWriter, names: Any, plan: growth.Plan,
+    key: jax.Array,
+) -> dict[str, Any]:  # fmt: skip
+    """Grows leaf by leaf from the reader to the writer; returns what was done, and how fast."""
+    total = sum(x.size * x.dtype.itemsize for x in writer.leaves.values())
     began = time.monotonic()
-    with Transfer(f"growing {config.stages[index].name}", writer.held_bytes(), total) as shown:
+    with Transfer(f"growing {name}", writer.held_bytes(), total) as shown:
         written = stream.grow(reader, writer, names, plan, key, shown.add)
     writer.finish()
     seconds = time.monotonic() - began
     return {
-        **result,
         "checkpoint": str(writer.path),
         "plan_digest": plan.digest(),
         "exactness": plan.exactness,
@@ -105,79 +171,57 @@ def grow(
     }
 
 
-def _next_stage(config: ExperimentConfig, source: RunFolder, target: RunFolder, stage: str) -> int:
-    """The index of the stage to grow into."""
-    if source.path.resolve() == target.path.resolve():
-        raise UserError(f"--source and --target are both {source.path}; give another --target")
-    finished = source.stages()
-    if not finished:
-        raise UserError(f"--source={source.path} has no finished stage (no lineage.json)")
-    chosen = [s for s in finished if stage in ("", str(s["index"]), s["name"])]
-    if not chosen:
-        names = ", ".join(f"{s['index']} ({s['name']})" for s in finished)
-        raise UserError(
-            f"--stage={stage}: {source.path} has no such finished stage; it has {names}"
-        )
-    index = chosen[-1]["index"] + 1
-    if index >= len(config.stages):
-        raise UserError(
-            f"stage {chosen[-1]['name']} is the config's last; add the stage to grow into"
-        )
-    chain.check_finished(config, source, finished[:index])
-    return index
-
-
-def _check_target(target: RunFolder, entries: list[dict[str, Any]]) -> None:
-    begun = target.stages()[: len(entries)]
-    if begun and begun != entries:
-        raise UserError(
-            f"{target.lineage}: its stages are not those of --source; give another --target"
-        )
+def _prepare(
+    growing: _DiskGrowth, plan: growth.Plan, distances: tuple[float, ...] | None, grown: TrainState
+) -> None:
+    """Writes all that the target needs before its checkpoint."""
+    folder, target = growing.folder, growing.target
+    if folder.plan.exists() and growth.Plan.from_json(folder.plan.read_text()) != plan:
+        raise UserError(f"{folder.plan}: another growth was started here; give another target")
+    target.open()
+    _check_space(target.path, folder, grown)
+    with disk_refusals(f"{target.path} cannot be written"):
+        growing.source.branch(target, growing.index)
+        write_json(folder.config, growing.identity)
+        folder.keep_growth(plan.to_json(), unmeasured(plan, distances))
 
 
 def _steps_on_disk(folder: StageFolder) -> list[int]:
-    """Of complete checkpoints."""
+    """The steps of the stage's complete checkpoints."""
     if not folder.checkpoints.is_dir():
         return []
     return [int(p.name) for p in folder.checkpoints.iterdir() if p.name.isdigit()]
 
 
-def _abstract_state(config: ExperimentConfig, index: int) -> Any:
-    stage = config.stages[index]
-    tx = optim.optimizer(stage, config.optimizer, schedules.steady)
-    return jax.eval_shape(lambda: init_state(stage.model, tx, jax.random.key(0)))
-
-
 def _plan(
-    config: ExperimentConfig, index: int, reader: CheckpointReader, fingerprint: str, memory: int
+    growing: _DiskGrowth, reader: CheckpointReader
 ) -> tuple[growth.Plan, tuple[float, ...] | None]:
-    """The plan, and the layers' distances from the identity, if it depends on them."""
-    small, stage = config.stages[index - 1].model, config.stages[index]
-    order = list(map(float, range(small.num_layers)))
-    plan = loop.plan_of(small, stage, order)
-    if plan == loop.plan_of(small, stage, order[::-1]):
-        return plan, None
-    corpus = data.open_corpus(config.data_of(0))
-    if corpus.fingerprint != fingerprint:
+    """Returns the plan, and the layers' distances from the identity if it depends on them."""
+    small, stage = growing.small.model, growing.stage
+    if not uses_distances(stage.growth.recipe, small.num_layers, stage.model.num_layers):
+        return plan_of(small, stage), None
+    corpus = data.open_corpus(growing.config.data_of(0))
+    if corpus.fingerprint != growing.fingerprint:
         raise UserError(
             f"config.data: its fingerprint is {corpus.fingerprint}, the source was trained on "
-            f"{fingerprint}; restore the data"
+            f"{growing.fingerprint}; restore the data"
         )
-    sequences = stage.growth.calibration_sequences
-    batches = corpus.with_length(config.data_of(index)).train(sequences)
-    batch = loop.calibration(batches, reader.progress["data"])
+    about = growing.config.data_of(growing.index)
+    batches = corpus.with_length(about).train(stage.growth.calibration_sequences)
+    batch = calibration_batch(batches, reader.progress["data"])
     distances = measure.layer_distances(
         lambda path, slices: reader.read(f"params/{path}", slices), batch, small
     )
-    return loop.plan_of(small, stage, distances), distances
+    return plan_of(small, stage, distances), distances
 
 
-def _check_space(root: pathlib.Path, folder: StageFolder, grown: Any) -> None:
+def _check_space(root: pathlib.Path, folder: StageFolder, grown: TrainState) -> None:
+    """Raises UserError if the disk has no room for the grown state."""
     needed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(grown))
     held = sum(p.stat().st_size for p in folder.path.rglob("*") if p.is_file())
     free = shutil.disk_usage(root).free
     if needed - held > free:
         raise UserError(
-            f"--target={root}: {needed - held:,} bytes are to be written, and its disk has "
-            f"{free:,} left; free some, or give another disk"
+            f"target {root} needs {needed - held:,} more bytes, but its disk has {free:,} left; "
+            "free some space, or give another disk"
         )

@@ -7,13 +7,12 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import rich.box
 import rich.table
 
 from flm_jax.runtime.figures import ACCENT, GUIDE, LINE, clean, plt, save
+from flm_jax.store.files import write_atomically
 from flm_jax.store.lineage import RunFolder, StageFolder, bits_per_byte
-from flm_jax.store.files import write_atomically, write_json
 
 _COLUMNS = (
     "stage", "params", "steps", "tokens", "FLOPs", "time", "bits per byte",

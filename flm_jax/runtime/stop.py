@@ -1,4 +1,4 @@
-"""Stopping on request: Ctrl-C and SIGTERM end a run at its next step, with a checkpoint."""
+"""Stop requests: Ctrl-C and SIGTERM end a run at its next step, with a checkpoint."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """`requested` turns from 0 to the signal's number. A second signal acts as if unhandled."""
+    """A context manager that records SIGINT and SIGTERM; a second signal acts as if unhandled.
+
+    Attributes:
+      requested: the number of the signal that came; 0: none.
+    """
 
     def __init__(self) -> None:
         self.requested = 0

@@ -10,7 +10,6 @@ from typing import Any
 import rich.box
 import rich.table
 
-from flm_jax.data.tokenizer import Tokenizer
 from flm_jax.interop.opening import OpenedModel, open_model
 from flm_jax.sft import chats, scoring, synthetic
 from flm_jax.sft.chat_model import ChatModel
@@ -45,10 +44,10 @@ def few_of_each(samples: Sequence[Sample], most: int) -> list[Sample]:
 
 
 def of_model(
-    model: OpenedModel, config: SftConfig, tokenizer: Tokenizer, samples: list[Sample]
+    model: OpenedModel, config: SftConfig, samples: list[Sample]
 ) -> dict[str, dict[str, float]]:
     """Scores by category and metric, with intervals: see `scoring.flat`."""
-    chat = ChatModel(model.params, model.config, tokenizer, config.template, config.max_new_tokens)
+    chat = ChatModel(model, config.template, config.max_new_tokens)
     return scoring.flat(scoring.summarise(scoring.score(samples, chat.losses, chat.answer)))
 
 
@@ -69,8 +68,8 @@ def scores(config: SftConfig, workdir: str, tuned: Tuned) -> dict[str, Any]:
         after = open_model(workdir, stage["name"])
         kept = {
             "about": about,
-            "before": of_model(tuned.base.model, config, tuned.tokenizer, samples),
-            "after": of_model(after, config, tuned.tokenizer, samples),
+            "before": of_model(tuned.base.model, config, samples),
+            "after": of_model(after, config, samples),
         }
         write_json(path, kept)
     bpb = stage["eval"]

@@ -17,11 +17,11 @@ import numpy as np
 
 from flm_jax import data
 from flm_jax.config import DataConfig, TransformerConfig
-from flm_jax.data.tokenizer import Tokenizer, open_tokenizer
+from flm_jax.data.tokenizer import Tokenizer
 from flm_jax.errors import UserError
-from flm_jax.inference.evaluation import bits_per_byte
+from flm_jax.inference.evaluation import score
 from flm_jax.inference.generation import Sampling, bucket, generate
-from flm_jax.interop.opening import open_model
+from flm_jax.interop.opening import OpenedModel, open_model
 from flm_jax.models import Transformer
 from flm_jax.params import sharding
 from flm_jax.params.dtypes import wide
@@ -39,23 +39,33 @@ _VALIDATION_BATCH = 8
 
 @dataclasses.dataclass(frozen=True)
 class ChatModel:
-    """A model, its tokenizer and its chat template.
+    """A model and its chat template.
 
     Attributes:
-      params: of `config`.
+      model: the opened model; its tokenizer and its start-token rule apply to all prompts.
       template: how conversations are written.
       max_new_tokens: longest answer.
       batch_size: samples computed side by side.
       note: called with the number of samples that are done, and of all.
     """
 
-    params: Any
-    config: TransformerConfig
-    tokenizer: Tokenizer
+    model: OpenedModel
     template: TemplateConfig = TELE_FLM
     max_new_tokens: int = 160
     batch_size: int = 16
     note: Callable[[int, int], None] = lambda done, of: None
+
+    @property
+    def params(self) -> Any:
+        return self.model.params
+
+    @property
+    def config(self) -> TransformerConfig:
+        return self.model.config
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.model.tokenizer
 
     def answer(self, samples: Sequence[Sample]) -> list[str]:
         """The likeliest answer to each conversation without its last assistant message."""
@@ -64,8 +74,8 @@ class ChatModel:
         def prompt(sample: Sample) -> list[int]:
             last = max(n for n, m in enumerate(sample.messages) if m.role == "assistant")
             before = sample.messages[:last]
-            start = self.tokenizer.start_id
-            return [start, *encode_prompt(before, self.tokenizer, self.template)]
+            ids = encode_prompt(before, self.tokenizer, self.template)
+            return self.model.with_start(ids)
 
         def answers(prompts: list[list[int]]) -> list[str]:
             rows = prompts + prompts[:1] * (self.batch_size - len(prompts))
@@ -152,8 +162,7 @@ def open_chat_model(
     if vocabulary:
         about = dataclasses.replace(about, vocabulary=vocabulary)
     corpus = data.open_corpus(about)
-    tokenizer = open_tokenizer(about.vocabulary)
-    return ChatModel(model.params, model.config, tokenizer, template), corpus
+    return ChatModel(model.with_data(about), template), corpus
 
 
 def _split_stage(given: str) -> tuple[str, str]:
@@ -170,7 +179,7 @@ def retention(model: ChatModel, corpus: Any, sequences: int) -> float:
     """
     batches = corpus.validation(_VALIDATION_BATCH, sequences)
     mesh = sharding.one_device()
-    return bits_per_byte(model.params, model.config, batches, corpus.token_bytes, mesh)
+    return score(model.params, model.config, batches, corpus.token_bytes, mesh).bits_per_byte
 
 
 def _tokens(encoded: Encoded) -> int:

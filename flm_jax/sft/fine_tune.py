@@ -1,7 +1,8 @@
 """Fine-tuning as a stage: a model of a run, or one from elsewhere, trained on conversations.
 
-The stage goes through the runner of `loop.py`. It is a growth that adds nothing, so that it has a
-parent, a plan and a receipt as every other; Adam begins anew.
+`run` builds the same value as a chain does, a `Stage`, and gives it to the same loop
+(`runs/loop.py`). In the run's folder the stage has a parent, a plan and a receipt, as every other
+stage: its plan adds nothing and resets Adam.
 """
 
 from __future__ import annotations
@@ -11,24 +12,33 @@ import functools
 import hashlib
 import math
 import pathlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from flm_jax import data, growth, mapping
-from flm_jax.config import DataConfig, ExperimentConfig, GrowthConfig, ScheduleConfig, StageConfig
-from flm_jax.data.tokenizer import Tokenizer, open_tokenizer
+from flm_jax import data, mapping
+from flm_jax.config import (
+    DataConfig,
+    EvalConfig,
+    ExperimentConfig,
+    GrowthConfig,
+    ScheduleConfig,
+    StageConfig,
+    TransformerConfig,
+)
+from flm_jax.data.tokenizer import Tokenizer
 from flm_jax.errors import UserError
-from flm_jax.inference.evaluation import score
+from flm_jax.inference.evaluation import Score, score
 from flm_jax.interop.opening import OpenedModel, open_model
-from flm_jax.params import axes, sharding
+from flm_jax.params import sharding
 from flm_jax.params.sharding import Layout
-from flm_jax.runs import chain, loop
-from flm_jax.runs.loop import Position
+from flm_jax.runs import chain
+from flm_jax.runs.loop import run_stages
+from flm_jax.runs.stage import Batches, Parent, Position, Stage
 from flm_jax.runtime import host
 from flm_jax.sft import chats, synthetic
 from flm_jax.sft.chats import Sample
@@ -36,11 +46,14 @@ from flm_jax.sft.config import SftConfig
 from flm_jax.sft.packing import ChatBatches, Counts, encode_all, in_order
 from flm_jax.sft.template import Encoded
 from flm_jax.store.checkpoint import params_digest
-from flm_jax.store.lineage import RunFolder, identity
+from flm_jax.store.lineage import RunFolder, identity, pick_stage
 from flm_jax.train import optim, schedules
-from flm_jax.train.train_step import TrainState
+from flm_jax.train.train_step import MasksAt, TrainState, state_shardings
 
-# Of a config, what decides no number of the stage, or is in its identity in another form.
+if TYPE_CHECKING:
+    from flm_jax.data.pipeline import Corpus
+
+# Fields that do not affect the stage's results, or are in its identity in another form.
 _NOT_IDENTITY = (
     "base", "base_stage", "paths", "made", "data", "optimizer", "eval", "checkpoint", "mesh",
     "score_samples", "max_new_tokens", "quick_compile",
@@ -49,26 +62,33 @@ _NOT_IDENTITY = (
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """The model to fine-tune, and its place in a lineage: none if it is from elsewhere."""
+    """The model to fine-tune, and its place in a lineage.
+
+    Attributes:
+      model: on one device.
+      data: its vocabulary, and the text whose knowledge is to be retained.
+      stages: lineage.json up to the model's stage; empty for a model from elsewhere.
+    """
 
     model: OpenedModel
-    data: DataConfig  # vocabulary, and text of which the knowledge is to be retained
-    stages: list[dict[str, Any]]  # lineage.json up to the model's stage
+    data: DataConfig
+    stages: list[dict[str, Any]]
 
     @property
     def steps(self) -> int:
+        """Steps that the run did up to the model's stage."""
         return sum(stage["steps"] for stage in self.stages)
 
 
 def open_base(config: SftConfig) -> Base:
-    """Raises UserError if there is no such model, or its vocabulary is not known."""
+    """Opens the config's base. Raises UserError if it is missing or its vocabulary is not known."""
     folder, stages = RunFolder(config.base), []
     stage = config.base_stage
     if folder.lineage.exists():
-        # When it was fine-tuned inside its own folder, the base is what came before.
+        # A base that was fine-tuned inside its own folder is the stage before that.
         stages = [s for s in folder.stages() if s["name"] != config.name]
         if stages:
-            entry = _stage_of(stages, config)
+            entry = pick_stage(stages, stage, folder.path)
             stages, stage = stages[: entry["index"] + 1], entry["name"]
     elif not folder.path.exists():
         raise UserError(
@@ -79,47 +99,48 @@ def open_base(config: SftConfig) -> Base:
     about = config.data or model.data
     if about is None:
         raise UserError(
-            f"SftConfig.base is {config.base!r}, a model without a run: set data, its vocabulary "
-            "and the text of which the knowledge is to be retained"
+            f"SftConfig.base is {config.base!r}, a model without a run: set SftConfig.data, its "
+            "vocabulary and the text whose knowledge is to be retained"
         )
-    return Base(model, about, stages)
-
-
-def _stage_of(stages: Sequence[dict[str, Any]], config: SftConfig) -> dict[str, Any]:
-    wanted = config.base_stage
-    found = [s for s in stages if not wanted or wanted in (str(s["index"]), s["name"])]
-    if not found:
-        names = ", ".join(s["name"] for s in stages)
-        raise UserError(f"{config.base} has no finished stage {wanted!r}; it has {names}")
-    return found[-1]
+    return Base(model.with_data(about), about, stages)
 
 
 @dataclasses.dataclass(frozen=True)
 class Conversations:
-    """What is trained on and held out, as samples and as tokens."""
+    """The conversations to train on and the held-out ones, as samples and as tokens.
+
+    Attributes:
+      train, held_out: tokens.
+      held_out_samples: the held-out conversations.
+      counts: of both sides.
+      fingerprint: of all conversations.
+      start_id: the input at the start of a conversation.
+    """
 
     train: list[Encoded]
     held_out: list[Encoded]
     held_out_samples: list[Sample]
-    counts: dict[str, Counts]  # of both
+    counts: dict[str, Counts]
     fingerprint: str
     start_id: int
 
-    def batches(self, length: int, batch_size: int, seed: int, *sharing: int) -> ChatBatches:
-        """The training stream; `sharing`: index and number of processes."""
+    def batches(
+        self, length: int, batch_size: int, index: int = 0, count: int = 1, *, seed: int
+    ) -> ChatBatches:
+        """Opens the training stream: part `index` of `count` of each batch."""
         return ChatBatches(
-            self.train, length, batch_size, seed, self.fingerprint, self.start_id, *sharing
+            self.train, length, batch_size, seed, self.fingerprint, self.start_id, index, count
         )
 
 
 def conversations(
     config: SftConfig, samples: Sequence[Sample], tokenizer: Tokenizer, length: int
 ) -> Conversations:
-    """Splits and encodes. Raises UserError if a side is empty."""
+    """Splits and encodes conversations. Raises UserError if none is left for one of the sides."""
     for_training, held_out = chats.split(samples, config.held_out)
     if not for_training:
         raise UserError(
-            f"{len(samples)} conversations are too few to hold {config.held_out:.0%} out; give more"
+            f"{len(samples)} conversations are too few to hold out {config.held_out:.0%}; give more"
         )
     encoded = [
         encode_all(side, tokenizer, config.template, length, config.overlong)
@@ -136,124 +157,164 @@ def conversations(
 
 
 def samples_of(config: SftConfig) -> list[Sample]:
-    """The conversations of the config's files, and those made on the machine."""
+    """Reads the conversations of the config's files, and makes the synthetic ones."""
     samples = chats.read(config.paths)
     if config.made:
         samples += synthetic.make(config.seed, config.made)
     return samples
 
 
-class _ChatJob:
-    """A stage that learns from conversations; measured by held-out responses and by text."""
-
-    best_by = "response_loss"  # nats per learned token
-
-    def __init__(
-        self, config: SftConfig, base: Base, corpus: Any, talk: Conversations, layout: Layout
-    ):
-        model, length = base.model.config, sequence_length(config, base)
-        steps = config.steps or steps_of(config, talk, length)
-        self.stage = StageConfig(
-            name=config.name,
-            model=model,
-            steps=steps,
-            batch_size=config.batch_size,
-            learning_rate=config.learning_rate,
-            matrix_learning_rate=config.matrix_learning_rate,
-            growth=GrowthConfig(recipe="none", moments="reset", ramp_steps=1, rewarmup_steps=0),
-            sequence_length=length,
-        )
-        self.config = ExperimentConfig(
-            stages=(self.stage,),
-            data=base.data,
-            optimizer=config.optimizer,
-            schedule=ScheduleConfig(
-                kind="wsd",
-                warmup_steps=config.warmup_steps,
-                total_steps=steps,
-                decay_steps=max(steps - config.warmup_steps, 1),
-                final_ratio=config.final_learning_rate / config.learning_rate,
-            ),
-            eval=config.eval,
-            checkpoint=config.checkpoint,
-            mesh=config.mesh,
-            seed=config.seed,
-        )
-        self.sft, self.base, self.corpus, self.talk = config, base, corpus, talk
-        self.layout = self.parent_layout = layout
-        self.index, self.start = len(base.stages), base.steps
-        self.parent = base.stages[-1]["name"] if base.stages else None
-        self.small, self.sequence_length = model, length
-        parts = f"{corpus.fingerprint} {talk.fingerprint}"
-        self.fingerprint = hashlib.sha256(parts.encode()).hexdigest()
-
-    def identity(self) -> dict[str, Any]:
-        about = mapping.to_dict(self.sft)
-        for name in _NOT_IDENTITY:
-            del about[name]
-        about |= {
-            "base": self.base.model.name,
-            "base_params_digest": params_digest(self.base.model.params),
-        }
-        return {**identity(self.config, 0, self.fingerprint), "sft": about}
-
-    def optimizer(self) -> tuple[optax.GradientTransformation, schedules.Schedule]:
-        shape = schedules.schedule_shape(self.config.schedule, self.stage.steps)
-        # A new optimizer counts its own steps.
-        tx = optim.optimizer(self.stage, self.config.optimizer, shape)
-        return tx, lambda step: shape(step - self.start)
-
-    def batches(self, batch_size: int, index: int = 0, count: int = 1) -> ChatBatches:
-        return self.talk.batches(self.sequence_length, batch_size, self.sft.seed, index, count)
-
-    def fresh(self) -> Position:
-        tx, _ = self.optimizer()
-        params = self.base.model.params
-        state = TrainState(jnp.int32(self.start), params, tx.init(params))
-        placed = sharding.shardings(state, axes.table(self.stage.model), *self.layout)
-        # A copy: the runner consumes it.
-        state = jax.device_put(state, placed, may_alias=False)
-        return Position(state, self.batches(1).get_state(), 0.0)
-
-    source = fresh
-
-    @functools.cached_property
-    def text(self) -> list[dict[str, np.ndarray]]:
-        settings = self.config.eval
-        return self.corpus.validation(settings.batch_size, settings.sequences)
-
-    @functools.cached_property
-    def responses(self) -> list[dict[str, np.ndarray]]:
-        return in_order(
-            self.talk.held_out, self.sequence_length, self.config.eval.batch_size,
-            self.talk.start_id,
-        )  # fmt: skip
-
-    def evaluate(self, params: Any, plan: growth.Plan | None, mask: float | None) -> dict[str, Any]:
-        about = (self.corpus.token_bytes, self.layout.mesh)
-        return {
-            "bpb": score(params, self.stage.model, self.text, *about).bits_per_byte,
-            "response_loss": score(params, self.stage.model, self.responses, *about).loss,
-        }
-
-
 def sequence_length(config: SftConfig, base: Base) -> int:
+    """The stage's sequence length, in tokens."""
     return config.sequence_length or base.data.sequence_length
 
 
 def steps_of(config: SftConfig, talk: Conversations, length: int) -> int:
-    """Steps in which every row is seen `epochs` times; the last batch is filled up."""
-    rows = len(talk.batches(length, 1, config.seed).rows)
+    """Computes the steps that see every row `epochs` times, rounded up to a whole batch."""
+    rows = len(talk.batches(length, 1, seed=config.seed).rows)
     return math.ceil(config.epochs * rows / config.batch_size)
+
+
+def experiment_of(config: SftConfig, base: Base, steps: int) -> ExperimentConfig:
+    """Describes the stage as an experiment of its own.
+
+    Its growth adds nothing and resets Adam.
+    """
+    stage = StageConfig(
+        name=config.name,
+        model=base.model.config,
+        steps=steps,
+        batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        matrix_learning_rate=config.matrix_learning_rate,
+        growth=GrowthConfig(recipe="none", moments="reset", ramp_steps=1, rewarmup_steps=0),
+        sequence_length=sequence_length(config, base),
+    )
+    return ExperimentConfig(
+        stages=(stage,),
+        data=base.data,
+        optimizer=config.optimizer,
+        schedule=ScheduleConfig(
+            kind="wsd",
+            warmup_steps=config.warmup_steps,
+            total_steps=steps,
+            decay_steps=max(steps - config.warmup_steps, 1),
+            final_ratio=config.final_learning_rate / config.learning_rate,
+        ),
+        eval=config.eval,
+        checkpoint=config.checkpoint,
+        mesh=config.mesh,
+        seed=config.seed,
+    )
+
+
+def stage_of(
+    config: SftConfig, base: Base, corpus: Corpus, talk: Conversations, layout: Layout
+) -> Stage:
+    """Builds the stage: it trains on conversations, and is measured on held-out ones and on text.
+
+    Args:
+      config: what to do.
+      base: the model to fine-tune.
+      corpus: the base's data, open.
+      talk: the conversations.
+      layout: where the train state lies.
+    """
+    length, model = sequence_length(config, base), base.model.config
+    experiment = experiment_of(config, base, config.steps or steps_of(config, talk, length))
+    own, start = experiment.stages[0], base.steps
+    shape = schedules.schedule_shape(experiment.schedule, own.steps)
+    tx = optim.optimizer(own, experiment.optimizer, shape)  # it counts its own steps
+    batches = functools.partial(talk.batches, length, seed=config.seed)
+    parent = Parent(base.stages[-1]["name"], model, layout) if base.stages else None
+    return Stage(
+        config=own,
+        experiment=experiment,
+        index=len(base.stages),
+        start=start,
+        parent=parent,
+        layout=layout,
+        sequence_length=length,
+        identity=_identity(config, base, experiment, f"{corpus.fingerprint} {talk.fingerprint}"),
+        tx=tx,
+        schedule=lambda step: shape(step - start),
+        batches=batches,
+        source=functools.partial(_start, base, tx, layout, batches),
+        evaluate=Measures(model, layout, corpus, talk, length, config.eval),
+        best_by="response_loss",
+    )
+
+
+def _identity(
+    config: SftConfig, base: Base, experiment: ExperimentConfig, data_parts: str
+) -> dict[str, Any]:
+    about = mapping.to_dict(config)
+    for name in _NOT_IDENTITY:
+        del about[name]
+    about |= {
+        "base": base.model.name,
+        "base_params_digest": params_digest(base.model.params),
+    }
+    fingerprint = hashlib.sha256(data_parts.encode()).hexdigest()
+    return {**identity(experiment, 0, fingerprint), "sft": about}
+
+
+def _start(
+    base: Base,
+    tx: optax.GradientTransformation,
+    layout: Layout,
+    batches: Callable[[int], Batches],
+) -> Position:
+    """Puts a copy of the base's parameters and a new optimizer state onto the layout."""
+    params = base.model.params
+    state = TrainState(jnp.int32(base.steps), params, tx.init(params))
+    placed = state_shardings(base.model.config, state, layout)
+    # A copy, because training consumes it.
+    state = jax.device_put(state, placed, may_alias=False)
+    return Position(state, batches(1).get_state(), 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Measures:
+    """Measures a fine-tuned model: bits per byte of text, nats per learned token of responses."""
+
+    model: TransformerConfig
+    layout: Layout
+    corpus: Corpus
+    talk: Conversations
+    length: int
+    settings: EvalConfig
+
+    @functools.cached_property
+    def text(self) -> list[dict[str, np.ndarray]]:
+        return self.corpus.validation(self.settings.batch_size, self.settings.sequences)
+
+    @functools.cached_property
+    def responses(self) -> list[dict[str, np.ndarray]]:
+        talk = self.talk
+        return in_order(talk.held_out, self.length, self.settings.batch_size, talk.start_id)
+
+    def __call__(
+        self, params: Any, masks_at: MasksAt | None, mask_value: float | None
+    ) -> dict[str, float]:
+        def found(batches: list[dict[str, np.ndarray]]) -> Score:
+            return score(
+                params, self.model, batches, self.corpus.token_bytes, self.layout.mesh, masks_at,
+                mask_value,
+            )  # fmt: skip
+
+        return {
+            "bpb": found(self.text).bits_per_byte,
+            "response_loss": found(self.responses).loss,
+        }
 
 
 @dataclasses.dataclass(frozen=True)
 class Tuned:
-    """A fine-tuned stage: its entry of lineage.json, and what it was made from."""
+    """A fine-tuned stage: its entry of lineage.json, its base and its conversations."""
 
     stage: dict[str, Any]
     base: Base
-    tokenizer: Tokenizer
     talk: Conversations
 
 
@@ -261,21 +322,21 @@ def run(
     config: SftConfig,
     workdir: str,
     samples: Sequence[Sample] | None = None,
-    corpus: Any = None,
+    corpus: Corpus | None = None,
     compiled: pathlib.Path | None = None,
 ) -> Tuned:
-    """Fine-tunes, or goes on with it.
+    """Fine-tunes a model, or continues to.
 
     Args:
       config: what to do.
       workdir: a new run folder, which gets the base's stages and the new one; or the base's own.
-      samples: in place of the config's conversations.
-      corpus: of the base's data, if it is open already.
+      samples: conversations to use instead of the config's.
+      corpus: the base's data, if it is open already.
       compiled: see `RunFolder`.
 
     Raises:
       UserError: base, data, config or folder do not fit; nothing is overwritten.
-      RunStopped: after SIGINT or SIGTERM, with a checkpoint written.
+      RunStopped: after SIGINT or SIGTERM; a checkpoint was written.
     """
     host.keep_freed()
     if config.quick_compile:
@@ -290,39 +351,34 @@ def run(
             f"{base.data.vocabulary!r} has {corpus.vocab_size} tokens; set data.vocabulary to the "
             "base's own"
         )
-    tokenizer = open_tokenizer(base.data.vocabulary)
-    talk = conversations(config, samples, tokenizer, sequence_length(config, base))
+    talk = conversations(config, samples, base.model.tokenizer, sequence_length(config, base))
     layout = sharding.make_layout(config.mesh)
-    job = _ChatJob(config, base, corpus, talk, layout)
-    chain.check(job.config, [layout])
+    stage = stage_of(config, base, corpus, talk, layout)
+    chain.check(stage.experiment, [layout])
     folder = RunFolder(workdir, compiled)
     folder.open()
-    if base.stages and not _same(folder.path, pathlib.Path(config.base)):
+    if base.stages and folder.path.resolve() != pathlib.Path(config.base).resolve():
         RunFolder(config.base).branch(folder, stages=len(base.stages))
-    if not finished(job, folder):
-        loop.run_jobs([job], folder)
-    return Tuned(folder.stages()[job.index], base, tokenizer, talk)
+    if not _finished(stage, base, folder):
+        run_stages([stage], folder)
+    return Tuned(folder.stages()[stage.index], base, talk)
 
 
-def _same(one: pathlib.Path, two: pathlib.Path) -> bool:
-    return one.resolve() == two.resolve()
-
-
-def finished(job: _ChatJob, folder: RunFolder) -> bool:
-    """Whether the stage is done already. Raises UserError if the folder is of another lineage."""
+def _finished(stage: Stage, base: Base, folder: RunFolder) -> bool:
+    """Says whether the stage is done. Raises UserError if the folder has another lineage."""
     have = folder.stages()
-    wanted = [*(s["name"] for s in job.base.stages), job.stage.name]
-    digests = [s["params_digest"] for s in job.base.stages]
+    wanted = [*(s["name"] for s in base.stages), stage.name]
+    digests = [s["params_digest"] for s in base.stages]
     names = [s["name"] for s in have]
     if (
         names[: len(wanted)] != wanted[: len(names)]
         or [s["params_digest"] for s in have[: len(digests)]] != digests
     ):
         raise UserError(
-            f"{folder.lineage}: the run has stages {', '.join(names)}, and the fine-tuned one "
-            f"would be {' -> '.join(wanted)}; give another --workdir"
+            f"{folder.lineage}: the run has stages {', '.join(names)}, and with the fine-tuned one "
+            f"they would be {' -> '.join(wanted)}; give another workdir"
         )
     if len(have) < len(wanted):
         return False
-    folder.check_stage(folder.stage(job.index, job.stage.name), job.identity())
+    folder.check_stage(stage.folder(folder), stage.identity)
     return True

@@ -1,6 +1,6 @@
-"""The checkpoints of one stage, through orbax. The only place that imports it.
+"""The checkpoints of one stage, through orbax; no other module imports orbax.
 
-Leaves are read and written slice by slice, without orbax in between, in `leaves.py`.
+`chunked.py` reads and writes leaves slice by slice, without orbax.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from flm_jax.params import trees
 Tree = TypeVar("Tree")
 
 STATE = "state"  # the folder of the train state in a checkpoint, as orbax names it
-CHUNK_BYTES = 32 << 20  # of a leaf, at most, in one piece on disk
+CHUNK_BYTES = 32 << 20  # the largest chunk of a leaf on disk
 
 
 class Checkpoints:
-    """Train states by step, each with a small JSON-able `progress` (data position, counters)."""
+    """Train states by step, each with a small `progress` of JSON values (data position, time)."""
 
     def __init__(self, directory: pathlib.Path, keep: int | None = None):
-        """`keep`: the latest so many stay; None: all. The one with the lowest loss stays too."""
+        """`keep`: number of latest checkpoints kept; None: all. The best one is kept too."""
         policies = ocp.training
         self.directory = directory
         self._checkpointer = ocp.training.Checkpointer(
             directory.absolute(),
             context=_context(),
-            # The training loop decides when; orbax would skip a step that is due too early.
+            # The training loop decides when to save; orbax itself never skips a step.
             save_decision_policy=policies.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=policies.preservation_policies.AnyPreservationPolicy(
                 [
@@ -48,18 +48,19 @@ class Checkpoints:
             ),
             cleanup_tmp_directories=True,
         )
+        self.last_saved = self.latest  # the newest step, complete or still being written
 
     @property
     def latest(self) -> int | None:
-        """The newest complete checkpoint's step."""
+        """The step of the newest complete checkpoint; None if there is none."""
         latest = self._checkpointer.latest
         return None if latest is None else latest.step
 
     @property
     def best(self) -> int | None:
-        """The step of the lowest loss, the later one of two; without losses the newest."""
+        """The step with the lowest loss, the later one of equals; without losses the newest."""
         measured = [c for c in self._checkpointer.checkpoints if c.metrics is not None]
-        # As orbax ranks them, so that it is a checkpoint that stayed.
+        # Ranked as orbax ranks them: the result is a checkpoint that was kept.
         ranked = sorted(measured, key=lambda c: _goodness(c.metrics))
         return ranked[-1].step if ranked else self.latest
 
@@ -69,31 +70,33 @@ class Checkpoints:
     def save(
         self, step: int, state: Any, progress: dict[str, Any], loss: float | None = None
     ) -> None:
-        """Writes in the background; a checkpoint appears only when it is complete.
+        """Writes a checkpoint in the background; it appears atomically.
 
-        `loss`: what the `best` one is chosen by.
+        `loss`: `best` is the checkpoint with the lowest one.
         """
         metrics = None if loss is None else {"loss": loss}
         self._checkpointer.save_async(step, state, metrics=metrics, custom_metadata=progress)
+        self.last_saved = step
 
     def restore(self, step: int, like: Tree) -> tuple[Tree, dict[str, Any]]:
-        """Reads a state back, onto the shardings of `like`.
+        """Reads a state onto the shardings of `like`.
 
         Args:
           step: of a checkpoint.
-          like: a tree of `ShapeDtypeStruct`s with shardings.
+          like: a tree of `ShapeDtypeStruct`s with shardings, as `train_step.abstract_state` gives.
 
-        Returns: the state and its progress.
+        Returns:
+          The state and its progress.
 
         Raises:
-          UserError: the checkpoint holds other leaves, shapes or dtypes; nothing is filled in.
+          UserError: the checkpoint has other leaves, shapes or dtypes; no value is made up.
         """
         metadata = self._checkpointer.metadata(step)
         check_fits(self.path(step), shapes(metadata.metadata), shapes(like))
         return self._checkpointer.load(step, like), dict(metadata.custom_metadata)
 
     def wait(self) -> None:
-        """Until the checkpoint under way is complete on disk."""
+        """Waits until the current checkpoint is complete on disk."""
         self._checkpointer.wait()
 
     def close(self) -> None:
@@ -105,9 +108,9 @@ def _goodness(metrics: Any) -> float:
 
 
 def _context() -> ocp.Context:
-    """Large leaves in chunks, so that a part can be read without the rest (`leaves.py`).
+    """Writes large leaves in chunks, so that a part can be read without the rest (`chunked.py`).
 
-    Uncompressed: zstd leaves 92% of a trained state (`configs/demo.py:smoke`), at a price.
+    Uncompressed: zstd takes time and still leaves 92% of a trained state (`configs/demo.py:smoke`).
     """
     context = ocp.Context()
     context.array.saving.use_compression = False
@@ -126,9 +129,9 @@ def _chunks(path: Any, leaf: Any) -> ocp.options.ArrayOptions.Saving.StorageOpti
 
 
 def by_name(tree: Any) -> dict[str, Any]:
-    """The leaves by name, as "opt_state/1/mu/layers/mlp/up", in the tree's order.
+    """Returns the leaves by name, such as "opt_state/1/mu/layers/mlp/up", in the tree's order.
 
-    Keys, indices and attributes count alike: orbax's own metadata has keys for all of them.
+    Keys, indices and attributes are treated alike: orbax's metadata has keys for all of them.
     """
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {"/".join(_key(k) for k in path): x for path, x in leaves}
@@ -142,7 +145,7 @@ def _key(key: Any) -> str:
 
 
 def shapes(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape and dtype of the leaves, by name."""
+    """Returns shape and dtype of the leaves, by name."""
     return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in by_name(tree).items()}
 
 
@@ -151,7 +154,7 @@ def check_fits(
     have: dict[str, jax.ShapeDtypeStruct],
     want: dict[str, jax.ShapeDtypeStruct],
 ) -> None:
-    """Raises UserError if a checkpoint's leaves are not those that a config needs."""
+    """Raises UserError if a checkpoint's leaves are not the ones that a config needs."""
 
     def text(leaves: dict[str, jax.ShapeDtypeStruct], name: str) -> str | None:
         x = leaves.get(name)
@@ -162,19 +165,19 @@ def check_fits(
             raise UserError(
                 f"{path}: {name} is {text(have, name) or 'missing'}, the config needs "
                 f"{text(want, name) or 'no such leaf'}; use the config of this checkpoint, or "
-                "grow it (python -m experiments.grow)"
+                "grow it"
             )
 
 
 def describe(path: pathlib.Path) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, Any]]:
-    """A checkpoint's leaves, by name, and its progress; reads no array.
+    """Returns a checkpoint's leaves, by name, and its progress; reads no array.
 
     Raises UserError if there is no complete checkpoint.
     """
     try:
         metadata = ocp.metadata(path.absolute())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is no checkpoint; give a folder as checkpoints/STEP") from error
+        raise UserError(f"{path} is no checkpoint; give a folder checkpoints/STEP") from error
     leaves = {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype)
         for name, x in by_name(metadata.metadata).items()
@@ -183,10 +186,10 @@ def describe(path: pathlib.Path) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[
 
 
 def write_skeleton(path: pathlib.Path, like: Any, progress: dict[str, Any]) -> None:
-    """A checkpoint of the tree `like`, in which every array has one entry.
+    """Writes a checkpoint of the tree `like` in which every array has one entry.
 
-    Orbax's metadata says how the leaves are nested, and leaves their sizes to the arrays: with
-    other arrays in place of these it is a checkpoint of them. Each is a folder in zarr's format.
+    Orbax's metadata describes how leaves are nested, not their sizes. Each array is a folder in
+    zarr's format: replacing the arrays gives a checkpoint of other sizes.
     """
     context = ocp.Context()
     context.array.saving.use_ocdbt = context.array.saving.use_zarr3 = False
@@ -203,9 +206,10 @@ def write_skeleton(path: pathlib.Path, like: Any, progress: dict[str, Any]) -> N
 
 
 def params_digest(params: Any, piece_bytes: int = 1 << 30) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes: equal exactly for bit-equal parameters.
+    """Returns a SHA-256 over names, dtypes, shapes and bytes: equal only for bit-equal parameters.
 
-    Wherever the parameters are: pieces of at most `piece_bytes` are brought to every process.
+    It does not depend on where the parameters lie: pieces of at most `piece_bytes` are copied to
+    every process.
     """
     return digest_of_leaves(
         (path, value, _pieces(value, piece_bytes)) for path, value in trees.flatten(params)
@@ -213,9 +217,13 @@ def params_digest(params: Any, piece_bytes: int = 1 << 30) -> str:
 
 
 def digest_of_leaves(leaves: Iterable[tuple[str, Any, Iterable[np.ndarray]]]) -> str:
-    """`params_digest`, in pieces.
+    """Computes `params_digest` from pieces.
 
-    Args: of each leaf its path, what has its dtype and shape, and its entries in C order.
+    Args:
+      leaves: for each leaf its path, a value with its dtype and shape, and its entries in C order.
+
+    Returns:
+      The digest in hexadecimal.
     """
     hashed = hashlib.sha256()
     for path, leaf, pieces in sorted(leaves, key=lambda entry: entry[0]):
@@ -226,7 +234,7 @@ def digest_of_leaves(leaves: Iterable[tuple[str, Any, Iterable[np.ndarray]]]) ->
 
 
 def _pieces(array: jax.Array, most: int) -> Iterator[np.ndarray]:
-    """The array's bytes in C order, in numpy arrays of at most `most` bytes (or one entry)."""
+    """Yields the array in C order, in numpy arrays of at most `most` bytes (or one entry)."""
     if array.nbytes <= most or not array.ndim:
         yield multihost_utils.process_allgather(array, tiled=True)
         return

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and the metrics file."""
+"""Atomic files, and the metrics file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flm_jax.runtime import processes
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:
-    """Writes a file so that a reader, or a kill, sees the old content or the new, never a part."""
+    """Writes a file; a reader sees the old content or the new one, also after a kill."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "w", encoding="utf-8") as file:
@@ -28,7 +28,7 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 
 
 def link(source: str, target: str) -> None:
-    """A hard link, on another disk a copy; what an interrupted call made is kept."""
+    """Makes a hard link, or a copy on another disk; an existing target is kept."""
     if os.path.exists(target):
         return
     try:
@@ -41,13 +41,13 @@ def link(source: str, target: str) -> None:
 
 
 class MetricsFile:
-    """One JSON object a line, each with a `step`; rewound when a run resumes before its end."""
+    """A file with one JSON object per line, each with a `step`; `rewind` is for a resumed run."""
 
     def __init__(self, path: pathlib.Path):
         self.path = path
 
     def rows(self, kind: str | None = None) -> list[dict[str, Any]]:
-        """Complete rows, of one `kind` (train or eval) if given. A torn last line is left out."""
+        """Reads the complete rows, of one `kind` if given; an incomplete last line is left out."""
         if not self.path.exists():
             return []
         found = []
@@ -59,13 +59,13 @@ class MetricsFile:
         return [row for row in found if kind is None or row["kind"] == kind]
 
     def rewind(self, step: int) -> list[dict[str, Any]]:
-        """Forgets what lies after `step`, the steps that the run does again; returns the rest."""
+        """Deletes the rows after `step`, whose steps are repeated; returns the other rows."""
         kept = [row for row in self.rows() if row["step"] <= step]
         write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         return kept
 
     def append(self, kind: str, step: int, **values: Any) -> None:
-        """Adds a row, in the first process."""
+        """Appends a row; only the first process writes."""
         if not processes.first():
             return
         with open(self.path, "a", encoding="utf-8") as file:

@@ -1,7 +1,7 @@
-"""A run's folder: which files it has, what they say, and that they belong to this config.
+"""A run's folder: its files, what they say, and whether they belong to a config.
 
-Every file is written whole or not at all. Of several processes one writes: the runner calls what
-writes here through `processes.once`, except the metrics, for which nobody waits.
+Every file is written atomically. With several processes the first one writes: a run calls what
+writes here through `processes.once`, except for the metrics, which no process waits for.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flm_jax import config as config_lib
@@ -24,7 +24,7 @@ VERSION = 1
 
 
 class StageFolder:
-    """`DIR/stages/<index>-<name>/`."""
+    """The folder of one stage: `DIR/stages/<index>-<name>/`."""
 
     def __init__(self, run: RunFolder, index: int, name: str):
         self.run, self.index = run, index
@@ -41,9 +41,9 @@ class StageFolder:
 
     @classmethod
     def of_checkpoint(cls, path: pathlib.Path) -> StageFolder:
-        """The stage of `.../stages/<index>-<name>/checkpoints/<step>`.
+        """Returns the stage of `.../stages/<index>-<name>/checkpoints/<step>`.
 
-        Raises UserError if that is not where the path lies.
+        Raises UserError if the path has another form.
         """
         stage, (index, _, name) = path.parent.parent, path.parent.parent.name.partition("-")
         folder = cls(RunFolder(stage.parent.parent), int(index), name) if index.isdigit() else None
@@ -54,22 +54,22 @@ class StageFolder:
         return folder
 
     def experiment(self) -> ExperimentConfig:
-        """What the stage was trained with, as an experiment of this stage alone.
+        """Returns the config that the stage was trained with, as an experiment of this stage alone.
 
-        Raises UserError if config.json is not one of this code.
+        Raises UserError if config.json is not the config of a stage.
         """
         try:
             about = json.loads(self.config.read_text(encoding="utf-8"))
             stage = about["stage"]
         except (ValueError, KeyError, TypeError):
-            raise UserError(f"{self.config}: no config of a stage; restore the file") from None
-        # Fine-tuning and the data say more there.
+            raise UserError(f"{self.config}: not the config of a stage; restore the file") from None
+        # Fine-tuning and the data add fields of their own.
         fields = {field.name for field in dataclasses.fields(ExperimentConfig)}
         shared = {name: value for name, value in about.items() if name in fields}
         return config_lib.experiment({**shared, "stages": [stage]})
 
     def start(self) -> int:
-        """Steps that the run had done when this stage began."""
+        """Returns the global step at which this stage starts."""
         return sum(s["steps"] for s in self.run.stages() if s["index"] < self.index)
 
 
@@ -77,7 +77,7 @@ class RunFolder:
     """A run folder: `lineage.json`, `stages/`, `tensorboard/`, `report/`, `compiled/`."""
 
     def __init__(self, path: str | os.PathLike[str], compiled: pathlib.Path | None = None):
-        """`compiled`: of runs that share their compiled programs; None: a folder of its own."""
+        """`compiled`: a cache of compiled programs that runs share; None: one of its own."""
         self.path = pathlib.Path(path)
         self.lineage = self.path / "lineage.json"
         self.tensorboard = self.path / "tensorboard"
@@ -107,24 +107,24 @@ class RunFolder:
             )
 
     def check_stage(self, folder: StageFolder, identity: Mapping[str, Any]) -> None:
-        """Raises UserError if the stage was begun with another config; names what differs."""
+        """Raises UserError, naming what differs, if the stage was started with another config."""
         if not folder.config.exists():
             return
         found = mapping.differences(json.loads(folder.config.read_text()), dict(identity))
         if found:
             more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
             raise UserError(
-                f"{folder.config}: the run was begun with another value: {found[0]}{more}; "
-                "restore the value, or give another --workdir"
+                f"{folder.config}: the run was started with another value: {found[0]}{more}; "
+                "restore the value, or give another workdir"
             )
 
     def begin_stage(self, folder: StageFolder, identity: Mapping[str, Any]) -> None:
-        """Keeps what decides the stage's numbers. Raises UserError as `check_stage` does."""
+        """Writes config.json. Raises UserError as `check_stage` does."""
         self.check_stage(folder, identity)
         write_json(folder.config, identity)
 
     def stages(self) -> list[dict[str, Any]]:
-        """The finished stages, from lineage.json. Raises UserError on another version."""
+        """Reads the finished stages from lineage.json. Raises UserError on another version."""
         if not self.lineage.exists():
             return []
         data = json.loads(self.lineage.read_text(encoding="utf-8"))
@@ -133,26 +133,17 @@ class RunFolder:
                 f"{self.lineage}: version {data.get('version')}, but this code reads version "
                 f"{VERSION}; use the code that wrote it"
             )
-        return data["stages"]
+        stages: list[dict[str, Any]] = data["stages"]
+        return stages
 
     def finished_stage(self, stage: str = "") -> dict[str, Any]:
-        """The entry of the last finished stage, or of the one with that index or name.
-
-        Raises UserError if there is none.
-        """
-        finished = self.stages()
-        if not finished:
-            raise UserError(f"{self.path} has no finished stage (no lineage.json); train one first")
-        chosen = [s for s in finished if stage in ("", str(s["index"]), s["name"])]
-        if not chosen:
-            names = ", ".join(s["name"] for s in finished)
-            raise UserError(f"{self.path} has no finished stage {stage!r}; it has {names}")
-        return chosen[-1]
+        """Returns the entry of one finished stage: see `pick_stage`."""
+        return pick_stage(self.stages(), stage, self.path)
 
     def branch(self, other: RunFolder, stages: int | None = None) -> None:
-        """Makes `other` a run that goes on from this one's first finished stages (None: all).
+        """Makes `other` a run that continues from this run's first `stages` stages (None: all).
 
-        Files are hard links where that can be: a checkpoint never changes once it is complete.
+        Files are hard links where the disk allows it: a complete checkpoint never changes.
         """
         if other.lineage.exists():
             return
@@ -164,20 +155,45 @@ class RunFolder:
         write_json(other.lineage, {"version": VERSION, "stages": entries})
 
     def add_stage(self, entry: dict[str, Any]) -> None:
+        """Writes the entry of a finished stage; entries of later stages are dropped."""
         earlier = [s for s in self.stages() if s["index"] < entry["index"]]
         write_json(self.lineage, {"version": VERSION, "stages": [*earlier, entry]})
 
 
+def pick_stage(entries: Sequence[dict[str, Any]], stage: str, path: pathlib.Path) -> dict[str, Any]:
+    """Picks one finished stage.
+
+    Args:
+      entries: of lineage.json.
+      stage: the index or name of a stage; "": the last one.
+      path: the run's folder, for errors.
+
+    Returns:
+      The stage's entry.
+
+    Raises:
+      UserError: no stage is finished, or none has that index or name.
+    """
+    if not entries:
+        raise UserError(f"{path} has no finished stage (no lineage.json); train one first")
+    chosen = [s for s in entries if stage in ("", str(s["index"]), s["name"])]
+    if not chosen:
+        names = ", ".join(f"{s['index']} ({s['name']})" for s in entries)
+        raise UserError(f"{path} has no finished stage {stage!r}; it has {names}")
+    return chosen[-1]
+
+
 def bits_per_byte(measured: dict[str, float | None]) -> str:
-    """A stage's `eval` as text; an imported one has none."""
+    """Formats a stage's `eval`; a converted model has no measurement."""
     start, end = measured["bpb_start"], measured["bpb_end"]
     return "not measured" if start is None else f"{start:.4f} -> {end:.4f}"
 
 
 def identity(config: ExperimentConfig, index: int, fingerprint: str) -> dict[str, Any]:
-    """What decides a stage's numbers: its own config, what all stages share, and the data.
+    """Returns the settings that affect a stage's results; they are compared on resume.
 
-    Meshes, layouts, evaluation and checkpoint settings may change when a run goes on.
+    These are the stage's own config, the settings that all stages share, and the data. Meshes,
+    layouts, evaluation and checkpoint settings are left out: they may change on resume.
     """
     shared = mapping.to_dict(config)
     for name in ("stages", "mesh", "layouts", "eval", "checkpoint"):

@@ -9,9 +9,9 @@ from flm_jax.runtime import processes
 
 
 class TensorBoard:
-    """A context manager; clu and TensorFlow are imported when it is entered.
+    """A context manager that imports clu and TensorFlow when it is entered.
 
-    Of several processes the first writes.
+    With several processes only the first one writes.
     """
 
     def __init__(self, directory: pathlib.Path):

@@ -78,7 +78,7 @@ def random_source(model: TransformerConfig = RANDOM_MODEL, seed: int = 0) -> Sou
 
 def run_source(workdir: str, sequences: int = 4) -> Source:
     """The last stage of a run, and its next training sequences."""
-    opened = opening.open_stage(workdir)
+    opened = opening.open_state(workdir)
     batches = data.open_corpus(opened.config.data).train(sequences)
     batches.set_state(opened.data)
     batch = jax.tree.map(jnp.asarray, next(batches))

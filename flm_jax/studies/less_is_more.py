@@ -15,9 +15,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from flm_jax import data, mapping
-from flm_jax.data.tokenizer import open_tokenizer
 from flm_jax.errors import UserError
-from flm_jax.interop.opening import open_model
+from flm_jax.interop.opening import OpenedModel, open_model
 from flm_jax.sft import chats, fine_tune, scoring, selection, synthetic
 from flm_jax.sft.before_after import few_of_each
 from flm_jax.sft.chat_model import ChatModel
@@ -222,7 +221,7 @@ def run(config: LessIsMoreConfig, workdir: str) -> list[dict[str, Any]]:
     root = pathlib.Path(workdir)
     arms = root / "arms"
     base = fine_tune.open_base(config.sft)
-    corpus, tokenizer = data.open_corpus(base.data), open_tokenizer(base.data.vocabulary)
+    corpus = data.open_corpus(base.data)
     good, held_out = _sides(config.sft)
     for mix in config.mixes:
         mix.check({s.category for s in good})
@@ -231,18 +230,15 @@ def run(config: LessIsMoreConfig, workdir: str) -> list[dict[str, Any]]:
     del about["seeds"], about["known"], about["sft"]["checkpoint"], about["sft"]["mesh"]
     key = mapping.digest({"config": about, "corpus": corpus.fingerprint})
 
-    def chat(params: Any) -> ChatModel:
+    def chat(model: OpenedModel) -> ChatModel:
         settings = config.sft
-        return ChatModel(
-            params, base.model.config, tokenizer, settings.template,
-            settings.max_new_tokens, batch_size=64,
-        )  # fmt: skip
+        return ChatModel(model, settings.template, settings.max_new_tokens, batch_size=64)
 
-    def opened(path: pathlib.Path) -> Any:
-        return open_model(str(path), config.sft.name).params
+    def opened(path: pathlib.Path) -> OpenedModel:
+        return open_model(str(path), config.sft.name)
 
-    def scores(params: Any) -> dict[str, dict[str, float]]:
-        model = chat(params)
+    def scores(opened: OpenedModel) -> dict[str, dict[str, float]]:
+        model = chat(opened)
         scored = scoring.score(held_out, model.losses, model.answer)
         return scoring.flat(scoring.summarise(scored))
 
@@ -254,7 +250,7 @@ def run(config: LessIsMoreConfig, workdir: str) -> list[dict[str, Any]]:
         file.append("arm", step, key=key, name=name, **values)
         return file.rows("arm")[-1]
 
-    found = [row("base") or keep("base", 0, scores=scores(base.model.params))]
+    found = [row("base") or keep("base", 0, scores=scores(base.model))]
     seed: _Seed | None = None
     for arm in arms_of(config):
         done = row(arm.name)

@@ -17,7 +17,8 @@ import numpy as np
 from flm_jax import growth
 from flm_jax.config import ExperimentConfig, StageConfig
 from flm_jax.params import counts
-from flm_jax.runs import chain, loop
+from flm_jax.runs import chain
+from flm_jax.runs.stage import plan_of
 from flm_jax.runtime.figures import GUIDE, clean, plt, save
 from flm_jax.store.files import write_atomically, write_json
 from flm_jax.store.lineage import RunFolder
@@ -71,7 +72,7 @@ def run(config: ProbeConfig, workdir: str) -> list[dict[str, Any]]:
     """
     arms = [arm_experiment(config, arm, 0) for arm in config.arms]
     for experiment in arms:
-        loop.plan_of(experiment.stages[0].model, experiment.stages[1])
+        plan_of(experiment.stages[0].model, experiment.stages[1])
     root = pathlib.Path(workdir)
     found: dict[str, list[dict[str, Any]]] = {arm.name: [] for arm in config.arms}
     for seed in range(config.seeds):

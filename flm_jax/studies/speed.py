@@ -15,10 +15,11 @@ from jax.sharding import Mesh
 
 from flm_jax import growth
 from flm_jax.config import ExperimentConfig, StageConfig, TransformerConfig
-from flm_jax.params import axes, counts, sharding
+from flm_jax.params import counts, sharding
+from flm_jax.params.sharding import Layout
 from flm_jax.runtime import host
 from flm_jax.train import optim, schedules
-from flm_jax.train.train_step import init_state, make_train_step
+from flm_jax.train.train_step import abstract_state, init_state, make_train_step, state_shardings
 
 _PEAK_SIZE = 2048
 
@@ -105,8 +106,7 @@ def measure(config: ExperimentConfig, index: int, steps: int) -> dict[str, Any]:
     plan = growth.plan(_half(stage.model), stage.model)
     with jax.set_mesh(mesh):
         key = jax.random.key(0)
-        abstract = jax.eval_shape(lambda: init_state(stage.model, tx, key))
-        placed = sharding.shardings(abstract, axes.table(stage.model), mesh, rules)
+        placed = state_shardings(stage.model, abstract_state(stage.model, tx), Layout(mesh, rules))
         state = jax.jit(lambda: init_state(stage.model, tx, key), out_shardings=placed)()
         batch = _batch(stage, length, mesh)
         step = make_train_step(stage, tx, mesh, plan.masks if plan else None, rules)

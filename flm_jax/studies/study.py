@@ -15,7 +15,7 @@ from flm_jax import data, mapping
 from flm_jax.config import ExperimentConfig, StageConfig, TransformerConfig
 from flm_jax.errors import UserError
 from flm_jax.growth import Plan
-from flm_jax.inference.evaluation import bits_per_byte
+from flm_jax.inference.evaluation import score
 from flm_jax.params import sharding
 from flm_jax.runtime import host
 from flm_jax.store.files import MetricsFile
@@ -133,7 +133,7 @@ class Study:
         train_loss = float(np.mean(jax.device_get(losses[-math.ceil(LAST * stage.steps) :])))
         if not math.isfinite(train_loss):
             return {"train_loss": None, "bpb": None}
-        bpb = bits_per_byte(
+        bpb = score(
             state.params, stage.model, self.validation, self.corpus.token_bytes, self.mesh
-        )
+        ).bits_per_byte
         return {"train_loss": train_loss, "bpb": bpb if math.isfinite(bpb) else None}

@@ -71,10 +71,16 @@ def abstract_state(
     state: TrainState = jax.eval_shape(lambda: init_state(config, tx, jax.random.key(0)))
     if layout is None:
         return state
-    placed = sharding.shardings(state, axes.table(config), *layout)
+    placed = state_shardings(config, state, layout)
     return jax.tree.map(
         lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), state, placed
     )
+
+
+def state_shardings(config: TransformerConfig, state: TrainState, layout: Layout) -> TrainState:
+    """The place of every leaf of a train state, as the same tree of shardings."""
+    placed: TrainState = sharding.shardings(state, axes.table(config), *layout)
+    return placed
 
 
 def logits_of(
@@ -148,6 +154,5 @@ def make_train_step(
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "tokens": tokens}
         return TrainState(state.step + 1, params, opt_state), metrics
 
-    state = abstract_state(stage.model, tx, Layout(mesh, rules))
-    placed = jax.tree.map(lambda x: x.sharding, state)
+    placed = state_shardings(stage.model, abstract_state(stage.model, tx), Layout(mesh, rules))
     return jax.jit(step, donate_argnums=0, out_shardings=(placed, None))

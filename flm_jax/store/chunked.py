@@ -1,8 +1,9 @@
-"""A checkpoint's leaves as arrays on disk: read and written slice by slice, in bounded memory.
+"""Checkpoints as chunked arrays on disk: leaves are read and written slice by slice.
 
-`CheckpointReader` reads what `Checkpoints` (or `CheckpointWriter`) wrote; `CheckpointWriter` writes
-what `Checkpoints.restore` reads. Orbax describes the tree (`checkpoint.py`), tensorstore holds the
-arrays. Both are safe to use from several threads. Leaves are named as in `checkpoint.by_name`:
+Memory stays bounded. `CheckpointReader` reads what `Checkpoints` (or `CheckpointWriter`) wrote;
+`CheckpointWriter` writes what `Checkpoints.restore` reads. Orbax describes the tree
+(`checkpoint.py`), tensorstore holds the arrays. Both classes may be used from several threads.
+Leaves are named as in `checkpoint.by_name`:
 "params/layers/mlp/up", "opt_state/1/mu/embedding".
 """
 
@@ -16,7 +17,7 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,10 +25,43 @@ import tensorstore as ts
 
 from flm_jax.errors import UserError
 from flm_jax.store.checkpoint import CHUNK_BYTES, STATE, describe, shapes, write_skeleton
-from flm_jax.store.pieces import cells, chunk_shape
 
 # What is read or written of a leaf: for each dimension a slice, or the indices of its entries.
 Slices = Sequence[slice | np.ndarray]
+
+
+def chunk_shape(
+    shape: Sequence[int], itemsize: int, limit: int, whole: Collection[int] = ()
+) -> tuple[int, ...]:
+    """Cuts an array into consecutive pieces of bounded size, as even as possible.
+
+    Args:
+      shape: of the array.
+      itemsize: bytes of one entry.
+      limit: bytes of one piece, at most.
+      whole: dimensions that are not cut. The pieces are then not consecutive, and may be larger
+        than the limit.
+
+    Returns:
+      The shape of one piece; the last piece along a dimension may be smaller.
+    """
+    chunk = list(shape)
+    for dim, size in enumerate(shape):
+        if itemsize * math.prod(chunk) <= limit:
+            break
+        if dim not in whole:
+            rows = limit // (itemsize * math.prod(chunk[:dim] + chunk[dim + 1 :]))
+            chunk[dim] = math.ceil(size / math.ceil(size / max(rows, 1)))
+    return tuple(max(size, 1) for size in chunk)
+
+
+def cells(shape: Sequence[int], chunk: Sequence[int]) -> Iterator[tuple[slice, ...]]:
+    """Yields the pieces of an array as slices, in C order."""
+    grid = [math.ceil(n / c) for n, c in zip(shape, chunk, strict=True)]
+    for cell in np.ndindex(*grid):
+        yield tuple(
+            slice(i * c, min((i + 1) * c, n)) for i, c, n in zip(cell, chunk, shape, strict=True)
+        )
 
 
 @functools.cache
@@ -43,14 +77,14 @@ def _open(state: pathlib.Path, name: str, **how: Any) -> ts.TensorStore:
         base = {"driver": "file", "path": f"{state}/"}
         kvstore = {"driver": "ocdbt", "base": base, "path": folder}
     driver = how.pop("driver")
-    # Zeros are written too: a chunk's file says that the chunk is done.
+    # Zeros are written too: the chunk's file shows that the chunk is done.
     spec = {"driver": driver, "kvstore": kvstore, "store_data_equal_to_fill_value": True}
     return ts.open(spec | how.pop("spec", {}), context=_context(), **how).result()
 
 
 @contextlib.contextmanager
 def disk_refusals(what: str) -> Iterator[None]:
-    """Turns what the system refuses into one line; tensorstore keeps the system's error number."""
+    """Turns an error of the disk into one line; tensorstore keeps the system's error number."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -59,7 +93,7 @@ def disk_refusals(what: str) -> Iterator[None]:
         if code is None:
             raise
         raise UserError(
-            f"{what} ({os.strerror(code)}); mend that, and the same command goes on from there"
+            f"{what} ({os.strerror(code)}); fix this, then call again to continue"
         ) from error
 
 
@@ -84,7 +118,7 @@ class CheckpointReader:
     def read(self, name: str, slices: Slices | None = None) -> np.ndarray:
         """The leaf's entries at `slices`, combined as by `np.ix_`; None: all.
 
-        Raises UserError if the disk refuses.
+        Raises UserError if the disk fails.
         """
         array = self._arrays[name]
         with disk_refusals(f"{self.path}: {name} cannot be read"):
@@ -97,9 +131,9 @@ class CheckpointReader:
 
 
 class CheckpointWriter:
-    """A checkpoint in the making, at PATH.partial; `finish` makes it appear at PATH.
+    """Writes a checkpoint at PATH.partial; `finish` renames it to PATH.
 
-    What a killed process left there is taken up again: `holds` says which chunks are done.
+    A new writer continues what a killed process left there: `holds` says which chunks are done.
 
     Attributes:
       path: the checkpoint's folder, as `checkpoints/STEP`.
@@ -114,16 +148,16 @@ class CheckpointWriter:
         progress: dict[str, Any],
         chunks: Mapping[str, Sequence[int]] | None = None,
     ):
-        """Begins a checkpoint, or takes up one that was begun with the same arguments.
+        """Starts a checkpoint, or continues one that was started with the same arguments.
 
         Args:
           path: the checkpoint's folder; its name is the step.
           like: the tree, as `ShapeDtypeStruct`s.
           progress: small and JSON-able, kept with the state.
-          chunks: of leaves that shall have other ones than `chunk_shape` gives.
+          chunks: name -> shape of the chunks, where it is not what `chunk_shape` gives.
 
         Raises:
-          UserError: the path exists, or another checkpoint was begun there, or the disk refuses.
+          UserError: the path exists, another checkpoint was started there, or the disk fails.
         """
         self.path = pathlib.Path(path)
         self.leaves = shapes(like)
@@ -145,7 +179,7 @@ class CheckpointWriter:
         }
 
     def _begin(self, like: Any, progress: dict[str, Any]) -> None:
-        """Appears with all its arrays, still without chunks, or not at all."""
+        """Creates the empty checkpoint, with all its arrays and no chunk, atomically."""
         made = self._partial.with_name(self.path.name + ".begun")
         self._clear(made)
         try:
@@ -165,7 +199,7 @@ class CheckpointWriter:
 
     @staticmethod
     def _clear(made: pathlib.Path) -> None:
-        for path in made.parent.glob(made.name + "*"):  # orbax has a temporary name of its own
+        for path in made.parent.glob(made.name + "*"):  # orbax adds a temporary suffix
             shutil.rmtree(path)
 
     def _check(self, progress: dict[str, Any]) -> None:
@@ -173,11 +207,11 @@ class CheckpointWriter:
         same = have.leaves == self.leaves and have.progress == progress
         if not same or any(have.chunk(name) != self.chunks[name] for name in self.leaves):
             raise UserError(
-                f"{self._partial}: another checkpoint was begun here; remove it to begin anew"
+                f"{self._partial}: another checkpoint was started here; remove it to start again"
             )
 
     def _file(self, name: str, cell: Sequence[int]) -> pathlib.Path:
-        """The file of the chunk at that place of the grid: zarr's format, version 2."""
+        """The file of the chunk at this place of the grid, in zarr's format, version 2."""
         folder = self._partial / STATE / name.replace("/", ".")
         return folder / (".".join(map(str, cell)) or "0")
 
@@ -191,7 +225,7 @@ class CheckpointWriter:
         return self._file(name, cell).exists()
 
     def held_bytes(self) -> int:
-        """Of the pieces that are there already."""
+        """The size of the pieces that are written already."""
         return sum(
             self.leaves[name].dtype.itemsize * math.prod(s.stop - s.start for s in piece)
             for name in self.leaves
@@ -200,9 +234,9 @@ class CheckpointWriter:
         )
 
     def write(self, name: str, slices: Slices | None, values: np.ndarray) -> None:
-        """Writes entries of a leaf; quick where `slices` is one of its `pieces`. None: all.
+        """Writes entries of a leaf; fast where `slices` is one of its `pieces`. None: all.
 
-        `values` must not change afterwards. Raises UserError if the disk refuses.
+        `values` must not change afterwards. Raises UserError if the disk fails.
         """
         array = self._arrays[name]
         target = array if slices is None else array[tuple(slices)]
@@ -210,9 +244,9 @@ class CheckpointWriter:
             target.write(values, can_reference_source_data_indefinitely=True).result()
 
     def finish(self) -> None:
-        """The checkpoint appears, whole and on disk.
+        """Syncs the checkpoint to disk and renames it to its final path.
 
-        Raises ValueError if a piece was not written, UserError if the disk refuses.
+        Raises ValueError if a piece was not written, UserError if the disk fails.
         """
         for name in self.leaves:
             for piece in self.pieces(name):

@@ -1,0 +1,128 @@
+"""What happens beside the train steps of a stage: evaluation, checks of the loss, logs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flm_jax.errors import UserError
+from flm_jax.runs.stage import Ramp, Stage
+from flm_jax.runtime.display import Progress
+from flm_jax.store.checkpoint import Checkpoints
+from flm_jax.store.files import MetricsFile
+from flm_jax.store.metrics import TensorBoard
+
+LOG_EVERY = 10  # steps between rows of metrics.jsonl; a row has their mean loss
+
+
+@dataclasses.dataclass(frozen=True)
+class Log:
+    """Where a stage's measurements go: metrics.jsonl, TensorBoard, the screen."""
+
+    metrics: MetricsFile
+    board: TensorBoard
+    progress: Progress
+
+
+class Evaluation:
+    """Evaluates at a stage's start, its end, the end of its ramp, and every `every_steps` steps."""
+
+    def __init__(self, stage: Stage, ramp: Ramp, log: Log, rows: list[dict[str, Any]]):
+        """`rows`: the rows of metrics.jsonl so far; what they hold is not evaluated again."""
+        self._stage, self._ramp, self._log = stage, ramp, log
+        self._found = {row["step"]: row for row in rows if row["kind"] == "eval"}
+
+    def __call__(self, step: int, params: Any) -> None:
+        """Evaluates the parameters after a global step, if this is due and was not done yet."""
+        stage = self._stage
+        since, every = step - stage.start, stage.experiment.eval.every_steps
+        due = step in (stage.start, stage.end, self._ramp.end) or since % every == 0
+        if due and step not in self._found:
+            mask = self._ramp.value(step)
+            self._found[step] = found = stage.evaluate(params, self._ramp.masks_at, mask)
+            self._write(step, found, mask)
+
+    def measured(self, step: int, name: str) -> float | None:
+        """Returns one measurement at a step; None if there is none."""
+        return self._found.get(step, {}).get(name)
+
+    def _write(self, step: int, found: dict[str, float], mask: float | None) -> None:
+        log, bpb = self._log, found["bpb"]
+        more = {name: value for name, value in found.items() if name != "bpb"}
+        log.metrics.append("eval", step, **found, mask=mask)
+        log.board.write(step, validation_bits_per_byte=bpb, **more)
+        text = "".join(f", {name.replace('_', ' ')} {value:.4f}" for name, value in more.items())
+        log.progress.note(
+            f"{self._stage.name}  step {step}/{self._stage.end}  validation {bpb:.4f} bits per "
+            f"byte{text}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Dispatched:
+    """A step that the devices have been given, and whose results have not been read yet.
+
+    Attributes:
+      step: the global step after it.
+      metrics: of the train step.
+      signal: number of the signal that asked some process to stop, or 0.
+    """
+
+    step: int
+    metrics: dict[str, jax.Array]
+    signal: jax.Array
+
+
+class Report:
+    """Reads the results of steps: checks that losses are finite, shows and logs them."""
+
+    def __init__(self, stage: Stage, ramp: Ramp, log: Log, first: int, checkpoints: Checkpoints):
+        """`first`: the global step from which this process trains."""
+        self._stage, self._ramp, self._log = stage, ramp, log
+        self._first, self._checkpoints = first, checkpoints
+        self._losses: list[float] = []  # since the last row
+
+    def __call__(self, dispatched: Dispatched | None) -> int:
+        """Waits for a step's results. Call it after the next step was dispatched.
+
+        Returns:
+          The number of the signal that asked some process to stop; 0: none, or no step.
+
+        Raises:
+          UserError: the loss is not finite.
+        """
+        if dispatched is None:
+            return 0
+        step, metrics = dispatched.step, dispatched.metrics
+        loss = float(metrics["loss"])
+        if not math.isfinite(loss):
+            raise self._diverged(step, loss)
+        stage, mask = self._stage, self._ramp.value(step)
+        tokens = (step - self._first) * stage.config.batch_size * stage.sequence_length
+        self._log.progress.update(step, loss, tokens, mask)
+        self._losses.append(loss)
+        if step % LOG_EVERY == 0:
+            rate = stage.config.learning_rate * stage.schedule(jnp.int32(step - 1))
+            row = {
+                "loss": statistics.fmean(self._losses),
+                "grad_norm": float(metrics["grad_norm"]),
+                "learning_rate": float(rate),
+                "mask": 1.0 if mask is None else mask,
+            }
+            self._log.metrics.append("train", step, **row)
+            self._log.board.write(step, **row)
+            self._losses.clear()
+        return int(dispatched.signal)
+
+    def _diverged(self, step: int, loss: float) -> UserError:
+        good = self._checkpoints.last_saved
+        where = "none" if good is None else self._checkpoints.path(good)
+        return UserError(
+            f"stage {self._stage.name}: loss is {loss} at step {step}; the last good checkpoint "
+            f"is {where}; lower learning_rate or raise warmup_steps, in a new workdir"
+        )

@@ -1,0 +1,348 @@
+"""One stage of a run: what it is, and its life on disk before and after training.
+
+A chain (`chain.py`) and fine-tuning (`sft/fine_tune.py`) build the same value, `Stage`. A stage
+begins from its latest checkpoint, from fresh parameters, or by growing out of its parent
+(`begin`); it trains (`loop.py`); it ends with an entry in lineage.json (`finish`).
+
+With several processes, all of them run every line, except inside `processes.once`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+import optax
+
+from flm_jax import growth, mapping
+from flm_jax.config import ExperimentConfig, GrowthConfig, StageConfig, TransformerConfig
+from flm_jax.growth import ligo, measure
+from flm_jax.growth.receipt import Receipt, measured
+from flm_jax.params import counts
+from flm_jax.params.sharding import Layout
+from flm_jax.runtime import processes
+from flm_jax.store.checkpoint import Checkpoints, params_digest
+from flm_jax.store.lineage import RunFolder, StageFolder
+from flm_jax.train.schedules import Schedule
+from flm_jax.train.train_step import MasksAt, TrainState, abstract_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """Where a stage stands: the contents of a checkpoint.
+
+    Attributes:
+      state: the train state.
+      data: the position in the training data.
+      wall_s: seconds that were spent on this stage.
+    """
+
+    state: TrainState
+    data: dict[str, Any]
+    wall_s: float
+
+    @property
+    def step(self) -> int:
+        """The global step; waits for the state."""
+        return int(self.state.step)
+
+    def progress(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside the state."""
+        return {"data": self.data, "wall_s": self.wall_s}
+
+
+class Batches(Iterator[dict[str, np.ndarray]], Protocol):
+    """An endless training stream whose position can be saved."""
+
+    def get_state(self) -> dict[str, Any]: ...
+
+    def set_state(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Parent:
+    """The stage that a stage grows out of."""
+
+    name: str
+    model: TransformerConfig
+    layout: Layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One stage of a run, ready to train.
+
+    Attributes:
+      config: the stage's own settings.
+      experiment: the settings that a run's stages share: optimizer, evaluation, checkpoints, seed.
+      index: its index in lineage.json.
+      start: the global step at which it starts.
+      parent: the stage that it grows out of; None: it begins from `source` as it is.
+      layout: where its train state lies.
+      sequence_length: tokens.
+      identity: the settings that affect its results: config.json, compared on resume.
+      tx: the optimizer.
+      schedule: the learning rate's factor by global step.
+      batches: (batch_size, index, count) -> the training stream from its start, part `index` of
+        `count` of each batch.
+      source: reads or makes the start: the parent's end; without a parent the stage's first state.
+      evaluate: (parameters, masks_at, mask_value) -> measurements by name, `bpb` (validation bits
+        per byte) among them.
+      best_by: the stage's result is the checkpoint with the lowest such measurement; "": the last.
+    """
+
+    config: StageConfig
+    experiment: ExperimentConfig
+    index: int
+    start: int
+    parent: Parent | None
+    layout: Layout
+    sequence_length: int
+    identity: dict[str, Any]
+    tx: optax.GradientTransformation
+    schedule: Schedule
+    batches: Callable[..., Batches]
+    source: Callable[[], Position]
+    evaluate: Callable[[Any, MasksAt | None, float | None], dict[str, float]]
+    best_by: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.config.name
+
+    @property
+    def end(self) -> int:
+        """The global step at which it ends."""
+        return self.start + self.config.steps
+
+    def folder(self, run: RunFolder) -> StageFolder:
+        return run.stage(self.index, self.name)
+
+
+def restore(stage: Stage, checkpoints: Checkpoints, step: int | None = None) -> Position:
+    """Reads a stage's position from a checkpoint; `step` None: from the latest one."""
+    step = checkpoints.latest if step is None else step
+    assert step is not None
+    like = abstract_state(stage.config.model, stage.tx, stage.layout)
+    state, progress = checkpoints.restore(step, like)
+    return Position(state, progress["data"], progress["wall_s"])
+
+
+def begin(
+    stage: Stage, before: Position | None, folder: StageFolder, checkpoints: Checkpoints
+) -> Position:
+    """Returns where a stage continues: its latest checkpoint, else its start.
+
+    Args:
+      stage: what to begin.
+      before: its parent's end, if it is in memory; consumed.
+      folder: the stage's.
+      checkpoints: the stage's.
+    """
+    if checkpoints.latest is not None:
+        position = restore(stage, checkpoints)
+        if stage.parent and position.step == stage.start:
+            _complete_receipt(stage, stage.parent, position, folder)
+        return position
+    if stage.parent:
+        return _grow(stage, stage.parent, before or stage.source(), folder, checkpoints)
+    position = stage.source()
+    if stage.config.source:
+        _save_start(position, checkpoints)
+    return position
+
+
+def plan_of(
+    small: TransformerConfig, stage: StageConfig, distances: Sequence[float] | None = None
+) -> growth.Plan:
+    """Plans a stage's growth out of a model of config `small`.
+
+    Args:
+      small: the parent's model.
+      stage: its model and its growth settings.
+      distances: see `growth.plan`.
+
+    Raises:
+      UserError: the recipe cannot do it.
+    """
+    g = stage.growth
+    return growth.plan(
+        small, stage.model, g.recipe, moments=g.moments, rates=g.rates, noise_db=g.noise_db,
+        layer_distances=distances,
+    )  # fmt: skip
+
+
+def read_plan(stage: Stage, folder: StageFolder) -> growth.Plan | None:
+    """Reads the plan of a stage's growth; None without a parent."""
+    if stage.parent is None:
+        return None
+    return growth.Plan.from_json(processes.once(folder.plan.read_text))
+
+
+@dataclasses.dataclass(frozen=True)
+class Ramp:
+    """The rise of a stage's run-time masks from 0 to 1.
+
+    Attributes:
+      masks_at: mask value -> masks by axis; None: the stage has no masks.
+      start: the global step at which the stage starts.
+      growth: the stage's growth settings.
+    """
+
+    masks_at: MasksAt | None
+    start: int
+    growth: GrowthConfig
+
+    @property
+    def end(self) -> int:
+        """The global step from which all masks are at 1."""
+        return self.start + (self.growth.ramp_steps if self.masks_at else 0)
+
+    def value(self, step: int) -> float | None:
+        """The masks' value after a global step; None: the plain model."""
+        return self.growth.mask_at(step - self.start) if self.masks_at else None
+
+
+def read_ramp(stage: Stage, folder: StageFolder) -> Ramp:
+    """Reads the ramp of a stage that `begin` has started."""
+    plan = read_plan(stage, folder)
+    masks_at = plan.masks if plan and plan.masked else None
+    return Ramp(masks_at, stage.start, stage.config.growth)
+
+
+def calibration_batch(batches: Batches, data: dict[str, Any]) -> dict[str, Any]:
+    """Reads the next sequences at a position in the training data, without consuming them."""
+    batches.set_state(data)
+    return next(batches)
+
+
+def _grow(
+    stage: Stage, parent: Parent, before: Position, folder: StageFolder, checkpoints: Checkpoints
+) -> Position:
+    """Measures the parent, plans, grows, and writes plan, receipt and checkpoint.
+
+    The parent's state is consumed.
+    """
+    began = time.monotonic()
+    config = stage.config
+    batch, old = _measure_parent(stage, parent, before)
+    key = jax.random.fold_in(jax.random.key(stage.experiment.seed), stage.index)
+    plan = plan_of(parent.model, config, _floats(old["distances"]))
+    if any(e.learned for e in plan.expansions):
+        batches, mesh = stage.batches(config.batch_size), parent.layout.mesh
+        batches.set_state(before.data)
+        with jax.set_mesh(mesh):
+            plan = ligo.fit(plan, before.state.params, batches, mesh, config.growth, key)
+    state = growth.grow_on_mesh(before.state, plan, key, parent.layout, stage.layout)
+    _write_growth(stage, old, batch, state, plan, folder)
+    position = Position(state, before.data, time.monotonic() - began)
+    _save_start(position, checkpoints)
+    return position
+
+
+def _save_start(position: Position, checkpoints: Checkpoints) -> None:
+    checkpoints.save(position.step, position.state, position.progress())
+    checkpoints.wait()
+
+
+def _measure_parent(
+    stage: Stage, parent: Parent, before: Position
+) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+    """Returns the calibration batch, whole in every process, and `measure.source` on it."""
+    batches = stage.batches(stage.config.growth.calibration_sequences)
+    batch = calibration_batch(batches, before.data)
+    with jax.set_mesh(parent.layout.mesh):
+        return batch, measure.source(before.state.params, batch, parent.model)
+
+
+def _write_growth(
+    stage: Stage,
+    old: dict[str, jax.Array],
+    batch: dict[str, Any],
+    state: TrainState,
+    plan: growth.Plan,
+    folder: StageFolder,
+) -> None:
+    """Measures the grown state against `old`; writes plan and receipt."""
+    receipt = Receipt(
+        operator=plan.recipe,
+        exactness=plan.exactness,
+        **measure.function_change(old, state.params, batch, plan),
+        **measure.first_steps(state, batch, plan, stage.config, stage.experiment.optimizer),
+        layer_distances=_floats(old["distances"]),
+        layer_map=plan.layer_map,
+    )
+    processes.once(lambda: folder.keep_growth(plan.to_json(), dataclasses.asdict(receipt)))
+
+
+def _complete_receipt(
+    stage: Stage, parent: Parent, position: Position, folder: StageFolder
+) -> None:
+    """Measures a growth that was done on disk (`grow_on_disk.py`), if it was not measured yet."""
+    if measured(processes.once(lambda: json.loads(folder.receipt.read_text()))):
+        return
+    batch, old = _measure_parent(stage, parent, stage.source())
+    plan = read_plan(stage, folder)
+    assert plan is not None
+    _write_growth(stage, old, batch, position.state, plan, folder)
+
+
+def _floats(distances: jax.Array) -> tuple[float, ...]:
+    return tuple(float(d) for d in np.asarray(distances))
+
+
+def finish(stage: Stage, position: Position, folder: StageFolder, checkpoints: Checkpoints) -> None:
+    """Writes the stage's entry in lineage.json.
+
+    Args:
+      stage: what was trained.
+      position: its end.
+      folder: the stage's.
+      checkpoints: the stage's; the entry names the best one.
+    """
+    wall_s, step = position.wall_s, checkpoints.best
+    if step != position.step:
+        position = restore(stage, checkpoints, step)
+    path = checkpoints.path(position.step).relative_to(folder.run.path)
+    plan, digest = read_plan(stage, folder), params_digest(position.state.params)
+    entry = functools.partial(
+        _entry, stage, folder, plan, position.step, wall_s=wall_s, params_digest=digest,
+        checkpoint=str(path),
+    )  # fmt: skip
+    processes.once(lambda: folder.run.add_stage(entry()))
+
+
+def _entry(
+    stage: Stage, folder: StageFolder, plan: growth.Plan | None, step: int, **more: Any
+) -> dict[str, Any]:
+    """Describes a finished stage for lineage.json; `more` is added at the end."""
+    model, steps = stage.config.model, stage.config.steps
+    tokens = steps * stage.config.batch_size * stage.sequence_length
+    evals = folder.metrics.rows("eval")
+    ends = {"start": evals[0], "end": next(row for row in evals if row["step"] == step)}
+    return {
+        "index": stage.index,
+        "name": stage.name,
+        "parent": stage.parent.name if stage.parent else None,
+        "config_digest": mapping.digest(json.loads(folder.config.read_text())),
+        "plan_digest": plan.digest() if plan else None,
+        "params": counts.params(model),
+        "tokens": tokens,
+        "flops": tokens * counts.flops_per_token_train(model, stage.sequence_length),
+        "steps": steps,
+        "eval": {
+            f"{name}_{when}": row[name]
+            for name in evals[0]
+            if name not in ("kind", "step", "mask")
+            for when, row in ends.items()
+        },
+        "receipt": json.loads(folder.receipt.read_text()) if stage.parent else None,
+        "data_fingerprint": stage.identity["data_fingerprint"],
+        **more,
+    }

@@ -1,0 +1,156 @@
+"""The training loop on a stage made of plain functions: no corpus, no command."""
+
+import dataclasses
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from flm_jax.config import CheckpointConfig, EvalConfig, ExperimentConfig, StageConfig
+from flm_jax.errors import UserError
+from flm_jax.params import sharding
+from flm_jax.params.sharding import Layout
+from flm_jax.runs.loop import run_stages
+from flm_jax.runs.stage import Position, Stage
+from flm_jax.store.lineage import RunFolder, identity
+from flm_jax.train import optim, schedules
+from flm_jax.train.train_step import init_state
+from tests.models import SMALL, changed, packed_batch
+
+MODEL = changed(SMALL, dtype="float32")
+STEPS = 7
+
+
+class Stream:
+    """Random batches; the position is their number."""
+
+    def __init__(self, silent_at=-1, forgets=False):
+        self._place, self._silent_at, self._forgets = 0, silent_at, forgets
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        batch = {k: np.array(x) for k, x in packed_batch(MODEL, self._place).items()}
+        if self._place == self._silent_at:
+            batch["weights"] *= 0  # a loss of 0 / 0
+        self._place += 1
+        return batch
+
+    def get_state(self):
+        return {"place": self._place}
+
+    def set_state(self, state):
+        self._place = 0 if self._forgets else state["place"]
+
+
+class Measure:
+    """An evaluation that returns given values, and fails once at a chosen call."""
+
+    def __init__(self, values=(), fails_at=-1):
+        self._values, self._fails_at, self.calls = dict(enumerate(values)), fails_at, 0
+
+    def __call__(self, params, masks_at, mask_value):
+        assert masks_at is None and mask_value is None
+        self.calls += 1
+        if self.calls == self._fails_at:
+            raise RuntimeError("killed")
+        return {"bpb": 1.0, "other": self._values.get(self.calls - 1, 9.0)}
+
+
+def a_stage(measure, silent_at=-1, save_every=4, best_by=""):
+    own = StageConfig("s", MODEL, STEPS, 2, learning_rate=1e-2, matrix_learning_rate=1e-2)
+    experiment = ExperimentConfig(
+        (own,),
+        eval=EvalConfig(every_steps=3),
+        checkpoint=CheckpointConfig(every_steps=save_every, keep=STEPS),
+    )
+    tx = optim.optimizer(own, experiment.optimizer, schedules.steady)
+
+    def source():
+        return Position(init_state(MODEL, tx, jax.random.key(0)), {"place": 0}, 0.0)
+
+    return Stage(
+        config=own,
+        experiment=experiment,
+        index=0,
+        start=0,
+        parent=None,
+        layout=Layout(sharding.one_device()),
+        sequence_length=9,
+        identity=identity(experiment, 0, "fingerprint"),
+        tx=tx,
+        schedule=schedules.steady,
+        batches=lambda batch_size, index=0, count=1: Stream(silent_at),
+        source=source,
+        evaluate=measure,
+        best_by=best_by,
+    )
+
+
+def saved(run):
+    return sorted(int(p.name) for p in (run.path / "stages/0-s/checkpoints").glob("[0-9]*"))
+
+
+def evaluated(run):
+    return [row["step"] for row in run.stage(0, "s").metrics.rows("eval")]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing disturbed."""
+    run = RunFolder(tmp_path_factory.mktemp("loop") / "run")
+    run.open()
+    run_stages([a_stage(Measure())], run)
+    return run
+
+
+def test_what_is_evaluated_saved_and_written(whole):
+    run = whole
+    assert evaluated(run) == [0, 3, 6, 7]
+    assert saved(run) == [4, 7]
+    (entry,) = run.stages()
+    assert entry["checkpoint"] == "stages/0-s/checkpoints/7" and entry["parent"] is None
+    assert (entry["steps"], entry["tokens"]) == (STEPS, STEPS * 2 * 9)
+    assert entry["eval"].keys() == {"bpb_start", "bpb_end", "other_start", "other_end"}
+
+
+def test_the_best_checkpoint_is_the_result(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    run.open()
+    # Steps 0, 3, 6, 7. The lowest is not saved at step 0.
+    run_stages([a_stage(Measure((1.0, 4.0, 2.0, 3.0)), save_every=1, best_by="other")], run)
+    (entry,) = run.stages()
+    assert entry["checkpoint"] == "stages/0-s/checkpoints/6" and entry["eval"]["other_end"] == 2.0
+
+
+@pytest.mark.parametrize(
+    ("silent_at", "save_every", "kept"),
+    # The step after the bad one has been dispatched when its loss is read, unless it is saved.
+    [(4, 1, [1, 2, 3, 4]), (4, 4, [4]), (3, 4, [])],
+)
+def test_a_state_without_a_finite_loss_is_never_saved(tmp_path, silent_at, save_every, kept):
+    run = RunFolder(tmp_path / "run")
+    run.open()
+    good = f"checkpoints/{kept[-1]};" if kept else "is none;"
+    with pytest.raises(UserError, match=f"loss is nan at step {silent_at + 1}; .*{good} lower"):
+        run_stages([a_stage(Measure(), silent_at, save_every)], run)
+    assert saved(run) == kept and not run.stages()
+
+
+def test_a_killed_stage_resumes_bit_identically(whole, tmp_path):
+    run, measure = RunFolder(tmp_path / "run"), Measure(fails_at=3)  # at step 6
+    run.open()
+    with pytest.raises(RuntimeError, match="killed"):
+        run_stages([a_stage(measure)], run)
+    assert saved(run) == [4] and evaluated(run) == [0, 3]
+    # Negative control: without the saved position in the data, the result would be another.
+    forgets = dataclasses.replace(a_stage(Measure()), batches=lambda *_: Stream(forgets=True))
+    shutil.copytree(run.path, tmp_path / "forgets")
+    run_stages([forgets], RunFolder(tmp_path / "forgets"))
+    run_stages([a_stage(measure)], run)
+    assert evaluated(run) == [0, 3, 6, 7]
+    want = whole.stages()[0]["params_digest"]
+    assert run.stages()[0]["params_digest"] == want
+    assert RunFolder(tmp_path / "forgets").stages()[0]["params_digest"] != want
