@@ -261,8 +261,8 @@ def test_batches_resume_exactly():
         for name, x in next(again).items():
             assert (x == batch[name]).all()
             assert (np.concatenate([one[name], two[name]]) == x).all()
-    for other in (batches(seed=1), batches(fingerprint="g")):
-        with pytest.raises(UserError, match="of the saved place"):
+    for field, other in (("seed", batches(seed=1)), ("fingerprint", batches(fingerprint="g"))):
+        with pytest.raises(UserError, match=rf"^{field} of the saved data state is "):
             other.set_state(state)
 
 
