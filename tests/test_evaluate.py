@@ -1,5 +1,6 @@
 """Opening models; bits per byte of files; log-likelihoods of continuations; the two commands."""
 
+import json
 import math
 
 import jax
@@ -15,9 +16,9 @@ from flm_jax.inference.likelihood import loglikelihoods
 from flm_jax.interop.opening import open_model
 from flm_jax.params import sharding
 from flm_jax.store.checkpoint import params_digest
-from flm_jax.studies import papers
+from flm_jax.studies import reported
 from tests import runs
-from tests.commands import json_of, mistake
+from tests.commands import ROOT, json_of, mistake
 from tests.models import SMALL, changed, random_params
 from tests.test_generate import full
 
@@ -137,21 +138,26 @@ def test_log_likelihoods_are_those_of_single_forward_passes():
 
 
 def test_the_papers_averages_are_those_of_their_rows():
-    def average(group, count):
-        rows = [b for b in papers.BENCHMARKS if b.group == group and "average" not in b.name]
-        assert len(rows) == count
-        return sum(b.scores[papers.TELE_FLM] for b in rows) / count
+    model = "Tele-FLM-52B"
 
-    reported = {
-        b.group: b.scores[papers.TELE_FLM] for b in papers.BENCHMARKS if "average of" in b.name
-    }
-    assert average("English", 8) == pytest.approx(reported["English"], abs=0.006)
-    assert average("Chinese", 5) == pytest.approx(reported["Chinese"], abs=0.006)
+    def average(group, count):
+        rows = [b for b in reported.benchmarks() if b.group == group and "average" not in b.name]
+        assert len(rows) == count
+        return sum(b.scores[model] for b in rows) / count
+
+    stated = {b.group: b.scores[model] for b in reported.benchmarks() if "average of" in b.name}
+    assert average("English", 8) == pytest.approx(stated["English"], abs=0.006)
+    assert average("Chinese", 5) == pytest.approx(stated["Chinese"], abs=0.006)
+
+
+def test_every_reported_score_has_a_source():
+    file = json.loads((ROOT / "flm_jax/studies/reported.json").read_text(encoding="utf-8"))
+    assert {b.source for b in reported.benchmarks()} == set(file["sources"])
 
 
 def test_own_scores_stand_beside_the_papers():
     results = {"arc_challenge": {"samples": 3, "acc,none": 0.2, "acc_norm,none": 0.25}}
-    own = {b.name: papers.own_score(b, results) for b in papers.BENCHMARKS}
+    own = {b.name: reported.own_score(b, results) for b in reported.benchmarks()}
     assert own["ARC"] == 25.0
     assert own["GSM8K"] is None
 

@@ -27,7 +27,7 @@ from flm_jax.growth.receipt import unmeasured
 from flm_jax.store.leaves import CheckpointReader, CheckpointWriter, disk_refusals
 from flm_jax.store.lineage import RunFolder, StageFolder, identity
 from flm_jax.store.files import write_atomically, write_json
-from flm_jax.runtime.display import Transfer
+from flm_jax.runtime.display import Progress
 from flm_jax.train.train_step import init_state
 
 
@@ -89,7 +89,8 @@ def grow(
     total = sum(x.size * x.dtype.itemsize for x in writer.leaves.values())
     names = jax.tree.unflatten(jax.tree.structure(state), list(by_name(state)))
     began = time.monotonic()
-    with Transfer(f"growing {config.stages[index].name}", writer.held_bytes(), total) as shown:
+    name = f"growing {config.stages[index].name}"
+    with Progress(name, writer.held_bytes(), total, "bytes") as shown:
         written = stream.grow(reader, writer, names, plan, key, shown.add)
     writer.finish()
     seconds = time.monotonic() - began
