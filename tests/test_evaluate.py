@@ -20,10 +20,9 @@ from flm_jax.studies import reported
 from tests import runs
 from tests.commands import ROOT, json_of, mistake
 from tests.models import SMALL, changed, random_params
-from tests.test_generate import full
+from tests.runs import LONG, full_logits, nats_of
 
 TEXTS = ("def f(x):\n    return 'naïve'\n" * 4, "another one, µ\n")
-LONG = 64
 
 
 @pytest.fixture(scope="module")
@@ -63,17 +62,6 @@ def test_wrong_places_of_models_are_named(run, tmp_path):
     config.write_text(config.read_text().replace('"d_ff": 20', '"d_ff": 21'))
     with pytest.raises(UserError, match=r"params/layers/mlp/down is \[2, 20, 12\], config.json of"):
         open_model(other)
-
-
-def nats_of(params, config, tokens):
-    """-log P of tokens[1:], each given those before it, by full forward passes on one length."""
-    row = np.zeros((1, LONG), np.int32)
-    row[0, : len(tokens)] = tokens
-    logits = np.asarray(full(params, row, config), np.float64)[0]
-    logp = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
-    found = [logp[i, t] for i, t in enumerate(tokens[1:])]
-    greedy = all(logits[i].argmax() == t for i, t in enumerate(tokens[1:]))
-    return -np.array(found), greedy
 
 
 def test_a_file_is_scored_whole(tmp_path):
@@ -120,7 +108,7 @@ def test_log_likelihoods_are_those_of_single_forward_passes():
             for a, b in ((1, 1), (5, 9), (30, 2), (2, 40), (7, 0), (12, 3), (1, 20))
         ]
         # One whose continuation is the model's own choice.
-        first = full(params, jnp.asarray([[3] + [0] * (LONG - 1)], jnp.int32), config)
+        first = full_logits(params, jnp.asarray([[3] + [0] * (LONG - 1)], jnp.int32), config)
         pairs.append(([3], [int(first[0, 0].argmax())]))
         got = loglikelihoods(params, config, pairs, batch_size=3)
         for (context, continuation), (value, greedy) in zip(pairs, got, strict=True):

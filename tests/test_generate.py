@@ -13,6 +13,7 @@ from flm_jax.inference import generation as gen
 from flm_jax.inference.generation import Sampling, TextStream, generate
 from flm_jax.models import Cache, Transformer, by_layer
 from tests.models import SMALL, changed, random_params
+from tests.runs import full_logits
 
 LENGTHS = (1, 4, 9)
 WIDTH = 9
@@ -24,11 +25,6 @@ def extend(params, tokens, segments, positions, cache, config):
     return Transformer(config).apply(
         {"params": params}, tokens, segments, positions, cache, method="extend"
     )
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def full(params, tokens, config):
-    return Transformer(config).apply({"params": params}, tokens)
 
 
 def ragged(config, seed=0):
@@ -67,7 +63,9 @@ def test_cached_logits_are_those_of_the_full_forward_pass(kv_heads):
     with jax.enable_x64(True):
         config = changed(SMALL, num_kv_heads=kv_heads)
         params, rows = random_params(config, 1), ragged(config)
-        want = [np.asarray(full(params, jnp.asarray([r], jnp.int32), config))[0] for r in rows]
+        want = [
+            np.asarray(full_logits(params, jnp.asarray([r], jnp.int32), config))[0] for r in rows
+        ]
 
         def error(**options):
             got = cached_logits(params, config, rows, **options)
@@ -87,7 +85,7 @@ def greedy(params, config, prompt, count):
     for _ in range(count):
         padded = np.zeros((1, WIDTH + count), np.int32)
         padded[0, : len(text)] = text
-        text.append(int(np.argmax(full(params, padded, config)[0, len(text) - 1])))
+        text.append(int(np.argmax(full_logits(params, padded, config)[0, len(text) - 1])))
     return text[len(prompt) :]
 
 

@@ -55,7 +55,7 @@ def test_win_rates(tmp_path):
     assert found["all"]["win_rate"] == 0.625 and found["all"]["agreement"] == 1
     assert found["c0"]["win_rate"] == 0.75 and found["c1"]["win_rate"] == 0.5
     assert found["all"]["win_rate_low"] < 0.625 < found["all"]["win_rate_high"]
-    asked = judge._question(synthetic.make(0, 1, categories=["dialogue"])[0], "1", "2", True)
+    asked = judge.question_of(synthetic.make(0, 1, categories=["dialogue"])[0], "1", "2", True)
     assert asked["answer_a"] == "2" and asked["messages"][-1]["role"] == "user"
     assert "check" not in asked  # the right answer is not given away
 

@@ -72,7 +72,7 @@ def test_near_duplicates_against_all_pairs():
     config = dataclasses.replace(LOOSE, near=0.75)
     dropped = set(reasons_of(samples, config)["near_duplicate"])
     pieces = [
-        selection._grams(selection._words(m.content for m in s.messages), config.shingle)
+        selection.word_ngrams(selection.words_of(m.content for m in s.messages), config.shingle)
         for s in samples
     ]
     kept, expected = [], set()

@@ -144,10 +144,10 @@ def open_chat_model(
     Raises:
       UserError: there is no such model, or its vocabulary is not known.
     """
-    model = open_model(*_split_stage(given))
+    model = open_model(*split_stage(given))
     about = model.data
     if about is None and not vocabulary:
-        raise UserError(f"{given} has no run that names its vocabulary; give --vocabulary")
+        raise UserError(f"{given} has no run that names its vocabulary; give `vocabulary`")
     about = about or DataConfig()
     if vocabulary:
         about = dataclasses.replace(about, vocabulary=vocabulary)
@@ -156,7 +156,8 @@ def open_chat_model(
     return ChatModel(model.params, model.config, tokenizer, template), corpus
 
 
-def _split_stage(given: str) -> tuple[str, str]:
+def split_stage(given: str) -> tuple[str, str]:
+    """PATH or PATH:STAGE as path and stage; "" where there is no stage."""
     path, colon, stage = given.rpartition(":")
     if not colon or pathlib.Path(given).expanduser().exists():
         return given, ""

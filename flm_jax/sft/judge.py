@@ -104,7 +104,7 @@ class Judge:
 
         def verdict(sample: Sample, answer_a: str, answer_b: str) -> Verdict:
             orders = [
-                asked(sample, _question(sample, answer_a, answer_b, exchanged))
+                asked(sample, question_of(sample, answer_a, answer_b, exchanged))
                 for exchanged in (False, True)
             ]
             with lock:
@@ -138,7 +138,11 @@ class Judge:
         return _said(out)
 
 
-def _question(sample: Sample, answer_a: str, answer_b: str, exchanged: bool) -> dict[str, Any]:
+def question_of(sample: Sample, answer_a: str, answer_b: str, exchanged: bool) -> dict[str, Any]:
+    """What the command reads: the conversation up to the question, and both answers.
+
+    The sample's own answer and its check are left out. With `exchanged` the answers change places.
+    """
     last = max(n for n, m in enumerate(sample.messages) if m.role == "assistant")
     asked = to_row(dataclasses.replace(sample, messages=sample.messages[:last], check=None))
     first, second = (answer_b, answer_a) if exchanged else (answer_a, answer_b)

@@ -272,7 +272,7 @@ def _near_duplicates(left: Mapping[int, Sample], config: SelectionConfig) -> Rea
     kept: dict[int, frozenset[str]] = {}
     reasons = {}
     for row, sample in left.items():
-        pieces = _grams(_words(m.content for m in sample.messages), config.shingle)
+        pieces = word_ngrams(words_of(m.content for m in sample.messages), config.shingle)
         sketch = hashing()
         sketch.update_batch([p.encode() for p in sorted(pieces)])
         alike = [(len(pieces & kept[o]) / len(pieces | kept[o]), -o) for o in index.query(sketch)]
@@ -296,16 +296,16 @@ def _contaminated(
     sizes: list[int] = []
     lengths: set[int] = set()
     for number, sample in enumerate(evaluation):
-        words = _words(m.content for m in sample.messages if m.role == "user")
-        pieces = _grams(words, config.ngram) if words else frozenset()
+        words = words_of(m.content for m in sample.messages if m.role == "user")
+        pieces = word_ngrams(words, config.ngram) if words else frozenset()
         sizes.append(len(pieces))
         lengths |= {min(len(words), config.ngram)} - {0}
         for piece in pieces:
             where.setdefault(piece, []).append(number)
     reasons = {}
     for row, sample in left.items():
-        words = _words(m.content for m in sample.messages)
-        found = {p for n in lengths for p in _grams(words, n) if p in where}
+        words = words_of(m.content for m in sample.messages)
+        found = {p for n in lengths for p in word_ngrams(words, n) if p in where}
         hits = collections.Counter(number for piece in found for number in where[piece])
         worst = max(hits, key=lambda n: (hits[n] / sizes[n], -n), default=None)
         if worst is not None and hits[worst] >= config.overlap * sizes[worst]:
@@ -418,12 +418,12 @@ def _by_category(left: Mapping[int, Sample]) -> dict[str, list[int]]:
     return groups
 
 
-def _words(texts: Iterable[str]) -> list[str]:
+def words_of(texts: Iterable[str]) -> list[str]:
     """Runs of letters and digits, and every other sign, in lower case."""
     return re.findall(r"\w+|[^\w\s]", "\n".join(texts).casefold())
 
 
-def _grams(words: Sequence[str], n: int) -> frozenset[str]:
+def word_ngrams(words: Sequence[str], n: int) -> frozenset[str]:
     """All runs of n words; of fewer than n words, the one run of all."""
     return frozenset(" ".join(words[i : i + n]) for i in range(max(1, len(words) - n + 1)))
 
