@@ -50,7 +50,7 @@ def continuation(model, prompt):
 
 @pytest.fixture(scope="module")
 def tasks(run, tmp_path_factory):
-    """The local tasks; of the texts to generate the first and the last are what the model writes."""
+    """The local tasks; the model writes the first and the last of the texts to generate."""
     folder = tmp_path_factory.mktemp("tasks")
     shutil.copytree(TASKS, folder, dirs_exist_ok=True)
     model = open_model(run)
