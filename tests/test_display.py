@@ -18,7 +18,7 @@ def shown(*how, unit="steps"):
     """A display that writes into a file, the file, and its clock."""
     file, clock = io.StringIO(), Clock()
     console = rich.console.Console(file=file, width=200)
-    return Progress(*how, unit, clock, console), file, clock
+    return Progress(*how, unit=unit, clock=clock, console=console), file, clock
 
 
 def test_training_says_loss_speed_masks_and_time_left():

@@ -216,8 +216,8 @@ class BatchIterator(BatchStream):
     def _open_stream(self) -> Iterator[Batch]:
         windows = self._corpus.epoch(self._epoch).skip(self._offset)
         batches = windows.batch(self.batch_size).map(self._corpus.features)
-        batches = batches.prefetch(tf.data.AUTOTUNE)
-        return batches.as_numpy_iterator()
+        rows: Iterator[Batch] = batches.prefetch(tf.data.AUTOTUNE).as_numpy_iterator()
+        return rows
 
     def _position(self) -> dict[str, Any]:
         return {

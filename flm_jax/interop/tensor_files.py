@@ -151,8 +151,8 @@ class BinFile:
 
         rows = self._tensors[name][start:stop].contiguous()
         if rows.dtype == torch.bfloat16:  # unknown to numpy
-            return rows.view(torch.int16).numpy().view(DTYPES["BF16"])
-        return rows.numpy()
+            return np.asarray(rows.view(torch.int16).numpy()).view(DTYPES["BF16"])
+        return np.asarray(rows.numpy())
 
 
 class Tensors:

@@ -80,7 +80,8 @@ class ChatModel:
         encoded = [encode(s.messages, self.tokenizer, self.template) for s in samples]
 
         def nats(rows: list[Encoded]) -> list[float]:
-            return _nats(self.params, self._batch(rows), self.config)[: len(rows)].tolist()
+            nats_B = np.asarray(_nats(self.params, self._batch(rows), self.config))
+            return [float(value) for value in nats_B[: len(rows)]]
 
         return [
             ResponseLoss(value, sum(e.learned), _response_bytes(s))
@@ -202,4 +203,5 @@ def _means(params: Any, batch: Batch, config: TransformerConfig) -> jax.Array:
     stream_LBTD = captured["intermediates"]["layers"]["__call__"][0][0]
     last_BTD = stream_LBTD[-1].astype(wide(config.dtype))
     real_BT1 = (batch["segment_ids"] > 0).astype(last_BTD.dtype)[..., None]
-    return (last_BTD * real_BT1).sum(1) / jnp.maximum(real_BT1.sum(1), 1)
+    means_BD: jax.Array = (last_BTD * real_BT1).sum(1) / jnp.maximum(real_BT1.sum(1), 1)
+    return means_BD

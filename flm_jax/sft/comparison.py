@@ -42,14 +42,9 @@ def compare(a: Sequence[Scored], b: Sequence[Scored], seed: int = 0) -> Comparis
 def _difference(
     parts: Sequence[tuple[np.ndarray, np.ndarray]], count: int, seed: int
 ) -> dict[str, float | None]:
-    def difference(
-        above_a: np.ndarray,
-        below_a: np.ndarray,
-        above_b: np.ndarray,
-        below_b: np.ndarray,
-        axis: int,
-    ) -> np.ndarray:
-        return above_b.sum(axis) / below_b.sum(axis) - above_a.sum(axis) / below_a.sum(axis)
+    def difference(*arrays: np.ndarray, axis: int) -> np.ndarray:
+        above_a, below_a, above_b, below_b = (x.sum(axis) for x in arrays)
+        return np.asarray(above_b / below_b - above_a / below_a)
 
     one, two = (float(above.sum() / below.sum()) for above, below in parts)
     low, high = scoring.bootstrap(difference, [x for pair in parts for x in pair], seed)
@@ -80,7 +75,7 @@ class Gate:
             value = math.nan
         if metric not in METRICS or not value >= 0 or not category:
             raise UserError(
-                f"--fail_if={text}: write category/metric:margin, as lists/accuracy:0.05, the "
+                f"gate {text!r}: write category/metric:margin, as lists/accuracy:0.05, the "
                 f"metric one of {', '.join(METRICS)}, the margin 0 or above"
             )
         return cls(category, metric, value)
@@ -93,7 +88,7 @@ class Gate:
         if self.metric not in available.get(self.category, ()):
             known = ", ".join(f"{c}/{m}" for c, metrics in available.items() for m in metrics)
             raise UserError(
-                f"--fail_if={self.category}/{self.metric}:{self.margin:g}: not measured here; "
+                f"gate {self.category}/{self.metric}:{self.margin:g}: not measured here; "
                 f"there are {known}"
             )
 

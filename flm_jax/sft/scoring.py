@@ -122,7 +122,7 @@ def ratio(above: np.ndarray, below: np.ndarray, seed: int = 0) -> Estimate:
     """
 
     def statistic(a: np.ndarray, b: np.ndarray, axis: int) -> np.ndarray:
-        return a.sum(axis) / b.sum(axis)
+        return np.asarray(a.sum(axis) / b.sum(axis))
 
     low, high = bootstrap(statistic, (above, below), seed)
     return Estimate(float(above.sum() / below.sum()), low, high, len(above))
@@ -160,7 +160,7 @@ def wilson(right: int, count: int) -> Estimate:
 
 
 def flat(scores: Scores) -> dict[str, dict[str, float]]:
-    """As --json prints it: metric, metric_low, metric_high and metric_n of every category."""
+    """Scores as plain numbers: metric, metric_low, metric_high and metric_n of every category."""
     return {
         category: {
             f"{name}{suffix}": value

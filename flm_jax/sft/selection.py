@@ -266,7 +266,7 @@ def _near_duplicates(left: Mapping[int, Sample], config: SelectionConfig) -> Rea
         return {}
     import datasketch
 
-    # It is worse to miss a pair than to propose one in vain.
+    # To miss a pair is worse than to propose a wrong one.
     index = datasketch.MinHashLSH(config.near, num_perm=_HASHES, weights=(0.1, 0.9))
     hashing = functools.partial(datasketch.MinHash, num_perm=_HASHES, seed=config.seed)
     kept: dict[int, frozenset[str]] = {}
@@ -278,7 +278,7 @@ def _near_duplicates(left: Mapping[int, Sample], config: SelectionConfig) -> Rea
         alike = [(len(pieces & kept[o]) / len(pieces | kept[o]), -o) for o in index.query(sketch)]
         similarity, original = max(alike, default=(0.0, 0))
         if similarity >= config.near:
-            reasons[row] = f"{similarity:.2f} alike {_name(-original, left)}"
+            reasons[row] = f"similarity {similarity:.2f} to {_name(-original, left)}"
         else:
             index.insert(row, sketch)
             kept[row] = pieces
@@ -408,7 +408,8 @@ def _clusters(samples: Sequence[Sample], config: SelectionConfig, embed: Embed |
     with warnings.catch_warnings(), threadpoolctl.threadpool_limits(1):
         # Fewer different samples than clusters: some are empty.
         warnings.simplefilter("ignore", exceptions.ConvergenceWarning)
-        return means.fit_predict(vectors).tolist()
+        labels: list[int] = means.fit_predict(vectors).tolist()
+    return labels
 
 
 def _by_category(left: Mapping[int, Sample]) -> dict[str, list[int]]:

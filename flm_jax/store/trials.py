@@ -57,10 +57,10 @@ class Trials:
 
         Returns: the row, with the fields of `identity` and of the result.
         """
-        if (row := self.find(identity)) is not None:
-            return row
+        if (found := self.find(identity)) is not None:
+            return found
         line = json.dumps({**identity, **compute()})
-        row = json.loads(line)
+        row: Row = json.loads(line)  # as a later call reads it
         with self._lock:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a", encoding="utf-8") as file:

@@ -200,7 +200,9 @@ def measure_generation(
     limits = jnp.float32(1), jnp.int32(1), jnp.float32(1)
 
     def prompt_cache() -> Cache:
-        return prefill(own, Cache.empty(config, batch, length), prompt_BT, padding_B, config)
+        empty = Cache.empty(config, batch, length)
+        cache: Cache = prefill(own, empty, prompt_BT, padding_B, config)
+        return cache
 
     began = time.perf_counter()
     cache = jax.block_until_ready(prompt_cache())

@@ -136,7 +136,7 @@ class Study:
     ) -> TrainState:
         """A fresh train state; `tx` is from `optimizer`, `rate` the factor in its state."""
         key = jax.random.fold_in(jax.random.key(self.experiment.seed), seed)
-        state = init_state(stage.model, tx, key)
+        state: TrainState = init_state(stage.model, tx, key)
         opt_state = optax.tree.set(state.opt_state, rate=jnp.float32(rate))
         return dataclasses.replace(state, opt_state=opt_state)
 
