@@ -54,7 +54,7 @@ def test_losses(model):
         assert loss.nats == pytest.approx(plain_nats(model, s), rel=1e-10)
     # Two answers with two end tokens; é is two bytes.
     assert (found[1].tokens, found[1].bytes) == (1 + 1 + 2 + 1, 3)
-    # Twin: another question gives another loss.
+    # Negative control: another question gives another loss.
     other = sample("aB", "cde")
     assert abs(plain_nats(model, other) - found[0].nats) > 1e-6
 
@@ -96,7 +96,7 @@ def test_embeddings_do_not_depend_on_the_batch(model):
                                 for s in SAMPLES[::-1]])[::-1]  # fmt: skip
     assert together.shape == (3, CONFIG.d_model)
     np.testing.assert_allclose(together, alone, rtol=1e-10)
-    assert np.abs(together[0] - together[2]).max() > 1e-3  # twin: samples differ
+    assert np.abs(together[0] - together[2]).max() > 1e-3  # negative control: samples differ
 
 
 def test_stage_after_the_colon(tmp_path):

@@ -47,7 +47,7 @@ def test_differences_are_paired():
     alone = scoring.summarise(one)["all"]["loss"]
     assert alone.high - alone.low > 1 and found["loss"]["low"] > 0
     assert found["loss"]["high"] - found["loss"]["low"] < 0.05
-    # Twin: unpaired, it would not be.
+    # Negative control: unpaired, it would not be.
     shuffled = [dataclasses.replace(s, sample=o.sample) for s, o in
                 zip(rng.permutation(np.array(two, dtype=object)), one, strict=True)]  # fmt: skip
     assert comparison.compare(one, shuffled)["all"]["loss"]["low"] < 0

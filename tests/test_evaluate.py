@@ -90,12 +90,12 @@ def test_a_file_is_scored_whole(tmp_path):
                 document = document[room:]
         np.testing.assert_allclose(got.nats, want, rtol=1e-12)
         np.testing.assert_allclose(got.bits_per_byte, want / math.log(2) / size, rtol=1e-12)
-        # Twin: packed documents that see each other score otherwise.
+        # Negative control: packed documents that see each other score otherwise.
         for batch in batches:
             batch["segment_ids"] = np.minimum(batch["segment_ids"], 1)
         with jax.set_mesh(mesh):
-            twin = evaluation.score(params, config, batches, corpus.token_bytes, mesh)
-        assert abs(twin.nats / want - 1) > 1e-6
+            control = evaluation.score(params, config, batches, corpus.token_bytes, mesh)
+        assert abs(control.nats / want - 1) > 1e-6
 
 
 def test_log_likelihoods_are_those_of_single_forward_passes():

@@ -35,7 +35,7 @@ def ragged(config, seed=0):
 def cached_logits(params, config, rows, first, shift=0, padding_seen=False, slot=0):
     """Logits [row][position, V] through a cache: `first` slots at once, then one by one.
 
-    shift, padding_seen, slot: mistakes, for the twins.
+    shift, padding_seen, slot: mistakes, for the negative controls.
     """
     padding = np.array([WIDTH - len(row) for row in rows])
     tokens = np.zeros((len(rows), WIDTH), np.int32)
@@ -73,7 +73,7 @@ def test_cached_logits_are_those_of_the_full_forward_pass(kv_heads):
 
         assert error(first=6) < 1e-13
         assert error(first=1) < 1e-13
-        # Twins, each with one mistake.
+        # Negative controls, each with one mistake.
         assert error(first=6, shift=1) > 1e-3  # positions off by one from the second call on
         assert error(first=6, padding_seen=True) > 1e-3  # padding is attended
         assert error(first=6, slot=1) > 1e-3  # a slot is overwritten

@@ -207,11 +207,11 @@ def test_packing_changes_no_loss(params):
     packed, alone = packed_and_alone()
     assert abs(nats_of(params, packed) / nats_of(params, alone) - 1) < 1e-10
     merged = packed | {"segment_ids": np.minimum(packed["segment_ids"], 1)}
-    assert abs(nats_of(params, merged) / nats_of(params, alone) - 1) > 1e-4  # the twin
+    assert abs(nats_of(params, merged) / nats_of(params, alone) - 1) > 1e-4  # negative control
     shifted = packed | {
         "positions": np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (8, LENGTH))
     }
-    # Positions matter only relative to each other, so that this is no twin.
+    # Positions matter only relative to each other, so that this is no negative control.
     assert abs(nats_of(params, shifted) / nats_of(params, alone) - 1) < 1e-10
 
 
@@ -226,8 +226,8 @@ def test_masked_tokens_receive_no_gradient(params):
 
     for a, b in zip(jax.tree.leaves(of(packed)), jax.tree.leaves(of(unlearned)), strict=True):
         assert (a == b).all()
-    twins = of(packed | everything), of(unlearned | everything)
-    assert float(twins[0][0]) != float(twins[1][0])
+    controls = of(packed | everything), of(unlearned | everything)
+    assert float(controls[0][0]) != float(controls[1][0])
 
 
 def batches(seed=0, batch_size=4, fingerprint="f"):
@@ -313,16 +313,20 @@ def test_configs_that_cannot_work_are_refused():
 def verdict(gains, metric="loss"):
     """Of a claim whose better side is ahead by these, seed by seed."""
     sign = -1 if metric == "loss" else 1
-    settings = [(8, "random", "even", "steps"), (16, "random", "even", "steps")]
-    rows = claims.Rows.__new__(claims.Rows)
-    rows.arms = {
-        setting: {
-            seed: {"scores": {"a": {metric: 3 + seed + part * sign * gain}}}
+    config = from_mapping(less_is_more.LessIsMoreConfig, cli.plain(grid.get_config()))
+    rows = claims.Rows(
+        config,
+        [
+            {
+                "name": f"{size}-{seed}", "size": size, "selection": "random", "mix": "even",
+                "budget": "steps", "seed": seed,
+                "scores": {"a": {metric: 3 + seed + ahead * sign * gain}},
+            }
+            for size, ahead in ((8, 0), (16, 1))
             for seed, gain in enumerate(gains)
-        }
-        for part, setting in enumerate(settings)
-    }
-    better, worse = (claims.Side(setting, ("a",)) for setting in settings[::-1])
+        ],
+    )  # fmt: skip
+    worse, better = (claims.Side((size, "random", "even", "steps"), ("a",)) for size in (8, 16))
     return claims.decide(claims.Claim("it helps", better, worse, metric), rows)
 
 
@@ -429,7 +433,7 @@ def test_killed_and_resumed_it_ends_in_the_same_bits(base, tuned, tmp_path):
         assert resumed["stage"][key] == printed["stage"][key], key
     assert resumed["before"] == printed["before"] and resumed["after"] == printed["after"]
     other = json_of(*args[:-1], f"--workdir={tmp_path / 'other'}", "--config.seed=1")
-    assert other["stage"]["params_digest"] != printed["stage"]["params_digest"]  # the twin
+    assert other["stage"]["params_digest"] != printed["stage"]["params_digest"]  # negative control
     line = mistake(*args, "--config.matrix_learning_rate=1e-3")
     assert "matrix_learning_rate: 0.0005 -> 0.001" in line and "another --workdir" in line
 

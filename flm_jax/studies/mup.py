@@ -61,8 +61,8 @@ def coordinates(
     batches = study.batches(stage, seed)
     watched = jax.tree.map(jnp.asarray, next(batches))
     activations = jax.jit(_activations, static_argnums=2)
-    tx = study.optimizer(stage)
-    state, step = study.start(stage, seed, tx), make_train_step(stage, tx, study.mesh)
+    tx, step = study.compiled(stage)
+    state = study.start(stage, seed, tx)
     first = activations(state.params, watched, model)
     absolute: dict[str, list[float]] = {name: [] for name in first}
     change: dict[str, list[float]] = {name: [] for name in first}
@@ -78,9 +78,17 @@ def coordinates(
 def check_coordinates(
     study: Study, config: MupStudyConfig, note: Callable[[str], None]
 ) -> dict[str, Any]:
-    """For "mup" and "sp": widths, sizes, slopes of the change after the last step, max_slope.
+    """Measures how activations, and their changes, depend on the width.
 
-    max_slope is the slope furthest from 0.
+    Args:
+      study: its first stage is the proxy.
+      config: widths, steps and seeds.
+      note: shows one line of progress.
+
+    Returns:
+      For "mup" and "sp": `widths`; `sizes` and `changes`, root mean squares by activation,
+      [width][step], mean over seeds; `slopes` of the changes after the last step; and `max_slope`,
+      the slope furthest from 0.
     """
     found: dict[str, Any] = {}
     base = study.experiment.stages[0].model.d_model
@@ -157,7 +165,16 @@ def _stage_of(proxy: StageConfig, point: Point) -> tuple[StageConfig, float]:
 def sweep(
     study: Study, config: MupStudyConfig, note: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """Runs what is left of the sweep; returns a row for every trial."""
+    """Runs the trials of the sweep that are not finished yet.
+
+    Args:
+      study: its first stage is the proxy.
+      config: widths, values and seeds.
+      note: shows one line of progress.
+
+    Returns:
+      A row for every trial: the fields of its `Point`, width, train_loss and bpb.
+    """
     proxy, all_points = study.experiment.stages[0], list(sweep_points(config))
     rows = []
     for number, point in enumerate(all_points, 1):
@@ -174,10 +191,18 @@ def sweep(
 
 
 def summarise_sweep(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """For each parametrisation and hyper-parameter: the best value at each width, and how many
-    grid steps it moves over the widths.
+    """Finds the best value at each width, and how far it moves.
 
-    Raises UserError if no trial of a width finished.
+    Args:
+      rows: from `sweep`.
+
+    Returns:
+      For each parametrisation and hyper-parameter: `grid`; by width `best` and `bpb` (one number
+      for each value, None where a trial diverged); and `shift`, how many grid steps the best value
+      moves over the widths.
+
+    Raises:
+      UserError: no trial of a width finished.
     """
     found: dict[str, Any] = {}
     for parametrisation, name in dict.fromkeys(

@@ -140,13 +140,14 @@ class Study:
         opt_state = optax.tree.set(state.opt_state, rate=jnp.float32(rate))
         return dataclasses.replace(state, opt_state=opt_state)
 
-    @functools.lru_cache(maxsize=1)  # noqa: B019  (of the stage being trained)
-    def _compiled(self, stage: StageConfig) -> tuple[optax.GradientTransformation, TrainStep]:
+    @functools.lru_cache(maxsize=1)  # noqa: B019  (the stage being trained)
+    def compiled(self, stage: StageConfig) -> tuple[optax.GradientTransformation, TrainStep]:
+        """The stage's optimizer, and its train step, which is compiled once for all seeds."""
         tx = self.optimizer(stage)
         return tx, make_train_step(stage, tx, self.mesh)
 
     def _train(self, stage: StageConfig, seed: int, rate: float) -> dict[str, Any]:
-        tx, step = self._compiled(stage)
+        tx, step = self.compiled(stage)
         state, batches = self.start(stage, seed, tx, rate), self.batches(stage, seed)
         losses = []
         for _ in range(stage.steps):
