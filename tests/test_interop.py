@@ -86,7 +86,7 @@ def test_dtypes_are_widened_and_rounded_once(folder, tmp_path):
         assert done["dtype"] == dtype and not any("rounded" in note for note in done["notes"])
         assert equal(half, interop.load_hf(tmp_path / f"{dtype}2")[0])
     with pytest.raises(UserError, match=r"lm_head.weight.* float16"):
-        large = trees.unflatten(dict(trees.flatten(params)) | {"head": params["head"] * 1e6})
+        large = trees.unflatten(dict(trees.flatten(params)) | {"head": params["head"] * 1e8})
         interop.save_hf(tmp_path / "large", large, config, "llama", dtype="float16")
     assert not (tmp_path / "large").exists()
 
