@@ -4,8 +4,8 @@ The command gets one JSON object on standard input: `messages` (the conversation
 question), `category`, `id`, `answer_a`, `answer_b`; and writes one: `winner` ("a", "b" or "tie"),
 or `score_a` and `score_b` (numbers, higher is better), or both. It is asked twice, with the answers
 exchanged, so that a preference for the first answer cancels out; equal answers make both orders the
-same question, which is asked once. What it says is stored at once: an
-interrupted judgement resumes, and only questions that failed are asked again.
+same question, which is asked once. What it says is stored at once: an interrupted judgement
+resumes, and only questions that failed are asked again.
 
 Scores are summed up by the rule of AlignBench (arXiv 2311.18743), which has 683 Chinese questions,
 whose answers a judge rates from 1 to 10.
