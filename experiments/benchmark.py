@@ -35,7 +35,7 @@ def main(config: ml_collections.ConfigDict) -> dict[str, Any]:
         )
     tracing = jax.profiler.trace(TRACE.value) if TRACE.value else contextlib.nullcontext()
     with tracing:
-        result = speed.measure(chain, STAGE.value, STEPS.value)
+        result = speed.measure_step(chain, STAGE.value, STEPS.value)
     table = rich.table.Table("", "plain", "masked")
     for key, masked in result["masked"].items():
         table.add_row(key, f"{result[key]:.4g}", f"{masked:.4g}")

@@ -17,7 +17,7 @@ from absl import flags
 
 from experiments import cli
 from flm_jax.errors import UserError
-from flm_jax.studies import generation_speed
+from flm_jax.studies import speed
 
 STAGE = flags.DEFINE_integer("stage", -1, "Which stage of a chain; -1: the last.", lower_bound=-1)
 BATCH = flags.DEFINE_integer("batch", 1, "Texts at once.", lower_bound=1)
@@ -30,7 +30,7 @@ def main(config: ml_collections.ConfigDict) -> dict[str, Any]:
     if STAGE.value >= len(stages):
         raise UserError(f"--stage={STAGE.value}: the config has stages 0 to {len(stages) - 1}")
     model = stages[STAGE.value].model
-    result = generation_speed.measure(model, BATCH.value, PROMPT_TOKENS.value, NEW_TOKENS.value)
+    result = speed.measure_generation(model, BATCH.value, PROMPT_TOKENS.value, NEW_TOKENS.value)
     rich.console.Console(stderr=cli.json_wanted()).print(
         f"{result['params']:,} parameters, batch {result['batch']}: "
         f"{result['cached_tokens_per_s']:.1f} tokens/s with the cache, "

@@ -20,7 +20,7 @@ from absl import flags
 
 from experiments import cli
 from flm_jax.errors import UserError
-from flm_jax.studies import papers
+from flm_jax.studies import reported
 
 RESULTS = flags.DEFINE_string("results", None, "File with the output of experiments.harness.")
 
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     if results is not None:
         table.add_column("own", justify="right")
     rows, group = [], ""
-    for benchmark in papers.BENCHMARKS:
+    for benchmark in reported.benchmarks():
         row = dataclasses.asdict(benchmark)
         shown = "  ".join(f"{model} {score:g}" for model, score in benchmark.scores.items())
         cells = [
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
         ]  # fmt: skip
         group = benchmark.group
         if results is not None:
-            row["own"] = papers.own_score(benchmark, results)
+            row["own"] = reported.own_score(benchmark, results)
             cells.append("" if row["own"] is None else f"{row['own']:.2f}")
         table.add_row(*cells)
         rows.append(row)

@@ -26,11 +26,12 @@ from absl import flags
 from experiments import cli
 from flm_jax import data
 from flm_jax.errors import UserError
-from flm_jax.runtime.display import counting
-from flm_jax.sft import alignbench, chats, comparison, judge, scoring, synthetic
+from flm_jax.runtime.display import Progress
+from flm_jax.sft import chats, comparison, judge, scoring, synthetic
 from flm_jax.sft.chat_model import ChatModel, open_chat_model, retention
 from flm_jax.sft.chats import Sample
 from flm_jax.store.files import write_atomically, write_json
+from flm_jax.studies import reported
 
 SAMPLES = flags.DEFINE_multi_string("samples", [], "JSONL of held-out samples; repeatable.")
 PER_CATEGORY = flags.DEFINE_integer("per_category", 25, "Without --samples: made ones.", 1)
@@ -58,10 +59,9 @@ def _samples() -> tuple[list[Sample], int]:
     return answered, len(samples) - len(answered)
 
 
-def _open(given: str, console: rich.console.Console) -> tuple[ChatModel, Any]:
+def _open(given: str) -> tuple[ChatModel, Any]:
     model, corpus = open_chat_model(given, VOCABULARY.value)
-    note = counting(given, console)
-    return dataclasses.replace(model, max_new_tokens=MAX_NEW.value, note=note), corpus
+    return dataclasses.replace(model, max_new_tokens=MAX_NEW.value), corpus
 
 
 def _table(found: comparison.Comparison, names: list[str]) -> rich.table.Table:
@@ -90,8 +90,15 @@ def _answers(one: list[scoring.Scored], two: list[scoring.Scored]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def _score(model: ChatModel, samples: list[Sample], all_answers: bool) -> list[scoring.Scored]:
+def _score(
+    name: str, model: ChatModel, samples: list[Sample], all_answers: bool
+) -> list[scoring.Scored]:
     """With `all_answers` also of samples without a check."""
+    with Progress(name, unit="samples") as progress:
+        return _scored(dataclasses.replace(model, note=progress.count), samples, all_answers)
+
+
+def _scored(model: ChatModel, samples: list[Sample], all_answers: bool) -> list[scoring.Scored]:
     if not all_answers:
         return scoring.score(samples, model.losses, model.answer)
     answers = dict(zip(samples, model.answer(samples), strict=True))
@@ -110,7 +117,8 @@ def _print_verdicts(found: dict[str, Any], console: rich.console.Console) -> Non
     console.print(table)
     if "overall_a" in found:
         ours = f"{found['overall_a']:.2f} and {found['overall_b']:.2f}"
-        known = ", ".join(f"{name} {s['Overall']}" for name, s in alignbench.REPORTED.items())
+        rows = {b.name: b.scores for b in reported.benchmarks() if b.group == "AlignBench"}
+        known = ", ".join(f"{name} {score}" for name, score in rows["Overall"].items())
         console.print(f"overall, by AlignBench's rule: {ours} (reported: {known})")
 
 
@@ -130,15 +138,17 @@ def main(arguments: list[str]) -> dict[str, Any]:
         gate.check(comparison.metrics_of(checked))
 
     console = rich.console.Console(stderr=cli.json_wanted())
-    progress = rich.console.Console(stderr=True)
-    (one, corpus), (two, other) = (_open(given, progress) for given in arguments)
+    (one, corpus), (two, other) = (_open(given) for given in arguments)
     if other.config.vocabulary != corpus.config.vocabulary:
         # The same text for both: the first model's.
         vocabulary = other.config.vocabulary
         other = data.open_corpus(dataclasses.replace(corpus.config, vocabulary=vocabulary))
     else:
         other = corpus
-    scored = [_score(model, samples, asked is not None) for model in (one, two)]
+    scored = [
+        _score(name, model, samples, asked is not None)
+        for name, model in zip(arguments, (one, two), strict=True)
+    ]
     kept = [retention(m, c, SEQUENCES.value) for m, c in ((one, corpus), (two, other))]
     found = comparison.compare(scored[0], scored[1], SEED.value)
     found[comparison.RETENTION] = {"bpb": comparison.retained(*kept)}
@@ -157,8 +167,9 @@ def main(arguments: list[str]) -> dict[str, Any]:
         write_atomically(folder / "answers.jsonl", _answers(*scored))
     if asked and folder:
         first, second = ([s.answer for s in side] for side in scored)
-        path, note = folder / "verdicts.jsonl", counting("judge", progress)
-        verdicts = asked.verdicts(samples, first, second, path, note)
+        path = folder / "verdicts.jsonl"
+        with Progress("judge", unit="samples") as progress:
+            verdicts = asked.verdicts(samples, first, second, path, progress.count)
         result["judge"] = judge.report(verdicts, SEED.value)
         _print_verdicts(result["judge"], console)
     if folder:

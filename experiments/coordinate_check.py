@@ -17,7 +17,7 @@ import rich.table
 
 from experiments import cli
 from flm_jax.store.files import write_json
-from flm_jax.studies import coordinates, mup_report, study
+from flm_jax.studies import mup, mup_figures, study
 from flm_jax.studies.config import MupStudyConfig
 
 
@@ -26,10 +26,10 @@ def main(config: ml_collections.ConfigDict) -> dict[str, Any]:
     folder = pathlib.Path(cli.workdir())
     console = rich.console.Console(stderr=True)
     trials = study.Study(settings.experiment, folder / "trials.jsonl")
-    found = coordinates.check(trials, settings, console.print)
+    found = mup.check_coordinates(trials, settings, console.print)
     write_json(folder / "report" / "coordinates.json", found)
     path = folder / "report" / "coordinates.png"
-    mup_report.coordinates(found, path)
+    mup_figures.draw_coordinates(found, path)
     table = rich.table.Table("change of", *found)
     for name in found["mup"]["slopes"]:
         table.add_row(name, *(f"{found[p]['slopes'][name]:+.2f}" for p in found))

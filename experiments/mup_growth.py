@@ -17,7 +17,7 @@ import rich.table
 
 from experiments import cli
 from flm_jax.store.files import write_json
-from flm_jax.studies import mup_report, study, through_growth
+from flm_jax.studies import mup, mup_figures, study
 from flm_jax.studies.config import MupStudyConfig
 
 
@@ -25,10 +25,10 @@ def main(config: ml_collections.ConfigDict) -> dict[str, Any]:
     settings = cli.dataclass_of(MupStudyConfig, config)
     folder = pathlib.Path(cli.workdir())
     trials = study.Study(settings.experiment, folder / "trials.jsonl")
-    found = through_growth.run(trials, settings, rich.console.Console(stderr=True).print)
+    found = mup.through_growth(trials, settings, rich.console.Console(stderr=True).print)
     write_json(folder / "report" / "mup_growth.json", found)
     path = folder / "report" / "mup_growth.png"
-    mup_report.through_growth(found, path)
+    mup_figures.draw_growth(found, path)
     roles = list(next(iter(found["arms"].values()))["ratios"])
     table = rich.table.Table("updates over the reference's, after the ramp", *found["arms"])
     for role in roles:

@@ -25,7 +25,7 @@ from experiments import cli
 from flm_jax.errors import UserError
 from flm_jax.params import counts
 from flm_jax.store.files import write_json
-from flm_jax.studies import mup_report, predict, study
+from flm_jax.studies import predict, study
 from flm_jax.studies.config import MupStudyConfig
 
 DATA = flags.DEFINE_string("data", None, "CSV file with the runs.")
@@ -76,7 +76,7 @@ def from_file(path: str) -> dict[str, Any]:
     values = predict.predictions(x, columns["loss"], at) if at else []
     if FIGURE.value:
         figure = pathlib.Path(FIGURE.value)
-        mup_report.prediction(x, columns["loss"], law, values, [], figure)
+        predict.draw(x, columns["loss"], law, values, [], figure)
     return {**dataclasses.asdict(law), "predictions": values}
 
 
@@ -115,7 +115,7 @@ def from_family(config: ml_collections.ConfigDict) -> dict[str, Any]:
     result |= {"measured": measured, "error": values[0]["predicted"] - measured}
     write_json(folder / "report" / "prediction.json", result)
     path = folder / "report" / "prediction.png"
-    mup_report.prediction(x, losses, law, values, [measured], path)
+    predict.draw(x, losses, law, values, [measured], path)
     return {**result, "figure": str(path)}
 
 

@@ -45,7 +45,7 @@ VALUES = {
     f.name: _DEFINE[str(f.type)](
         f.name,
         None if f.default is dataclasses.MISSING else f.default,
-        f"SelectionConfig.{f.name}; see flm_jax/sft/select.py.",
+        f"SelectionConfig.{f.name}; see flm_jax/sft/selection.py.",
     )
     for f in dataclasses.fields(selection.SelectionConfig)
     if f.name not in _GIVEN_ABOVE

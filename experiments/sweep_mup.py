@@ -17,7 +17,7 @@ import rich.table
 
 from experiments import cli
 from flm_jax.store.files import write_json
-from flm_jax.studies import mup_report, study, sweep
+from flm_jax.studies import mup, mup_figures, study
 from flm_jax.studies.config import MupStudyConfig
 
 
@@ -26,11 +26,11 @@ def main(config: ml_collections.ConfigDict) -> dict[str, Any]:
     folder = pathlib.Path(cli.workdir())
     console = rich.console.Console(stderr=True)
     trials = study.Study(settings.experiment, folder / "trials.jsonl")
-    rows = sweep.run(trials, settings, lambda text: console.print(text, highlight=False))
-    found = sweep.summary(rows)
+    rows = mup.sweep(trials, settings, lambda text: console.print(text, highlight=False))
+    found = mup.summarise_sweep(rows)
     write_json(folder / "report" / "sweep.json", found)
     path = folder / "report" / "sweep.png"
-    mup_report.sweep(found, path)
+    mup_figures.draw_sweep(found, path)
     table = rich.table.Table("", "swept", "best value at each width", "moves by, in grid steps")
     for parametrisation, names in found.items():
         for name, result in names.items():

@@ -1,7 +1,6 @@
 """Small configs, parameters away from their defaults, and an independent model, for the tests."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +8,6 @@ import numpy as np
 
 from flm_jax import growth
 from flm_jax.config import MeshConfig, OptimizerConfig, StageConfig, TransformerConfig
-from flm_jax.models import Transformer
 from flm_jax.params import axes, mup, sharding, trees
 from flm_jax.params.dtypes import wide
 from flm_jax.train import optim, schedules, train_step
@@ -151,26 +149,6 @@ def farthest(a, b):
     """Largest absolute difference of two parameter trees."""
     pairs = zip(trees.flatten(a), trees.flatten(b), strict=True)
     return max(float(jnp.max(jnp.abs(x - y))) for (_, x), (_, y) in pairs)
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def full(params, tokens, config):
-    """Logits of one forward pass, without packing and without a cache."""
-    return Transformer(config).apply({"params": params}, tokens)
-
-
-LONG = 64  # tokens: all that `nats_of` scores, so that it compiles once
-
-
-def nats_of(params, config, tokens):
-    """-log P of tokens[1:], each given those before it, and whether each is the likeliest."""
-    row = np.zeros((1, LONG), np.int32)
-    row[0, : len(tokens)] = tokens
-    logits = np.asarray(full(params, row, config), np.float64)[0]
-    logp = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
-    found = [logp[i, t] for i, t in enumerate(tokens[1:])]
-    greedy = all(logits[i].argmax() == t for i, t in enumerate(tokens[1:]))
-    return -np.array(found), greedy
 
 
 def stage_of(model):

@@ -1,10 +1,14 @@
-"""A run's folder without training: what `open_model` reads; and what a run wrote."""
+"""A run's folder without training: what `open_model` reads. And full forward passes of a model."""
 
+import functools
 import json
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flm_jax.config import DataConfig, ExperimentConfig, StageConfig
+from flm_jax.models import Transformer
 from flm_jax.store.checkpoint import Checkpoints
 from flm_jax.store.files import write_json
 from flm_jax.store.lineage import RunFolder, identity
@@ -12,6 +16,7 @@ from tests.models import SMALL, changed, random_params
 
 # Bytes, and one token that no byte has.
 BYTES = changed(SMALL, vocab_size=260, dtype="float32")
+LONG = 64  # tokens to which a text is padded, so that all are one program
 
 
 def lineage(workdir):
@@ -46,3 +51,27 @@ def save(path, models, data=None, seed=0):
             }
         )
     return str(folder.path), all_params
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def full_logits(params, tokens, config):
+    """Logits [B, T, V] of whole texts, without a cache."""
+    return Transformer(config).apply({"params": params}, tokens)
+
+
+def next_token(params, config, tokens):
+    """The likeliest token after a text."""
+    row = np.zeros((1, LONG), np.int32)
+    row[0, : len(tokens)] = tokens
+    return int(np.argmax(full_logits(params, row, config)[0, len(tokens) - 1]))
+
+
+def nats_of(params, config, tokens):
+    """-log P of tokens[1:], each given those before it, by full forward passes on one length."""
+    row = np.zeros((1, LONG), np.int32)
+    row[0, : len(tokens)] = tokens
+    logits = np.asarray(full_logits(params, row, config), np.float64)[0]
+    logp = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    found = [logp[i, t] for i, t in enumerate(tokens[1:])]
+    greedy = all(logits[i].argmax() == t for i, t in enumerate(tokens[1:]))
+    return -np.array(found), greedy

@@ -134,10 +134,10 @@ def test_embeddings_do_not_depend_on_the_batch(model):
 def test_stage_after_the_colon(tmp_path):
     folder = tmp_path / "with:colon"
     folder.mkdir()
-    assert chat_model._split_stage("runs/demo:small") == ("runs/demo", "small")
-    assert chat_model._split_stage("runs/demo") == ("runs/demo", "")
-    assert chat_model._split_stage(str(folder)) == (str(folder), "")
-    assert chat_model._split_stage(f"{folder}:1") == (str(folder), "1")
+    assert chat_model.split_stage("runs/demo:small") == ("runs/demo", "small")
+    assert chat_model.split_stage("runs/demo") == ("runs/demo", "")
+    assert chat_model.split_stage(str(folder)) == (str(folder), "")
+    assert chat_model.split_stage(f"{folder}:1") == (str(folder), "1")
     with pytest.raises(UserError, match="nowhere holds no model"):
         chat_model.open_chat_model("nowhere")
 

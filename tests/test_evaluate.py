@@ -1,5 +1,6 @@
 """Opening models; bits per byte of files; log-likelihoods of continuations; the two commands."""
 
+import json
 import math
 
 import jax
@@ -15,10 +16,11 @@ from flm_jax.inference.likelihood import loglikelihoods
 from flm_jax.interop.opening import open_model
 from flm_jax.params import sharding
 from flm_jax.store.checkpoint import params_digest
-from flm_jax.studies import papers
+from flm_jax.studies import reported
 from tests import runs
-from tests.commands import json_of, mistake
-from tests.models import LONG, SMALL, changed, full, nats_of, random_params
+from tests.commands import ROOT, json_of, mistake
+from tests.models import SMALL, changed, random_params
+from tests.runs import LONG, full_logits, nats_of
 
 TEXTS = ("def f(x):\n    return 'naïve'\n" * 4, "another one, µ\n")
 
@@ -88,7 +90,7 @@ def test_a_file_is_scored_whole(tmp_path):
                 document = document[room:]
         np.testing.assert_allclose(got.nats, want, rtol=1e-12)
         np.testing.assert_allclose(got.bits_per_byte, want / math.log(2) / size, rtol=1e-12)
-        # Negative control: packed documents that see each other have another score.
+        # Negative control: packed documents that see each other score otherwise.
         for batch in batches:
             batch["segment_ids"] = np.minimum(batch["segment_ids"], 1)
         with jax.set_mesh(mesh):
@@ -106,7 +108,7 @@ def test_log_likelihoods_are_those_of_single_forward_passes():
             for a, b in ((1, 1), (5, 9), (30, 2), (2, 40), (7, 0), (12, 3), (1, 20))
         ]
         # One whose continuation is the model's own choice.
-        first = full(params, jnp.asarray([[3] + [0] * (LONG - 1)], jnp.int32), config)
+        first = full_logits(params, jnp.asarray([[3] + [0] * (LONG - 1)], jnp.int32), config)
         pairs.append(([3], [int(first[0, 0].argmax())]))
         got = loglikelihoods(params, config, pairs, batch_size=3)
         for (context, continuation), (value, greedy) in zip(pairs, got, strict=True):
@@ -124,21 +126,26 @@ def test_log_likelihoods_are_those_of_single_forward_passes():
 
 
 def test_the_papers_averages_are_those_of_their_rows():
-    def average(group, count):
-        rows = [b for b in papers.BENCHMARKS if b.group == group and "average" not in b.name]
-        assert len(rows) == count
-        return sum(b.scores[papers.TELE_FLM] for b in rows) / count
+    model = "Tele-FLM-52B"
 
-    reported = {
-        b.group: b.scores[papers.TELE_FLM] for b in papers.BENCHMARKS if "average of" in b.name
-    }
-    assert average("English", 8) == pytest.approx(reported["English"], abs=0.006)
-    assert average("Chinese", 5) == pytest.approx(reported["Chinese"], abs=0.006)
+    def average(group, count):
+        rows = [b for b in reported.benchmarks() if b.group == group and "average" not in b.name]
+        assert len(rows) == count
+        return sum(b.scores[model] for b in rows) / count
+
+    stated = {b.group: b.scores[model] for b in reported.benchmarks() if "average of" in b.name}
+    assert average("English", 8) == pytest.approx(stated["English"], abs=0.006)
+    assert average("Chinese", 5) == pytest.approx(stated["Chinese"], abs=0.006)
+
+
+def test_every_reported_score_has_a_source():
+    file = json.loads((ROOT / "flm_jax/studies/reported.json").read_text(encoding="utf-8"))
+    assert {b.source for b in reported.benchmarks()} == set(file["sources"])
 
 
 def test_own_scores_stand_beside_the_papers():
     results = {"arc_challenge": {"samples": 3, "acc,none": 0.2, "acc_norm,none": 0.25}}
-    own = {b.name: papers.own_score(b, results) for b in papers.BENCHMARKS}
+    own = {b.name: reported.own_score(b, results) for b in reported.benchmarks()}
     assert own["ARC"] == 25.0
     assert own["GSM8K"] is None
 

@@ -13,7 +13,8 @@ from flm_jax.inference import generation as gen
 from flm_jax.inference.generation import Sampling, TextStream, generate
 from flm_jax.models import Cache, Transformer, by_layer
 from tests.compilations import counted
-from tests.models import SMALL, changed, full, random_params
+from tests.models import SMALL, changed, random_params
+from tests.runs import full_logits
 
 LENGTHS = (1, 4, 9)
 WIDTH = 9
@@ -63,7 +64,9 @@ def test_cached_logits_are_those_of_the_full_forward_pass(kv_heads):
     with jax.enable_x64(True):
         config = changed(SMALL, num_kv_heads=kv_heads)
         params, rows = random_params(config, 1), ragged(config)
-        want = [np.asarray(full(params, jnp.asarray([r], jnp.int32), config))[0] for r in rows]
+        want = [
+            np.asarray(full_logits(params, jnp.asarray([r], jnp.int32), config))[0] for r in rows
+        ]
 
         def error(**options):
             got = cached_logits(params, config, rows, **options)
@@ -71,7 +74,7 @@ def test_cached_logits_are_those_of_the_full_forward_pass(kv_heads):
 
         assert error(first=6) < 1e-13
         assert error(first=1) < 1e-13
-        # Twins, each with one mistake.
+        # Negative controls, each with one mistake.
         assert error(first=6, shift=1) > 1e-3  # positions off by one from the second call on
         assert error(first=6, padding_seen=True) > 1e-3  # padding is attended
         assert error(first=6, slot=1) > 1e-3  # a slot is overwritten
@@ -83,7 +86,7 @@ def greedy(params, config, prompt, count):
     for _ in range(count):
         padded = np.zeros((1, WIDTH + count), np.int32)
         padded[0, : len(text)] = text
-        text.append(int(np.argmax(full(params, padded, config)[0, len(text) - 1])))
+        text.append(int(np.argmax(full_logits(params, padded, config)[0, len(text) - 1])))
     return text[len(prompt) :]
 
 

@@ -7,9 +7,10 @@ import sys
 import pytest
 
 from flm_jax.errors import UserError
-from flm_jax.sft import alignbench, judge, synthetic
+from flm_jax.sft import judge, synthetic
 from flm_jax.sft.chats import Message, Sample
 from flm_jax.sft.judge import Judge
+from flm_jax.studies import reported
 
 
 def command(body):
@@ -28,14 +29,22 @@ SAMPLES = [
 ]
 
 
+def reported_scores(model):
+    """By category; "Overall" too."""
+    return {b.name: b.scores[model] for b in reported.benchmarks() if b.group == "AlignBench"}
+
+
 def test_reported_scores_follow_the_rule():
-    scores = alignbench.REPORTED["FLM-2-52B-Instruct"]
-    assert round(alignbench.overall(scores), 2) == 6.23
-    for model, reported in alignbench.REPORTED.items():
-        assert alignbench.overall(reported) == pytest.approx(reported["Overall"], abs=0.005), model
-    # Twin: the plain mean is another number.
-    assert round(sum(scores[c] for c in alignbench.CATEGORIES) / 8, 2) == 7.11
-    assert alignbench.overall({"Math": 1.0}) is None
+    scores = reported_scores("FLM-2-52B-Instruct")
+    assert round(judge.overall_score(scores), 2) == 6.23
+    models = next(b.scores for b in reported.benchmarks() if b.group == "AlignBench")
+    assert len(models) == 5
+    for model in models:
+        found = reported_scores(model)
+        assert judge.overall_score(found) == pytest.approx(found["Overall"], abs=0.005), model
+    # Negative control: the plain mean is another number.
+    assert round(sum(scores[c] for c in judge.CATEGORIES) / 8, 2) == 7.11
+    assert judge.overall_score({"Math": 1.0}) is None
 
 
 def test_win_rates(tmp_path):
@@ -46,7 +55,7 @@ def test_win_rates(tmp_path):
     assert found["all"]["win_rate"] == 0.625 and found["all"]["agreement"] == 1
     assert found["c0"]["win_rate"] == 0.75 and found["c1"]["win_rate"] == 0.5
     assert found["all"]["win_rate_low"] < 0.625 < found["all"]["win_rate_high"]
-    asked = judge._question(synthetic.make(0, 1, categories=["dialogue"])[0], "1", "2", True)
+    asked = judge.question_of(synthetic.make(0, 1, categories=["dialogue"])[0], "1", "2", True)
     assert asked["answer_a"] == "2" and asked["messages"][-1]["role"] == "user"
     assert "check" not in asked  # the right answer is not given away
 
@@ -60,11 +69,9 @@ def test_a_liking_for_the_first_cancels_out(tmp_path):
 
 
 def test_scores_make_an_overall(tmp_path):
-    samples = [
-        Sample((Message("user", c), Message("assistant", "")), c) for c in alignbench.CATEGORIES
-    ]
-    scores = alignbench.REPORTED["FLM-2-52B-Instruct"]
-    body = f"s = {dict(scores)!r}[q['category']]\na = s if q['answer_a'] == 'ours' else 1\n"
+    samples = [Sample((Message("user", c), Message("assistant", "")), c) for c in judge.CATEGORIES]
+    scores = reported_scores("FLM-2-52B-Instruct")
+    body = f"s = {scores!r}[q['category']]\na = s if q['answer_a'] == 'ours' else 1\n"
     body += (
         "b = s if q['answer_b'] == 'ours' else 1\nprint(json.dumps({'score_a': a, 'score_b': b}))"
     )
@@ -112,6 +119,6 @@ def test_nothing_is_lost_and_failures_are_asked_again(tmp_path):
     assert [v.points for v in again] == [0.5] * 4
     assert len(calls.read_text()) == 8 + 2  # two more for the one that failed
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [row["kind"] for row in rows].count("failure") == 2
+    assert len(rows) == 8 + 2 and sum("failure" in row for row in rows) == 2
     with pytest.raises(UserError, match="judge 'no-such-judge --x': no such command"):
         Judge("no-such-judge --x")

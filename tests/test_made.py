@@ -39,7 +39,7 @@ def shared(one, two):
 def test_no_problem_is_on_both_sides(samples, monkeypatch):
     held_out = synthetic.make(7, 60, "evaluation")
     assert not shared(samples, held_out)
-    # Twin: a side drawn by the seed instead of by the problem.
+    # Negative control: a side drawn by the seed instead of by the problem.
     monkeypatch.setattr(synthetic, "side", lambda key: "evaluation")
     assert shared(samples, synthetic.make(7, 60, "evaluation"))
 

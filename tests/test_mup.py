@@ -14,7 +14,8 @@ from experiments import cli
 from flm_jax import mapping
 from flm_jax.errors import UserError
 from flm_jax.params import draws, mup, threefry
-from flm_jax.studies import coordinates, predict, study, sweep, through_growth
+from flm_jax.studies import mup as studies_mup
+from flm_jax.studies import predict, study
 from flm_jax.studies.config import MupStudyConfig
 from tests.commands import json_of, mistake
 from tests.models import SMALL, TABLE, changed
@@ -94,7 +95,7 @@ def test_tele_flm_numbers_come_out(file, std, rate, multiplier):
 def test_coordinates_are_flat_under_mup_and_not_under_sp(tmp_path):
     made = study_config(coordinate_factors=(1, 4), coordinate_steps=4)
     trials = study.Study(made.experiment, tmp_path / "trials.jsonl")
-    found = coordinates.check(trials, made, note=lambda text: None)
+    found = studies_mup.check_coordinates(trials, made, note=lambda text: None)
     hidden = {p: [s for n, s in found[p]["slopes"].items() if n != "logits"] for p in found}
     assert max(map(abs, hidden["mup"])) < 0.3, found["mup"]["slopes"]
     assert found["mup"]["max_slope"] < 0.3  # nothing grows
@@ -102,19 +103,20 @@ def test_coordinates_are_flat_under_mup_and_not_under_sp(tmp_path):
     assert found["mup"]["changes"]["logits"][0][0] == 0  # nothing has changed before step 1
 
 
-def test_trials_are_kept_and_not_run_again(tmp_path):
+def test_trials_are_kept_and_not_run_again(tmp_path, monkeypatch):
     made = study_config()
     path = tmp_path / "trials.jsonl"
     proxy = made.experiment.stages[0]
     first = study.Study(made.experiment, path).trial(proxy, seed=1, rate=2.0)
     assert np.isfinite(first["bpb"])
+    monkeypatch.setattr(study, "make_train_step", lambda *_: pytest.fail("ran again"))
     again = study.Study(made.experiment, path)
-    again._train = lambda *_: pytest.fail("ran again")
     assert again.trial(proxy, seed=1, rate=2.0) == first
     with pytest.raises(BaseException, match="ran again"):
         again.trial(proxy, seed=1, rate=4.0)
-    path.write_text(path.read_text() + '{"kind": "tri')  # torn by a kill
-    assert study.Study(made.experiment, path).trial(proxy, seed=1, rate=2.0) == first
+    # A row of an earlier version, which held more.
+    path.write_text(json.dumps({"kind": "trial", "step": 12, **first}) + "\n")
+    assert study.Study(made.experiment, path).trial(proxy, seed=1, rate=2.0)["bpb"] == first["bpb"]
 
 
 def test_a_diverged_trial_is_a_result(tmp_path):
@@ -137,12 +139,12 @@ def test_the_summary_counts_grid_steps():
         for w in (64, 128, 256) for v in grid
     ]  # fmt: skip
     moving[-1]["bpb"] = None  # a diverged one is never the best
-    found = sweep.summary([*still, *moving])
+    found = studies_mup.summarise_sweep([*still, *moving])
     assert found["mup"]["learning_rate"]["best"] == {64: 2.0, 128: 2.0, 256: 2.0}
     assert found["mup"]["learning_rate"]["shift"] == 0
     assert found["sp"]["learning_rate"]["shift"] == 2
     with pytest.raises(UserError, match="no trial finished"):
-        sweep.summary([row(64, v, None) for v in grid])
+        studies_mup.summarise_sweep([row(64, v, None) for v in grid])
 
 
 @pytest.mark.slow
@@ -155,7 +157,7 @@ def test_sweep_and_growth_as_commands(tmp_path):
     assert len((tmp_path / "trials.jsonl").read_text().splitlines()) == 2 * 2 * 2
     assert (tmp_path / "report/sweep.png").exists()
     grown = json_of("experiments.mup_growth", *args)
-    assert set(grown["arms"]) == set(through_growth.RECIPES)
+    assert set(grown["arms"]) == set(studies_mup.RECIPES)
     for arm in grown["arms"].values():
         for role in ("matrix old", "vector old", "readout old"):
             assert 0.6 < arm["ratios"][role] < 1.6, arm["ratios"]

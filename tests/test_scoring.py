@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import os
 import re
 import sys
 import time
@@ -70,7 +69,7 @@ def test_tricks_do_not_pass(trick):
 
 
 def test_a_trick_that_gives_the_outputs_is_an_answer():
-    """Twin of the tricks above: the same channel, with the right outputs, passes."""
+    """Negative control of the tricks above: the same channel, with the right outputs, passes."""
     said = r'{"outputs": ["6\\n", "-2\\n"], "failure": ""}'
     assert scoring.check_answer(DOUBLE, f"import os\nos.write(3, b'{said}')\nos._exit(0)")[0]
 
@@ -100,10 +99,10 @@ ATTACKS = {
 
 
 def without_hook(monkeypatch):
-    child = sandbox._CHILD.replace("sys.addaudithook(hook)", "pass")
+    child = sandbox.CHILD.replace("sys.addaudithook(hook)", "pass")
     child = child.replace("import bisect", "import socket, bisect")
-    assert child.count("hook") < sandbox._CHILD.count("hook")
-    monkeypatch.setattr(sandbox, "_CHILD", child)
+    assert child.count("hook") < sandbox.CHILD.count("hook")
+    monkeypatch.setattr(sandbox, "CHILD", child)
 
 
 @pytest.mark.parametrize("hook", [True, False])
@@ -126,30 +125,44 @@ def test_each_fence_alone(attack, hook, tmp_path, monkeypatch):
     assert path.read_text() == "kept"
 
 
-def test_the_environment_is_empty_and_the_folder_its_own(monkeypatch):
+def test_the_environment_is_empty_and_the_folder_its_own(monkeypatch, tmp_path):
     monkeypatch.setenv("A_SECRET", "1")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").write_text("the caller's folder")
     environment = outcome_of("import os; return 'A_SECRET' in os.environ or os.listdir('.')")
     assert environment.outputs == ("[]\n",)
     assert outcome_of("import numpy").outputs[0].endswith("No module named 'numpy'\n")
-    assert not os.path.exists("x")
+    for mode in ("w", "a"):
+        assert outcome_of(f"open('x', {mode!r}).write('1')").outputs[0].startswith("Traceback")
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
 
 
-def test_wilson_and_bootstrap_against_scipy():
+def test_wilson_and_bootstrap_against_their_formulas():
+    """Wilson's closed form; a bootstrap written as a loop, with other draws."""
+    z = stats.norm.ppf(0.975)
     for right, count in ((0, 5), (3, 10), (50, 50)):
-        theirs = stats.binomtest(right, count).proportion_ci(0.95, "wilson")
+        p = right / count
+        centre = (p + z * z / (2 * count)) / (1 + z * z / count)
+        half = z / (1 + z * z / count) * math.sqrt(p * (1 - p) / count + (z / (2 * count)) ** 2)
         ours = scoring.wilson(right, count)
-        np.testing.assert_allclose([ours.low, ours.high], [theirs.low, theirs.high], atol=1e-6)
-    rng = np.random.default_rng(0)
+        assert (ours.value, ours.n) == (p, count) and ours.low <= p <= ours.high
+        np.testing.assert_allclose([ours.low, ours.high], [centre - half, centre + half], atol=1e-6)
+    rng = np.random.default_rng(1)
     below = rng.uniform(1, 9, 200)
     above = below * rng.uniform(1, 2, 200)
     ours = scoring.ratio(above, below)
-    theirs = stats.bootstrap(
-        (above, below), lambda a, b, axis: a.sum(axis) / b.sum(axis), paired=True,
-        n_resamples=1000, method="percentile", rng=1,
-    ).confidence_interval  # fmt: skip
-    assert ours.value == above.sum() / below.sum()
+    assert ours.value == above.sum() / below.sum() and ours == scoring.ratio(above, below)
+    drawn = [rng.integers(0, 200, 200) for _ in range(scoring.BOOTSTRAPS)]
+    want = np.percentile([above[d].sum() / below[d].sum() for d in drawn], (2.5, 97.5))
     width = ours.high - ours.low
-    np.testing.assert_allclose([ours.low, ours.high], [theirs.low, theirs.high], atol=width / 8)
+    np.testing.assert_allclose([ours.low, ours.high], want, atol=width / 8)
+    # Negative control: numerators and denominators drawn apart from each other.
+    other = [rng.integers(0, 200, 200) for _ in range(scoring.BOOTSTRAPS)]
+    pairs = zip(drawn, other, strict=True)
+    apart = np.percentile([above[d].sum() / below[e].sum() for d, e in pairs], (2.5, 97.5))
+    assert apart[1] - apart[0] > 2 * width
+    one = scoring.ratio(above[:1], below[:1])
+    assert one.low == one.high == one.value and one.n == 1
 
 
 def test_scores_of_a_model_that_is_always_right():
@@ -170,7 +183,7 @@ def test_scores_of_a_model_that_is_always_right():
         if "accuracy" in metrics:
             assert metrics["accuracy"].value == 1 and metrics["accuracy"].low < 1
         assert ("accuracy" in metrics) == (category not in ("describe", "source"))
-    # Twin: one wrong answer is seen.
+    # Negative control: one wrong answer is seen.
     wrong = dataclasses.replace(samples[0], check=Check("number", "1000"))
     again = scoring.summarise(scoring.score([wrong, *samples[1:]], losses, answer))
     assert again["arithmetic"]["accuracy"].value == 0.75

@@ -52,7 +52,7 @@ def test_duplicates_keep_the_first():
     assert reasons_of(samples) == {"duplicate": [1]}
     strict = dataclasses.replace(LOOSE, near=0.7)
     assert reasons_of(samples, strict) == {"duplicate": [1], "near_duplicate": [2]}
-    # Twin: who comes first is kept, whatever it is.
+    # Negative control: who comes first is kept, whatever it is.
     assert reasons_of(samples[::-1], strict) == {"duplicate": [3], "near_duplicate": [2]}
 
 
@@ -72,7 +72,7 @@ def test_near_duplicates_against_all_pairs():
     config = dataclasses.replace(LOOSE, near=0.75)
     dropped = set(reasons_of(samples, config)["near_duplicate"])
     pieces = [
-        selection._grams(selection._words(m.content for m in s.messages), config.shingle)
+        selection.word_ngrams(selection.words_of(m.content for m in s.messages), config.shingle)
         for s in samples
     ]
     kept, expected = [], set()
@@ -110,7 +110,7 @@ def test_made_sets_do_not_contaminate_each_other():
     held_out = synthetic.make(0, 40, "evaluation", ["arithmetic_steps", "lists", "code", "strings"])
     found = reasons_of(samples, evaluation=held_out).get("contamination", [])
     assert len(found) <= 0.03 * len(samples)
-    # Twin: a set against itself.
+    # Negative control: a set against itself.
     with pytest.raises(UserError, match="nothing is left of 160 samples: 160 by contamination"):
         selection.select(held_out, LOOSE, held_out)
 
@@ -126,7 +126,7 @@ def test_answers_that_fail_their_own_check():
         and not scoring.check_answer(s.check, s.messages[-1].content)[0]
     }  # fmt: skip
     assert len(wrong) >= 20 and wrong <= {d.id for d in found}
-    # Twin: without the step they stay.
+    # Negative control: without the step they stay.
     lenient = selection.select(pile, dataclasses.replace(LOOSE, verify=False)).chosen
     assert wrong & {s.id for s in lenient}
 

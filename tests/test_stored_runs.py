@@ -18,8 +18,8 @@ import pytest
 from experiments import cli
 from flm_jax import data, growth, interop
 from flm_jax.errors import UserError
-from flm_jax.inference.evaluation import bits_per_byte
-from flm_jax.interop.opening import open_model, open_stage
+from flm_jax.inference.evaluation import score
+from flm_jax.interop.opening import open_model, open_state
 from flm_jax.params import sharding, trees
 from flm_jax.runs import chain
 from flm_jax.store.checkpoint import params_digest
@@ -88,15 +88,15 @@ def test_every_stage_opens_with_its_parameters(stored, name, layers, width):
 
 def test_a_stage_opens_with_its_whole_state(stored):
     for name, end, sequences in (("small", 12, 48), ("large", 24, 96)):
-        opened = open_stage(str(stored / "run"), name)
+        opened = open_state(str(stored / "run"), name)
         adam = opened.state.opt_state[1]
         assert int(opened.state.step) == int(adam.steps) == end
         assert all(float(jnp.abs(x).max()) > 0 for _, x in trees.flatten(adam.mu))
         born = 0 if name == "small" else 12
         assert int(adam.born["layers"].max()) == int(adam.born["embed"].max()) == born
         assert opened.data["sequences"] == sequences
-    with pytest.raises(UserError, match="stage sft learned from conversations"):
-        open_stage(str(stored / "run"))
+    with pytest.raises(UserError, match="stage sft was trained on conversations"):
+        open_state(str(stored / "run"))
 
 
 def test_the_stopped_run_opens_inside_its_ramp(stored):
@@ -142,9 +142,9 @@ def test_an_earlier_model_has_its_validation_loss(stored, monkeypatch, name):
     batches = corpus.validation(config.eval.batch_size, config.eval.sequences)
     mesh = sharding.one_device()
     with jax.set_mesh(mesh):
-        got = bits_per_byte(opened.params, opened.config, batches, corpus.token_bytes, mesh)
+        got = score(opened.params, opened.config, batches, corpus.token_bytes, mesh)
     want = RunFolder(stored / "run").finished_stage(name)["eval"]["bpb_end"]
-    assert got == pytest.approx(want, rel=1e-6)
+    assert got.bits_per_byte == pytest.approx(want, rel=1e-6)
 
 
 def test_an_earlier_export_is_the_stage_that_it_was_made_from(stored):

@@ -31,7 +31,8 @@ def open_corpus(config: DataConfig, whole: bool = False) -> Corpus:
     Raises:
       UserError: the task, the path, a document or the vocabulary is missing or malformed.
     """
-    return _pipeline().open_corpus(config, whole)
+    corpus: Corpus = _pipeline().open_corpus(config, whole)
+    return corpus
 
 
 def train_sentencepiece(config: DataConfig, vocab_size: int, output_path: str) -> None:

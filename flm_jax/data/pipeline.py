@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import io
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,17 +20,14 @@ import tensorflow as tf
 
 from flm_jax.config import DataConfig
 from flm_jax.data import tasks
+from flm_jax.data.stream import Batch, BatchStream, require_positive
 from flm_jax.data.tokenizer import open_tokenizer
 from flm_jax.errors import UserError
-
-Batch = dict[str, np.ndarray]
 
 # Documents that are concatenated before they are cut into windows.
 GROUP_DOCUMENTS = 256
 # Of the order in which validation windows are drawn: the same for every config.
 VALIDATION_SEED = 0
-# The stream depends on these, so a saved place holds only where they are equal.
-STREAM_IDENTITY = ("seed", "window_length", "fingerprint")
 
 
 class Corpus:
@@ -85,7 +82,7 @@ class Corpus:
         They are drawn from all its documents: the first in order would be of one or two. All
         batches have `batch_size` rows; rows that are missing from the last have weight 0.
         """
-        _require_positive(batch_size=batch_size, num_sequences=num_sequences)
+        require_positive(batch_size=batch_size, num_sequences=num_sequences)
         windows = _windows(self.documents("validation"), self.config.window)
         buffer = self._window_buffer()
         windows = windows.shuffle(buffer, seed=VALIDATION_SEED, reshuffle_each_iteration=False)
@@ -94,7 +91,7 @@ class Corpus:
 
     def sequences(self, split: str, batch_size: int) -> Iterator[Batch]:
         """All of a split once, in order, packed as in training; the last batch as above."""
-        _require_positive(batch_size=batch_size)
+        require_positive(batch_size=batch_size)
         windows = _cut(_windows(self.documents(split), self.config.window), self.config)
         return self._batches(windows, batch_size)
 
@@ -155,10 +152,10 @@ def open_corpus(config: DataConfig, whole: bool = False) -> Corpus:
     return Corpus(config, whole)
 
 
-class BatchIterator:
-    """An endless stream of packed batches; its place is a small dict that JSON can hold.
+class BatchIterator(BatchStream):
+    """An endless stream of packed text.
 
-    A batch is a dict of numpy arrays [B, T], B being this host's share of the global batch:
+    A batch is a dict of numpy arrays [B, T], B being this process's share of the global batch:
       targets: int32, the tokens to predict, each document's EOS included; 0 for padding.
       tokens: int32, `targets` shifted right in each segment, `start_id` at its start; 0 for
         padding.
@@ -170,37 +167,21 @@ class BatchIterator:
     """
 
     def __init__(self, corpus: Corpus, batch_size: int, host_index: int, host_count: int) -> None:
-        _require_positive(batch_size=batch_size, host_count=host_count)
-        if batch_size % host_count:
-            raise UserError(
-                f"batch_size is {batch_size} and host_count {host_count}; make batch_size a "
-                "multiple of host_count"
-            )
-        if not 0 <= host_index < host_count:
-            raise UserError(
-                f"host_index is {host_index} and host_count {host_count}; it must be from 0 to "
-                "host_count - 1"
-            )
-        share = batch_size // host_count
-        self._corpus = corpus
-        self._batch_size = batch_size
-        self._host_rows = slice(host_index * share, (host_index + 1) * share)
-        self._identity = {
+        identity = {
             "seed": corpus.config.seed,
             "window_length": corpus.config.window,
             "fingerprint": corpus.fingerprint,
         }
+        super().__init__(batch_size, identity, host_index, host_count)
+        self._corpus = corpus
         self._length = corpus.config.sequence_length
         self._epoch, self._offset, self._sequences = 0, 0, 0
         self._stream: Iterator[Batch] | None = None  # of this epoch, from `_offset` when opened
         self._rows: Batch | None = None  # read from the stream, not handed out yet
 
-    def __iter__(self) -> BatchIterator:
-        return self
-
     def __next__(self) -> Batch:
         parts: list[Batch] = []
-        missing = self._batch_size
+        missing = self.batch_size
         while missing:
             rows = self._next_rows()
             taken = min(missing, _num_rows(rows))
@@ -208,9 +189,9 @@ class BatchIterator:
             self._rows = {name: x[taken:] for name, x in rows.items()}
             self._offset += taken
             missing -= taken
-        self._sequences += self._batch_size
+        self._sequences += self.batch_size
         return {
-            name: np.concatenate([part[name] for part in parts])[self._host_rows]
+            name: np.concatenate([part[name] for part in parts])[self.host_rows]
             for name in parts[0]
         }
 
@@ -234,37 +215,23 @@ class BatchIterator:
 
     def _open_stream(self) -> Iterator[Batch]:
         windows = self._corpus.epoch(self._epoch).skip(self._offset)
-        batches = windows.batch(self._batch_size).map(self._corpus.features)
-        batches = batches.prefetch(tf.data.AUTOTUNE)
-        return batches.as_numpy_iterator()
+        batches = windows.batch(self.batch_size).map(self._corpus.features)
+        rows: Iterator[Batch] = batches.prefetch(tf.data.AUTOTUNE).as_numpy_iterator()
+        return rows
 
-    def get_state(self) -> dict[str, Any]:
-        """The place after the batches handed out so far, as JSON values."""
+    def _position(self) -> dict[str, Any]:
         return {
             "epoch": self._epoch,
             "offset": self._offset,  # sequences of this epoch
             "sequences": self._sequences,  # of all epochs
             "sequence_length": self._length,
-            **self._identity,
         }
 
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Goes to the place of `get_state`: the next batch is the one that followed it.
+    def _seek(self, state: Mapping[str, Any]) -> None:
+        """The sequence length may differ, over the same windows: part of a sequence is skipped.
 
-        Holds in any process, for any batch size and number of hosts, and for another sequence
-        length over the same windows: then less than one sequence is skipped. Skipped sequences of
-        the epoch are read and tokenised again.
-
-        Raises:
-          UserError: the state is of another seed, window length or corpus.
+        Skipped sequences of the epoch are read and tokenised again.
         """
-        for name in STREAM_IDENTITY:
-            if state.get(name) != self._identity[name]:
-                raise UserError(
-                    f"{name} of the saved data state is {state.get(name)!r}, of this corpus "
-                    f"{self._identity[name]!r}; resume with the data that the run began with, or "
-                    "start a new run"
-                )
         self._epoch = state["epoch"]
         self._offset = -(-state["offset"] * state["sequence_length"] // self._length)
         self._sequences = state["sequences"]
@@ -329,12 +296,6 @@ def train_sentencepiece(
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(model.getvalue())
     partial.replace(path)
-
-
-def _require_positive(**values: int) -> None:
-    for name, value in values.items():
-        if value < 1:
-            raise UserError(f"{name} is {value}; it must be 1 or more")
 
 
 def _num_rows(batch: Batch) -> int:

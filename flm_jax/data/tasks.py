@@ -376,9 +376,10 @@ def _text_documents(config: DataConfig) -> list[Document]:
 def _row_text(row: bytes, text_field: str) -> bytes:
     """The text of one JSONL row. Raises ValueError if it has none."""
     values = json.loads(row)
-    if not isinstance(values, dict) or not isinstance(values.get(text_field), str):
+    text = values.get(text_field) if isinstance(values, dict) else None
+    if not isinstance(text, str):
         raise ValueError(f"no text in a field named {text_field!r}")
-    return values[text_field].encode("utf-8")
+    return text.encode("utf-8")
 
 
 def _jsonl_documents(config: DataConfig) -> list[Document]:

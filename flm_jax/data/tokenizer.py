@@ -134,7 +134,8 @@ def _sentencepiece(path: pathlib.Path, where: str) -> Tokenizer:
         return text.replace(SPACE, " ").encode("utf-8")
 
     def encode(texts: Sequence[str], special: bool) -> list[list[int]]:
-        return model.encode(list(texts))
+        ids: list[list[int]] = model.encode(list(texts))
+        return ids
 
     begins = model.bos_id() if model.bos_id() >= 0 else model.eos_id()
     return Tokenizer(

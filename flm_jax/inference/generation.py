@@ -53,18 +53,23 @@ def generate(
     key: jax.Array,
     on_token: Callable[[int, int], bool | None] | None = None,
 ) -> list[list[int]]:
-    """Continues each prompt; returns the new tokens of each, a stop token left out.
+    """Continues each prompt.
 
-    What a prompt is continued with does not depend on the others, but for rounding. Compiled once
-    for a config, a number of prompts and rounded lengths (`bucket`).
+    Except for rounding, a continuation does not depend on the other prompts. Compiled once for a
+    config, a number of prompts and rounded lengths (`bucket`).
 
     Args:
-      params: of `config`.
+      params: nested dicts of arrays, of `config`.
+      config: the model's.
       prompts: token ids as the model reads them, its start token included, of any lengths.
       sampling: how tokens are chosen.
-      key: for temperatures above 0. Prompt i draws its n-th token from a key of i and n alone.
-      on_token: called with a prompt's index and its next token, as soon as it is known; where it
+      key: for temperatures above 0. Prompt i draws its n-th token with a key that depends only on
+        i and n.
+      on_token: called with a prompt's index and its next token, as soon as it is known. If it
         returns True, the prompt's text ends with this token.
+
+    Returns:
+      The new tokens of each prompt, without the stop token.
 
     Raises:
       UserError: a prompt is empty or holds an id that the model does not have.
@@ -122,8 +127,8 @@ def _read(
 ) -> tuple[Cache, jax.Array, jax.Array]:
     """A cache of all prompts but their last tokens; these; and each row's padding.
 
-    Padding is on the left, so that all rows go on in the same slot. The last token is the first
-    that `decode` takes: the head is never computed for the prompt.
+    Padding is on the left, so that all rows continue in the same slot. `decode` starts with the
+    last token: the head is never computed for the prompt.
     """
     T = bucket(max(len(p) for p in prompts) - 1)
     padding_B = np.array([T - (len(p) - 1) for p in prompts], np.int32)
@@ -184,7 +189,7 @@ def _extend(
     positions_BT: jax.Array,
     cache: Cache,
 ) -> tuple[jax.Array, Cache]:
-    extended: Any = Transformer(config).apply(
+    extended: tuple[jax.Array, Cache] = Transformer(config).apply(  # type: ignore[assignment]
         {"params": params}, tokens_BT, real_BT.astype(jnp.int32), positions_BT, cache,
         method="extend",
     )  # fmt: skip
@@ -217,9 +222,10 @@ def sample(
 
 
 class TextStream:
-    """The text of one row, token by token: shown as soon as it is sure, ended at a stop text.
+    """The text of one row, token by token; ends at a stop text.
 
-    What could be the beginning of a stop text, or a part of a character, is held back.
+    Text is shown as soon as it is certain. What may be the start of a stop text, or part of a
+    character, is held back.
     """
 
     def __init__(
@@ -265,16 +271,21 @@ def _overlap(text: str, stop: str) -> int:
 
 
 def check_context(prompts: Sequence[Sequence[int]], max_new_tokens: int, context: int) -> None:
-    """Raises UserError if a prompt and its continuation are longer than the model has read.
+    """Raises UserError if a prompt and its continuation are longer than the context.
 
-    RoPE itself has no end; beyond the lengths of training the model is untried.
+    RoPE itself has no limit, but beyond the lengths of its training a model is untested.
+
+    Args:
+      prompts: token ids.
+      max_new_tokens: the longest continuation.
+      context: tokens that the model was trained to read at once; 0: not known, anything passes.
     """
     for index, prompt in enumerate(prompts):
         if context and len(prompt) + max_new_tokens > context:
             raise UserError(
                 f"prompt {index} has {len(prompt)} tokens, with max_new_tokens {max_new_tokens} "
-                f"that is more than the model's context of {context}; shorten one, or go beyond it "
-                "with --context"
+                f"that is more than the model's context of {context}; shorten one, or give a "
+                "longer context"
             )
 
 

@@ -24,10 +24,10 @@ from flm_jax.interop.opening import OpenedModel
 
 
 class Adapter(TemplateLM):
-    """A model as the harness asks for it: log-likelihood, rolling log-likelihood, generation.
+    """A model with the harness's interface: log-likelihood, rolling log-likelihood, generation.
 
-    A context is read as `OpenedModel.prompt` has it, its beginning left out where it is longer
-    than the model's context.
+    A context is read as `OpenedModel.prompt` writes it. If it is longer than the model's context,
+    its start is cut off.
     """
 
     def __init__(self, model: OpenedModel, context: int, batch_size: int = 8, seed: int = 0):
@@ -64,7 +64,7 @@ class Adapter(TemplateLM):
             if len(continuation) > self.max_length:
                 raise UserError(
                     f"a continuation has {len(continuation)} tokens, more than the context of "
-                    f"{self.max_length}; go beyond it with --context"
+                    f"{self.max_length}; give a longer context"
                 )
         # The last token is predicted and not read.
         kept = [(c[-(self.max_length + 1 - len(t)) :], t) for c, t in pairs]
@@ -108,7 +108,7 @@ class Adapter(TemplateLM):
         if room < 1:
             raise UserError(
                 f"max_gen_toks is {asked['max_gen_toks']}, which leaves no room for a prompt in "
-                f"the context of {self.max_length}; go beyond it with --context"
+                f"the context of {self.max_length}; give a longer context"
             )
         sampling = Sampling(
             max_new_tokens=asked["max_gen_toks"],
@@ -136,9 +136,17 @@ def run(
     num_fewshot: int | None = None,
     limit: int | None = None,
 ) -> dict[str, Any]:
-    """Runs tasks of the harness, or of the YAML files under `include_path`.
+    """Runs tasks of the harness.
 
-    Returns: per task, the harness's metrics and its number of samples.
+    Args:
+      adapter: the model.
+      tasks: names of tasks.
+      include_path: folder with YAML files of further tasks.
+      num_fewshot: examples in each prompt; None: the task's own number.
+      limit: samples of each task; None: all.
+
+    Returns:
+      By task: the harness's metrics, and the number of samples.
 
     Raises:
       UserError: there is no such task.
@@ -150,7 +158,7 @@ def run(
     if unknown:
         raise UserError(
             f"the harness has no task {unknown[0]!r}; give one of its own, or the folder of its "
-            "YAML file as --include_path"
+            "YAML file as include_path"
         )
     found = lm_eval.simple_evaluate(
         adapter, tasks=list(tasks), num_fewshot=num_fewshot, limit=limit, task_manager=manager,

@@ -26,13 +26,19 @@ Pair = tuple[Sequence[int], Sequence[int]]  # what is read first, and what is sc
 def loglikelihoods(
     params: Any, config: TransformerConfig, pairs: Sequence[Pair], batch_size: int = 8
 ) -> list[tuple[float, bool]]:
-    """For each (context, continuation): log P(continuation | context) in nats, and whether every
-    token of it is the likeliest one.
+    """Log-likelihoods of continuations, given their contexts.
 
     Args:
-      pairs: token ids; a context holds one or more, its start token included.
-      batch_size: pairs at once. Shorter batches are filled up, so that one program is compiled for
-        each rounded length (`generate.bucket`).
+      params: nested dicts of arrays, of `config`.
+      config: the model's.
+      pairs: context and continuation, as token ids. A context has one or more, its start token
+        included.
+      batch_size: pairs at once. Smaller batches are padded, so that one program is compiled for
+        each rounded length (`generation.bucket`).
+
+    Returns:
+      For each pair log P(continuation | context) in nats, and whether every token of the
+      continuation is the likeliest one.
 
     Raises:
       UserError: a context is empty: nothing predicts the continuation's first token.

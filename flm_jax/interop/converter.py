@@ -25,7 +25,7 @@ from flm_jax.interop.tensor_files import TensorsWriter
 from flm_jax.interop.tokenizer_files import BYTES, Vocabulary, write_config
 from flm_jax.interop.weights import Resized, Weights, scaled
 from flm_jax.params import axes, counts, trees
-from flm_jax.runtime.display import Transfer
+from flm_jax.runtime.display import Progress
 from flm_jax.store.checkpoint import digest_of_leaves
 from flm_jax.store.chunked import (
     CHUNK_BYTES,
@@ -198,7 +198,7 @@ def _in_threads(
 ) -> None:
     """Calls `write`, which returns a number of bytes, for every block; shows how far it is."""
     with (
-        Transfer(name, 0, total) as progress,
+        Progress(name, 0, total, "bytes") as progress,
         concurrent.futures.ThreadPoolExecutor(_THREADS) as pool,
     ):
         for num_bytes in pool.map(write, *zip(*blocks, strict=True)):
@@ -295,7 +295,7 @@ def _write_checkpoint(path: pathlib.Path, weights: Weights, memory: int) -> int:
 def _digest(reader: CheckpointReader, paths: Iterable[str], memory: int) -> str:
     """`params_digest` of a checkpoint, read back from the disk."""
     total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in reader.leaves.values())
-    with Transfer("reading back", 0, total) as progress:
+    with Progress("reading back", 0, total, "bytes") as progress:
 
         def pieces(name: str) -> Iterator[np.ndarray]:
             leaf = reader.leaves[name]

@@ -23,7 +23,7 @@ from flm_jax.growth.operators import uses_distances
 from flm_jax.growth.receipt import unmeasured
 from flm_jax.runs import chain
 from flm_jax.runs.stage import calibration_batch, plan_of
-from flm_jax.runtime.display import Transfer
+from flm_jax.runtime.display import Progress
 from flm_jax.store.checkpoint import by_name, check_fits, shapes
 from flm_jax.store.chunked import CheckpointReader, CheckpointWriter, disk_refusals
 from flm_jax.store.files import write_json
@@ -156,7 +156,7 @@ def _write(
     """Grows leaf by leaf from the reader to the writer; returns what was done, and how fast."""
     total = sum(x.size * x.dtype.itemsize for x in writer.leaves.values())
     began = time.monotonic()
-    with Transfer(f"growing {name}", writer.held_bytes(), total) as shown:
+    with Progress(f"growing {name}", writer.held_bytes(), total, "bytes") as shown:
         written = stream.grow(reader, writer, names, plan, key, shown.add)
     writer.finish()
     seconds = time.monotonic() - began

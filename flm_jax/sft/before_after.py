@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import collections
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import rich.box
@@ -17,8 +16,9 @@ from flm_jax.sft.chats import Sample
 from flm_jax.sft.config import SftConfig
 from flm_jax.sft.fine_tune import Tuned
 from flm_jax.sft.packing import Counts
-from flm_jax.store.files import write_json
+from flm_jax.store.checkpoint import params_digest
 from flm_jax.store.lineage import RunFolder
+from flm_jax.store.trials import Trials
 
 
 def samples_to_score(config: SftConfig, tuned: Tuned) -> list[Sample]:
@@ -52,30 +52,36 @@ def of_model(
 
 
 def scores(config: SftConfig, workdir: str, tuned: Tuned) -> dict[str, Any]:
-    """before, after, retention and stage, as `experiments.sft --json` prints them.
+    """Scores the base and the fine-tuned model, unless that is done already.
 
-    Kept in the stage's scores.json; computed again only for other samples or models.
+    Finished scores are rows of the stage's scores.jsonl.
+
+    Args:
+      config: what was done.
+      workdir: the run's folder.
+      tuned: the result.
+
+    Returns:
+      before, after, retention, stage and conversations, as `experiments.sft --json` prints them.
     """
     stage, samples = tuned.stage, samples_to_score(config, tuned)
-    path = RunFolder(workdir).stage(stage["index"], stage["name"]).path / "scores.json"
-    about = {
-        "samples": chats.fingerprint(samples),
-        "params_digest": stage["params_digest"],
-        "max_new_tokens": config.max_new_tokens,
-    }
-    kept = json.loads(path.read_text()) if path.exists() else {}
-    if kept.get("about") != about:
-        after = open_model(workdir, stage["name"])
-        kept = {
-            "about": about,
-            "before": of_model(tuned.base.model, config, samples),
-            "after": of_model(after, config, samples),
+    folder = RunFolder(workdir).stage(stage["index"], stage["name"])
+    trials = Trials(folder.path / "scores.jsonl")
+
+    def scored(digest: str, model: Callable[[], OpenedModel]) -> dict[str, dict[str, float]]:
+        identity = {
+            "params_digest": digest,
+            "samples": chats.fingerprint(samples),
+            "max_new_tokens": config.max_new_tokens,
         }
-        write_json(path, kept)
+        row = trials.result(identity, lambda: {"scores": of_model(model(), config, samples)})
+        return dict(row["scores"])
+
+    base = tuned.base.model
     bpb = stage["eval"]
     return {
-        "before": kept["before"],
-        "after": kept["after"],
+        "before": scored(params_digest(base.params), lambda: base),
+        "after": scored(stage["params_digest"], lambda: open_model(workdir, stage["name"])),
         "retention": {"bpb_before": bpb["bpb_start"], "bpb_after": bpb["bpb_end"]},
         "stage": stage,
         "conversations": {side: vars(c) for side, c in tuned.talk.counts.items()},

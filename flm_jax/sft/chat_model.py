@@ -90,7 +90,8 @@ class ChatModel:
         encoded = [encode(s.messages, self.tokenizer, self.template) for s in samples]
 
         def nats(rows: list[Encoded]) -> list[float]:
-            return _nats(self.params, self._batch(rows), self.config)[: len(rows)].tolist()
+            nats_B = np.asarray(_nats(self.params, self._batch(rows), self.config))
+            return [float(value) for value in nats_B[: len(rows)]]
 
         return [
             ResponseLoss(value, sum(e.learned), _response_bytes(s))
@@ -154,10 +155,10 @@ def open_chat_model(
     Raises:
       UserError: there is no such model, or its vocabulary is not known.
     """
-    model = open_model(*_split_stage(given))
+    model = open_model(*split_stage(given))
     about = model.data
     if about is None and not vocabulary:
-        raise UserError(f"{given} has no run that names its vocabulary; give --vocabulary")
+        raise UserError(f"{given} has no run that names its vocabulary; give `vocabulary`")
     about = about or DataConfig()
     if vocabulary:
         about = dataclasses.replace(about, vocabulary=vocabulary)
@@ -165,7 +166,8 @@ def open_chat_model(
     return ChatModel(model.with_data(about), template), corpus
 
 
-def _split_stage(given: str) -> tuple[str, str]:
+def split_stage(given: str) -> tuple[str, str]:
+    """PATH or PATH:STAGE as path and stage; "" where there is no stage."""
     path, colon, stage = given.rpartition(":")
     if not colon or pathlib.Path(given).expanduser().exists():
         return given, ""
@@ -210,4 +212,5 @@ def _means(params: Any, batch: Batch, config: TransformerConfig) -> jax.Array:
     stream_LBTD = captured["intermediates"]["layers"]["__call__"][0][0]
     last_BTD = stream_LBTD[-1].astype(wide(config.dtype))
     real_BT1 = (batch["segment_ids"] > 0).astype(last_BTD.dtype)[..., None]
-    return (last_BTD * real_BT1).sum(1) / jnp.maximum(real_BT1.sum(1), 1)
+    means_BD: jax.Array = (last_BTD * real_BT1).sum(1) / jnp.maximum(real_BT1.sum(1), 1)
+    return means_BD

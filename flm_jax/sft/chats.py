@@ -2,8 +2,8 @@
 
 A row is an object with `messages`, a list of {"role", "content"}; or with `instruction` and
 `response`, and perhaps `input` (appended to the instruction) and `system`. Both may have
-`category`, `id`, and `check` ({"kind", "expected"}, see `chat.py`, whose `write_jsonl` writes such
-files).
+`category`, `id`, and `check` ({"kind", "expected"}, see `Check`). `write_jsonl` writes such
+files.
 """
 
 from __future__ import annotations
@@ -78,14 +78,16 @@ def read(paths: Sequence[str]) -> list[Sample]:
                         samples.append(sample(json.loads(line)))
                     except ValueError as error:  # of JSON and of UTF-8 too
                         raise UserError(
-                            f"{path}, line {number}: {error}; mend or remove the line"
+                            f"{path}, line {number}: {error}; fix or remove the line"
                         ) from error
     return samples
 
 
 def _files(given: str) -> list[pathlib.Path]:
     path = pathlib.Path(given).expanduser()
-    found = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path] * path.is_file()
+    if path.is_file():
+        return [path]
+    found = sorted(path.rglob("*.jsonl"))
     if not found:
         raise UserError(f"{given} is no file, nor a folder with .jsonl files; give conversations")
     return found

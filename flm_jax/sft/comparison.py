@@ -23,8 +23,8 @@ Comparison = dict[str, dict[str, dict[str, float | None]]]  # category -> metric
 def compare(a: Sequence[Scored], b: Sequence[Scored], seed: int = 0) -> Comparison:
     """Per category and for "all": a, b and b - a of each metric, with the difference's interval.
 
-    The interval is of a bootstrap over samples, the same drawn for both models: what makes a sample
-    hard for both cancels.
+    The interval is of a bootstrap over samples, with the same samples drawn for both models: what
+    makes a sample hard for both cancels.
     """
     assert [s.sample for s in a] == [s.sample for s in b]
     found: Comparison = {}
@@ -42,16 +42,13 @@ def compare(a: Sequence[Scored], b: Sequence[Scored], seed: int = 0) -> Comparis
 def _difference(
     parts: Sequence[tuple[np.ndarray, np.ndarray]], count: int, seed: int
 ) -> dict[str, float | None]:
-    def values(drawn: np.ndarray) -> np.ndarray:
-        return np.array([above[drawn].sum() / below[drawn].sum() for above, below in parts])
+    def difference(*arrays: np.ndarray, axis: int) -> np.ndarray:
+        above_a, below_a, above_b, below_b = (x.sum(axis) for x in arrays)
+        return np.asarray(above_b / below_b - above_a / below_a)
 
-    one, two = values(np.arange(count)).tolist()
-    drawn = np.array([values(drawn) for drawn in scoring.resampled(count, seed)])
-    low, high = np.percentile(drawn[:, 1] - drawn[:, 0], scoring.INTERVAL)
-    return {
-        "a": one, "b": two, "difference": two - one,
-        "low": float(low), "high": float(high), "n": count,
-    }  # fmt: skip
+    one, two = (float(above.sum() / below.sum()) for above, below in parts)
+    low, high = scoring.bootstrap(difference, [x for pair in parts for x in pair], seed)
+    return {"a": one, "b": two, "difference": two - one, "low": low, "high": high, "n": count}
 
 
 def retained(a: float, b: float) -> dict[str, float | None]:
@@ -78,17 +75,20 @@ class Gate:
             value = math.nan
         if metric not in METRICS or not value >= 0 or not category:
             raise UserError(
-                f"--fail_if={text}: write category/metric:margin, as lists/accuracy:0.05, the "
+                f"gate {text!r}: write category/metric:margin, as lists/accuracy:0.05, the "
                 f"metric one of {', '.join(METRICS)}, the margin 0 or above"
             )
         return cls(category, metric, value)
 
     def check(self, available: Mapping[str, Sequence[str]]) -> None:
-        """Raises UserError if there is no such category or metric: a gate must not stand open."""
+        """Raises UserError if it is not measured.
+
+        A gate on an unmeasured metric would always pass.
+        """
         if self.metric not in available.get(self.category, ()):
             known = ", ".join(f"{c}/{m}" for c, metrics in available.items() for m in metrics)
             raise UserError(
-                f"--fail_if={self.category}/{self.metric}:{self.margin:g}: not measured here; "
+                f"gate {self.category}/{self.metric}:{self.margin:g}: not measured here; "
                 f"there are {known}"
             )
 

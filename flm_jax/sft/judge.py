@@ -1,10 +1,14 @@
-"""Win rates of one model's answers against another's, as a command of the user's judges them.
+"""Win rates of one model's answers against another's, judged by a command of the user's.
 
 The command gets one JSON object on standard input: `messages` (the conversation up to the
 question), `category`, `id`, `answer_a`, `answer_b`; and writes one: `winner` ("a", "b" or "tie"),
 or `score_a` and `score_b` (numbers, higher is better), or both. It is asked twice, with the answers
-exchanged, so that a liking for the first cancels out. What it says is on disk before the next
-question: a stopped judgement goes on, and only questions that failed are asked again.
+exchanged, so that a preference for the first answer cancels out; equal answers make both orders the
+same question, which is asked once. What it says is stored at once: an interrupted judgement
+resumes, and only questions that failed are asked again.
+
+Scores are summed up by the rule of AlignBench (arXiv 2311.18743), which has 683 Chinese questions,
+whose answers a judge rates from 1 to 10.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -22,18 +27,22 @@ import shutil
 import signal
 import subprocess
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from flm_jax.errors import UserError
-from flm_jax.sft import alignbench, scoring
+from flm_jax.sft import scoring
 from flm_jax.sft.chats import Sample, to_row
 from flm_jax.sft.scoring import ALL, Estimate
-from flm_jax.store.files import MetricsFile
+from flm_jax.store.trials import Trials
 
 WINNERS = ("a", "b", "tie")
+# AlignBench's categories.
+REASONING = ("Math", "Logic")
+LANGUAGE = ("Fundamental", "Chinese", "Open-ended", "Writing", "Role play", "Professional")
+CATEGORIES = (*REASONING, *LANGUAGE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,32 +84,36 @@ class Judge:
         path: pathlib.Path,
         note: Callable[[int, int], None] = lambda done, of: None,
     ) -> list[Verdict]:
-        """One for each sample; `path` is the JSONL file that keeps what the command said."""
-        file, lock = MetricsFile(path), threading.Lock()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        said = {row["question"]: row for row in file.rows("answer")}
-        done = 0
+        """Asks about every sample, unless that is done already.
 
-        def one(pair: tuple[Sample, str, str]) -> Verdict:
-            nonlocal done
-            orders = []
-            for exchanged in (False, True):
-                question = _question(*pair, exchanged)
-                key = hashlib.sha256(f"{self.command} {json.dumps(question)}".encode()).hexdigest()
-                row = said.get(key)
-                if row is None:
-                    row = self._ask(question)
-                    with lock:
-                        kind = "failure" if "failure" in row else "answer"
-                        file.append(kind, 0, question=key, id=pair[0].id, **row)
-                orders.append(row)
+        Args:
+          samples: whose answers to compare.
+          answers_a: one model's answers.
+          answers_b: the other model's.
+          path: JSONL file that stores what the command says.
+          note: called with the number of samples done, and of all.
+
+        Returns:
+          One verdict for each sample.
+        """
+        said, done, lock = Trials(path), itertools.count(1), threading.Lock()
+
+        def asked(sample: Sample, question: dict[str, Any]) -> dict[str, Any]:
+            text = f"{self.command} {json.dumps(question)}"
+            identity = {"question": hashlib.sha256(text.encode()).hexdigest()}
+            return said.result(identity, lambda: {"id": sample.id, **self._ask(question)})
+
+        def verdict(sample: Sample, answer_a: str, answer_b: str) -> Verdict:
+            orders = [
+                asked(sample, question_of(sample, answer_a, answer_b, exchanged))
+                for exchanged in (False, True)
+            ]
             with lock:
-                done += 1
-                note(done, len(samples))
-            return _verdict(pair[0], orders)
+                note(next(done), len(samples))
+            return _verdict(sample, orders)
 
         with concurrent.futures.ThreadPoolExecutor(self.workers) as workers:
-            return list(workers.map(one, zip(samples, answers_a, answers_b, strict=True)))
+            return list(workers.map(verdict, samples, answers_a, answers_b))
 
     def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
         """What the command says, checked; or {"failure": why}."""
@@ -126,7 +139,11 @@ class Judge:
         return _said(out)
 
 
-def _question(sample: Sample, answer_a: str, answer_b: str, exchanged: bool) -> dict[str, Any]:
+def question_of(sample: Sample, answer_a: str, answer_b: str, exchanged: bool) -> dict[str, Any]:
+    """What the command reads: the conversation up to the question, and both answers.
+
+    The sample's own answer and its check are left out. With `exchanged` the answers change places.
+    """
     last = max(n for n, m in enumerate(sample.messages) if m.role == "assistant")
     asked = to_row(dataclasses.replace(sample, messages=sample.messages[:last], check=None))
     first, second = (answer_b, answer_a) if exchanged else (answer_a, answer_b)
@@ -179,7 +196,7 @@ def report(verdicts: Sequence[Verdict], seed: int = 0) -> dict[str, Any]:
     result: dict[str, Any] = {"categories": found}
     for which in ("a", "b"):
         scores = {c: v[f"score_{which}"] for c, v in found.items() if f"score_{which}" in v}
-        if (overall := alignbench.overall(scores)) is not None:
+        if (overall := overall_score(scores)) is not None:
             result[f"overall_{which}"] = overall
     return result
 
@@ -204,3 +221,18 @@ def _of_category(verdicts: Sequence[Verdict], seed: int) -> dict[str, Any]:
         if scores:
             found[which] = sum(scores) / len(scores)
     return found
+
+
+def overall_score(scores: Mapping[str, float]) -> float | None:
+    """AlignBench's overall score: reasoning and language weigh the same.
+
+    Args:
+      scores: by category.
+
+    Returns:
+      The mean of the mean of REASONING and the mean of LANGUAGE; None if a category is missing.
+    """
+    if not set(CATEGORIES) <= set(scores):
+        return None
+    means = [sum(scores[c] for c in group) / len(group) for group in (REASONING, LANGUAGE)]
+    return sum(means) / 2

@@ -1,4 +1,4 @@
-"""Conversations packed into rows, and the batches of many epochs, with a place that can be saved.
+"""Conversations packed into rows, and a resumable stream of their batches.
 
 Letters in array names: B rows of a batch, T tokens of a row. Features are those of
 `data.BatchIterator`: conversations in a row are segments that do not see each other, each at
@@ -14,17 +14,14 @@ from typing import Any
 
 import numpy as np
 
+from flm_jax.data.stream import Batch, BatchStream
 from flm_jax.data.tokenizer import Tokenizer
 from flm_jax.errors import UserError
 from flm_jax.sft.chats import Sample
 from flm_jax.sft.config import TemplateConfig
 from flm_jax.sft.template import Encoded, encode
 
-Batch = dict[str, np.ndarray]
-
 OPEN_ROWS = 256  # that a conversation may still go into
-# The stream depends on these, so a saved place holds only where they are equal.
-STREAM_IDENTITY = ("seed", "fingerprint", "rows")
 
 
 @dataclasses.dataclass
@@ -141,8 +138,8 @@ def in_order(
     ]
 
 
-class ChatBatches:
-    """An endless stream of packed batches, as `data.BatchIterator`: epoch after epoch.
+class ChatBatches(BatchStream):
+    """An endless stream of packed conversations, epoch after epoch.
 
     Conversations are packed once, in an order drawn by the seed; each epoch has all rows, in an
     order of its own. A batch may hold the last rows of one epoch and the first of the next.
@@ -159,52 +156,30 @@ class ChatBatches:
         host_index: int = 0,
         host_count: int = 1,
     ):
-        if batch_size % host_count:
-            raise UserError(
-                f"batch_size is {batch_size} and there are {host_count} processes; make it a "
-                "multiple of them"
-            )
         order = np.random.default_rng((seed, 0)).permutation(len(conversations))
         shuffled = [conversations[i] for i in order]
         packed = first_fit((len(c.tokens) for c in shuffled), length)
         self.rows = [[shuffled[i] for i in row] for row in packed]
-        share = batch_size // host_count
-        self._host_rows = slice(host_index * share, (host_index + 1) * share)
-        self._length, self._batch_size = length, batch_size
-        self._seed, self._start_id = seed, start_id
-        self._identity = {"seed": seed, "fingerprint": fingerprint, "rows": len(self.rows)}
-        self._place = 0  # rows handed out, of all epochs
-
-    def __iter__(self) -> ChatBatches:
-        return self
+        identity = {"seed": seed, "fingerprint": fingerprint, "rows": len(self.rows)}
+        super().__init__(batch_size, identity, host_index, host_count)
+        self._length, self._seed, self._start_id = length, seed, start_id
+        self._place = 0  # rows returned, of all epochs
 
     def __next__(self) -> Batch:
-        places = range(self._place, self._place + self._batch_size)[self._host_rows]
+        places = range(self._place, self._place + self.batch_size)[self.host_rows]
         order = functools.cache(self._order)
         rows = []
         for place in places:
             epoch, offset = divmod(place, len(self.rows))
             rows.append(self.rows[order(epoch)[offset]])
-        self._place += self._batch_size
+        self._place += self.batch_size
         return features(rows, self._length, self._start_id)
 
     def _order(self, epoch: int) -> np.ndarray:
         return np.random.default_rng((self._seed, 1, epoch)).permutation(len(self.rows))
 
-    def get_state(self) -> dict[str, Any]:
-        """The place after the batches handed out so far, as JSON values."""
-        return {"place": self._place, **self._identity}
+    def _position(self) -> dict[str, Any]:
+        return {"place": self._place}
 
-    def set_state(self, state: Mapping[str, Any]) -> None:
-        """Goes to the place of `get_state`, in any process and for any batch size.
-
-        Raises UserError if the state is of other conversations or another seed.
-        """
-        for name in STREAM_IDENTITY:
-            if state.get(name) != self._identity[name]:
-                raise UserError(
-                    f"{name} of the saved place is {state.get(name)!r}, of these conversations "
-                    f"{self._identity[name]!r}; resume with the data that the run began with, or "
-                    "give another --workdir"
-                )
+    def _seek(self, state: Mapping[str, Any]) -> None:
         self._place = state["place"]

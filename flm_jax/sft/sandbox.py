@@ -53,7 +53,7 @@ def run_examples(source: str, examples: Sequence[str], limits: Limits = Limits()
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)  # `nobody` stands in it
         process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _CHILD],
+            [sys.executable, "-I", "-S", "-c", CHILD],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -95,7 +95,8 @@ def run_examples(source: str, examples: Sequence[str], limits: Limits = Limits()
         return Outcome(failure="ended without a result (a limit, or an exit)")
 
 
-_CHILD = r"""
+# The child's program. It confines itself before it runs anything.
+CHILD = r"""
 import contextlib, ctypes, io, json, os, resource, sys, traceback
 # Imported now: as nobody, a Python in a private folder can no longer be read.
 import bisect, collections, datetime, functools, heapq, itertools, math, operator, random, re

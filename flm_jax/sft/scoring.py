@@ -1,7 +1,8 @@
 """Scores of a model on chat samples: response loss, and answers that a program can check.
 
 Nothing here knows the model: `losses` and `answer` are functions of samples (`chat_model.py` makes
-them). Intervals are at 95%: Wilson's for accuracies, a bootstrap over samples for losses.
+them). Intervals are at 95%: Wilson's for accuracies, a bootstrap over samples for losses. Both are
+scipy's.
 """
 
 from __future__ import annotations
@@ -14,18 +15,19 @@ import math
 import os
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
+from scipy import stats
 
 from flm_jax.errors import UserError
 from flm_jax.sft import sandbox
 from flm_jax.sft.chats import Check, Sample
 
 ALL = "all"  # the category of all samples together
+CONFIDENCE = 0.95
 BOOTSTRAPS = 1000
-INTERVAL = (2.5, 97.5)  # percentiles
-_NORMAL = 1.959964  # their normal deviate
+_ENTRIES = 1 << 22  # drawn at once by a bootstrap
 # A minus is a sign unless it stands between numbers.
 _NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?|\d+(?:\.\d+)?")
 
@@ -111,28 +113,54 @@ def parts(scored: Iterable[Scored], metric: str) -> tuple[np.ndarray, np.ndarray
 
 
 def ratio(above: np.ndarray, below: np.ndarray, seed: int = 0) -> Estimate:
-    """Ratio of two sums over samples, with a bootstrap over the samples."""
-    values = [above[drawn].sum() / below[drawn].sum() for drawn in resampled(len(above), seed)]
-    low, high = np.percentile(values, INTERVAL)
-    return Estimate(float(above.sum() / below.sum()), float(low), float(high), len(above))
+    """Ratio of two sums over samples, with a bootstrap over the samples.
+
+    Args:
+      above: numerators [samples].
+      below: denominators [samples].
+      seed: of the bootstrap.
+    """
+
+    def statistic(a: np.ndarray, b: np.ndarray, axis: int) -> np.ndarray:
+        return np.asarray(a.sum(axis) / b.sum(axis))
+
+    low, high = bootstrap(statistic, (above, below), seed)
+    return Estimate(float(above.sum() / below.sum()), low, high, len(above))
 
 
-def resampled(count: int, seed: int) -> Iterator[np.ndarray]:
-    """BOOTSTRAPS times int [count]: samples drawn again with replacement. The same for a seed."""
-    rng = np.random.default_rng(seed)
-    return (rng.integers(0, count, count) for _ in range(BOOTSTRAPS))
+def bootstrap(
+    statistic: Callable[..., np.ndarray], parts: Sequence[np.ndarray], seed: int
+) -> tuple[float, float]:
+    """95% percentile interval of a statistic over samples, which are resampled together.
+
+    Args:
+      statistic: called as `statistic(*parts, axis)`.
+      parts: arrays [samples], one or more numbers of each sample.
+      seed: the same seed draws the same samples.
+
+    Returns:
+      Its two ends; of a single sample twice the statistic.
+    """
+    count = len(parts[0])
+    if count == 1:  # refused by scipy
+        value = float(statistic(*parts, axis=0))
+        return value, value
+    found = stats.bootstrap(
+        parts, statistic, paired=True, vectorized=True, n_resamples=BOOTSTRAPS,
+        batch=max(_ENTRIES // count, 1), confidence_level=CONFIDENCE, method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval  # fmt: skip
+    return float(found.low), float(found.high)
 
 
 def wilson(right: int, count: int) -> Estimate:
     """Wilson's score interval of a proportion: it holds for few samples and near 0 and 1."""
-    p, z = right / count, _NORMAL
-    centre = (p + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(p * (1 - p) / count + (z / (2 * count)) ** 2)
-    return Estimate(p, max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half)), count)
+    found = stats.binomtest(right, count).proportion_ci(CONFIDENCE, "wilson")
+    return Estimate(right / count, float(found.low), float(found.high), count)
 
 
 def flat(scores: Scores) -> dict[str, dict[str, float]]:
-    """As --json prints it: metric, metric_low, metric_high and metric_n of every category."""
+    """Scores as plain numbers: metric, metric_low, metric_high and metric_n of every category."""
     return {
         category: {
             f"{name}{suffix}": value

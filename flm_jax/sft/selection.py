@@ -266,19 +266,19 @@ def _near_duplicates(left: Mapping[int, Sample], config: SelectionConfig) -> Rea
         return {}
     import datasketch
 
-    # It is worse to miss a pair than to propose one in vain.
+    # To miss a pair is worse than to propose a wrong one.
     index = datasketch.MinHashLSH(config.near, num_perm=_HASHES, weights=(0.1, 0.9))
     hashing = functools.partial(datasketch.MinHash, num_perm=_HASHES, seed=config.seed)
     kept: dict[int, frozenset[str]] = {}
     reasons = {}
     for row, sample in left.items():
-        pieces = _grams(_words(m.content for m in sample.messages), config.shingle)
+        pieces = word_ngrams(words_of(m.content for m in sample.messages), config.shingle)
         sketch = hashing()
         sketch.update_batch([p.encode() for p in sorted(pieces)])
         alike = [(len(pieces & kept[o]) / len(pieces | kept[o]), -o) for o in index.query(sketch)]
         similarity, original = max(alike, default=(0.0, 0))
         if similarity >= config.near:
-            reasons[row] = f"{similarity:.2f} alike {_name(-original, left)}"
+            reasons[row] = f"similarity {similarity:.2f} to {_name(-original, left)}"
         else:
             index.insert(row, sketch)
             kept[row] = pieces
@@ -296,16 +296,16 @@ def _contaminated(
     sizes: list[int] = []
     lengths: set[int] = set()
     for number, sample in enumerate(evaluation):
-        words = _words(m.content for m in sample.messages if m.role == "user")
-        pieces = _grams(words, config.ngram) if words else frozenset()
+        words = words_of(m.content for m in sample.messages if m.role == "user")
+        pieces = word_ngrams(words, config.ngram) if words else frozenset()
         sizes.append(len(pieces))
         lengths |= {min(len(words), config.ngram)} - {0}
         for piece in pieces:
             where.setdefault(piece, []).append(number)
     reasons = {}
     for row, sample in left.items():
-        words = _words(m.content for m in sample.messages)
-        found = {p for n in lengths for p in _grams(words, n) if p in where}
+        words = words_of(m.content for m in sample.messages)
+        found = {p for n in lengths for p in word_ngrams(words, n) if p in where}
         hits = collections.Counter(number for piece in found for number in where[piece])
         worst = max(hits, key=lambda n: (hits[n] / sizes[n], -n), default=None)
         if worst is not None and hits[worst] >= config.overlap * sizes[worst]:
@@ -408,7 +408,8 @@ def _clusters(samples: Sequence[Sample], config: SelectionConfig, embed: Embed |
     with warnings.catch_warnings(), threadpoolctl.threadpool_limits(1):
         # Fewer different samples than clusters: some are empty.
         warnings.simplefilter("ignore", exceptions.ConvergenceWarning)
-        return means.fit_predict(vectors).tolist()
+        labels: list[int] = means.fit_predict(vectors).tolist()
+    return labels
 
 
 def _by_category(left: Mapping[int, Sample]) -> dict[str, list[int]]:
@@ -418,12 +419,12 @@ def _by_category(left: Mapping[int, Sample]) -> dict[str, list[int]]:
     return groups
 
 
-def _words(texts: Iterable[str]) -> list[str]:
+def words_of(texts: Iterable[str]) -> list[str]:
     """Runs of letters and digits, and every other sign, in lower case."""
     return re.findall(r"\w+|[^\w\s]", "\n".join(texts).casefold())
 
 
-def _grams(words: Sequence[str], n: int) -> frozenset[str]:
+def word_ngrams(words: Sequence[str], n: int) -> frozenset[str]:
     """All runs of n words; of fewer than n words, the one run of all."""
     return frozenset(" ".join(words[i : i + n]) for i in range(max(1, len(words) - n + 1)))
 

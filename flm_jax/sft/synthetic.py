@@ -47,13 +47,16 @@ def make(
     split: str = "train",
     categories: Sequence[str] = (),
 ) -> list[Sample]:
-    """Different samples of every category, in the categories' order.
+    """Makes samples, all different.
 
     Args:
       seed: of the draw.
-      per_category: samples of each.
+      per_category: samples of each category.
       split: "train" or "evaluation": no problem is in both.
       categories: of CATEGORIES; empty: all.
+
+    Returns:
+      The samples, category by category.
 
     Raises:
       UserError: no such split or category, or it has fewer different problems than are wanted.
@@ -86,15 +89,23 @@ def make(
 def side(key: str) -> str:
     """The split that the problem belongs to."""
     held_out = int(_hash(key)[:8], 16) < EVALUATION_SHARE * 16**8
-    return SPLITS[held_out]
+    return "evaluation" if held_out else "train"
 
 
 def spoil(samples: Sequence[Sample], seed: int, share: float) -> list[Sample]:
-    """A pile as one finds it: the samples and, of each defect, `share` of their number, shuffled.
+    """Adds spoiled copies to good samples, and shuffles: a pile like those found in the wild.
 
-    The defect is named at the id's end, after "#", so that a selection can be judged: a copy
+    Each defect is named at the end of the id, after "#", so that a selection can be judged: a copy
     ("duplicate"), a copy in other words ("near"), another sample's answer ("wrong"), half an answer
-    ("cut"), or letters in disorder and another script ("noise").
+    ("cut"), or shuffled letters in another script ("noise").
+
+    Args:
+      samples: the good ones.
+      seed: of the draw.
+      share: spoiled copies of each kind, over the number of samples.
+
+    Returns:
+      Good and spoiled samples, shuffled.
     """
     rng = random.Random(f"{seed} spoil")
     pile = list(samples)

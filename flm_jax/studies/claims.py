@@ -247,7 +247,7 @@ def _table_row(
 
     cells = [str(label.get(k, name if k == "size" else "")) for k in
              ("size", "selection", "mix", "budget")]  # fmt: skip
-    cells += [str(len(of)) if label else "", str(of[0]["step"])]
+    cells += [str(len(of)) if label else "", str(of[0].get("steps", 0))]
     cells += [cell(lambda r, cs=cs: value(r, cs, "loss"), ".3f") for cs in parts.values()]  # type: ignore[misc]
     every = [c for cs in parts.values() for c in cs]
     cells.append(cell(lambda r: value(r, every, "accuracy"), ".1%"))

@@ -1,7 +1,8 @@
 """Is less more? Fine-tunings of one base that differ in number, choice and mix of conversations.
 
-Every arm is a fine-tuning of its own in a run folder of its own; what has a row in arms.jsonl is
-not run again. Arms of one seed share a pool; its sides, training and evaluation, are disjoint.
+Every arm is a fine-tuning in its own run folder, and resumes by itself. An arm with a row in
+arms.jsonl is finished. Arms of one seed share a pool of conversations; what is trained on and what
+is scored are disjoint.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import itertools
 import pathlib
 import random
 from collections.abc import Callable, Sequence
@@ -22,7 +24,7 @@ from flm_jax.sft.before_after import few_of_each
 from flm_jax.sft.chat_model import ChatModel
 from flm_jax.sft.chats import Sample
 from flm_jax.sft.config import SftConfig
-from flm_jax.store.files import MetricsFile
+from flm_jax.store.trials import Trials
 
 SELECTIONS = ("random", "chosen")
 BUDGETS = ("steps", "epochs")
@@ -97,13 +99,12 @@ class Arm:
     def name(self) -> str:
         return f"{self.size}-{self.selection}-{self.mix}-{self.budget}-{self.seed}"
 
-    def at(self, seed: int) -> Arm:
-        """The same arm of another seed."""
-        return dataclasses.replace(self, seed=seed)
-
 
 def arms_of(config: LessIsMoreConfig) -> list[Arm]:
-    """Seed by seed, so that an unfinished grid has whole seeds; first the arm of `_Seed`."""
+    """All arms, seed by seed, so that an unfinished grid has whole seeds.
+
+    The first arm of a seed learns from conversations taken at random: see `Pool`.
+    """
     large, first = config.sizes[-1], config.mixes[0].name
     crossed = [
         Arm(size, selection, first, budget, 0)
@@ -113,94 +114,15 @@ def arms_of(config: LessIsMoreConfig) -> list[Arm]:
         if budget == "steps" or size < large
     ]
     mixed = [Arm(large, "chosen", mix.name, "steps", 0) for mix in config.mixes[1:]]
-    return [arm.at(seed) for seed in range(config.seeds) for arm in [*crossed, *mixed]]
+    return [
+        dataclasses.replace(arm, seed=seed)
+        for seed in range(config.seeds)
+        for arm in [*crossed, *mixed]
+    ]
 
 
-class _Seed:
-    """What the arms of one seed share: the pile, and the choices from it.
-
-    Quality is judged by the seed's first arm, which learned from conversations taken at random: a
-    base that has never seen the template finds that no question helps. (arXiv 2308.12032 too lets
-    the model see some of the data first.)
-    """
-
-    def __init__(self, config: LessIsMoreConfig, seed: int, first_arm: Callable[[], ChatModel]):
-        self.seed, self.first_arm, self.selection = seed, first_arm, config.selection
-        good, self.held_out = _sides(dataclasses.replace(config.sft, seed=seed))
-        self.mixes = {mix.name: mix for mix in config.mixes}
-        self.pile = synthetic.spoil(good, seed, config.defects)
-        self.categories = sorted({s.category for s in good})
-
-    def choose(self, arm: Arm) -> list[Sample]:
-        shares = self.mixes[arm.mix].shares(self.categories)
-        if arm.selection == "random":
-            return self._at_random(shares, arm.size)
-        about = dataclasses.replace(
-            self.selection,
-            size=arm.size,
-            quotas=tuple(selection.Quota(c, share) for c, share in shares.items()),
-            near=2.0,  # filtered already
-            verify=False,
-            worst_loss=0.0,
-            seed=self.seed,
-        )
-        chosen = self._select(self.filtered, about)
-        self._check(len(chosen), arm.size, shares)
-        return chosen
-
-    @functools.cached_property
-    def filtered(self) -> list[Sample]:
-        """What the filters leave of the pile: the costly part, the same for all arms."""
-        about = dataclasses.replace(self.selection, size=len(self.pile), seed=self.seed)
-        return self._select(self.pile, about)
-
-    def _select(self, samples: Sequence[Sample], about: selection.SelectionConfig) -> list[Sample]:
-        return selection.select(
-            samples,
-            about,
-            evaluation=self.held_out,
-            losses=functools.partial(self._kept, "losses"),
-            unprompted=functools.partial(self._kept, "unprompted"),
-        ).chosen
-
-    def _kept(self, what: str, samples: Sequence[Sample]) -> list[scoring.ResponseLoss]:
-        """The first arm's losses, computed once for the pile: all choices look at them."""
-        known = self._known.setdefault(what, {})
-        new = list(dict.fromkeys(s for s in samples if s not in known))
-        known |= zip(new, getattr(self.model, what)(new), strict=True)
-        return [known[s] for s in samples]
-
-    @functools.cached_property
-    def model(self) -> ChatModel:
-        return self.first_arm()
-
-    @functools.cached_property
-    def _known(self) -> dict[str, dict[Sample, scoring.ResponseLoss]]:
-        return {}
-
-    def _at_random(self, shares: dict[str, float], size: int) -> list[Sample]:
-        order = random.Random(f"{self.seed} random").sample(self.pile, len(self.pile))
-        room = {category: round(size * share) for category, share in shares.items()}
-        taken: collections.Counter[str] = collections.Counter()
-        chosen = []
-        for sample in order:
-            if taken[sample.category] < room.get(sample.category, 0):
-                taken[sample.category] += 1
-                chosen.append(sample)
-        self._check(len(chosen), sum(room.values()), shares)
-        return chosen
-
-    def _check(self, have: int, wanted: int, shares: dict[str, float]) -> None:
-        if have < wanted:
-            text = ", ".join(f"{c} {share:.0%}" for c, share in shares.items())
-            raise UserError(
-                f"the pool gives {have} conversations where {wanted} are wanted with shares "
-                f"{text}; give more (sft.paths, sft.made), or smaller sizes"
-            )
-
-
-def _sides(config: SftConfig) -> tuple[list[Sample], list[Sample]]:
-    """The pool, and what is held out of training for scores."""
+def sides(config: SftConfig) -> tuple[list[Sample], list[Sample]]:
+    """The good conversations to train on, and those held out for scores."""
     if not config.paths:
         held_out = synthetic.make(0, config.score_samples, split="evaluation")  # for every seed
         return fine_tune.samples_of(config), held_out
@@ -208,66 +130,173 @@ def _sides(config: SftConfig) -> tuple[list[Sample], list[Sample]]:
     return good, few_of_each(held_out, config.score_samples)
 
 
-def run(config: LessIsMoreConfig, workdir: str) -> list[dict[str, Any]]:
-    """Runs what is left of the grid; returns the arms' rows, the base's first.
+class Losses:
+    """A model's response losses; each sample's is computed once."""
 
-    A row has the arm's fields, steps, chosen (a digest of the conversations), params_digest, bpb
-    (of the base's data) and scores: category -> metric -> value.
+    def __init__(self, compute: scoring.Losses):
+        self._compute = compute
+        self._known: dict[Sample, scoring.ResponseLoss] = {}
+
+    def __call__(self, samples: Sequence[Sample]) -> list[scoring.ResponseLoss]:
+        new = list(dict.fromkeys(s for s in samples if s not in self._known))
+        self._known |= zip(new, self._compute(new), strict=True)
+        return [self._known[s] for s in samples]
+
+
+class Pool:
+    """The conversations that the arms of one seed choose from. All parts are computed when needed.
+
+    Quality is judged by the model of the seed's first arm, which learned from conversations taken
+    at random: a base that has never seen the template finds that no question helps. (arXiv
+    2308.12032 also lets the model see some of the data first.)
+    """
+
+    def __init__(self, config: LessIsMoreConfig, seed: int, judge: Callable[[], ChatModel]):
+        """Args: `judge` opens the model of the seed's first arm, once that arm is finished."""
+        self._config, self._seed, self._open_judge = config, seed, judge
+
+    def choose(self, arm: Arm) -> list[Sample]:
+        """The conversations of an arm. Raises UserError if the pool has too few."""
+        (mix,) = (mix for mix in self._config.mixes if mix.name == arm.mix)
+        shares = mix.shares(sorted({s.category for s in self._pile}))
+        if arm.selection == "random":
+            chosen = self._at_random(shares, arm.size)
+            wanted = sum(_rooms(shares, arm.size).values())
+        else:
+            chosen = self._best(shares, arm.size)
+            wanted = arm.size
+        if len(chosen) < wanted:
+            text = ", ".join(f"{c} {share:.0%}" for c, share in shares.items())
+            raise UserError(
+                f"the pool gives {len(chosen)} conversations where {wanted} are wanted with shares "
+                f"{text}; give more (sft.paths, sft.made), or smaller sizes"
+            )
+        return chosen
+
+    def _at_random(self, shares: dict[str, float], size: int) -> list[Sample]:
+        room = _rooms(shares, size)
+        taken: collections.Counter[str] = collections.Counter()
+        chosen = []
+        for sample in random.Random(f"{self._seed} random").sample(self._pile, len(self._pile)):
+            if taken[sample.category] < room.get(sample.category, 0):
+                taken[sample.category] += 1
+                chosen.append(sample)
+        return chosen
+
+    def _best(self, shares: dict[str, float], size: int) -> list[Sample]:
+        quotas = tuple(selection.Quota(c, share) for c, share in shares.items())
+        # The filters ran already.
+        settings = dataclasses.replace(
+            self._config.selection, size=size, quotas=quotas, near=2.0, verify=False, worst_loss=0.0
+        )
+        return self._select(self._filtered, settings)
+
+    @functools.cached_property
+    def _filtered(self) -> list[Sample]:
+        """What the filters leave of the pile: the costly part, the same for all arms."""
+        settings = dataclasses.replace(self._config.selection, size=len(self._pile))
+        return self._select(self._pile, settings)
+
+    def _select(
+        self, samples: Sequence[Sample], settings: selection.SelectionConfig
+    ) -> list[Sample]:
+        losses, unprompted = self._judged
+        _, held_out = self._sides
+        settings = dataclasses.replace(settings, seed=self._seed)
+        return selection.select(samples, settings, held_out, losses, unprompted).chosen
+
+    @functools.cached_property
+    def _judged(self) -> tuple[Losses, Losses]:
+        """The judge's losses with and without the questions."""
+        model = self._open_judge()
+        return Losses(model.losses), Losses(model.unprompted)
+
+    @functools.cached_property
+    def _sides(self) -> tuple[list[Sample], list[Sample]]:
+        return sides(dataclasses.replace(self._config.sft, seed=self._seed))
+
+    @functools.cached_property
+    def _pile(self) -> list[Sample]:
+        good, _ = self._sides
+        return synthetic.spoil(good, self._seed, self._config.defects)
+
+
+def _rooms(shares: dict[str, float], size: int) -> dict[str, int]:
+    """Conversations of each category."""
+    return {category: round(size * share) for category, share in shares.items()}
+
+
+class Bench:
+    """What all arms share: the base, its data, the samples to score, the folder, the results."""
+
+    def __init__(self, config: LessIsMoreConfig, workdir: str):
+        """Raises UserError if base, config or pool do not fit."""
+        self.config, self.root = config, pathlib.Path(workdir)
+        self.base = fine_tune.open_base(config.sft)
+        self.corpus = data.open_corpus(self.base.data)
+        good, self.held_out = sides(config.sft)
+        for mix in config.mixes:
+            mix.check({s.category for s in good})
+        self.trials = Trials(self.root / "arms.jsonl")
+        decides = mapping.to_dict(config)
+        del decides["seeds"], decides["known"]
+        del decides["sft"]["checkpoint"], decides["sft"]["mesh"]
+        self.key = mapping.digest({"config": decides, "corpus": self.corpus.fingerprint})
+
+    def row(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The stored row of this name; computed if there is none."""
+        return self.trials.result({"key": self.key, "name": name}, compute)
+
+    def folder(self, arm: Arm) -> pathlib.Path:
+        return self.root / "arms" / arm.name
+
+    def model_of(self, arm: Arm) -> ChatModel:
+        """The model of a finished arm."""
+        return self.chat_model(open_model(str(self.folder(arm)), self.config.sft.name))
+
+    def chat_model(self, model: OpenedModel) -> ChatModel:
+        settings = self.config.sft
+        return ChatModel(model, settings.template, settings.max_new_tokens, batch_size=64)
+
+    def score(self, model: ChatModel) -> dict[str, Any]:
+        scored = scoring.score(self.held_out, model.losses, model.answer)
+        return {"scores": scoring.flat(scoring.summarise(scored))}
+
+    def score_base(self) -> dict[str, Any]:
+        return self.score(self.chat_model(self.base.model))
+
+    def train_and_score(self, arm: Arm, pool: Pool) -> dict[str, Any]:
+        """The fields of an arm's row."""
+        sft, samples = self.config.sft, pool.choose(arm)
+        share = arm.size / self.config.sizes[-1] if arm.budget == "epochs" else 1.0
+        steps = max(round(sft.steps * share), 1)
+        settings = dataclasses.replace(sft, steps=steps, seed=arm.seed)
+        compiled = self.root / "compiled"
+        stage = fine_tune.run(settings, str(self.folder(arm)), samples, self.corpus, compiled).stage
+        return {
+            **dataclasses.asdict(arm), "steps": steps, "chosen": chats.fingerprint(samples),
+            "params_digest": stage["params_digest"], "bpb": stage["eval"],
+            **self.score(self.model_of(arm)),
+        }  # fmt: skip
+
+
+def run(config: LessIsMoreConfig, workdir: str) -> list[dict[str, Any]]:
+    """Runs what is left of the grid.
+
+    Returns:
+      The rows: the base's, then the arms'. A row has name and scores (category -> metric -> value);
+      an arm's also the arm's fields, steps, chosen (a digest of the conversations), params_digest
+      and bpb (of the base's data).
 
     Raises:
       UserError: base, config or pool do not fit.
-      RunStopped: a signal came; the same call goes on from there.
+      RunStopped: a signal came; the same call resumes.
     """
-    root = pathlib.Path(workdir)
-    arms = root / "arms"
-    base = fine_tune.open_base(config.sft)
-    corpus = data.open_corpus(base.data)
-    good, held_out = _sides(config.sft)
-    for mix in config.mixes:
-        mix.check({s.category for s in good})
-    file = MetricsFile(root / "arms.jsonl")
-    about = mapping.to_dict(config)  # what decides an arm's row
-    del about["seeds"], about["known"], about["sft"]["checkpoint"], about["sft"]["mesh"]
-    key = mapping.digest({"config": about, "corpus": corpus.fingerprint})
-
-    def chat(model: OpenedModel) -> ChatModel:
-        settings = config.sft
-        return ChatModel(model, settings.template, settings.max_new_tokens, batch_size=64)
-
-    def opened(path: pathlib.Path) -> OpenedModel:
-        return open_model(str(path), config.sft.name)
-
-    def scores(opened: OpenedModel) -> dict[str, dict[str, float]]:
-        model = chat(opened)
-        scored = scoring.score(held_out, model.losses, model.answer)
-        return scoring.flat(scoring.summarise(scored))
-
-    def row(name: str) -> dict[str, Any] | None:
-        return next((r for r in file.rows("arm") if (r["key"], r["name"]) == (key, name)), None)
-
-    def keep(name: str, step: int, **values: Any) -> dict[str, Any]:
-        root.mkdir(parents=True, exist_ok=True)
-        file.append("arm", step, key=key, name=name, **values)
-        return file.rows("arm")[-1]
-
-    found = [row("base") or keep("base", 0, scores=scores(base.model))]
-    seed: _Seed | None = None
-    for arm in arms_of(config):
-        done = row(arm.name)
-        if done is None:
-            if seed is None or seed.seed != arm.seed:
-                path = arms / arms_of(config)[0].at(arm.seed).name
-                seed = _Seed(config, arm.seed, lambda path=path: chat(opened(path)))  # type: ignore[misc]
-            samples = seed.choose(arm)
-            share = arm.size / config.sizes[-1] if arm.budget == "epochs" else 1.0
-            steps = max(round(config.sft.steps * share), 1)
-            settings = dataclasses.replace(config.sft, steps=steps, seed=arm.seed)
-            folder = str(arms / arm.name)
-            stage = fine_tune.run(settings, folder, samples, corpus, root / "compiled").stage
-            done = keep(
-                arm.name, steps, **dataclasses.asdict(arm), steps=steps,
-                chosen=chats.fingerprint(samples), params_digest=stage["params_digest"],
-                bpb=stage["eval"], scores=scores(opened(arms / arm.name)),
-            )  # fmt: skip
-        found.append(done)
-    return found
+    bench = Bench(config, workdir)
+    rows = [bench.row("base", bench.score_base)]
+    for seed, of_seed in itertools.groupby(arms_of(config), key=lambda arm: arm.seed):
+        arms = list(of_seed)
+        pool = Pool(config, seed, functools.partial(bench.model_of, arms[0]))
+        for arm in arms:
+            rows.append(bench.row(arm.name, functools.partial(bench.train_and_score, arm, pool)))
+    return rows

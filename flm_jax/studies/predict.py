@@ -7,12 +7,14 @@ Mu-scaling fits the first to losses of narrow models at an equal step and predic
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 from collections.abc import Sequence
 
 import numpy as np
 from scipy import optimize
 
 from flm_jax.errors import UserError
+from flm_jax.runtime.figures import ACCENT, GUIDE, LINE, clean, plt, save
 
 Numbers = Sequence[float] | np.ndarray
 
@@ -143,3 +145,32 @@ def fit_two(params: Sequence[float], tokens: Sequence[float], loss: Sequence[flo
         float(e), float(a * units[0] ** alpha), float(alpha), float(b * units[1] ** beta),
         float(beta),
     )  # fmt: skip
+
+
+def draw(
+    x: Sequence[float],
+    loss: Sequence[float],
+    law: PowerLaw,
+    predicted: Sequence[dict[str, float]],
+    measured: Sequence[float],
+    path: pathlib.Path,
+) -> None:
+    """Draws the fitted points, the curve, predictions with intervals, and later measurements."""
+    figure, panel = plt.subplots(figsize=(5.4, 3.6))
+    highest = max([*x, *(p["x"] for p in predicted)])
+    xs = np.geomspace(min(x), highest, 100)
+    panel.plot(xs, law(xs), color=GUIDE, label=f"{law.a:.3g} x^{law.b:.3f} + {law.c:.3f}")
+    panel.plot(x, loss, "o", color=LINE, label="fitted on")
+    for n, p in enumerate(predicted):
+        panel.errorbar(
+            p["x"], p["predicted"], [[p["predicted"] - p["low"]], [p["high"] - p["predicted"]]],
+            color=GUIDE, marker="_", capsize=4, label="predicted" if n == 0 else None,
+        )  # fmt: skip
+    if measured:
+        at = [p["x"] for p in predicted]
+        panel.plot(at, measured, "x", color=ACCENT, markersize=8, label="measured afterwards")
+    panel.set_xscale("log")
+    panel.set(xlabel="parameters or FLOPs", ylabel="loss")
+    panel.legend(fontsize=8, frameon=False)
+    clean(panel)
+    save(figure, path)

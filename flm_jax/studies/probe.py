@@ -1,7 +1,7 @@
 """Compares growths by trying them: one source, several recipes, the same further FLOPs.
 
-A run of its own for every arm and seed, branched off its seed's source, so that all is resumable
-and each has its lineage, receipt and report.
+Every arm and seed has its own run folder, branched off the seed's source. A run folder resumes by
+itself, so that no other record of what is finished is needed; each has lineage, receipt and report.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def run(config: ProbeConfig, workdir: str) -> list[dict[str, Any]]:
 
     Raises:
       UserError: a config does not fit, before anything runs.
-      RunStopped: a signal came; the same call goes on from there.
+      RunStopped: a signal came; the same call resumes.
     """
     arms = [arm_experiment(config, arm, 0) for arm in config.arms]
     for experiment in arms:

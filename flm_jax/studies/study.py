@@ -1,28 +1,29 @@
-"""Many short trainings from scratch: widths of one model, and trials that are kept on disk."""
+"""Many short trainings from scratch: one model at several widths, and trials kept on disk."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import math
+import os
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from flm_jax import data, mapping
 from flm_jax.config import ExperimentConfig, StageConfig, TransformerConfig
 from flm_jax.errors import UserError
-from flm_jax.growth import Plan
 from flm_jax.inference.evaluation import score
 from flm_jax.params import sharding
 from flm_jax.runtime import host
-from flm_jax.store.files import MetricsFile
+from flm_jax.store.trials import Trials
 from flm_jax.train import optim, schedules
-from flm_jax.train.train_step import TrainState, gradients, init_state
+from flm_jax.train.train_step import TrainState, TrainStep, init_state, make_train_step
 
-LAST = 0.2  # share of the steps whose mean training loss is a trial's
+LAST = 0.2  # share of the steps whose mean training loss is the trial's
 
 
 def widened(
@@ -41,9 +42,25 @@ def widened(
 
 
 class Study:
-    """Trains stages from scratch on one corpus; a trial that is on disk is not run again."""
+    """Trains stages from scratch on one corpus, on one device.
 
-    def __init__(self, experiment: ExperimentConfig, path: Any):
+    Attributes:
+      experiment: what all trainings share: data, optimizer, schedule, evaluation, seed.
+      corpus: the opened data.
+      mesh: the device.
+      trials: finished trials, which are not run again.
+    """
+
+    def __init__(self, experiment: ExperimentConfig, path: str | os.PathLike[str]):
+        """Opens the data.
+
+        Args:
+          experiment: the stages to train, and what they share.
+          path: file of the finished trials.
+
+        Raises:
+          UserError: the data cannot be opened, or has more tokens than a model.
+        """
         host.keep_freed()
         if experiment.quick_compile:
             host.compile_quickly()
@@ -56,7 +73,7 @@ class Study:
                 f"{self.corpus.vocab_size} tokens; set vocab_size to that or more"
             )
         self.mesh = sharding.one_device()
-        self.file = MetricsFile(path)
+        self.trials = Trials(path)
 
     @functools.cached_property
     def validation(self) -> list[dict[str, np.ndarray]]:
@@ -65,71 +82,77 @@ class Study:
 
     def batches(self, stage: StageConfig, seed: int) -> Any:
         """The training stream of a seed."""
-        about = dataclasses.replace(self.corpus.config, seed=self.experiment.data.seed + seed)
-        return self.corpus.with_length(about).train(stage.batch_size)
+        config = dataclasses.replace(self.corpus.config, seed=self.experiment.data.seed + seed)
+        return self.corpus.with_length(config).train(stage.batch_size)
 
     def trial(self, stage: StageConfig, seed: int = 0, rate: float = 1.0) -> dict[str, Any]:
-        """A row with train_loss (nats per token) and bpb, both None if the loss diverged.
+        """Trains a stage from scratch, unless that is done already.
 
         Args:
-          stage: what to train, from scratch.
+          stage: what to train.
           seed: of initial parameters and data.
-          rate: what both learning rates are multiplied by; compiled once for all.
+          rate: factor on both learning rates. One compiled step serves all rates.
+
+        Returns:
+          The trial's row, with train_loss (nats per token) and bpb (validation bits per byte).
+          Both are None if the loss diverged.
         """
         shared = mapping.to_dict(self.experiment)
-        about = {
+        decides = {
             "stage": mapping.to_dict(stage), "seed": seed, "rate": rate,
             "fingerprint": self.corpus.fingerprint,
             **{key: shared[key] for key in ("data", "optimizer", "schedule", "eval", "seed")},
             "trial_seed": seed,
         }  # fmt: skip
-        key = mapping.digest(about)
-        for row in self.file.rows("trial"):
-            if row["key"] == key:
-                return row
-        result = self._train(stage, seed, rate)
-        self.file.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file.append(
-            "trial", stage.steps, key=key, name=stage.name, width=stage.model.d_model,
-            parametrisation=stage.model.parametrisation, seed=seed, rate=rate, **result,
-        )  # fmt: skip
-        return self.file.rows("trial")[-1]
+        about = {
+            "name": stage.name, "width": stage.model.d_model,
+            "parametrisation": stage.model.parametrisation, "seed": seed, "rate": rate,
+        }  # fmt: skip
+        return self.trials.result(
+            {"key": mapping.digest(decides)}, lambda: {**about, **self._train(stage, seed, rate)}
+        )
 
-    def start(self, stage: StageConfig, seed: int) -> TrainState:
-        tx = optim.optimizer(stage, self.experiment.optimizer, schedules.steady)
-        key = jax.random.fold_in(jax.random.key(self.experiment.seed), seed)
-        return init_state(stage.model, tx, key)
+    def optimizer(
+        self, stage: StageConfig, grown_at: int | None = None
+    ) -> optax.GradientTransformation:
+        """The stage's optimizer, on the experiment's schedule.
 
-    @functools.lru_cache(maxsize=2)  # noqa: B019  (the compiled step of the stage at work)
-    def step(
-        self, stage: StageConfig, plan: Plan | None = None, grown_at: int | None = None
-    ) -> Any:
-        """`step(state, batch, rate, mask=None) -> (state, loss, updates)`; the state is donated."""
-        schedule = self.experiment.schedule
+        Its state holds `rate`, a factor on the learning rates: one compiled step serves all rates.
+
+        Args:
+          stage: its model, its learning rates and its growth.
+          grown_at: see `optim.optimizer`.
+        """
+        settings, schedule = self.experiment.optimizer, self.experiment.schedule
         shape = schedules.schedule_shape(schedule, schedule.total_steps or stage.steps)
 
-        def step(
-            state: TrainState,
-            batch: dict[str, jax.Array],
-            rate: jax.Array,
-            mask: jax.Array | None = None,
-        ) -> tuple[TrainState, jax.Array, Any]:
-            settings = self.experiment.optimizer
-            tx = optim.optimizer(stage, settings, lambda n: rate * shape(n), grown_at)
-            masks = None if plan is None or mask is None else plan.masks(mask)
-            loss, grads, _ = gradients(state.params, batch, stage.model, masks)
-            updates, opt_state = tx.update(grads, state.opt_state, state.params)
-            params = jax.tree.map(jnp.add, state.params, updates)
-            return TrainState(state.step + 1, params, opt_state), loss, updates
+        def with_rate(rate: jax.Array) -> optax.GradientTransformation:
+            return optim.optimizer(stage, settings, lambda step: rate * shape(step), grown_at)
 
-        return jax.jit(step, donate_argnums=0)
+        return optax.inject_hyperparams(with_rate)(rate=1.0)
+
+    def start(
+        self, stage: StageConfig, seed: int, tx: optax.GradientTransformation, rate: float = 1.0
+    ) -> TrainState:
+        """A fresh train state; `tx` is from `optimizer`, `rate` the factor in its state."""
+        key = jax.random.fold_in(jax.random.key(self.experiment.seed), seed)
+        state: TrainState = init_state(stage.model, tx, key)
+        opt_state = optax.tree.set(state.opt_state, rate=jnp.float32(rate))
+        return dataclasses.replace(state, opt_state=opt_state)
+
+    @functools.lru_cache(maxsize=1)  # noqa: B019  (the stage being trained)
+    def compiled(self, stage: StageConfig) -> tuple[optax.GradientTransformation, TrainStep]:
+        """The stage's optimizer, and its train step, which is compiled once for all seeds."""
+        tx = self.optimizer(stage)
+        return tx, make_train_step(stage, tx, self.mesh)
 
     def _train(self, stage: StageConfig, seed: int, rate: float) -> dict[str, Any]:
-        state, batches, step = self.start(stage, seed), self.batches(stage, seed), self.step(stage)
+        tx, step = self.compiled(stage)
+        state, batches = self.start(stage, seed, tx, rate), self.batches(stage, seed)
         losses = []
         for _ in range(stage.steps):
-            state, loss, _ = step(state, next(batches), np.float32(rate))
-            losses.append(loss)
+            state, metrics = step(state, next(batches))
+            losses.append(metrics["loss"])
         train_loss = float(np.mean(jax.device_get(losses[-math.ceil(LAST * stage.steps) :])))
         if not math.isfinite(train_loss):
             return {"train_loss": None, "bpb": None}

@@ -43,7 +43,7 @@ class TrainState:
 
 Batch = dict[str, jax.Array]
 MasksAt = Callable[[jax.Array], dict[str, jax.Array]]  # mask value -> run-time masks by axis
-TrainStep = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+TrainStep = Callable[..., tuple[TrainState, dict[str, Any]]]  # see `make_train_step`
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -136,22 +136,35 @@ def make_train_step(
     mesh: Mesh,
     masks_at: MasksAt | None = None,
     rules: RulesConfig = sharding.RULES,
+    measure: Callable[[Any], dict[str, Any]] | None = None,
 ) -> TrainStep:
-    """`step(state, batch, mask_value=None) -> (state, metrics)`, jitted; the state is donated.
+    """Makes the jitted `step(state, batch, mask_value=None) -> (state, metrics)`.
 
-    With a mask value (a traced scalar) the run-time masks `masks_at(value)` are on; without, it is
-    the plain step. These two are all that is ever compiled. Metrics: loss (nats per token),
-    grad_norm, tokens.
+    The state is donated. With a mask value (a traced scalar) the run-time masks are on; without
+    one it is the plain step. These two are all that is ever compiled.
+
+    Args:
+      stage: its model, and how many microbatches to accumulate.
+      tx: the optimizer.
+      mesh: where to compute.
+      masks_at: run-time masks by axis at a mask value; None: there are none.
+      rules: where the state lies on the mesh.
+      measure: further metrics, from the step's updates of the parameters (nested dicts like them).
+
+    Returns:
+      The step. Metrics: loss (nats per token), grad_norm, tokens, and those of `measure`.
     """
 
     def step(
         state: TrainState, batch: Batch, mask_value: jax.Array | None = None
-    ) -> tuple[TrainState, dict[str, jax.Array]]:
+    ) -> tuple[TrainState, dict[str, Any]]:
         masks = None if mask_value is None or masks_at is None else masks_at(mask_value)
         loss, grads, tokens = gradients(state.params, batch, stage.model, masks, stage.accumulate)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "tokens": tokens}
+        if measure is not None:
+            metrics |= measure(updates)
         return TrainState(state.step + 1, params, opt_state), metrics
 
     placed = state_shardings(stage.model, abstract_state(stage.model, tx), Layout(mesh, rules))

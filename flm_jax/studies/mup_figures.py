@@ -1,20 +1,18 @@
-"""Figures of the µP studies."""
+"""Figures of the µP studies (`mup.py`)."""
 
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from flm_jax.runtime.figures import ACCENT, GUIDE, LINE, clean, plt, save
-from flm_jax.studies.predict import PowerLaw
 
 _NAMES = {"mup": "µP", "sp": "standard"}
 
 
-def coordinates(found: dict[str, Any], path: pathlib.Path) -> None:
+def draw_coordinates(found: dict[str, Any], path: pathlib.Path) -> None:
     """Size of each activation's change after the last step, against the width."""
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True)
     for panel, (parametrisation, result) in zip(panels, found.items(), strict=True):
@@ -37,7 +35,7 @@ def coordinates(found: dict[str, Any], path: pathlib.Path) -> None:
     save(figure, path)
 
 
-def sweep(found: dict[str, Any], path: pathlib.Path) -> None:
+def draw_sweep(found: dict[str, Any], path: pathlib.Path) -> None:
     """Validation bits per byte against each hyper-parameter, a line for every width."""
     panels_of = [(p, name) for p, names in found.items() for name in names]
     figure, panels = plt.subplots(
@@ -60,7 +58,7 @@ def sweep(found: dict[str, Any], path: pathlib.Path) -> None:
     save(figure, path)
 
 
-def through_growth(found: dict[str, Any], path: pathlib.Path) -> None:
+def draw_growth(found: dict[str, Any], path: pathlib.Path) -> None:
     """Sizes of updates by role from the growth on, against a model of the target's width."""
     reference = found["reference"]
     figure, panels = plt.subplots(
@@ -80,33 +78,4 @@ def through_growth(found: dict[str, Any], path: pathlib.Path) -> None:
         clean(panel)
     panels[0].set_ylabel("root mean square of updates")
     panels[-1].legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    save(figure, path)
-
-
-def prediction(
-    x: Sequence[float],
-    loss: Sequence[float],
-    law: PowerLaw,
-    predicted: Sequence[dict[str, float]],
-    measured: Sequence[float],
-    path: pathlib.Path,
-) -> None:
-    """The fitted points, the curve, predictions with intervals, and what was then measured."""
-    figure, panel = plt.subplots(figsize=(5.4, 3.6))
-    highest = max([*x, *(p["x"] for p in predicted)])
-    xs = np.geomspace(min(x), highest, 100)
-    panel.plot(xs, law(xs), color=GUIDE, label=f"{law.a:.3g} x^{law.b:.3f} + {law.c:.3f}")
-    panel.plot(x, loss, "o", color=LINE, label="fitted on")
-    for n, p in enumerate(predicted):
-        panel.errorbar(
-            p["x"], p["predicted"], [[p["predicted"] - p["low"]], [p["high"] - p["predicted"]]],
-            color=GUIDE, marker="_", capsize=4, label="predicted" if n == 0 else None,
-        )  # fmt: skip
-    if measured:
-        at = [p["x"] for p in predicted]
-        panel.plot(at, measured, "x", color=ACCENT, markersize=8, label="measured afterwards")
-    panel.set_xscale("log")
-    panel.set(xlabel="parameters or FLOPs", ylabel="loss")
-    panel.legend(fontsize=8, frameon=False)
-    clean(panel)
     save(figure, path)

@@ -1,0 +1,78 @@
+"""Results that are computed once: one JSON object a line, found again by what identifies them.
+
+The one way in which results outlive a process where a result is a row: trials of a study, scores
+of a model, what a judge says. (Where a result is a whole run, the run folder is what resumes.)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Row = dict[str, Any]
+
+
+class Trials:
+    """A JSONL file of finished results.
+
+    A result is on disk before `result` returns, so that a kill loses at most what is being
+    computed. A line that is not a JSON object (the kill came while it was written) is ignored, and
+    its result is computed again. Threads may share an instance; processes may not share a file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = pathlib.Path(path)
+        self._lock = threading.Lock()
+        self._rows: list[Row] = []
+        self._torn = False  # the file ends in the middle of a line
+        if self.path.exists():
+            text = self.path.read_text(encoding="utf-8", errors="replace")
+            self._rows = [row for line in text.split("\n") if (row := _parsed(line)) is not None]
+            self._torn = bool(text) and not text.endswith("\n")
+
+    def find(self, identity: Mapping[str, Any]) -> Row | None:
+        """The result with these values, or None.
+
+        Args:
+          identity: fields that tell the result from all others, as JSON values. One of them is a
+            digest of everything that decides the result (`mapping.digest`).
+        """
+        for row in self._rows:
+            # A failure is on record, and is tried again.
+            if "failure" not in row and all(row.get(k) == v for k, v in identity.items()):
+                return row
+        return None
+
+    def result(self, identity: Mapping[str, Any], compute: Callable[[], Mapping[str, Any]]) -> Row:
+        """The stored result with this identity; computes and stores it if there is none.
+
+        Args:
+          identity: see `find`.
+          compute: returns the result's other fields, as JSON values. A result with a field
+            `failure` is stored too, but computed again at the next call.
+
+        Returns: the row, with the fields of `identity` and of the result.
+        """
+        if (found := self.find(identity)) is not None:
+            return found
+        line = json.dumps({**identity, **compute()})
+        row: Row = json.loads(line)  # as a later call reads it
+        with self._lock:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(f"\n{line}\n" if self._torn else f"{line}\n")
+            self._torn = False
+            self._rows.append(row)
+        return row
+
+
+def _parsed(line: str) -> Row | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
