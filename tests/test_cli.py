@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import cli
+from flm_jax.commands import config_files
 from flm_jax.config import DataConfig, ExperimentConfig, TransformerConfig
 from flm_jax.errors import UserError
 from flm_jax.mapping import differences, from_mapping, to_dict
@@ -17,7 +17,7 @@ from flm_jax.params import axes, counts, trees
 from flm_jax.sft.config import SftConfig
 from flm_jax.studies.config import MupStudyConfig, ProbeConfig
 from flm_jax.studies.less_is_more import LessIsMoreConfig
-from tests.commands import ROOT, json_of, mistake, peak_memory, run
+from tests.commands import ROOT, call, json_of, mistake, peak_memory
 
 CONFIGS = sorted(p for p in (ROOT / "configs").glob("*.py") if p.stem not in ("__init__", "common"))
 DEMO = "--config=configs/demo.py"
@@ -37,13 +37,13 @@ def test_every_config_resolves_and_opens_with_its_command(path):
         load(path, "nonsense")
     if "base" in config or "sft" in config:  # fine-tuning: its model is the base's
         kind = SftConfig if "base" in config else LessIsMoreConfig
-        assert isinstance(cli.dataclass_of(kind, config), kind)
+        assert isinstance(config_files.dataclass_of(kind, config), kind)
         return
     if "experiment" in config:  # a study over an experiment
         kind = ProbeConfig if "arms" in config else MupStudyConfig
-        chain = cli.dataclass_of(kind, config).experiment
+        chain = config_files.dataclass_of(kind, config).experiment
     else:
-        chain = cli.experiment(config)
+        chain = config_files.experiment(config)
     assert isinstance(chain, ExperimentConfig)
     for stage in chain.stages:
         shapes = jax.eval_shape(
@@ -67,7 +67,7 @@ def test_every_config_resolves_and_opens_with_its_command(path):
 )
 def test_describe_counts_the_papers_parameters(name, override, params):
     args = [a for a in (f"--config=configs/tele_flm_{name}.py", override) if a]
-    described = json_of("experiments.describe", *args)
+    described = json_of("describe", *args)
     assert described["params"] == params == sum(described["params_by_component"].values())
     assert described["param_bytes"] == 4 * params
     assert described["optimizer_bytes"] == 8 * params
@@ -75,14 +75,14 @@ def test_describe_counts_the_papers_parameters(name, override, params):
 
 
 def test_describe_allocates_nothing_at_1t():
-    args = ("experiments.describe", "--config=configs/tele_flm_1t.py", "--json")
+    args = ("describe", "--config=configs/tele_flm_1t.py", "--json")
     began = time.monotonic()
     assert peak_memory(*args) < 5e8
     assert time.monotonic() - began < 15
 
 
 def test_describe_lists_a_chain():
-    stages = json_of("experiments.describe", "--config=configs/tele_flm_1t_chain.py")["stages"]
+    stages = json_of("describe", "--config=configs/tele_flm_1t_chain.py")["stages"]
     assert [s["params"] for s in stages] == [
         52_817_829_888, 102_198_487_040, 1_083_735_265_280,
     ]  # fmt: skip
@@ -121,18 +121,18 @@ def test_flops_by_hand():
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line(args, words):
-    line = mistake("experiments.describe", *args)
+    line = mistake("describe", *args)
     assert all(word in line for word in words), line
 
 
 def test_an_error_in_a_config_file_says_where(tmp_path):
     path = tmp_path / "broken.py"
     path.write_text("def get_config(variant=''):\n    return {}['missing']\n")
-    assert f"{path}:2: KeyError: 'missing'" in mistake("experiments.describe", f"--config={path}")
+    assert f"{path}:2: KeyError: 'missing'" in mistake("describe", f"--config={path}")
 
 
 def test_flag_and_value_may_be_two_words():
-    described = json_of("experiments.describe", "--config", "configs/tele_flm_52b.py",
+    described = json_of("describe", "--config", "configs/tele_flm_52b.py",
                         "--config.model.vocab_size", "80384")  # fmt: skip
     assert described["params"] == 52_824_121_344
 
@@ -140,9 +140,13 @@ def test_flag_and_value_may_be_two_words():
 def test_json_keeps_standard_output_to_itself():
     """Even from what other programs and C++ write to the process's standard output."""
     code = (
-        "import os, sys; from experiments import cli; sys.argv = ['x', '--json']\n"
-        "def main(arguments):\n    print('noise'); os.system('echo noise'); return {'a': 1}\n"
-        "cli.run(main, needs_config=False)"
+        "import os, sys, types\n"
+        "from flm_jax.commands import front\n"
+        "from flm_jax.commands.command import Command, NoFlags\n"
+        "def main(call):\n    print('noise'); os.system('echo noise'); return {'a': 1}\n"
+        "noisy = types.SimpleNamespace(COMMAND=Command(main, NoFlags, config='none'))\n"
+        "sys.modules['flm_jax.commands.inspect'] = noisy\n"
+        "sys.exit(front.run(['inspect', '--json']))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
@@ -152,7 +156,7 @@ def test_json_keeps_standard_output_to_itself():
 
 
 def test_help_shows_an_example_and_the_flags():
-    status, out, _ = run("experiments.grow", "--help")
+    status, out, _ = call("train", "--help")
     assert status == 0
     assert "--config=configs/demo.py --workdir=runs/demo" in out and "--workdir" in out
 

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from configs import demo
-from experiments import cli
 from flm_jax import growth, interop
+from flm_jax.commands import config_files
 from flm_jax.config import TransformerConfig
 from flm_jax.errors import UserError
 from flm_jax.interop import names, tensor_files
@@ -527,10 +526,10 @@ def test_a_ramp_is_folded_by_its_step(saved, tmp_path):
 def test_the_command(saved, tmp_path):
     _, folder = saved("grouped")
     run = tmp_path / "run"
-    to_run = ("experiments.convert", f"--source={folder}", f"--target={run}", "--format=flm")
+    to_run = ("convert", f"--source={folder}", f"--target={run}", "--format=flm")
     done = json_of(*to_run)
     assert done["format"] == "flm" and done["gb_per_s"] > 0
-    assert json_of("experiments.inspect", str(run))["stages"][0]["name"] == "imported"
+    assert json_of("inspect", str(run))["stages"][0]["name"] == "imported"
     assert "exists and is not empty" in mistake(*to_run)
     assert "--format is missing" in mistake(*to_run[:3])
     assert "float8" in mistake(*to_run[:2], "--target=x", "--format=llama", "--dtype=float8")
@@ -539,17 +538,17 @@ def test_the_command(saved, tmp_path):
 @pytest.mark.slow
 def test_a_chain_goes_on_from_weights(tmp_path):
     """The first stage's parameters come from a folder, are not trained, and grow."""
-    config = cli.experiment(demo.get_config("smoke"))
+    config = config_files.experiment(config_files.shipped("demo").get_config("smoke"))
     model = config.stages[0].model
     params = random_params(model, 0)
     interop.save_hf(tmp_path / "hf", params, model, "teleflm", vocabulary="bytes")
     workdir = tmp_path / "run"
     command = (
-        "experiments.grow", "--config=configs/demo.py:smoke", f"--workdir={workdir}",
+        "train", "--config=configs/demo.py:smoke", f"--workdir={workdir}",
         f"--config.stages[0].source={tmp_path / 'hf'}", "--config.stages[0].steps=0",
         "--config.stages[1].steps=8", "--config.stages[2].steps=8",
     )  # fmt: skip
-    wrong = mistake(*command, "--config.stages[0].model.d_ff=88")
+    wrong = mistake(*command, "--config.stages[0].model.d_ff=88", by=run)
     assert f"model.d_ff is 88, but source {tmp_path / 'hf'} has 84" in wrong
     assert "does not exist" not in wrong and not any(workdir.iterdir())
     status, _, err = run(*command)
@@ -561,7 +560,7 @@ def test_a_chain_goes_on_from_weights(tmp_path):
     assert abs(first["eval"]["bpb_end"] - second["eval"]["bpb_start"]) < 1e-4
     # A grown stage goes out, with the bytes' tokenizer.
     json_of(
-        "experiments.convert", f"--source={workdir}", f"--target={tmp_path / 'out'}",
+        "convert", f"--source={workdir}", f"--target={tmp_path / 'out'}",
         "--format=granite", "--stage=medium",
     )  # fmt: skip
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")

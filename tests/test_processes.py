@@ -23,11 +23,11 @@ from flm_jax.runtime import processes
 from flm_jax.store.checkpoint import params_digest
 from flm_jax.store.lineage import identity
 from flm_jax.train.train_step import init_state
-from tests.commands import mistake, start
+from tests.commands import mistake, run, start
 from tests.models import grow
 from tests.test_train import BIG, MODEL, optimizer, stage_of
 
-CHAIN = ("experiments.grow", "--config=tests/tiny_chain.py")
+CHAIN = ("train", "--config=tests/tiny_chain.py")
 MESHES = [MeshConfig(8, 1, 1), MeshConfig(2, 2, 2), MeshConfig(1, 4, 2), MeshConfig(1, 1, 8)]
 
 
@@ -229,7 +229,7 @@ def test_two_processes_killed_stopped_and_resumed_train_as_one(alone, tmp_path):
     assert status == 1
     assert "process 0 of 2: another process was lost; start all of them again" in lines[-1]
     # None of ours; orbax logs one of its own where the kill falls into a save.
-    assert not any("experiments/grow.py" in line for line in lines)
+    assert not any("flm_jax/commands" in line for line in lines)
 
     started = start_two(*CHAIN, f"--workdir={workdir}")
     wait_for("stages/0-small/checkpoints/6", workdir, started)
@@ -282,10 +282,10 @@ def test_mistakes_of_a_group(tmp_path):
     new = tmp_path / "new"
     port = free_port()
     args = (*CHAIN, f"--workdir={new}", "--processes=2", f"--coordinator=localhost:{port}")
-    line = mistake(*args, "--process=1", "--join_within=2")
+    line = mistake(*args, "--process=1", "--join_within=2", by=run)
     assert "process 0 did not answer within 2 s" in line
     with contextlib.closing(socket.create_server(("", port))):
-        assert f"cannot listen on port {port}" in mistake(*args, "--process=0")
+        assert f"cannot listen on port {port}" in mistake(*args, "--process=0", by=run)
     assert not new.exists()
 
     (tmp_path / "thesis.tex").write_text("x")

@@ -1,0 +1,48 @@
+r"""Tokens per second of generation, with the key/value cache and without, in one run.
+
+  flm benchmark generate --config=configs/demo.py
+  flm benchmark generate --config=configs/bench_110m.py --batch=8 --json
+
+Random weights of a config's last stage (--stage=0: its first): how fast it is does not depend on
+them. Steps of both kinds are timed in turns, so that their ratio holds on a shared machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from flm_jax.commands import config_files
+from flm_jax.commands.command import Call, Command, flag
+from flm_jax.errors import UserError
+from flm_jax.studies import generation_speed
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """The command's own flags."""
+
+    stage: int = flag(-1, "Which stage of a chain; -1: the last.", lower=-1)
+    batch: int = flag(1, "Texts at once.", lower=1)
+    prompt_tokens: int = flag(128, "Tokens of a prompt.", lower=1)
+    new_tokens: int = flag(64, "Timed steps.", lower=1)
+
+
+def main(call: Call[Flags]) -> dict[str, Any]:
+    stages = config_files.experiment(call.config).stages
+    if call.flags.stage >= len(stages):
+        raise UserError(f"--stage={call.flags.stage}: the config has stages 0 to {len(stages) - 1}")
+    model = stages[call.flags.stage].model
+    result = generation_speed.measure(
+        model, call.flags.batch, call.flags.prompt_tokens, call.flags.new_tokens
+    )
+    call.console().print(
+        f"{result['params']:,} parameters, batch {result['batch']}: "
+        f"{result['cached_tokens_per_s']:.1f} tokens/s with the cache, "
+        f"{result['uncached_tokens_per_s']:.1f} without ({result['ratio']:.1f} x), prompt "
+        f"{result['prefill_tokens_per_s']:.0f} tokens/s"
+    )
+    return result
+
+
+COMMAND = Command(main, Flags)

@@ -1,0 +1,51 @@
+"""Times the train step of a config: compile time, median step, tokens/s, share of matmul peak.
+
+  flm benchmark step --config=configs/bench_34m.py
+  flm benchmark step --config=configs/demo.py --stage=2 --json
+
+The plain and the masked step run in turns in one process, so that their ratio holds on a machine
+that others use too. `--trace=DIR` writes a profile for TensorBoard or Perfetto.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from typing import Any
+
+import jax
+import rich.table
+
+from flm_jax.commands import config_files
+from flm_jax.commands.command import Call, Command, flag
+from flm_jax.errors import UserError
+from flm_jax.studies import speed
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """The command's own flags."""
+
+    stage: int = flag(0, "Which stage of a chain.", lower=0)
+    steps: int = flag(5, "Timed steps of each variant.", lower=1)
+    trace: str = flag("", "Folder for a profile of the timed steps.")
+
+
+def main(call: Call[Flags]) -> dict[str, Any]:
+    chain = config_files.experiment(call.config)
+    if call.flags.stage >= len(chain.stages):
+        raise UserError(
+            f"--stage={call.flags.stage}: the config has stages 0 to {len(chain.stages) - 1}"
+        )
+    tracing = jax.profiler.trace(call.flags.trace) if call.flags.trace else contextlib.nullcontext()
+    with tracing:
+        result = speed.measure(chain, call.flags.stage, call.flags.steps)
+    table = rich.table.Table("", "plain", "masked")
+    for key, masked in result["masked"].items():
+        table.add_row(key, f"{result[key]:.4g}", f"{masked:.4g}")
+    note = f"{result['devices']} x {result['device']}; masks cost {result['mask_overhead']:+.1%}"
+    call.console().print(table, note, sep="\n")
+    return result
+
+
+COMMAND = Command(main, Flags)

@@ -1,0 +1,1 @@
+"""Growth: check operators, compare them by training, draw them, grow a checkpoint on disk."""

@@ -1,0 +1,1 @@
+"""Chat samples: make them, select a small set of them."""
