@@ -1,5 +1,7 @@
 """The commands' front, and what needs no training: describe, configs, mistakes."""
 
+import pathlib
+import runpy
 import subprocess
 import sys
 import time
@@ -8,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from flm_jax.commands import config_files
+from flm_jax.commands import config_files, front
+from flm_jax.commands.command import Command, NoFlags
 from flm_jax.config import DataConfig, ExperimentConfig, TransformerConfig
 from flm_jax.errors import UserError
 from flm_jax.mapping import differences, from_mapping, to_dict
@@ -20,6 +23,7 @@ from flm_jax.studies.less_is_more import LessIsMoreConfig
 from tests.commands import ROOT, call, json_of, mistake, peak_memory
 
 CONFIGS = sorted(p for p in (ROOT / "configs").glob("*.py") if p.stem not in ("__init__", "common"))
+FRONTS = sorted(p for p in (ROOT / "experiments").glob("*.py") if p.stem != "__init__")
 DEMO = "--config=configs/demo.py"
 
 
@@ -159,6 +163,96 @@ def test_help_shows_an_example_and_the_flags():
     status, out, _ = call("train", "--help")
     assert status == 0
     assert "--config=configs/demo.py --workdir=runs/demo" in out and "--workdir" in out
+    assert "--[no]distributed" in out and "--config" in out
+
+
+def test_help_lists_every_command_with_its_first_line():
+    status, out, _ = call("--help")
+    lines = [line.split("  ") for line in out.splitlines()]
+    listed = {words[1]: words[-1].strip() for words in lines if len(words) > 2}
+    assert status == 0 and set(front.COMMANDS) <= set(listed)
+    assert all(listed[name].endswith((".", "?", "report.")) for name in front.COMMANDS)
+    status, out, _ = call("growth", "--help")
+    assert status == 0 and "growth checkpoint" in out and "mup" not in out
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("trian",), ("no command 'trian'", "did you mean 'train'?", "flm --help")),
+        (("growth", "chek"), ("no 'chek'", "did you mean 'check'?", "checkpoint")),
+        (("growth", "--list"), ("needs a subcommand", "check, checkpoint, probe, draw")),
+        ((), ("give a command", "flm --help")),
+        (("inspect",), ("give 1: flm inspect DIR",)),
+        (("inspect", "a", "b"), ("got 2 arguments",)),
+        (("growth", "check", "--config=configs/demo.py"), ("config",)),
+    ],
+)
+def test_a_wrong_command_is_one_line(args, words):
+    line = mistake(*args)
+    assert line.startswith("flm") and all(word in line for word in words), line
+
+
+@pytest.mark.parametrize("path", FRONTS, ids=lambda p: p.stem)
+def test_every_module_of_experiments_is_a_command(path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(path), "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(f"experiments.{path.stem}", run_name="__main__")
+    assert ended.value.code == 0
+    assert "  flm " in capsys.readouterr().out or path.stem in front.GROUPS
+
+
+def test_every_command_is_a_module_of_experiments_too():
+    words = {name.split()[0] for name in front.COMMANDS}
+    assert words <= {path.stem for path in FRONTS}
+
+
+def test_benchmark_without_a_subcommand_is_the_old_benchmark(monkeypatch, capsys):
+    """The old name became a group: both ways to call it work."""
+    for given in (["--help"], ["step", "--help"]):
+        monkeypatch.setattr(sys, "argv", ["benchmark", *given])
+        with pytest.raises(SystemExit):
+            runpy.run_module("experiments.benchmark", run_name="__main__")
+        assert "flm benchmark step --config" in capsys.readouterr().out
+
+
+def test_calls_share_nothing():
+    """A flag or an override of one call is not there in the next, nor in another command."""
+    override = (DEMO, "--config.stages[0].model.d_ff=400", "--mup")
+    one = json_of("describe", *override)
+    assert "parameters" in one["stages"][0]
+    two = json_of("describe", DEMO)
+    assert "parameters" not in two["stages"][0]
+    assert two["stages"][0]["params_by_component"]["mlp"] == 4 * 3 * 128 * 336
+    assert "Unknown command line flag 'mup'" in mistake("growth", "check", "--mup")
+
+
+def test_a_local_config_comes_before_a_shipped_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for given in ("configs/demo.py", "demo.py", "demo"):
+        assert config_files.find(given) == ROOT / "configs/demo.py"
+    (tmp_path / "demo.py").write_text("")
+    assert config_files.find("demo.py") == pathlib.Path("demo.py")
+    for given in ("elsewhere/demo.py", "demo.txt", "configs/__init__.py", "nope"):
+        with pytest.raises(UserError, match=r"no such file.*tele_flm_52b"):
+            config_files.find(given)
+
+
+def test_a_config_of_another_folder_uses_shipped_ones_and_dataclasses(tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text(
+        "from __future__ import annotations\n"
+        "import dataclasses\n"
+        "from flm_jax.commands import config_files\n"
+        "@dataclasses.dataclass\n"
+        "class Size:\n    layers: int = 2\n"
+        "def get_config(variant=''):\n"
+        "    config = config_files.shipped('tele_flm_proxy').get_config()\n"
+        "    config.model.num_layers = Size().layers\n"
+        "    return config\n"
+    )
+    described = json_of("describe", f"--config={path}")
+    assert 0 < described["params"] < 281_215_488
 
 
 def test_config_files_are_checked_field_by_field():
@@ -179,3 +273,15 @@ def test_differences_name_the_field_and_both_values():
         "config.a.b: 1 -> 2",
         "config.a.c[1]: 2 -> 3",
     ]
+
+
+def test_a_command_names_its_flag_where_the_library_names_an_argument():
+    command = Command(lambda call: {}, NoFlags)
+    for error, line in [
+        (UserError("workdir=x: no", argument="workdir"), "--workdir=x: no"),
+        (UserError("x is not empty", argument="workdir"), "--workdir: x is not empty"),
+        (UserError("workdirs: no", argument="workdir"), "--workdir: workdirs: no"),
+        (UserError("memory is 3", argument="memory"), "memory is 3"),  # no such flag
+        (UserError("x"), "x"),
+    ]:
+        assert command.line(error) == line

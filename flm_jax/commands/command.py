@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -137,6 +138,17 @@ class Command(Generic[F]):
         workdir = (values["workdir"].value if "workdir" in values else None) or ""
         self._check(name, own, arguments, workdir)
         return Call(own, config, workdir, bool(values["json"].value), tuple(arguments), tuple(argv))
+
+    def line(self, error: UserError) -> str:
+        """The error's message, with the command's flag where the library names an argument."""
+        own = {field.name for field, _ in _fields(self.flags)}
+        shared = {"config", "workdir"} if self.config != "none" else set()
+        message, name = str(error), error.argument
+        if name not in own | shared:
+            return message
+        if re.match(rf"{name}\b", message):
+            return f"--{message}"
+        return f"--{name}: {message}"
 
     def help(self) -> str:
         """The flags as --help lists them."""

@@ -1,7 +1,7 @@
 """Converts weights: Hugging Face's Llama, TeleFLM and Granite, and runs of this library.
 
-flm convert --source=llama/ --target=runs/llama --format=flm
-flm convert --source=runs/demo --target=demo_hf --format=granite --dtype=bfloat16
+  flm convert --source=llama/ --target=runs/llama --format=flm
+  flm convert --source=runs/demo --target=demo_hf --format=granite --dtype=bfloat16
 
 --source is a folder of Hugging Face files, a run's folder, or a checkpoint inside one
 (runs/demo/stages/1-medium/checkpoints/1300). --target must not exist: it appears when all is

@@ -75,12 +75,13 @@ def _run_command(name: str, argv: Sequence[str]) -> int:
         return 0
     logging.set_verbosity(logging.WARNING)
     call = command.parse(name, argv)
-    if call.json:
-        with _only_on_stderr():
+    try:
+        with _only_on_stderr() if call.json else contextlib.nullcontext():
             result = command.main(call)
+    except UserError as error:
+        return _failed(name, 2, command.line(error))
+    if call.json:
         print(json.dumps(result))
-    else:
-        result = command.main(call)
     if command.gate and (failure := command.gate.failure(result)):
         return _failed(name, command.gate.status, failure)
     return 0
