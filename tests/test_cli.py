@@ -276,7 +276,7 @@ def test_differences_name_the_field_and_both_values():
 
 
 def test_a_command_names_its_flag_where_the_library_names_an_argument():
-    command = Command(lambda call: {}, NoFlags)
+    command = Command(lambda call: {}, NoFlags, workdir="required")
     for error, line in [
         (UserError("workdir=x: no", argument="workdir"), "--workdir=x: no"),
         (UserError("x is not empty", argument="workdir"), "--workdir: x is not empty"),

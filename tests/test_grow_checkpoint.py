@@ -104,7 +104,7 @@ def test_mistakes_are_refused_and_write_nothing(tmp_path, monkeypatch):
     refused("is the config's last", config=one)
     other = two_stages(changed(CONFIG, d_ff=21), WIDER.stages[1].model)
     refused("d_ff: 20 -> 21", config=other)
-    refused("--memory is 1,000 bytes, but .* give --memory=", memory=1000)
+    refused(r"^memory is 1,000 bytes, but .* give memory=\d+$", memory=1000)
     noisy = two_stages(CONFIG, WIDER.stages[1].model, recipe="zero_pad", noise_db=10.0)
     refused("noise_db 10.0, .* grow in memory", config=noisy)
     ligo = two_stages(CONFIG, WIDER.stages[1].model, recipe="ligo")

@@ -126,14 +126,14 @@ def test_a_stages_mesh_is_no_part_of_its_identity():
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"coordinator": "a:1"}, ("--process, --processes is missing", "--coordinator")),
-        ({"process": 0, "processes": 2}, ("--coordinator is missing",)),
-        ({"coordinator": "a:1", "process": 2, "processes": 2}, ("--process=2", "0 to 1")),
-        ({"coordinator": "a:1", "process": 0, "processes": 0}, ("--processes=0",)),
-        ({"coordinator": "a", "process": 0, "processes": 1}, ("--coordinator=a", "HOST:PORT")),
-        ({"coordinator": "a:b", "process": 0, "processes": 1}, ("--coordinator=a:b",)),
-        ({"automatic": True, "process": 0}, ("--distributed", "--process")),
-        ({"lost_after": 0}, ("--lost_after=0",)),
+        ({"coordinator": "a:1"}, ("process, processes is missing", "coordinator")),
+        ({"process": 0, "processes": 2}, ("coordinator is missing",)),
+        ({"coordinator": "a:1", "process": 2, "processes": 2}, ("process=2", "0 to 1")),
+        ({"coordinator": "a:1", "process": 0, "processes": 0}, ("processes=0",)),
+        ({"coordinator": "a", "process": 0, "processes": 1}, ("coordinator=a", "HOST:PORT")),
+        ({"coordinator": "a:b", "process": 0, "processes": 1}, ("coordinator=a:b",)),
+        ({"distributed": True, "process": 0}, ("distributed", "process")),
+        ({"lost_after": 0}, ("lost_after=0",)),
     ],
 )
 def test_a_group_that_does_not_fit_is_refused(given, words):

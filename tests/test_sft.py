@@ -433,7 +433,8 @@ def test_killed_and_resumed_it_ends_in_the_same_bits(base, tuned, tmp_path):
     other = json_of(*args[:-1], f"--workdir={tmp_path / 'other'}", "--config.seed=1", by=run)
     assert other["stage"]["params_digest"] != printed["stage"]["params_digest"]  # the twin
     line = mistake(*args, "--config.matrix_learning_rate=1e-3", by=run)
-    assert "matrix_learning_rate: 0.0005 -> 0.001" in line and "another --workdir" in line
+    assert "matrix_learning_rate: 0.0005 -> 0.001" in line and "another folder" in line
+    assert "--workdir: " in line
 
 
 @pytest.mark.slow

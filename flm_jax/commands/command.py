@@ -23,6 +23,7 @@ from flm_jax.commands import config_files
 from flm_jax.errors import UserError
 
 F = TypeVar("F")
+Need = Literal["required", "optional", "none"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,16 +101,15 @@ class Command(Generic[F]):
     """A command: `main` gets the parsed call and returns what --json prints.
 
     Attributes:
-      config: whether it takes --config and --workdir, and whether it needs the config.
-      needs_workdir: whether --workdir must be given.
+      config, workdir: whether it takes --config and --workdir, and whether it needs them.
       positional: the names of the positional arguments; all must be given.
       unexpected: the advice if there are more arguments than that.
     """
 
     main: Callable[[Call[F]], Mapping[str, Any]]
     flags: type[F]
-    config: Literal["required", "optional", "none"] = "required"
-    needs_workdir: bool = False
+    config: Need = "required"
+    workdir: Need = "none"
     positional: tuple[str, ...] = ()
     unexpected: str = "options begin with --"
     gate: Gate | None = None
@@ -142,9 +142,10 @@ class Command(Generic[F]):
     def line(self, error: UserError) -> str:
         """The error's message, with the command's flag where the library names an argument."""
         own = {field.name for field, _ in _fields(self.flags)}
-        shared = {"config", "workdir"} if self.config != "none" else set()
+        if self.workdir != "none":
+            own.add("workdir")
         message, name = str(error), error.argument
-        if name not in own | shared:
+        if name not in own:
             return message
         if re.match(rf"{name}\b", message):
             return f"--{message}"
@@ -169,7 +170,7 @@ class Command(Generic[F]):
         absl_flags.DEFINE_bool(
             "json", False, "Print one JSON object on standard output.", flag_values=values
         )
-        if self.config != "none":
+        if self.workdir != "none":
             absl_flags.DEFINE_string("workdir", None, "The run's folder.", flag_values=values)
         return values
 
@@ -185,7 +186,7 @@ class Command(Generic[F]):
             advice = field.metadata["required"]
             if advice and getattr(own, field.name) in (None, "", ()):
                 raise UserError(f"--{field.name} is missing; {advice}")
-        if self.needs_workdir and not workdir:
+        if self.workdir == "required" and not workdir:
             raise UserError("--workdir is missing; give the run's folder, as --workdir=runs/NAME")
 
 

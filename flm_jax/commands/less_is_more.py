@@ -25,4 +25,4 @@ def main(call: Call[NoFlags]) -> dict[str, Any]:
     return {"arms": rows, "verdicts": claims.verdict_rows(verdicts)}
 
 
-COMMAND = Command(main, NoFlags, needs_workdir=True)
+COMMAND = Command(main, NoFlags, workdir="required")

@@ -29,4 +29,4 @@ def main(call: Call[NoFlags]) -> dict[str, Any]:
     return found
 
 
-COMMAND = Command(main, NoFlags)
+COMMAND = Command(main, NoFlags, workdir="optional")

@@ -67,4 +67,4 @@ def _show(
     console.print(report.table(stages), f"report: {path}", sep="\n")
 
 
-COMMAND = Command(main, Flags, needs_workdir=True)
+COMMAND = Command(main, Flags, workdir="required")

@@ -53,7 +53,7 @@ def of_model(
 
 
 def scores(config: SftConfig, workdir: str, tuned: Tuned) -> dict[str, Any]:
-    """before, after, retention and stage, as `experiments.sft --json` prints them.
+    """before, after, retention and stage, as `flm sft --json` prints them.
 
     Kept in the stage's scores.json; computed again only for other samples or models.
     """

@@ -204,7 +204,8 @@ class ChatBatches:
             if state.get(name) != self._identity[name]:
                 raise UserError(
                     f"{name} of the saved place is {state.get(name)!r}, of these conversations "
-                    f"{self._identity[name]!r}; resume with the data that the run began with, or "
-                    "give another --workdir"
+                    f"{self._identity[name]!r}; resume with the run's own data, or give another "
+                    "folder",
+                    argument="workdir",
                 )
         self._place = state["place"]

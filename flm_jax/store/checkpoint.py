@@ -162,7 +162,7 @@ def check_fits(
             raise UserError(
                 f"{path}: {name} is {text(have, name) or 'missing'}, the config needs "
                 f"{text(want, name) or 'no such leaf'}; use the config of this checkpoint, or "
-                "grow it (python -m experiments.grow)"
+                "grow it (flm train)"
             )
 
 

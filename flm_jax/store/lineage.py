@@ -99,23 +99,26 @@ class RunFolder:
             probe.unlink()
         except OSError as error:
             raise UserError(
-                f"workdir {self.path} cannot be written ({error.strerror}); give a folder you own"
+                f"workdir {self.path} cannot be written ({error.strerror}); give a folder you own",
+                argument="workdir",
             ) from error
         if any(self.path.iterdir()) and not (self.path / "stages").is_dir():
             raise UserError(
-                f"workdir {self.path} holds files but no run; give an empty or new folder"
+                f"workdir {self.path} holds files but no run; give an empty or new folder",
+                argument="workdir",
             )
 
     def check_stage(self, folder: StageFolder, identity: Mapping[str, Any]) -> None:
-        """Raises UserError if the stage was begun with another config; names what differs."""
+        """Raises UserError if the stage's saved config differs; names the first difference."""
         if not folder.config.exists():
             return
         found = mapping.differences(json.loads(folder.config.read_text()), dict(identity))
         if found:
             more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
             raise UserError(
-                f"{folder.config}: the run was begun with another value: {found[0]}{more}; "
-                "restore the value, or give another --workdir"
+                f"{folder.config}: the run has another value: {found[0]}{more}; "
+                "restore the value, or give another folder",
+                argument="workdir",
             )
 
     def begin_stage(self, folder: StageFolder, identity: Mapping[str, Any]) -> None:

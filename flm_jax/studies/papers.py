@@ -85,7 +85,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
 
 
 def own_score(benchmark: Benchmark, results: Mapping[str, Mapping[str, Any]]) -> float | None:
-    """The same benchmark's score in what `experiments.harness` found, in percent; None: not run.
+    """The same benchmark's score in what `flm harness` found, in percent; None: not run.
 
     The harness names a metric with the filter that its answers went through, as "acc,none".
     """

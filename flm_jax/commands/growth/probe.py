@@ -27,4 +27,4 @@ def main(call: Call[NoFlags]) -> dict[str, Any]:
     return {"arms": arms}
 
 
-COMMAND = Command(main, NoFlags, needs_workdir=True)
+COMMAND = Command(main, NoFlags, workdir="required")

@@ -37,4 +37,4 @@ def main(call: Call[NoFlags]) -> dict[str, Any]:
     return found
 
 
-COMMAND = Command(main, NoFlags, needs_workdir=True)
+COMMAND = Command(main, NoFlags, workdir="required")

@@ -136,4 +136,4 @@ def main(call: Call[Flags]) -> dict[str, Any]:
     return result
 
 
-COMMAND = Command(main, Flags, config="optional")
+COMMAND = Command(main, Flags, config="optional", workdir="optional")

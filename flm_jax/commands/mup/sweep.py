@@ -40,4 +40,4 @@ def main(call: Call[NoFlags]) -> dict[str, Any]:
     return {"sweep": found, "trials": len(rows)}
 
 
-COMMAND = Command(main, NoFlags, needs_workdir=True)
+COMMAND = Command(main, NoFlags, workdir="required")
