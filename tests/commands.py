@@ -8,8 +8,7 @@ import pathlib
 import subprocess
 import sys
 import time
-
-import jax
+from unittest import mock
 
 from flm_jax.commands import front
 

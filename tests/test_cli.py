@@ -285,3 +285,12 @@ def test_a_command_names_its_flag_where_the_library_names_an_argument():
         (UserError("x"), "x"),
     ]:
         assert command.line(error) == line
+
+
+def test_a_module_of_experiments_is_the_same_as_the_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["growth", "check", "--list"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("experiments.growth", run_name="__main__")
+    out = capsys.readouterr().out
+    assert ended.value.code == 0 and "| `msg` |" in out
+    assert call("growth", "check", "--list") == (0, out, "")

@@ -199,7 +199,7 @@ def _is_tuple(hint: Any) -> bool:
     return typing.get_origin(hint) is tuple
 
 
-def _value(flag: absl_flags.Flag, hint: Any) -> Any:
+def _value(flag: absl_flags.Flag[Any], hint: Any) -> Any:
     """The flag's value, of the type that the field's annotation says."""
     if _is_tuple(hint):
         return tuple(flag.value or ())

@@ -1,4 +1,4 @@
-"""Puts two models side by side: scores on chat samples, and what they retain of the base's text.
+"""Compares two models: scores on chat samples, and text that they retain.
 
   flm compare runs/demo runs/sft
   flm compare runs/demo:medium runs/demo:large --samples=held_out.jsonl

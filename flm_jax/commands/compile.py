@@ -1,12 +1,12 @@
-"""Compiles a stage for a TPU pod or a GPU cluster that is not here: does it fit, what does it move?
+"""Compiles a stage for a TPU pod or GPU cluster that is not here: does it fit?
 
   flm compile --config=configs/tele_flm_1t_chain.py \
       --topology=v5p:8x8x8 --mesh=fsdp=32,tensor=16 --batch=32 --what=train_masked
 
-TPUs need the extra `[tpu]`, GPU clusters `[gpu-aot]`. `--search` tries the meshes of the topology
-and prints those that fit, best first. Without `--topology` every layout that the config holds is
-compiled, each in a process of its own: the step, the masked step and the growth, unless `--what`
-chooses one.
+Says what memory the stage needs and what it communicates. TPUs need the extra `[tpu]`, GPU clusters
+`[gpu-aot]`. `--search` tries the meshes of the topology and prints those that fit, best first.
+Without `--topology` every layout that the config holds is compiled, each in a process of its own:
+the step, the masked step and the growth, unless `--what` chooses one.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ def _apart(
     command += [f"--{name}={value}" for name, value in flags_of_layout.items()]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise UserError((done.stderr.strip().splitlines() or ["the compiler ended silently"])[-1])
+        last = (done.stderr.strip().splitlines() or ["the compiler ended without a message"])[-1]
+        raise UserError(last.removeprefix("flm compile: "))
     return dict(json.loads(done.stdout))
 
 

@@ -1,4 +1,4 @@
-"""Converts weights: Hugging Face's Llama, TeleFLM and Granite, and runs of this library.
+"""Converts weights between runs and Hugging Face's Llama, TeleFLM and Granite.
 
   flm convert --source=llama/ --target=runs/llama --format=flm
   flm convert --source=runs/demo --target=demo_hf --format=granite --dtype=bfloat16

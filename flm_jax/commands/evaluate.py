@@ -1,12 +1,13 @@
-r"""Bits per byte of a model on any text: a run, one of its checkpoints, or Hugging Face files.
+r"""Measures bits per byte of a model on any text.
 
   flm evaluate --checkpoint=runs/demo --data=README.md
   flm evaluate --checkpoint=runs/demo --stage=small --task=python_stdlib --json
 
---data reads all of a text file, of the files in a folder, or of the rows of a .jsonl file (field
---text_field). --task reads all of a split of a seqio task. Text is packed into sequences as in
-training: a document's first token, and a sequence's, are predicted from the start token alone.
-Bytes are those of the text; every token counts, each document's end included.
+A model is a run, one of its checkpoints, or a folder of Hugging Face files. --data reads all of a
+text file, of the files in a folder, or of the rows of a .jsonl file (field --text_field). --task
+reads all of a split of a seqio task. Text is packed into sequences as in training: a document's
+first token, and a sequence's, are predicted from the start token alone. Bytes are those of the
+text; every token counts, each document's end included.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from absl import logging
 
@@ -69,7 +70,7 @@ def _run_command(name: str, argv: Sequence[str]) -> int:
     from flm_jax.commands.command import Command
 
     module = importlib.import_module(f"flm_jax.commands.{name.replace(' ', '.')}")
-    command: Command = module.COMMAND
+    command: Command[Any] = module.COMMAND
     if HELP & set(argv):
         print(f"{module.__doc__}\nFlags:\n{command.help()}")
         return 0

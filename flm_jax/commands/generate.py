@@ -1,7 +1,9 @@
-r"""Continues text from a run, one of its checkpoints, or Hugging Face files, as it is generated.
+r"""Continues text with a model, and shows it as it is generated.
 
   flm generate --checkpoint=runs/demo --prompt='def main(' --temperature=0.8
   flm generate --checkpoint=runs/demo --prompts=prompts.jsonl --json
+
+A model is a run, one of its checkpoints, or a folder of Hugging Face files.
 
 --prompts reads a file with one prompt a line: a JSON string, a JSON object with `prompt`, or else
 the line as it is. Several prompts are generated as one batch. With --chat a prompt is what the user

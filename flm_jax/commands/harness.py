@@ -1,11 +1,11 @@
-r"""Runs tasks of EleutherAI's lm-evaluation-harness on a run, a checkpoint or Hugging Face files.
+r"""Runs tasks of EleutherAI's lm-evaluation-harness on a model.
 
   flm harness --checkpoint=runs/demo --tasks=lambada_openai --limit=100
   flm harness --checkpoint=runs/demo --tasks=mine --include_path=FOLDER --json
 
 Needs the extra [hf]. The harness downloads the data of its own tasks; a task of yours is a YAML
-file under --include_path, and may read local files. `flm reported --results=FILE` puts
-what --json prints beside the papers' scores.
+file under --include_path, and may read local files. `flm reported --results=FILE` puts what --json
+prints beside the papers' scores.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tests "less is more": size, selection and mix of conversations, several seeds, one report.
+"""Studies size, selection and mix of conversations for fine-tuning.
 
   flm less_is_more --config=configs/less_is_more.py --workdir=runs/less_is_more
 

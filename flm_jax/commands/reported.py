@@ -1,4 +1,4 @@
-r"""Lists the benchmarks of the Tele-FLM papers with the scores that they report.
+r"""Lists benchmarks of the Tele-FLM papers, with their reported scores.
 
   flm reported
   flm reported --results=harness.json --json

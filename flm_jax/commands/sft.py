@@ -1,11 +1,11 @@
-"""Fine-tunes a model on conversations, as a stage of its lineage, and scores it before and after.
+"""Fine-tunes a model on conversations, and scores it before and after.
 
   flm sft --config=configs/sft_demo.py
   flm sft --config=configs/sft_demo.py --config.base=runs/mine --workdir=runs/new
 
-The new run folder (default: runs/BASE-NAME) has the base's stages and the fine-tuned one; with
---workdir=BASE the stage is added to the base's own folder. Stopped anywhere and called again, it
-resumes. See docs/sft.md.
+Fine-tuning is a stage of the run's lineage. The new run folder (default: runs/BASE-NAME) has the
+base's stages and the fine-tuned one; with --workdir=BASE the stage is added to the base's own
+folder. Stopped anywhere and called again, it resumes. See docs/sft.md.
 """
 
 from __future__ import annotations

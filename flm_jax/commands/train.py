@@ -9,8 +9,8 @@ On several hosts, start the same command on each, with a workdir that all of the
 
   flm train ... --coordinator=HOST0:1234 --processes=4 --process=I
 
-with I from 0 on HOST0 to 3; on a TPU pod, or under Slurm, `--distributed` instead of these three.
-A signal to one stops all at the same step; if one is lost, the others end.
+with I from 0 on HOST0 to 3; on a TPU pod, or under Slurm, `--distributed` instead of these three. A
+signal to one stops all at the same step; if one is lost, the others end.
 """
 
 from __future__ import annotations

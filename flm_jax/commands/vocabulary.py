@@ -1,4 +1,4 @@
-"""Trains a SentencePiece vocabulary on the training split of a config's data.
+"""Trains a SentencePiece vocabulary on a config's training data.
 
   flm vocabulary --config=configs/demo.py --vocab_size=1024 --output=FILE
 

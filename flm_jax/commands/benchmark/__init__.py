@@ -1,1 +1,1 @@
-"""Speed: of the train step and of generation."""
+"""Speed of the train step and of generation."""

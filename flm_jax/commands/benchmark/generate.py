@@ -1,10 +1,10 @@
-r"""Tokens per second of generation, with the key/value cache and without, in one run.
+r"""Times generation, with the key/value cache and without.
 
   flm benchmark generate --config=configs/demo.py
   flm benchmark generate --config=configs/bench_110m.py --batch=8 --json
 
-Random weights of a config's last stage (--stage=0: its first): how fast it is does not depend on
-them. Steps of both kinds are timed in turns, so that their ratio holds on a shared machine.
+The weights are random, of a config's last stage (--stage=0: its first); the speed does not depend
+on them. Steps of both kinds are timed in turns, so that their ratio holds on a shared machine.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""Times the train step of a config: compile time, median step, tokens/s, share of matmul peak.
+"""Times the train step of a config, plain and with masks.
 
   flm benchmark step --config=configs/bench_34m.py
   flm benchmark step --config=configs/demo.py --stage=2 --json
 
-The plain and the masked step run in turns in one process, so that their ratio holds on a machine
-that others use too. `--trace=DIR` writes a profile for TensorBoard or Perfetto.
+Prints compile time, median step, tokens/s and share of matmul peak. The plain and the masked step
+run in turns in one process, so that their ratio holds on a machine that others use too.
+`--trace=DIR` writes a profile for TensorBoard or Perfetto.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Growth: check operators, compare them by training, draw them, grow a checkpoint on disk."""
+"""Growth operators: check, compare, draw; grow a checkpoint on disk."""

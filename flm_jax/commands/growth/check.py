@@ -1,4 +1,4 @@
-"""Holds growth operators to their claims, on a random model or a run's checkpoint.
+"""Checks growth operators against their claims, on random weights or a run.
 
   flm growth check --operator=all
   flm growth check --operator=tile,layers=stack --noise_db=10

@@ -4,8 +4,8 @@
     --target=runs/grown --memory=1073741824
 
 SOURCE is a run whose last finished stage (or --stage) grows into the next one of the config; TARGET
-becomes a run that `flm train` with the same config goes on from. Stopped anywhere and
-called again, it does what is missing.
+becomes a run that `flm train` with the same config continues. Stopped anywhere and called again, it
+does what is missing.
 """
 
 from __future__ import annotations

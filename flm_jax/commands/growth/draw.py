@@ -1,4 +1,4 @@
-"""Draws what operators do to one matrix and to its gradient: docs/growth.png.
+"""Draws what operators do to one matrix and to its gradient.
 
 flm growth draw --output=docs/growth.png
 """

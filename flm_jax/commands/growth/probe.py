@@ -1,4 +1,4 @@
-"""Grows one model by several recipes, trains each for the same FLOPs, and ranks them.
+"""Grows a model by several recipes, trains each for equal FLOPs, ranks them.
 
   flm growth probe --config=configs/probe_growth.py --workdir=runs/probe
 

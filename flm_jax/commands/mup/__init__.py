@@ -1,1 +1,1 @@
-"""µP: coordinate check, transfer sweep, updates through a growth, loss prediction."""
+"""µP: coordinate check, sweep, growth, loss prediction."""

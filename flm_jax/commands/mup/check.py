@@ -1,9 +1,9 @@
-"""Trains a proxy for a few steps at several widths: do activations move equally far?
+"""Coordinate check of µP: do activations move equally far at every width?
 
   flm mup check --config=configs/mup_study.py --workdir=runs/mup
 
-Under µP the slopes of log size against log width are near 0, under the standard parametrisation
-they are not. Figure: DIR/report/coordinates.png.
+The proxy trains for a few steps at each width. Under µP the slopes of log size against log width
+are near 0; under the standard parametrisation they are not. Figure: DIR/report/coordinates.png.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""µP through a growth: the size of each role's updates, against a model of the target's width.
+"""Compares updates after a growth with those of a model of the target's width.
 
   flm mup growth --config=configs/mup_study.py --workdir=runs/mup
 

@@ -1,12 +1,13 @@
-"""Fits L = a x^b + c to runs at an equal step and predicts a larger one, with intervals.
+"""Fits a power law to runs, and predicts the loss of a larger one.
 
   flm mup predict --data=runs.csv --predict=1e9,1e10
   flm mup predict --data=runs.csv --predict=1e9:2e10
   flm mup predict --config=configs/mup_study.py --workdir=runs/mup
 
-A CSV file has columns `params,loss` or `flops,loss`; with `params,tokens,loss` it fits
-L(N, D) = E + A / N^alpha + B / D^beta, and --predict takes pairs N:D. With --config, the narrow
-models of the config's family are trained, the widest is predicted, then trained and compared.
+The law is L = a x^b + c, of runs of equal steps; predictions have intervals. A CSV file has columns
+`params,loss` or `flops,loss`; with `params,tokens,loss` it fits L(N, D) = E + A / N^alpha + B /
+D^beta, and --predict takes pairs N:D. With --config, the narrow models of the config's family are
+trained, the widest is predicted, then trained and compared.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Sweeps learning rate, init std and multipliers at several widths: does the best value move?
+"""Sweeps hyper-parameters at several widths: does the best value move?
 
   flm mup sweep --config=configs/mup_study.py --workdir=runs/mup
 
-Every trial is kept in DIR/trials.jsonl; stopped and called again, the rest is run. Figure:
-DIR/report/sweep.png.
+Swept: learning rate, initial std and multipliers. Every trial is kept in DIR/trials.jsonl; a
+command that is stopped and called again runs the rest. Figure: DIR/report/sweep.png.
 """
 
 from __future__ import annotations

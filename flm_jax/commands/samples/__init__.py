@@ -1,1 +1,1 @@
-"""Chat samples: make them, select a small set of them."""
+"""Chat samples: make them, select from them."""

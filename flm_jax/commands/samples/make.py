@@ -1,11 +1,12 @@
-"""Makes chat samples on this machine and writes them as JSONL: nothing is downloaded.
+"""Makes chat samples on this machine and writes them as JSONL.
 
   flm samples make --output=train.jsonl --per_category=500
   flm samples make --output=held_out.jsonl --split=evaluation --per_category=50
   flm samples make --output=pile.jsonl --per_category=500 --defects=0.2
 
-No problem is in both splits. With --defects, copies, wrong, cut and noisy answers are added, each
-as so large a share of the samples; ids say which: something to choose from (select_samples).
+Nothing is downloaded. No problem is in both splits. --defects adds copies, and wrong, cut and noisy
+answers: each as that share of the samples; ids say which. `flm samples select` chooses from such a
+set.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Chooses a small set of chat samples out of a pool, and reports why each other was dropped.
+"""Selects a small set of chat samples from a pool, and says why.
 
   flm samples select --pool=pile.jsonl --output=chosen.jsonl --size=1000
   flm samples select --pool=a.jsonl --pool=b.jsonl --output=chosen.jsonl \
