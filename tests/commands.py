@@ -21,16 +21,13 @@ def call(*args: str) -> tuple[int, str, str]:
     With the devices and the strict dtypes of the tests (tests/conftest.py).
     """
     out, err = io.StringIO(), io.StringIO()
-    before = jax.config.jax_compilation_cache_dir
-    try:
-        with (
-            contextlib.chdir(ROOT),
-            contextlib.redirect_stdout(out),
-            contextlib.redirect_stderr(err),
-        ):
-            status = front.run(args)
-    finally:
-        jax.config.update("jax_compilation_cache_dir", before)
+    with (
+        contextlib.chdir(ROOT),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        mock.patch.dict(os.environ),  # a quick compilation is asked for in XLA_FLAGS
+    ):
+        status = front.run(args)
     return status, out.getvalue(), err.getvalue()
 
 

@@ -1,7 +1,7 @@
 """Counts parameters, FLOPs per token and bytes of a config's model.
 
-  flm describe --config=configs/tele_flm_1t.py flm describe --config=configs/tele_flm_1t_chain.py
---json
+  flm describe --config=configs/tele_flm_1t.py
+  flm describe --config=configs/tele_flm_1t_chain.py --json
 
 Nothing is allocated: a model of any size takes seconds.
 """

@@ -1,6 +1,8 @@
 """Prints a run's lineage as a tree, and compares two of its stages.
 
-flm inspect runs/demo flm inspect runs/demo --compare=0,2 flm inspect runs/demo --json
+flm inspect runs/demo
+flm inspect runs/demo --compare=0,2
+flm inspect runs/demo --json
 """
 
 from __future__ import annotations
