@@ -1,8 +1,10 @@
 """Prints a run's lineage as a tree, and compares two of its stages.
 
-flm inspect runs/demo
-flm inspect runs/demo --compare=0,2
-flm inspect runs/demo --json
+  flm inspect runs/demo
+  flm inspect runs/demo --compare=0,2
+  flm inspect runs/demo --json
+
+--compare shows sizes, costs and scores of two stages, and where their configs differ.
 """
 
 from __future__ import annotations

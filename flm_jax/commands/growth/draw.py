@@ -1,6 +1,8 @@
 """Draws what operators do to one matrix and to its gradient.
 
-flm growth draw --output=docs/growth.png
+  flm growth draw --output=docs/growth.png
+
+Each operator grows the same tiny matrix: values above, gradients below.
 """
 
 from __future__ import annotations
