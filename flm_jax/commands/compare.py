@@ -36,14 +36,14 @@ class Flags:
     """The command's own flags."""
 
     samples: tuple[str, ...] = flag((), "JSONL of held-out samples; repeatable.")
-    per_category: int = flag(25, "Without --samples: made ones.", lower=1)
-    seed: int = flag(0, "Of made samples and bootstraps.")
-    retention_sequences: int = flag(96, "Of the base's validation text.", lower=1)
-    max_new_tokens: int = flag(160, "Longest answer.", lower=1)
-    fail_if: tuple[str, ...] = flag((), "category/metric:margin; repeatable.")
-    vocabulary: str = flag("", "Of models without a run: see DataConfig.")
+    per_category: int = flag(25, "Without --samples: generated samples of each category.", lower=1)
+    seed: int = flag(0, "Seed of generated samples and bootstraps.")
+    retention_sequences: int = flag(96, "Sequences of the base's validation text.", lower=1)
+    max_new_tokens: int = flag(160, "Most tokens of an answer.", lower=1)
+    fail_if: tuple[str, ...] = flag((), "Gate, as category/metric:margin; repeatable.")
+    vocabulary: str = flag("", "Vocabulary of a model without a run; see DataConfig.")
     judge: str | None = flag(None, "Command that compares answers; needs --output.")
-    judge_timeout: float = flag(60.0, "Seconds for one question.", lower=0.0)
+    judge_timeout: float = flag(60.0, "Seconds that one question may take.", lower=0.0)
     output: str | None = flag(None, "Folder for compare.json, answers and verdicts.")
 
 

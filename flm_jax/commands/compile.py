@@ -31,11 +31,11 @@ from flm_jax.errors import UserError
 class Flags:
     """The command's own flags."""
 
-    topology: str | None = flag(None, "As v5p:8x8x8, v5e:16x16, h100:16x8.")
-    mesh: str = flag("", "As fsdp=32,tensor=16.")
-    batch: int = flag(0, "Sequences in one step; 0: the stage's.")
-    what: str = flag("", "train (if empty), train_masked or growth.")
-    stage: int | None = flag(None, "Which stage of a chain, or of its layouts; -1: the last.")
+    topology: str | None = flag(None, "Chips, as v5p:8x8x8, v5e:16x16 or h100:16x8.")
+    mesh: str = flag("", "Mesh, as fsdp=32,tensor=16.")
+    batch: int = flag(0, "Sequences of one step; 0: the stage's.")
+    what: str = flag("", "Program: train (if empty), train_masked or growth.")
+    stage: int | None = flag(None, "Index of the chain's stage; -1: the last.")
     quick: bool = flag(False, "Compile with less optimisation: a tenth of the time.")
     search: bool = flag(False, "Try the topology's meshes, quickly.")
 
@@ -50,11 +50,7 @@ def _mesh(text: str) -> dict[str, int]:
 
 def _chain(call: Call[Flags]) -> tuple[ExperimentConfig, int]:
     flags, chain = call.flags, config_files.experiment(call.config)
-    count = len(chain.stages)
-    stage = -1 if flags.stage is None else flags.stage
-    if not -count <= stage < count:
-        raise UserError(f"--stage={stage}: the config has stages 0 to {count - 1}")
-    index = stage % count
+    index = config_files.stage_index(chain, -1 if flags.stage is None else flags.stage)
     if flags.batch < 0:
         raise UserError(f"--batch={flags.batch}: give a number above 0")
     if flags.batch:

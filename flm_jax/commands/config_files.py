@@ -93,6 +93,20 @@ def experiment(config: ConfigDict) -> config_lib.ExperimentConfig:
     return config_lib.experiment(plain(config))
 
 
+def stage_index(config: config_lib.ExperimentConfig, given: int) -> int:
+    """The index of a stage, which may be given as a negative one from the end.
+
+    Raises:
+      UserError: the chain has no such stage.
+    """
+    count = len(config.stages)
+    if not -count <= given < count:
+        raise UserError(
+            f"stage={given}: the config has stages 0 to {count - 1}; give one", argument="stage"
+        )
+    return given % count
+
+
 def dataclass_of(cls: type[T], config: ConfigDict) -> T:
     """A config of another kind than an experiment, as a validated dataclass."""
     return mapping.from_mapping(cls, plain(config))

@@ -24,22 +24,24 @@ class Flags:
     """The command's own flags."""
 
     source: str = flag(
-        "", "What to read.", required="give a run, a checkpoint or a folder of Hugging Face files"
+        "",
+        "Run, checkpoint, or folder of Hugging Face files to read.",
+        required="give a run, a checkpoint or a folder of Hugging Face files",
     )
     target: str = flag("", "The folder to write.", required="give a folder that does not exist")
     format: str = flag(
-        "", "What to write.", choices=interop.FORMATS,
+        "", "Format to write.", choices=interop.FORMATS,
         required=f"choose {', '.join(interop.FORMATS)}",
     )  # fmt: skip
-    stage: str = flag("", "Index or name of a run's stage; the last one if empty.")
-    step: int | None = flag(None, "Of the stage's checkpoints; its last one if not given.")
+    stage: str = flag("", "Index or name of a run's stage; empty: the last one.")
+    step: int | None = flag(None, "Step of the stage's checkpoint; the last one if not given.")
     dtype: str = flag(
-        "", "Of the written parameters; the source's if empty.", choices=("", *interop.DTYPES)
+        "", "Type of the written parameters; empty: the source's.", choices=("", *interop.DTYPES)
     )
     vocab_size: int = flag(
-        0, "Rows of embedding and head: padded with zeros, or padding cut off.", lower=0
+        0, "Rows of embedding and head: pads with zeros or cuts padding; 0: as they are.", lower=0
     )
-    memory: int = flag(interop.MEMORY, "Bytes to work in.", lower=1 << 20)
+    memory: int = flag(interop.MEMORY, "Bytes of memory to work in.", lower=1 << 20)
 
 
 def main(call: Call[Flags]) -> dict[str, Any]:

@@ -20,32 +20,26 @@ import jax
 
 from flm_jax import data
 from flm_jax.commands.command import Call, Command, flag
+from flm_jax.commands.model_flags import ModelFlags
 from flm_jax.config import DataConfig
 from flm_jax.errors import UserError
 from flm_jax.inference import evaluation
-from flm_jax.interop.opening import open_model
 from flm_jax.params import sharding
-from flm_jax.runtime import host
 
 # Of weights whose files allow more than a machine of any size can take at once.
 LONGEST_DEFAULT = 4096
 
 
 @dataclasses.dataclass(frozen=True)
-class Flags:
+class Flags(ModelFlags):
     """The command's own flags."""
 
-    checkpoint: str = flag(
-        "", "Run, checkpoint or Hugging Face folder.",
-        required="give a run's folder or one of Hugging Face files",
-    )  # fmt: skip
-    stage: str = flag("", "Of a run: index or name of a stage; else the last.")
     data: str = flag("", "Text file, folder of text files, or .jsonl file.")
     text_field: str = flag("text", "Field of a .jsonl row that holds the text.")
     task: str = flag("", "A seqio task, as python_stdlib.")
     split: str = flag("validation", "Split of --task.")
     sequence_length: int = flag(
-        0, f"Tokens of a sequence; 0: as trained, at most {LONGEST_DEFAULT}."
+        0, f"Tokens of a sequence; 0: the trained context, at most {LONGEST_DEFAULT}."
     )
     batch_size: int = flag(8, "Sequences at once.", lower=1)
 
@@ -54,8 +48,7 @@ def main(call: Call[Flags]) -> dict[str, Any]:
     flags = call.flags
     if bool(flags.data) == bool(flags.task):
         raise UserError("give either --data=FILE or --task=NAME")
-    host.keep_freed()
-    model = open_model(flags.checkpoint, flags.stage)
+    model = flags.open()
     own = model.data or DataConfig(vocabulary=str(model.path))
     length = flags.sequence_length or min(model.context or LONGEST_DEFAULT, LONGEST_DEFAULT)
     config = dataclasses.replace(own, sequence_length=length, window_length=0)

@@ -23,31 +23,26 @@ from typing import Any
 import jax
 
 from flm_jax.commands.command import Call, Command, flag
+from flm_jax.commands.model_flags import ModelFlags
 from flm_jax.errors import UserError
 from flm_jax.inference.generation import Sampling, TextStream, check_context, generate
-from flm_jax.interop.opening import OpenedModel, open_model
-from flm_jax.runtime import host
+from flm_jax.interop.opening import OpenedModel
 
 
 @dataclasses.dataclass(frozen=True)
-class Flags:
+class Flags(ModelFlags):
     """The command's own flags."""
 
-    checkpoint: str = flag(
-        "", "Run, checkpoint or Hugging Face folder.",
-        required="give a run's folder or one of Hugging Face files",
-    )  # fmt: skip
-    stage: str = flag("", "Of a run: index or name of a stage; else the last.")
-    prompt: tuple[str, ...] = flag((), "Text to continue; may be given several times.")
-    prompts: str = flag("", "File with a prompt a line.")
-    max_new_tokens: int = flag(128, "Tokens to generate at most.")
-    temperature: float = flag(0.0, "0: the likeliest token.")
+    prompt: tuple[str, ...] = flag((), "Text to continue; repeatable.")
+    prompts: str = flag("", "File with one prompt a line.")
+    max_new_tokens: int = flag(128, "Most tokens to generate.")
+    temperature: float = flag(0.0, "Sampling temperature; 0: always the likeliest token.")
     top_k: int = flag(0, "Only the k likeliest tokens; 0: all.")
-    top_p: float = flag(1.0, "Only the likeliest tokens of this probability.")
+    top_p: float = flag(1.0, "Only the likeliest tokens that together have this probability.")
     seed: int = flag(0, "Seed of the random draws.")
-    stop: tuple[str, ...] = flag((), "Text that ends a continuation, and is left out.")
+    stop: tuple[str, ...] = flag((), "Text that ends a continuation and is left out; repeatable.")
     chat: bool = flag(False, "Put prompts into the chat format.")
-    context: int = flag(0, "Tokens allowed, prompt included; 0: as trained.")
+    context: int = flag(0, "Most tokens, prompt included; 0: the trained context.")
 
 
 def main(call: Call[Flags]) -> dict[str, Any]:
@@ -57,8 +52,7 @@ def main(call: Call[Flags]) -> dict[str, Any]:
         raise UserError("no prompt; give --prompt=TEXT or --prompts=FILE")
     settings = (flags.max_new_tokens, flags.temperature, flags.top_k, flags.top_p)
     sampling = Sampling(*settings)
-    host.keep_freed()
-    model = open_model(flags.checkpoint, flags.stage)
+    model = flags.open()
     tokens = [_tokens(model, prompt, flags.chat) for prompt in prompts]
     check_context(tokens, sampling.max_new_tokens, flags.context or model.context)
     stops = (*sampling.stop_tokens, model.tokenizer.eos_id)

@@ -15,32 +15,26 @@ import json
 from typing import Any
 
 from flm_jax.commands.command import Call, Command, flag
+from flm_jax.commands.model_flags import ModelFlags
 from flm_jax.errors import UserError
-from flm_jax.interop.opening import open_model
-from flm_jax.runtime import host
 
 DEFAULT_CONTEXT = 2048  # of weights whose files do not say
 
 
 @dataclasses.dataclass(frozen=True)
-class Flags:
+class Flags(ModelFlags):
     """The command's own flags."""
 
-    checkpoint: str = flag(
-        "", "Run, checkpoint or Hugging Face folder.",
-        required="give a run's folder or one of Hugging Face files",
-    )  # fmt: skip
-    stage: str = flag("", "Of a run: index or name of a stage; else the last.")
     tasks: tuple[str, ...] = flag(
         (), "Names of tasks, as arc_easy,hellaswag.", comma=True,
         required="give names of tasks, as --tasks=arc_easy,hellaswag",
     )  # fmt: skip
     include_path: str | None = flag(None, "Folder with YAML files of more tasks.")
-    num_fewshot: int | None = flag(None, "Examples in a prompt; else the task's.")
+    num_fewshot: int | None = flag(None, "Examples in a prompt; the task's number if not given.")
     limit: int | None = flag(None, "Only the first samples of each task.", lower=1)
     batch_size: int = flag(8, "Requests at once.", lower=1)
-    context: int = flag(0, "Tokens of a request at most; 0: as trained.")
-    seed: int = flag(0, "Of generation that samples.")
+    context: int = flag(0, "Most tokens of a request; 0: the trained context.")
+    seed: int = flag(0, "Seed of sampled generation.")
 
 
 def main(call: Call[Flags]) -> dict[str, Any]:
@@ -51,8 +45,7 @@ def main(call: Call[Flags]) -> dict[str, Any]:
         raise UserError(
             f"the harness is not installed ({error}); install the extra: pip install -e '.[hf]'"
         ) from error
-    host.keep_freed()
-    model = open_model(flags.checkpoint, flags.stage)
+    model = flags.open()
     context = flags.context or model.context or DEFAULT_CONTEXT
     adapter = harness.Adapter(model, context, flags.batch_size, flags.seed)
     results = harness.run(

@@ -24,7 +24,7 @@ from flm_jax.studies import papers
 class Flags:
     """The command's own flags."""
 
-    results: str | None = flag(None, "File with the output of flm harness.")
+    results: str | None = flag(None, "File with the output of `flm harness --json`.")
 
 
 def _read(path: str) -> dict[str, Any]:

@@ -33,9 +33,9 @@ class Flags:
 
     coordinator: str = flag("", "HOST:PORT where process 0 listens.")
     process: int | None = flag(None, "This process's index, from 0.")
-    processes: int | None = flag(None, "How many processes there are.")
+    processes: int | None = flag(None, "Number of processes.")
     distributed: bool = flag(
-        False, "Several processes, found by JAX: on a TPU pod, under Slurm, Open MPI."
+        False, "JAX finds the processes itself: on a TPU pod, under Slurm or Open MPI."
     )
     join_within: int = flag(300, "Seconds within which all processes must start.")
     lost_after: int = flag(

@@ -20,9 +20,11 @@ from flm_jax.commands.command import Call, Command, flag
 class Flags:
     """The command's own flags."""
 
-    vocab_size: int = flag(1024, "tokens: 3 special, 256 bytes, pieces")
+    vocab_size: int = flag(1024, "Number of tokens: 3 special ones, 256 bytes, and pieces.")
     output: str = flag(
-        "", "file to write the model to", required="give the file to write, as --output=vocab.model"
+        "",
+        "File to write the vocabulary to.",
+        required="give the file to write, as --output=vocab.model",
     )
 
 

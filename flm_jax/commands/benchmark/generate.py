@@ -14,7 +14,6 @@ from typing import Any
 
 from flm_jax.commands import config_files
 from flm_jax.commands.command import Call, Command, flag
-from flm_jax.errors import UserError
 from flm_jax.studies import generation_speed
 
 
@@ -22,17 +21,15 @@ from flm_jax.studies import generation_speed
 class Flags:
     """The command's own flags."""
 
-    stage: int = flag(-1, "Which stage of a chain; -1: the last.", lower=-1)
-    batch: int = flag(1, "Texts at once.", lower=1)
+    stage: int = flag(-1, "Index of the chain's stage; -1: the last.", lower=-1)
+    batch: int = flag(1, "Texts generated at once.", lower=1)
     prompt_tokens: int = flag(128, "Tokens of a prompt.", lower=1)
-    new_tokens: int = flag(64, "Timed steps.", lower=1)
+    new_tokens: int = flag(64, "Timed new tokens of each text.", lower=1)
 
 
 def main(call: Call[Flags]) -> dict[str, Any]:
-    stages = config_files.experiment(call.config).stages
-    if call.flags.stage >= len(stages):
-        raise UserError(f"--stage={call.flags.stage}: the config has stages 0 to {len(stages) - 1}")
-    model = stages[call.flags.stage].model
+    chain = config_files.experiment(call.config)
+    model = chain.stages[config_files.stage_index(chain, call.flags.stage)].model
     result = generation_speed.measure(
         model, call.flags.batch, call.flags.prompt_tokens, call.flags.new_tokens
     )

@@ -19,7 +19,6 @@ import rich.table
 
 from flm_jax.commands import config_files
 from flm_jax.commands.command import Call, Command, flag
-from flm_jax.errors import UserError
 from flm_jax.studies import speed
 
 
@@ -27,17 +26,14 @@ from flm_jax.studies import speed
 class Flags:
     """The command's own flags."""
 
-    stage: int = flag(0, "Which stage of a chain.", lower=0)
+    stage: int = flag(0, "Index of the chain's stage.", lower=0)
     steps: int = flag(5, "Timed steps of each variant.", lower=1)
     trace: str = flag("", "Folder for a profile of the timed steps.")
 
 
 def main(call: Call[Flags]) -> dict[str, Any]:
     chain = config_files.experiment(call.config)
-    if call.flags.stage >= len(chain.stages):
-        raise UserError(
-            f"--stage={call.flags.stage}: the config has stages 0 to {len(chain.stages) - 1}"
-        )
+    config_files.stage_index(chain, call.flags.stage)
     tracing = jax.profiler.trace(call.flags.trace) if call.flags.trace else contextlib.nullcontext()
     with tracing:
         result = speed.measure(chain, call.flags.stage, call.flags.steps)

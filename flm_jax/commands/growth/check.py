@@ -25,12 +25,16 @@ from flm_jax.runtime import host
 class Flags:
     """The command's own flags."""
 
-    operator: str = flag("all", "`all`, or a recipe: see docs/growth.md.")
+    operator: str = flag("all", "A recipe (see docs/growth.md), or `all`.")
     list: bool = flag(False, "Only print the operators, as a Markdown table.")
-    run: str | None = flag(None, "A run folder: grow its last checkpoint.")
-    moments: str = flag("asym", "dual, asym or reset.")
-    rates: str = flag("target", "target or carry.")
-    noise_db: float = flag(0.0, "Decibels from parameters to noise; 0: no noise.")
+    run: str | None = flag(
+        None, "Run folder whose last checkpoint grows; if not given: random weights."
+    )
+    moments: str = flag("asym", "How Adam moments grow: dual, asym or reset.")
+    rates: str = flag("target", "Learning rates after the growth: target or carry.")
+    noise_db: float = flag(
+        0.0, "Signal-to-noise ratio of the added noise, in decibels; 0: no noise."
+    )
 
 
 def _table(rows: list[dict[str, Any]]) -> rich.table.Table:

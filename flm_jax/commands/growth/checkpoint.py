@@ -32,8 +32,8 @@ class Flags:
     target: str = flag(
         "", "The new run's folder.", required="give a run's folder, as --target=runs/NAME"
     )
-    stage: str = flag("", "Index or name of the finished stage; '': the last.")
-    memory: int = flag(1 << 30, "Bytes to work with at once.")
+    stage: str = flag("", "Index or name of the finished stage to grow; empty: the last one.")
+    memory: int = flag(1 << 30, "Bytes of memory to work in.")
 
 
 def main(call: Call[Flags]) -> dict[str, Any]:

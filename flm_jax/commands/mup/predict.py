@@ -34,9 +34,9 @@ class Flags:
 
     data: str = flag("", "CSV file with the runs.")
     predict: tuple[str, ...] = flag(
-        (), "Where to predict, as 1e9,1e10; pairs as 1e9:2e10.", comma=True
+        (), "Sizes to predict, as 1e9,1e10; pairs as 1e9:2e10.", comma=True
     )
-    figure: str = flag("", "With --data: draw to this file.")
+    figure: str = flag("", "With --data: file for the figure.")
 
 
 def _numbers(text: str, count: int) -> list[float]:

@@ -25,11 +25,11 @@ class Flags:
     """The command's own flags."""
 
     output: str = flag("", "File to write.", required="give one, as --output=FILE.jsonl")
-    seed: int = flag(0, "Of the draw.")
+    seed: int = flag(0, "Seed of the samples.")
     per_category: int = flag(100, "Samples of each category.", lower=1)
-    split: str = flag("train", "train or evaluation.")
+    split: str = flag("train", "Split: train or evaluation.")
     categories: tuple[str, ...] = flag(
-        (), f"Of {', '.join(synthetic.CATEGORIES)}; empty: all.", comma=True
+        (), f"Categories, of {', '.join(synthetic.CATEGORIES)}; empty: all.", comma=True
     )
     defects: float = flag(0.0, "Share of each defect.", lower=0.0, upper=1.0)
 

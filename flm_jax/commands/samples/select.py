@@ -35,12 +35,12 @@ class _OwnFlags:
         (), "JSONL file or folder of samples; repeatable.", required="give --pool=FILE.jsonl"
     )
     output: str = flag("", "JSONL file to write.", required="give --output=FILE.jsonl")
-    evaluation: tuple[str, ...] = flag((), "Sets that must not be trained on.")
-    checkpoint: str | None = flag(None, "Model that judges.")
-    vocabulary: str | None = flag(None, "Of a model without a run: see DataConfig.")
+    evaluation: tuple[str, ...] = flag((), "Samples that must not be trained on; repeatable.")
+    checkpoint: str | None = flag(None, "Model that judges quality.")
+    vocabulary: str | None = flag(None, "Vocabulary of a model without a run; see DataConfig.")
     quota: tuple[str, ...] = flag((), "CATEGORY:SHARE of the chosen set; repeatable.")
     scripts: tuple[str, ...] = flag(
-        (), "Scripts of the letters, as LATIN,CJK; empty: any.", comma=True
+        (), "Allowed scripts of letters, as LATIN,CJK; empty: all.", comma=True
     )
 
 
