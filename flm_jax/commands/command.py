@@ -28,7 +28,7 @@ Need = Literal["required", "optional", "none"]
 
 @dataclasses.dataclass(frozen=True)
 class NoFlags:
-    """Of a command without flags of its own."""
+    """The flags of a command that has none of its own."""
 
 
 def flag(
@@ -103,7 +103,8 @@ class Command(Generic[F]):
     Attributes:
       config, workdir: whether it takes --config and --workdir, and whether it needs them.
       positional: the names of the positional arguments; all must be given.
-      unexpected: the advice if there are more arguments than that.
+      unexpected: the advice if arguments are given to a command that takes none.
+      gate: a condition on the result, with an exit status of its own.
     """
 
     main: Callable[[Call[F]], Mapping[str, Any]]
