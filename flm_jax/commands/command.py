@@ -101,7 +101,7 @@ class Command(Generic[F]):
     """A command: `main` gets the parsed call and returns what --json prints.
 
     Attributes:
-      config, workdir: whether it takes --config and --workdir, and whether it needs them.
+      config, workdir: whether it uses --config and --workdir, and whether it needs them.
       positional: the names of the positional arguments; all must be given.
       unexpected: the advice if arguments are given to a command that takes none.
       gate: a condition on the result, with an exit status of its own.
@@ -171,7 +171,8 @@ class Command(Generic[F]):
         absl_flags.DEFINE_bool(
             "json", False, "Print one JSON object on standard output.", flag_values=values
         )
-        if self.workdir != "none":
+        # Scripts give --config and --workdir to every command, also where no run is made.
+        if self.config != "none":
             absl_flags.DEFINE_string("workdir", None, "The run's folder.", flag_values=values)
         return values
 
