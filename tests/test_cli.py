@@ -183,8 +183,8 @@ def test_help_lists_every_command_with_its_first_line():
         (("growth", "chek"), ("no 'chek'", "did you mean 'check'?", "checkpoint")),
         (("growth", "--list"), ("needs a subcommand", "check, checkpoint, probe, draw")),
         ((), ("give a command", "flm --help")),
-        (("inspect",), ("give 1: flm inspect DIR",)),
-        (("inspect", "a", "b"), ("got 2 arguments",)),
+        (("inspect",), ("got no argument", "give flm inspect DIR")),
+        (("inspect", "a", "b"), ("got a b", "give flm inspect DIR")),
         (("growth", "check", "--config=configs/demo.py"), ("config",)),
     ],
 )

@@ -182,8 +182,8 @@ class Command(Generic[F]):
         if len(arguments) > wanted and not wanted:
             raise UserError(f"unexpected argument {arguments[0]!r}; {self.unexpected}")
         if len(arguments) != wanted:
-            words = " ".join(self.positional)
-            raise UserError(f"got {len(arguments)} arguments; give {wanted}: flm {name} {words}")
+            given, words = " ".join(arguments) or "no argument", " ".join(self.positional)
+            raise UserError(f"got {given}; give flm {name} {words}")
         for field, _ in _fields(self.flags):
             advice = field.metadata["required"]
             if advice and getattr(own, field.name) in (None, "", ()):
