@@ -1,51 +1,56 @@
 """Installs flm_jax. Versions are pinned by constraints.txt, which `make` passes to pip."""
 
 import pathlib
+import runpy
 
 import setuptools
 
-README = pathlib.Path(__file__).parent / "README.md"
+ROOT = pathlib.Path(__file__).parent
+README = ROOT / "README.md"
 
 setuptools.setup(
     name="flm_jax",
-    version="0.1.0",
+    version=runpy.run_path(str(ROOT / "flm_jax" / "version.py"))["__version__"],
     description="Train a Tele-FLM-style decoder in JAX, and grow it while it trains.",
     long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=setuptools.find_packages(include=["flm_jax", "flm_jax.*"]),
+    # The shipped configs are in configs/ in the repository and in flm_jax/configs once installed.
+    packages=[*setuptools.find_packages(include=["flm_jax", "flm_jax.*"]), "flm_jax.configs"],
+    package_dir={"flm_jax.configs": "configs"},
+    package_data={"flm_jax": ["py.typed"]},
+    entry_points={"console_scripts": ["flm = flm_jax.commands.front:main"]},
     install_requires=[
-        "absl-py",
-        "chex",
-        "clu",
+        "absl-py",  # flags and logging of the commands
+        "clu",  # metric writers: TensorBoard
         "datasketch",  # MinHash: near-duplicates among chat samples
-        "etils[epath]",
-        "flax>=0.12",
+        "flax>=0.12",  # the model's modules
         "jax>=0.10",
-        "matplotlib",
-        "ml_collections",
+        "matplotlib",  # figures of reports
+        "ml_collections",  # config files and their overrides
         "numpy",
-        "optax>=0.2.8",
-        "orbax-checkpoint>=0.12,<1",
-        "rich",
-        "safetensors",
+        "optax>=0.2.8",  # Adam, schedules, per-group learning rates
+        "orbax-checkpoint>=0.12,<1",  # checkpoints
+        "rich",  # tables and progress bars
+        "safetensors",  # Hugging Face weights
         "scikit-learn",  # clusters of samples: choosing a diverse set
-        "scipy",
-        "sentencepiece",
-        "seqio",
+        "scipy",  # fits and statistical tests
+        "sentencepiece",  # vocabularies: training and reading
+        "seqio",  # the data pipeline
         "tensorboard",  # clu's summary writer imports it
-        "tensorflow",
-        "tensorstore",
+        "tensorflow",  # seqio's datasets
+        "tensorstore",  # growth from disk to disk reads and writes pieces of arrays
         "tokenizers",  # Hugging Face's tokenizer.json
     ],
     extras_require={
         "dev": [
+            "chex",  # equality of trees
             "hypothesis",
+            "ipykernel",  # runs the notebooks, with nbclient and nbformat
             "mypy",
             "nbclient",
             "nbformat",
-            "ipykernel",
             "pre-commit",
             "pytest",
             "pytest-xdist",
@@ -54,7 +59,7 @@ setuptools.setup(
         # Oracles of the weights' tests, older .bin files, and EleutherAI's evaluation harness.
         "hf": ["lm-eval", "torch==2.13.0", "transformers"],
         "tpu": ["jax[tpu]"],
-        # XLA's GPU compiler and ptxas, without cuDNN and the rest: experiments.compile_ahead.
+        # XLA's GPU compiler and ptxas, without cuDNN and the rest: `flm compile`.
         "gpu-aot": ["jax-cuda12-pjrt", "jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12"],
     },
 )

@@ -1,18 +1,18 @@
 """A shape of 110 million parameters, for the speed of generation: 12 layers, hidden 768.
 
-  python -m experiments.benchmark_generate --config=configs/bench_110m.py
+  flm benchmark generate --config=configs/bench_110m.py
 
 Two CPU cores, under a minute. Nothing is trained; the numbers measured are in docs/generate.md.
 """
 
 import ml_collections
 
-from configs import common
+from flm_jax.commands import config_files
 from flm_jax.config import DataConfig, ExperimentConfig, StageConfig, TransformerConfig
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-    common.no_variant(variant)
+    config_files.no_variant(variant)
     model = TransformerConfig(
         vocab_size=16_384,
         num_layers=12,
@@ -29,4 +29,4 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         learning_rate=1e-3,
         matrix_learning_rate=1e-3,
     )
-    return common.single(ExperimentConfig((stage,), DataConfig(sequence_length=512)))
+    return config_files.single(ExperimentConfig((stage,), DataConfig(sequence_length=512)))

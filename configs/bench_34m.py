@@ -1,13 +1,13 @@
 """The reference shape for speed: 8 layers, hidden 512, 8 x 512 tokens, 34 million parameters.
 
-  python -m experiments.benchmark --config=configs/bench_34m.py
+  flm benchmark step --config=configs/bench_34m.py
 
 Two CPU cores, about a minute. Nothing is trained; the numbers measured are in README.md.
 """
 
 import ml_collections
 
-from configs import common
+from flm_jax.commands import config_files
 from flm_jax.config import (
     DataConfig,
     ExperimentConfig,
@@ -18,7 +18,7 @@ from flm_jax.config import (
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-    common.no_variant(variant)
+    config_files.no_variant(variant)
     model = TransformerConfig(
         vocab_size=8192,
         num_layers=8,
@@ -36,6 +36,6 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         learning_rate=1e-3,
         matrix_learning_rate=1e-3,
     )
-    return common.single(
+    return config_files.single(
         ExperimentConfig((stage,), DataConfig(sequence_length=512), OptimizerConfig(clip_norm=1.0))
     )

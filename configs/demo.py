@@ -1,13 +1,13 @@
 r"""Grow a byte-level decoder twice on the Python standard library's source: 0.85M, 1.6M, 17M.
 
   make demo
-  python -m experiments.grow --config=configs/demo.py --workdir=runs/demo
+  flm train --config=configs/demo.py --workdir=runs/demo
 
 Two CPU cores, about 8 minutes; validation falls from 8.51 to 2.07, 1.87 and 1.77 bits per byte.
 `:smoke` is the same chain with a few steps of tiny models, for tests: about a minute.
 `:sentencepiece` is the demo over a vocabulary of 1,024 pieces, trained with
 
-  python -m experiments.train_vocabulary --config=configs/demo.py --vocab_size=1024 \
+  flm vocabulary --config=configs/demo.py --vocab_size=1024 \
     --output=runs/vocab.model
 
 The sizes mirror Tele-FLM's 52B -> 102B -> 1T: parameters x1.9 then x10, hidden x1.25 then x2,
@@ -20,7 +20,7 @@ import dataclasses
 
 import ml_collections
 
-from configs import common
+from flm_jax.commands import config_files
 from flm_jax.config import (
     CheckpointConfig,
     DataConfig,
@@ -55,7 +55,7 @@ def _model(layers: int, hidden: int, ffn: int) -> TransformerConfig:
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     variants = {"": lambda config: config, "smoke": _smoke, "sentencepiece": _sentencepiece}
     if variant not in variants:
-        raise common.unknown_variant(variant, ("smoke", "sentencepiece"))
+        raise config_files.unknown_variant(variant, ("smoke", "sentencepiece"))
     stages = (
         StageConfig(
             name="small",
@@ -92,7 +92,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         eval=EvalConfig(sequences=64, batch_size=8, every_steps=100),
         checkpoint=CheckpointConfig(every_steps=100, keep=2),
     )
-    return common.to_config_dict(variants[variant](config))
+    return config_files.to_config_dict(variants[variant](config))
 
 
 def _smoke(config: ExperimentConfig) -> ExperimentConfig:

@@ -1,7 +1,7 @@
 r"""Is less more? Few chosen conversations against many, on the demo's first stage.
 
   make demo
-  python -m experiments.less_is_more --config=configs/less_is_more.py --workdir=runs/less_is_more
+  flm less_is_more --config=configs/less_is_more.py --workdir=runs/less_is_more
 
 Two CPU cores shared with other work, at low priority: about 36 minutes for 24 arms. Only the first
 stage of the demo is needed. Expected: docs/less_is_more.md.
@@ -15,7 +15,7 @@ import dataclasses
 
 import ml_collections
 
-from configs import common
+from flm_jax.commands import config_files
 from flm_jax.config import CheckpointConfig, EvalConfig
 from flm_jax.sft.config import SftConfig
 from flm_jax.sft.selection import SelectionConfig
@@ -24,7 +24,7 @@ from flm_jax.studies.less_is_more import LessIsMoreConfig, MixConfig
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     if variant not in ("", "smoke"):
-        raise common.unknown_variant(variant, ("smoke",))
+        raise config_files.unknown_variant(variant, ("smoke",))
     sft = SftConfig(
         base="runs/demo",
         base_stage="small",
@@ -64,4 +64,4 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
             # To a model of a few steps no question helps.
             selection=SelectionConfig(size=1, worst_loss=0.0, max_ifd=100.0, rank="none"),
         )  # fmt: skip
-    return common.to_config_dict(config)
+    return config_files.to_config_dict(config)

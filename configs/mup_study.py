@@ -1,9 +1,9 @@
 r"""µP on a small proxy: coordinate check, transfer sweep, growth and loss prediction.
 
-  python -m experiments.coordinate_check --config=configs/mup_study.py --workdir=runs/mup
-  python -m experiments.sweep_mup --config=configs/mup_study.py --workdir=runs/mup
-  python -m experiments.mup_growth --config=configs/mup_study.py --workdir=runs/mup
-  python -m experiments.predict_loss --config=configs/mup_study.py --workdir=runs/mup
+  flm mup check --config=configs/mup_study.py --workdir=runs/mup
+  flm mup sweep --config=configs/mup_study.py --workdir=runs/mup
+  flm mup growth --config=configs/mup_study.py --workdir=runs/mup
+  flm mup predict --config=configs/mup_study.py --workdir=runs/mup
 
 Two CPU cores: about 2, 15, 2 and 10 minutes. Real text, the Python standard library. Expected:
 docs/mup.md. `:smoke` is the same with few steps of tiny models.
@@ -13,7 +13,7 @@ import dataclasses
 
 import ml_collections
 
-from configs import common, demo
+from flm_jax.commands import config_files
 from flm_jax.config import (
     DataConfig,
     EvalConfig,
@@ -23,6 +23,8 @@ from flm_jax.config import (
     TransformerConfig,
 )
 from flm_jax.studies.config import MupStudyConfig
+
+demo = config_files.shipped("demo")
 
 
 def _family(proxy: StageConfig) -> tuple[StageConfig, ...]:
@@ -44,7 +46,7 @@ def _family(proxy: StageConfig) -> tuple[StageConfig, ...]:
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     if variant not in ("", "smoke"):
-        raise common.unknown_variant(variant, ("smoke",))
+        raise config_files.unknown_variant(variant, ("smoke",))
     proxy = TransformerConfig(
         vocab_size=260,
         num_layers=2,
@@ -108,4 +110,4 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
             coordinate_steps=3,
             coordinate_seeds=1,
         )
-    return common.to_config_dict(config)
+    return config_files.to_config_dict(config)

@@ -1,6 +1,6 @@
 r"""Which growth? One small source, doubled by every operator, on the Python standard library.
 
-  python -m experiments.probe_growth --config=configs/probe_growth.py --workdir=runs/probe
+  flm growth probe --config=configs/probe_growth.py --workdir=runs/probe
 
 Two CPU cores, about an hour for 18 arms and three seeds. The source has 0.17M parameters and
 600 steps behind it, the target 1.1M; every arm trains for 1.4e12 FLOPs after its growth, at a
@@ -15,7 +15,7 @@ import dataclasses
 
 import ml_collections
 
-from configs import common
+from flm_jax.commands import config_files
 from flm_jax.config import (
     CheckpointConfig,
     DataConfig,
@@ -79,7 +79,7 @@ ARMS = (
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     if variant not in ("", "smoke"):
-        raise common.unknown_variant(variant, ("smoke",))
+        raise config_files.unknown_variant(variant, ("smoke",))
     source = StageConfig(
         name="source",
         model=SOURCE,
@@ -111,7 +111,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         arms = [ArmConfig("msg", growth), ArmConfig("not grown", growth, small.model)]
         tile = dataclasses.replace(growth, recipe="tile,stack")
         config = ProbeConfig(experiment, (*arms, ArmConfig("tile + stack", tile)), seeds=1)
-    return common.to_config_dict(config)
+    return config_files.to_config_dict(config)
 
 
 def _tiny(layers: int, hidden: int) -> TransformerConfig:

@@ -1,13 +1,13 @@
 r"""Fine-tune the demo's last stage on conversations made on the machine.
 
   make demo
-  python -m experiments.sft --config=configs/sft_demo.py
+  flm sft --config=configs/sft_demo.py
 
 453 conversations, 83 steps of the demo's 17M parameters: 9 minutes on two CPU cores that others
 shared. Expected: response loss 3.06 -> 1.43 nats per token over all categories, 0% -> 7% of the
 answers right; the base's text 1.77 -> 1.94 bits per byte: it forgets. For the first stage (0.85M):
 
-  python -m experiments.sft --config=configs/sft_demo.py --config.base_stage=small \
+  flm sft --config=configs/sft_demo.py --config.base_stage=small \
     --config.learning_rate=1e-3 --config.matrix_learning_rate=1e-3
 
 `:smoke` fine-tunes a run of `configs/demo.py:smoke` in runs/demo-smoke, for tests. For files of
@@ -18,14 +18,14 @@ import dataclasses
 
 import ml_collections
 
-from configs import common
+from flm_jax.commands import config_files
 from flm_jax.config import CheckpointConfig, EvalConfig
 from flm_jax.sft.config import SftConfig
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     if variant not in ("", "smoke"):
-        raise common.unknown_variant(variant, ("smoke",))
+        raise config_files.unknown_variant(variant, ("smoke",))
     config = SftConfig(
         base="runs/demo",
         made=60,
@@ -52,4 +52,4 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
             max_new_tokens=16,
             quick_compile=True,
         )
-    return common.to_config_dict(config)
+    return config_files.to_config_dict(config)

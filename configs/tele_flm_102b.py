@@ -1,6 +1,6 @@
 """Tele-FLM-102B, the chain's second stage (arXiv 2407.02783): 102,198,487,040 parameters.
 
-  python -m experiments.describe --config=configs/tele_flm_102b.py --json
+  flm describe --config=configs/tele_flm_102b.py --json
 
 It was not trained here. Its sizes follow from the reported parameter count and the 52B's rule for
 the FFN; about 0.3 trillion tokens. What is marked "our choice" is not published.
@@ -10,8 +10,10 @@ import dataclasses
 
 import ml_collections
 
-from configs import common, tele_flm_52b
+from flm_jax.commands import config_files
 from flm_jax.config import ExperimentConfig, GrowthConfig, StageConfig
+
+tele_flm_52b = config_files.shipped("tele_flm_52b")
 
 
 def stage() -> StageConfig:
@@ -36,8 +38,8 @@ def stage() -> StageConfig:
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-    common.no_variant(variant)
+    config_files.no_variant(variant)
     t = tele_flm_52b
-    return common.single(
+    return config_files.single(
         ExperimentConfig((stage(),), t.DATA, t.OPTIMIZER, t.SCHEDULE, t.EVAL, t.CHECKPOINT)
     )

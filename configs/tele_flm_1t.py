@@ -1,6 +1,6 @@
 """Tele-FLM-1T, the chain's last stage (arXiv 2407.02783): 1,083,735,265,280 parameters.
 
-  python -m experiments.describe --config=configs/tele_flm_1t.py --json
+  flm describe --config=configs/tele_flm_1t.py --json
 
 The authors trained it on about 15.7 billion tokens and published no scores. It was not trained
 here. What is marked "our choice" is not published.
@@ -10,8 +10,11 @@ import dataclasses
 
 import ml_collections
 
-from configs import common, tele_flm_52b, tele_flm_102b
+from flm_jax.commands import config_files
 from flm_jax.config import ExperimentConfig, GrowthConfig, StageConfig
+
+tele_flm_52b = config_files.shipped("tele_flm_52b")
+tele_flm_102b = config_files.shipped("tele_flm_102b")
 
 
 def stage() -> StageConfig:
@@ -39,8 +42,8 @@ def stage() -> StageConfig:
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-    common.no_variant(variant)
+    config_files.no_variant(variant)
     t = tele_flm_52b
-    return common.single(
+    return config_files.single(
         ExperimentConfig((stage(),), t.DATA, t.OPTIMIZER, t.SCHEDULE, t.EVAL, t.CHECKPOINT)
     )

@@ -1,11 +1,11 @@
 r"""52B -> 102B -> 1T: the chain of arXiv 2407.02783, 2.3 trillion tokens.
 
-  python -m experiments.describe --config=configs/tele_flm_1t_chain.py --json
+  flm describe --config=configs/tele_flm_1t_chain.py --json
 
 Each stage holds topologies, meshes and batches that it fits; the accelerators' compilers say so
 (docs/scaling.md; ten minutes on two CPU cores, with the extras `[tpu]` and `[gpu-aot]`):
 
-  python -m experiments.compile_ahead --config=configs/tele_flm_1t_chain.py
+  flm compile --config=configs/tele_flm_1t_chain.py
 
 The authors used 896 A800 GPUs. It was not trained here. Each stage is described in its own file;
 the learning rate stays on the 52B's cosine through both growths.
@@ -13,8 +13,12 @@ the learning rate stays on the 52B's cosine through both growths.
 
 import ml_collections
 
-from configs import common, tele_flm_1t, tele_flm_52b, tele_flm_102b
+from flm_jax.commands import config_files
 from flm_jax.config import ExperimentConfig, LayoutConfig
+
+tele_flm_1t = config_files.shipped("tele_flm_1t")
+tele_flm_52b = config_files.shipped("tele_flm_52b")
+tele_flm_102b = config_files.shipped("tele_flm_102b")
 
 LAYOUTS = (
     LayoutConfig("52b", "v5p:4x4x4", batch_size=16, fsdp=16, tensor=4),
@@ -27,10 +31,10 @@ LAYOUTS = (
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-    common.no_variant(variant)
+    config_files.no_variant(variant)
     t = tele_flm_52b
     stages = (tele_flm_52b.stage(), tele_flm_102b.stage(), tele_flm_1t.stage())
-    return common.to_config_dict(
+    return config_files.to_config_dict(
         ExperimentConfig(
             stages, t.DATA, t.OPTIMIZER, t.SCHEDULE, t.EVAL, t.CHECKPOINT, layouts=LAYOUTS
         )

@@ -1,6 +1,6 @@
 """Tele-FLM-52B (arXiv 2404.16645, tables 2 and 4): 52,817,829,888 parameters.
 
-  python -m experiments.describe --config=configs/tele_flm_52b.py --json
+  flm describe --config=configs/tele_flm_52b.py --json
 
 The authors trained it on 896 A800 GPUs for about two months, to a loss near 1.55 after 2 trillion
 tokens. It was not trained here. What is marked "our choice" is not published.
@@ -8,7 +8,7 @@ tokens. It was not trained here. What is marked "our choice" is not published.
 
 import ml_collections
 
-from configs import common
+from flm_jax.commands import config_files
 from flm_jax.config import (
     CheckpointConfig,
     DataConfig,
@@ -70,5 +70,7 @@ def stage() -> StageConfig:
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-    common.no_variant(variant)
-    return common.single(ExperimentConfig((stage(),), DATA, OPTIMIZER, SCHEDULE, EVAL, CHECKPOINT))
+    config_files.no_variant(variant)
+    return config_files.single(
+        ExperimentConfig((stage(),), DATA, OPTIMIZER, SCHEDULE, EVAL, CHECKPOINT)
+    )

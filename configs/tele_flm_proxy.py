@@ -1,6 +1,6 @@
 """Tele-FLM's µP proxy (arXiv 2404.16645, table 2): the 52B narrowed to 512, 281,215,488 parameters.
 
-  python -m experiments.describe --config=configs/tele_flm_proxy.py --json
+  flm describe --config=configs/tele_flm_proxy.py --json
 
 The authors searched seven hyper-parameters on it, nine combinations of about 50,000 steps each; its
 loss falls from about 3.0 to 2.6 in their figure 1. It was not trained here. What is marked
@@ -11,8 +11,10 @@ import dataclasses
 
 import ml_collections
 
-from configs import common, tele_flm_52b
+from flm_jax.commands import config_files
 from flm_jax.config import ExperimentConfig, StageConfig
+
+tele_flm_52b = config_files.shipped("tele_flm_52b")
 
 
 def stage() -> StageConfig:
@@ -23,8 +25,8 @@ def stage() -> StageConfig:
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-    common.no_variant(variant)
+    config_files.no_variant(variant)
     t = tele_flm_52b
-    return common.single(
+    return config_files.single(
         ExperimentConfig((stage(),), t.DATA, t.OPTIMIZER, t.SCHEDULE, t.EVAL, t.CHECKPOINT)
     )

@@ -1,6 +1,6 @@
 """Configurations as frozen, validated dataclasses: the model, the data, a stage, a whole chain.
 
-`configs/` and `experiments/` speak ml_collections; `from_mapping` turns what they hold into these.
+Config files and commands use ml_collections; `from_mapping` turns their values into these.
 """
 
 from __future__ import annotations
@@ -309,7 +309,7 @@ class CheckpointConfig(Checked):
 
 @dataclasses.dataclass(frozen=True)
 class LayoutConfig(Checked):
-    """A topology, a mesh and a batch that a stage fits: `experiments.compile_ahead` proves it."""
+    """A topology, a mesh and a batch that a stage fits: checked by `flm compile`."""
 
     stage: str
     topology: str

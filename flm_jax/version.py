@@ -1,3 +1,3 @@
-"""The version of flm_jax, in one place."""
+"""The version of the package: the one place that states it (setup.py reads this file)."""
 
 __version__ = "0.1.0"

@@ -1,20 +1,41 @@
-"""Runs the commands as a user would, in a process of their own."""
+"""Calls the commands: in this process, or in one of their own where the process matters."""
 
+import contextlib
+import io
 import json
 import os
 import pathlib
 import subprocess
 import sys
 import time
+from unittest import mock
+
+from flm_jax.commands import front
 
 ROOT = pathlib.Path(__file__).parent.parent
 
 
+def call(*args: str) -> tuple[int, str, str]:
+    """`flm ARGS...` in this process: status, standard output, standard error.
+
+    With the devices and the strict dtypes of the tests (tests/conftest.py).
+    """
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        contextlib.chdir(ROOT),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        mock.patch.dict(os.environ),  # a quick compilation is asked for in XLA_FLAGS
+    ):
+        status = front.run(args)
+    return status, out.getvalue(), err.getvalue()
+
+
 def start(*args: str, devices: int = 1) -> subprocess.Popen:
-    """`python -m experiments...`, on fake devices and as optimised as users run it."""
+    """`flm ARGS...` in a process of its own, on fake devices and as optimised as users run it."""
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     return subprocess.Popen(
-        [sys.executable, "-m", *args],
+        [sys.executable, "-m", "flm_jax.commands", *args],
         cwd=ROOT,
         env={**environment, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)},
         stdout=subprocess.PIPE,
@@ -24,23 +45,23 @@ def start(*args: str, devices: int = 1) -> subprocess.Popen:
 
 
 def run(*args: str) -> tuple[int, str, str]:
-    """Status, standard output, standard error."""
+    """As `call`, in a process of its own, with one device."""
     process = start(*args)
     out, err = process.communicate(timeout=400)
     return process.returncode, out, err
 
 
-def json_of(*args: str) -> dict:
+def json_of(*args: str, by=call) -> dict:
     """The one JSON object that a command prints with --json."""
-    status, out, err = run(*args, "--json")
+    status, out, err = by(*args, "--json")
     assert status == 0, err
     assert out.count("\n") == 1
     return json.loads(out)
 
 
-def mistake(*args: str) -> str:
+def mistake(*args: str, by=call) -> str:
     """The one line that a user's mistake gives."""
-    status, out, err = run(*args)
+    status, out, err = by(*args)
     assert status == 2, err
     assert "Traceback" not in err
     lines = err.strip().splitlines()
@@ -65,8 +86,9 @@ def peak_memory(*args: str) -> int:
     """Bytes that a command, run in a process of its own, held at most."""
     # VmHWM, since a child's ru_maxrss counts the memory of the process that it was forked from.
     code = (
-        "import runpy, sys; sys.argv = sys.argv[1:]\n"
-        "runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)\n"
+        "import sys\n"
+        "from flm_jax.commands import front\n"
+        "assert front.run(sys.argv[1:]) == 0\n"
         "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0], file=sys.stderr)"
     )
     done = subprocess.run(

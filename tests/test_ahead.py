@@ -9,9 +9,9 @@ import pytest
 from flm_jax.aot import compiler, hlo
 from flm_jax.aot.roofline import CHIPS, seconds_of
 from flm_jax.errors import UserError
-from tests.commands import json_of, mistake
+from tests.commands import json_of, mistake, run
 
-CHAIN = ("experiments.compile_ahead", "--config=configs/tele_flm_1t_chain.py")
+CHAIN = ("compile", "--config=configs/tele_flm_1t_chain.py")
 
 HLO = """HloModule jit_step
 
@@ -140,8 +140,10 @@ def test_the_tpu_compiler_takes_a_small_chain(what):
             ("d_ff", 2 * width), ("vocab_size", 512),
         )
     ]  # fmt: skip
-    report = json_of(*CHAIN, *sizes, "--topology=v5p:2x2x1", "--mesh=fsdp=2,tensor=2",
-                     "--batch=4", "--quick", f"--what={what}")  # fmt: skip
+    report = json_of(
+        *CHAIN, *sizes, "--topology=v5p:2x2x1", "--mesh=fsdp=2,tensor=2", "--batch=4", "--quick",
+        f"--what={what}", by=run,
+    )  # fmt: skip
     assert report["fits"] and report["devices"] == 4
     assert {"hbm_bytes", "hbm_limit_bytes", "compile_s", "peak_host_bytes", "collectives",
             "model_flops_per_device"} <= set(report)  # fmt: skip

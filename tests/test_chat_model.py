@@ -118,7 +118,7 @@ def test_answers_and_generate_prompt_alike(model, trained, adds_start, start, mo
     model.answer(SAMPLES[:1])
     ids = [*encode_prompt(SAMPLES[0].messages[:-1], BYTES)]
     assert seen[0] == [*start, *ids]
-    assert seen[0] == model.model.with_start(ids)  # what experiments.generate --chat reads
+    assert seen[0] == model.model.with_start(ids)  # what flm generate --chat reads
 
 
 def test_embeddings_do_not_depend_on_the_batch(model):

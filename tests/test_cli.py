@@ -1,5 +1,7 @@
 """The commands' front, and what needs no training: describe, configs, mistakes."""
 
+import pathlib
+import runpy
 import subprocess
 import sys
 import time
@@ -8,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import cli
+from flm_jax.commands import config_files, front
+from flm_jax.commands.command import Command, NoFlags
 from flm_jax.config import DataConfig, ExperimentConfig, TransformerConfig
 from flm_jax.errors import UserError
 from flm_jax.mapping import differences, from_mapping, to_dict
@@ -17,10 +20,11 @@ from flm_jax.params import axes, counts, trees
 from flm_jax.sft.config import SftConfig
 from flm_jax.studies.config import MupStudyConfig, ProbeConfig
 from flm_jax.studies.less_is_more import LessIsMoreConfig
-from tests.commands import ROOT, json_of, mistake, peak_memory, run
+from tests.commands import ROOT, call, json_of, mistake, peak_memory
 from tests.models import TABLE
 
 CONFIGS = sorted(p for p in (ROOT / "configs").glob("*.py") if p.stem not in ("__init__", "common"))
+FRONTS = sorted(p for p in (ROOT / "experiments").glob("*.py") if p.stem != "__init__")
 DEMO = "--config=configs/demo.py"
 
 
@@ -38,13 +42,13 @@ def test_every_config_resolves_and_opens_with_its_command(path):
         load(path, "nonsense")
     if "base" in config or "sft" in config:  # fine-tuning: its model is the base's
         kind = SftConfig if "base" in config else LessIsMoreConfig
-        assert isinstance(cli.dataclass_of(kind, config), kind)
+        assert isinstance(config_files.dataclass_of(kind, config), kind)
         return
     if "experiment" in config:  # a study over an experiment
         kind = ProbeConfig if "arms" in config else MupStudyConfig
-        chain = cli.dataclass_of(kind, config).experiment
+        chain = config_files.dataclass_of(kind, config).experiment
     else:
-        chain = cli.experiment(config)
+        chain = config_files.experiment(config)
     assert isinstance(chain, ExperimentConfig)
     for stage in chain.stages:
         shapes = jax.eval_shape(
@@ -68,7 +72,7 @@ def test_every_config_resolves_and_opens_with_its_command(path):
 )
 def test_describe_counts_the_papers_parameters(name, override, params):
     args = [a for a in (f"--config=configs/tele_flm_{name}.py", override) if a]
-    described = json_of("experiments.describe", *args)
+    described = json_of("describe", *args)
     assert described["params"] == params == sum(described["params_by_component"].values())
     assert described["param_bytes"] == 4 * params
     assert described["optimizer_bytes"] == 8 * params
@@ -76,14 +80,14 @@ def test_describe_counts_the_papers_parameters(name, override, params):
 
 
 def test_describe_allocates_nothing_at_1t():
-    args = ("experiments.describe", "--config=configs/tele_flm_1t.py", "--json")
+    args = ("describe", "--config=configs/tele_flm_1t.py", "--json")
     began = time.monotonic()
     assert peak_memory(*args) < 5e8
     assert time.monotonic() - began < 15
 
 
 def test_describe_lists_a_chain():
-    stages = json_of("experiments.describe", "--config=configs/tele_flm_1t_chain.py")["stages"]
+    stages = json_of("describe", "--config=configs/tele_flm_1t_chain.py")["stages"]
     assert [s["params"] for s in stages] == [
         52_817_829_888, 102_198_487_040, 1_083_735_265_280,
     ]  # fmt: skip
@@ -122,18 +126,18 @@ def test_flops_by_hand():
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line(args, words):
-    line = mistake("experiments.describe", *args)
+    line = mistake("describe", *args)
     assert all(word in line for word in words), line
 
 
 def test_an_error_in_a_config_file_says_where(tmp_path):
     path = tmp_path / "broken.py"
     path.write_text("def get_config(variant=''):\n    return {}['missing']\n")
-    assert f"{path}:2: KeyError: 'missing'" in mistake("experiments.describe", f"--config={path}")
+    assert f"{path}:2: KeyError: 'missing'" in mistake("describe", f"--config={path}")
 
 
 def test_flag_and_value_may_be_two_words():
-    described = json_of("experiments.describe", "--config", "configs/tele_flm_52b.py",
+    described = json_of("describe", "--config", "configs/tele_flm_52b.py",
                         "--config.model.vocab_size", "80384")  # fmt: skip
     assert described["params"] == 52_824_121_344
 
@@ -141,9 +145,13 @@ def test_flag_and_value_may_be_two_words():
 def test_json_keeps_standard_output_to_itself():
     """Even from what other programs and C++ write to the process's standard output."""
     code = (
-        "import os, sys; from experiments import cli; sys.argv = ['x', '--json']\n"
-        "def main(arguments):\n    print('noise'); os.system('echo noise'); return {'a': 1}\n"
-        "cli.run(main, needs_config=False)"
+        "import os, sys, types\n"
+        "from flm_jax.commands import front\n"
+        "from flm_jax.commands.command import Command, NoFlags\n"
+        "def main(call):\n    print('noise'); os.system('echo noise'); return {'a': 1}\n"
+        "noisy = types.SimpleNamespace(COMMAND=Command(main, NoFlags, config='none'))\n"
+        "sys.modules['flm_jax.commands.inspect'] = noisy\n"
+        "sys.exit(front.run(['inspect', '--json']))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
@@ -153,9 +161,99 @@ def test_json_keeps_standard_output_to_itself():
 
 
 def test_help_shows_an_example_and_the_flags():
-    status, out, _ = run("experiments.grow", "--help")
+    status, out, _ = call("train", "--help")
     assert status == 0
     assert "--config=configs/demo.py --workdir=runs/demo" in out and "--workdir" in out
+    assert "--[no]distributed" in out and "--config" in out
+
+
+def test_help_lists_every_command_with_its_first_line():
+    status, out, _ = call("--help")
+    lines = [line.split("  ") for line in out.splitlines()]
+    listed = {words[1]: words[-1].strip() for words in lines if len(words) > 2}
+    assert status == 0 and set(front.COMMANDS) <= set(listed)
+    assert all(listed[name].endswith((".", "?", "report.")) for name in front.COMMANDS)
+    status, out, _ = call("growth", "--help")
+    assert status == 0 and "growth checkpoint" in out and "mup" not in out
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("trian",), ("no command 'trian'", "did you mean 'train'?", "flm --help")),
+        (("growth", "chek"), ("no 'chek'", "did you mean 'check'?", "checkpoint")),
+        (("growth", "--list"), ("needs a subcommand", "check, checkpoint, probe, draw")),
+        ((), ("give a command", "flm --help")),
+        (("inspect",), ("got no argument", "give flm inspect DIR")),
+        (("inspect", "a", "b"), ("got a b", "give flm inspect DIR")),
+        (("growth", "check", "--config=configs/demo.py"), ("config",)),
+    ],
+)
+def test_a_wrong_command_is_one_line(args, words):
+    line = mistake(*args)
+    assert line.startswith("flm") and all(word in line for word in words), line
+
+
+@pytest.mark.parametrize("path", FRONTS, ids=lambda p: p.stem)
+def test_every_module_of_experiments_is_a_command(path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(path), "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(f"experiments.{path.stem}", run_name="__main__")
+    assert ended.value.code == 0
+    assert "  flm " in capsys.readouterr().out or path.stem in front.GROUPS
+
+
+def test_every_command_is_a_module_of_experiments_too():
+    words = {name.split()[0] for name in front.COMMANDS}
+    assert words <= {path.stem for path in FRONTS}
+
+
+def test_benchmark_without_a_subcommand_is_the_old_benchmark(monkeypatch, capsys):
+    """The old name became a group: both ways to call it work."""
+    for given in (["--help"], ["step", "--help"]):
+        monkeypatch.setattr(sys, "argv", ["benchmark", *given])
+        with pytest.raises(SystemExit):
+            runpy.run_module("experiments.benchmark", run_name="__main__")
+        assert "flm benchmark step --config" in capsys.readouterr().out
+
+
+def test_calls_share_nothing():
+    """A flag or an override of one call is not there in the next, nor in another command."""
+    override = (DEMO, "--config.stages[0].model.d_ff=400", "--mup")
+    one = json_of("describe", *override)
+    assert "parameters" in one["stages"][0]
+    two = json_of("describe", DEMO)
+    assert "parameters" not in two["stages"][0]
+    assert two["stages"][0]["params_by_component"]["mlp"] == 4 * 3 * 128 * 336
+    assert "Unknown command line flag 'mup'" in mistake("growth", "check", "--mup")
+
+
+def test_a_local_config_comes_before_a_shipped_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for given in ("configs/demo.py", "demo.py", "demo"):
+        assert config_files.find(given) == ROOT / "configs/demo.py"
+    (tmp_path / "demo.py").write_text("")
+    assert config_files.find("demo.py") == pathlib.Path("demo.py")
+    for given in ("elsewhere/demo.py", "demo.txt", "configs/__init__.py", "nope"):
+        with pytest.raises(UserError, match=r"no such file.*tele_flm_52b"):
+            config_files.find(given)
+
+
+def test_a_config_of_another_folder_uses_shipped_ones_and_dataclasses(tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text(
+        "from __future__ import annotations\n"
+        "import dataclasses\n"
+        "from flm_jax.commands import config_files\n"
+        "@dataclasses.dataclass\n"
+        "class Size:\n    layers: int = 2\n"
+        "def get_config(variant=''):\n"
+        "    config = config_files.shipped('tele_flm_proxy').get_config()\n"
+        "    config.model.num_layers = Size().layers\n"
+        "    return config\n"
+    )
+    described = json_of("describe", f"--config={path}")
+    assert 0 < described["params"] < 281_215_488
 
 
 def test_config_files_are_checked_field_by_field():
@@ -176,3 +274,24 @@ def test_differences_name_the_field_and_both_values():
         "config.a.b: 1 -> 2",
         "config.a.c[1]: 2 -> 3",
     ]
+
+
+def test_a_command_names_its_flag_where_the_library_names_an_argument():
+    command = Command(lambda call: {}, NoFlags, workdir="required")
+    for error, line in [
+        (UserError("workdir=x: no", argument="workdir"), "--workdir=x: no"),
+        (UserError("x is not empty", argument="workdir"), "--workdir: x is not empty"),
+        (UserError("workdirs: no", argument="workdir"), "--workdir: workdirs: no"),
+        (UserError("memory is 3", argument="memory"), "memory is 3"),  # no such flag
+        (UserError("x"), "x"),
+    ]:
+        assert command.line(error) == line
+
+
+def test_a_module_of_experiments_is_the_same_as_the_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["growth", "check", "--list"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("experiments.growth", run_name="__main__")
+    out = capsys.readouterr().out
+    assert ended.value.code == 0 and "| `msg` |" in out
+    assert call("growth", "check", "--list") == (0, out, "")

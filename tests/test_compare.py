@@ -19,7 +19,7 @@ from flm_jax.store.checkpoint import Checkpoints
 from flm_jax.store.files import write_json
 from flm_jax.store.lineage import RunFolder, identity
 from flm_jax.train.train_step import TrainState
-from tests.commands import mistake, run
+from tests.commands import call, mistake
 from tests.models import SMALL, changed, random_params
 
 
@@ -120,7 +120,7 @@ def workdir(tmp_path_factory):
     return run_folder.path
 
 
-COMMAND = ("experiments.compare", "--retention_sequences=4", "--max_new_tokens=8")
+COMMAND = ("compare", "--retention_sequences=4", "--max_new_tokens=8")
 
 
 @pytest.mark.slow
@@ -130,14 +130,14 @@ def test_the_command_gates_a_release(workdir, tmp_path):
     chats.write_jsonl(path, [*samples, Sample((Message("user", "never answered"),))])
     said = "import json; print(json.dumps({'winner': 'tie'}))"
     judge = shlex.join([sys.executable, "-I", "-S", "-c", said])
-    status, out, err = run(
+    status, out, err = call(
         *COMMAND, f"{workdir}:one", f"{workdir}:two", f"--samples={path}", "--json",
         f"--judge={judge}", f"--output={out_path}",
         "--fail_if=all/loss:0.5", "--fail_if=all/accuracy:0.5",
     )  # fmt: skip
     # Of the two gates one fails, and says so in one line; the object is printed all the same.
     assert status == 3
-    lines = [line for line in err.splitlines() if line.startswith("compare: ")]
+    lines = [line for line in err.splitlines() if line.startswith("flm compare: ")]
     assert len(lines) == 1 and "all/loss went from" in lines[0] and "accuracy" not in lines[0]
     result = json.loads(out)
     assert len(result["failed"]) == 1 and set(result["difference"]) == {

@@ -155,13 +155,13 @@ def test_the_commands(run, tmp_path):
     folder, _ = run
     text = tmp_path / "text.txt"
     text.write_text(TEXTS[0])
-    got = json_of("experiments.evaluate", f"--checkpoint={folder}", f"--data={text}")
+    got = json_of("evaluate", f"--checkpoint={folder}", f"--data={text}")
     assert got["bytes"] == text.stat().st_size
     assert got["tokens"] == got["bytes"] + 1
     assert got["bits_per_byte"] * math.log(2) * got["bytes"] == pytest.approx(
         got["loss"] * got["tokens"]
     )
-    generate = ("experiments.generate", f"--checkpoint={folder}", "--stage=s0")
+    generate = ("generate", f"--checkpoint={folder}", "--stage=s0")
     asked = ("--prompt=def", "--prompt=x", "--max_new_tokens=9", "--temperature=1", "--seed=3")
     made = json_of(*generate, *asked)["completions"]
     assert [c["prompt"] for c in made] == ["def", "x"]
@@ -178,21 +178,17 @@ def test_the_commands(run, tmp_path):
         assert message in mistake(*generate, *arguments)
     empty = tmp_path / "empty.txt"
     empty.touch()
-    evaluate_ = ("experiments.evaluate", f"--checkpoint={folder}")
+    evaluate_ = ("evaluate", f"--checkpoint={folder}")
     assert "holds no text" in mistake(*evaluate_, f"--data={empty}")
     assert "give either --data=FILE or --task=NAME" in mistake(*evaluate_)
 
     results = tmp_path / "results.json"
     results.write_text('{"results": {"mmlu": {"acc,none": 0.5}}}')
-    rows = json_of("experiments.benchmarks", f"--results={results}")["benchmarks"]
+    rows = json_of("reported", f"--results={results}")["benchmarks"]
     assert [r["own"] for r in rows if r["name"] == "MMLU"] == [50.0]
     results.write_text("[]")
-    assert "is not what experiments.harness" in mistake(
-        "experiments.benchmarks", f"--results={results}"
-    )
-    timed = json_of(
-        "experiments.benchmark_generate", "--config=configs/demo.py:smoke", "--new_tokens=3"
-    )
+    assert "is not what flm harness" in mistake("reported", f"--results={results}")
+    timed = json_of("benchmark", "generate", "--config=configs/demo.py:smoke", "--new_tokens=3")
     assert timed["cached_tokens_per_s"] / timed["uncached_tokens_per_s"] == timed["ratio"]
     talk = json_of(*generate, "--chat", "--prompt=hello", "--max_new_tokens=4")
     assert talk["completions"][0]["prompt"] == "hello"

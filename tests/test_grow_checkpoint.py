@@ -107,7 +107,7 @@ def test_mistakes_are_refused_and_write_nothing(tmp_path, monkeypatch):
     refused("is the config's last", config=one)
     other = two_stages(changed(CONFIG, d_ff=21), WIDER.stages[1].model)
     refused("d_ff: 20 -> 21", config=other)
-    refused("--memory is 1,000 bytes, but .* give --memory=", memory=1000)
+    refused(r"^memory is 1,000 bytes, but .* give memory=\d+$", memory=1000)
     noisy = two_stages(CONFIG, WIDER.stages[1].model, recipe="zero_pad", noise_db=10.0)
     refused("noise_db 10.0, .* grow in memory", config=noisy)
     ligo = two_stages(CONFIG, WIDER.stages[1].model, recipe="ligo")
@@ -166,14 +166,13 @@ def test_distances_are_measured_one_layer_at_a_time():
 
 CHAIN = """
 import dataclasses
-from configs import common, demo
-from experiments import cli
 from flm_jax import config
+from flm_jax.commands import config_files
 
 def get_config():
-    smoke = config.experiment(cli.plain(demo.get_config("smoke")))
+    smoke = config.experiment(config_files.plain(config_files.shipped("demo").get_config("smoke")))
     stages = tuple(dataclasses.replace(stage, steps=12) for stage in smoke.stages[:2])
-    return common.to_config_dict(dataclasses.replace(smoke, stages=stages))
+    return config_files.to_config_dict(dataclasses.replace(smoke, stages=stages))
 """
 
 
@@ -181,10 +180,10 @@ def get_config():
 def test_the_runner_goes_on_as_if_it_had_grown_in_memory(tmp_path):
     (tmp_path / "chain.py").write_text(CHAIN)
     config = f"--config={tmp_path / 'chain.py'}"
-    status, _, err = run("experiments.grow", config, f"--workdir={tmp_path / 'run'}")
+    status, _, err = run("train", config, f"--workdir={tmp_path / 'run'}")
     assert status == 0, err
     target = tmp_path / "grown"
-    args = ("experiments.grow_checkpoint", config, f"--source={tmp_path / 'run'}",
+    args = ("growth", "checkpoint", config, f"--source={tmp_path / 'run'}",
             f"--target={target}", "--stage=small")  # fmt: skip
     process = start(*args)
     wait_for("stages/1-medium/checkpoints/12.partial", target, process)
@@ -193,7 +192,7 @@ def test_the_runner_goes_on_as_if_it_had_grown_in_memory(tmp_path):
     assert not (target / "stages/1-medium/checkpoints/12").exists()
     status, out, err = run(*args)
     assert status == 0 and "were written" in out and "/s" in err, err
-    status, _, err = run("experiments.grow", config, f"--workdir={target}")
+    status, _, err = run("train", config, f"--workdir={target}")
     assert status == 0, err
     for a, b in zip(lineage(target), lineage(tmp_path / "run"), strict=True):
         assert {**a, "wall_s": 0} == {**b, "wall_s": 0}  # digests, receipts, evaluations
@@ -211,12 +210,12 @@ def test_a_state_larger_than_the_memory_it_grows_in(tmp_path):
     config = two_stages(small, big)
     finished_run(config, tmp_path / "run")
     (tmp_path / "chain.py").write_text(
-        "from configs import common\nfrom flm_jax import config\n"
+        "from flm_jax import config\nfrom flm_jax.commands import config_files\n"
         f"VALUES = {dataclasses.asdict(config)!r}\n"
-        "def get_config():\n    return common.to_config_dict(config.experiment(VALUES))\n"
+        "def get_config():\n    return config_files.to_config_dict(config.experiment(VALUES))\n"
     )
     peak = peak_memory(
-        "experiments.grow_checkpoint", f"--config={tmp_path / 'chain.py'}",
+        "growth", "checkpoint", f"--config={tmp_path / 'chain.py'}",
         f"--source={tmp_path / 'run'}", f"--target={tmp_path / 'grown'}",
     )  # fmt: skip
     reader = CheckpointReader(tmp_path / "grown/stages/1-big/checkpoints/4")

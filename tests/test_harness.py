@@ -23,13 +23,13 @@ SAMPLES = [json.loads(line) for line in (TASKS / "samples.jsonl").read_text().sp
 CONTEXT = 32
 # Runs the command where any connection but to this machine's own sockets is an error.
 OFFLINE = """
-import runpy, socket, sys
+import socket, sys
+from flm_jax.commands import front
 def refuse(self, address, *rest):
     raise AssertionError(f"reached out to {address}")
 socket.socket.connect = socket.socket.connect_ex = refuse
 socket.getaddrinfo = lambda *a, **k: refuse(None, a)
-sys.argv = sys.argv[1:]
-runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+front.main()
 """
 
 
@@ -73,7 +73,7 @@ def results(run, tasks, tmp_path_factory):
         "JAX_PLATFORMS": "cpu",
     }
     done = subprocess.run(
-        [sys.executable, "-c", OFFLINE, "experiments.harness", f"--checkpoint={run}",
+        [sys.executable, "-c", OFFLINE, "harness", f"--checkpoint={run}",
          "--tasks=flm_choice,flm_rolling,flm_generate", f"--include_path={tasks}",
          "--batch_size=4", "--json"],
         cwd=ROOT, env=environment, capture_output=True, text=True,
@@ -150,7 +150,7 @@ def test_answers_of_the_adapter(run):
 
 
 def test_mistakes(run):
-    command = ("experiments.harness", f"--checkpoint={run}")
+    command = ("harness", f"--checkpoint={run}")
     assert "--tasks is missing" in mistake(*command)
     assert "the harness has no task 'nonsense'" in mistake(
         *command, "--tasks=nonsense", f"--include_path={TASKS}"

@@ -10,7 +10,7 @@ from tests.commands import ROOT
 
 # Each package or module imports only from its own line and the lines above it.
 LAYERS = [
-    {"errors"},
+    {"errors", "version"},
     {"mapping"},
     {"config"},
     {"params"},
@@ -24,6 +24,7 @@ LAYERS = [
     {"runs"},
     {"aot", "sft"},
     {"studies"},
+    {"commands"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FILES = sorted((ROOT / "flm_jax").rglob("*.py"))
@@ -34,6 +35,7 @@ OWNERS = {
     "tensorflow": {"data"},
     "orbax": {"store"},
     "tensorstore": {"store"},
+    "ml_collections": {"commands"},
 }
 
 
@@ -59,7 +61,7 @@ def test_imports_point_one_way(path):
         parts = name.split(".")
         if parts[0] == "flm_jax" and module != "__init__":
             assert LEVEL[parts[1]] <= LEVEL[module], f"{path} imports {name}"
-        assert parts[0] not in ("experiments", "configs", "ml_collections"), f"{path}: {name}"
+        assert parts[0] not in ("experiments", "configs"), f"{path} imports {name}"
 
 
 def test_growth_is_light():

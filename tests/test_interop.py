@@ -308,10 +308,10 @@ def test_a_ramp_is_folded_by_its_step(folder, tmp_path):
 @pytest.mark.slow
 def test_the_command(folder, tmp_path):
     run = tmp_path / "run"
-    to_run = ("experiments.convert", f"--source={folder}", f"--target={run}", "--format=flm")
+    to_run = ("convert", f"--source={folder}", f"--target={run}", "--format=flm")
     done = json_of(*to_run)
     assert done["format"] == "flm" and done["gb_per_s"] > 0
-    assert json_of("experiments.inspect", str(run))["stages"][0]["name"] == "imported"
+    assert json_of("inspect", str(run))["stages"][0]["name"] == "imported"
     assert "exists and is not empty" in mistake(*to_run)
     assert "--format is missing" in mistake(*to_run[:3])
     assert "float8" in mistake(*to_run[:2], "--target=x", "--format=llama", "--dtype=float8")

@@ -9,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import demo
-from experiments import cli
 from flm_jax import growth, interop
+from flm_jax.commands import config_files
 from flm_jax.errors import UserError
 from flm_jax.interop.converter import write_hf
 from flm_jax.interop.names import TENSORS, Tensor
@@ -232,17 +231,17 @@ def test_bin_files_run_no_code(saved, tmp_path, capsys):
 @pytest.mark.slow
 def test_a_chain_goes_on_from_weights(tmp_path):
     """The first stage's parameters come from a folder, are not trained, and grow."""
-    config = cli.experiment(demo.get_config("smoke"))
+    config = config_files.experiment(config_files.shipped("demo").get_config("smoke"))
     model = config.stages[0].model
     params = random_params(model, 0)
     interop.save_hf(tmp_path / "hf", params, model, "teleflm", vocabulary="bytes")
     workdir = tmp_path / "run"
     command = (
-        "experiments.grow", "--config=configs/demo.py:smoke", f"--workdir={workdir}",
+        "train", "--config=configs/demo.py:smoke", f"--workdir={workdir}",
         f"--config.stages[0].source={tmp_path / 'hf'}", "--config.stages[0].steps=0",
         "--config.stages[1].steps=8", "--config.stages[2].steps=8",
     )  # fmt: skip
-    wrong = mistake(*command, "--config.stages[0].model.d_ff=88")
+    wrong = mistake(*command, "--config.stages[0].model.d_ff=88", by=run)
     assert f"model.d_ff is 88, but source {tmp_path / 'hf'} has 84" in wrong
     assert "does not exist" not in wrong and not any(workdir.iterdir())
     status, _, err = run(*command)
@@ -254,7 +253,7 @@ def test_a_chain_goes_on_from_weights(tmp_path):
     assert abs(first["eval"]["bpb_end"] - second["eval"]["bpb_start"]) < 1e-4
     # A grown stage goes out, with the bytes' tokenizer.
     json_of(
-        "experiments.convert", f"--source={workdir}", f"--target={tmp_path / 'out'}",
+        "convert", f"--source={workdir}", f"--target={tmp_path / 'out'}",
         "--format=granite", "--stage=medium",
     )  # fmt: skip
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments import cli
 from flm_jax import mapping
+from flm_jax.commands import config_files
 from flm_jax.errors import UserError
 from flm_jax.params import draws, mup, threefry
 from flm_jax.studies import mup as studies_mup
@@ -24,9 +24,7 @@ STUDY = "--config=configs/mup_study.py:smoke"
 
 
 def study_config(**changes) -> MupStudyConfig:
-    from configs import mup_study
-
-    plain = cli.plain(mup_study.get_config("smoke"))
+    plain = config_files.plain(config_files.shipped("mup_study").get_config("smoke"))
     made = mapping.from_mapping(MupStudyConfig, plain)
     experiment = dataclasses.replace(made.experiment, quick_compile=False)  # set for all tests
     return dataclasses.replace(made, experiment=experiment, **changes)
@@ -80,7 +78,7 @@ def test_standard_parametrisation_is_the_same_at_the_base_width_and_not_beyond()
     [("52b", 4.242e-3, 1.5e-4, 0.5 / 16), ("1t", 0.024 / 80**0.5, 6e-5, 2.0 / 80)],
 )
 def test_tele_flm_numbers_come_out(file, std, rate, multiplier):
-    table = json_of("experiments.describe", f"--config=configs/tele_flm_{file}.py", "--mup")
+    table = json_of("describe", f"--config=configs/tele_flm_{file}.py", "--mup")
     query, head = table["parameters"]["layers/attention/query"], table["parameters"]["head"]
     assert query["target"]["init_std"] == pytest.approx(std, rel=1e-3)
     assert query["target"]["learning_rate"] == pytest.approx(rate)
@@ -151,12 +149,12 @@ def test_the_summary_counts_grid_steps():
 def test_sweep_and_growth_as_commands(tmp_path):
     args = (STUDY, f"--workdir={tmp_path}", "--config.learning_rates=(1.0, 2.0)",
             "--config.init_stds=(1.0,)")  # fmt: skip
-    found = json_of("experiments.sweep_mup", *args)
+    found = json_of("mup", "sweep", *args)
     assert set(found["sweep"]) == {"mup", "sp"} and found["trials"] == 2 * 2 * 2 + 3 * 2
     # Trials that two hyper-parameters share are run once.
     assert len((tmp_path / "trials.jsonl").read_text().splitlines()) == 2 * 2 * 2
     assert (tmp_path / "report/sweep.png").exists()
-    grown = json_of("experiments.mup_growth", *args)
+    grown = json_of("mup", "growth", *args)
     assert set(grown["arms"]) == set(studies_mup.RECIPES)
     for arm in grown["arms"].values():
         for role in ("matrix old", "vector old", "readout old"):
@@ -220,13 +218,13 @@ def test_prediction_as_a_command(tmp_path):
     path.write_text("params,loss\n" + "\n".join(lines) + "\n")
     figure = tmp_path / "fit.png"
     found = json_of(
-        "experiments.predict_loss", f"--data={path}", "--predict=194.24,676.48",
+        "mup", "predict", f"--data={path}", "--predict=194.24,676.48",
         f"--figure={figure}",
     )  # fmt: skip
     assert set(found) == {"a", "b", "c", "predictions"} and figure.exists()
     assert set(found["predictions"][0]) == {"x", "predicted", "low", "high"}
 
-    predict_loss = ("experiments.predict_loss", f"--data={path}")
+    predict_loss = ("mup", "predict", f"--data={path}")
     assert "--predict=wide" in mistake(*predict_loss, "--predict=wide")
     assert "--predict=-3" in mistake(*predict_loss, "--predict=-3")
     path.write_text("params,loss\n1,2\n2,1.5\n3,1.2\n")
@@ -235,7 +233,7 @@ def test_prediction_as_a_command(tmp_path):
     assert "params,loss" in mistake(*predict_loss)
     path.write_text("params,loss\n1,2\n2,much\n")
     assert "much" in mistake(*predict_loss)
-    assert "nowhere.csv" in mistake("experiments.predict_loss", "--data=nowhere.csv")
+    assert "nowhere.csv" in mistake("mup", "predict", "--data=nowhere.csv")
     pairs = [(n, d) for n in (1e6, 1e7, 1e8) for d in (1e8, 1e9, 1e10)]
     rows = [f"{n},{d},{1.7 + 400 * n**-0.34 + 410 * d**-0.28}" for n, d in pairs]
     path.write_text("params,tokens,loss\n" + "\n".join(rows) + "\n")
@@ -246,7 +244,7 @@ def test_prediction_as_a_command(tmp_path):
 
 @pytest.mark.slow
 def test_the_widest_is_predicted_before_it_is_trained(tmp_path):
-    args = ("experiments.predict_loss", STUDY, f"--workdir={tmp_path}")
+    args = ("mup", "predict", STUDY, f"--workdir={tmp_path}")
     found = json_of(*args)
     assert len(found["points"]) == 4
     assert found["error"] == pytest.approx(found["predictions"][0]["predicted"] - found["measured"])
@@ -266,5 +264,5 @@ def test_the_widest_is_predicted_before_it_is_trained(tmp_path):
     ],
 )
 def test_mistakes_in_a_study(override, words, tmp_path):
-    assert words in mistake("experiments.sweep_mup", STUDY, f"--workdir={tmp_path}/x", override)
+    assert words in mistake("mup", "sweep", STUDY, f"--workdir={tmp_path}/x", override)
     assert not (tmp_path / "x").exists()

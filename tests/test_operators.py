@@ -447,7 +447,7 @@ def test_other_mistakes_are_refused():
 
 def test_the_docs_table_is_the_codes():
     text = (ROOT / "docs/growth.md").read_text()
-    assert operators.markdown() in text, "run: python -m experiments.check_growth --list"
+    assert operators.markdown() in text, "run: flm growth check --list"
 
 
 def test_a_claim_that_does_not_hold_is_contradicted(monkeypatch):

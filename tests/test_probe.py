@@ -1,4 +1,4 @@
-"""check_growth and probe_growth as commands."""
+"""The commands `growth check` and `growth probe`."""
 
 import json
 
@@ -6,23 +6,22 @@ import pytest
 
 from flm_jax.errors import UserError
 from flm_jax.studies.config import ArmConfig
-from tests.commands import json_of, mistake, run
+from tests.commands import call, json_of, mistake, run
 
-PROBE = ("experiments.probe_growth", "--config=configs/probe_growth.py:smoke")
+PROBE = ("growth", "probe", "--config=configs/probe_growth.py:smoke")
 
 
 def test_a_lock_is_a_contradiction_and_a_wrong_recipe_a_mistake():
-    status, out, _ = run(
-        "experiments.check_growth", "--operator=mlp=tile", "--moments=dual", "--json"
-    )
+    status, out, err = call("growth", "check", "--operator=mlp=tile", "--moments=dual", "--json")
     (row,) = json.loads(out)["operators"]
     assert status == 1 and row["locked_copies"] == 40 and not row["ok"]
+    assert "a measurement contradicts the claim of mlp=tile" in err.splitlines()[-1]
     assert {"name", "axes", "claimed", "measured", "max_abs_logit_diff_f64", "dead_slots",
             "max_abs_logit_diff_f32", "max_abs_logit_diff_bf16", "locked_copies",
             "first_update_over_lr", "ok"} <= set(row)  # fmt: skip
     assert row["claimed"] == "EXACT" == row["measured"]
-    assert "no operator 'magic'" in mistake("experiments.check_growth", "--operator=magic")
-    assert "no lineage.json" in mistake("experiments.check_growth", "--run=runs/nowhere")
+    assert "no operator 'magic'" in mistake("growth", "check", "--operator=magic")
+    assert "no lineage.json" in mistake("growth", "check", "--run=runs/nowhere")
 
 
 def test_an_arms_name_is_that_of_a_folder():
@@ -40,7 +39,7 @@ def test_probe_ranks_resumes_and_refuses(tmp_path):
     assert "'magic'" in line and not (tmp_path / "no").exists()
     # The context grows too: the target reads sequences of twice the length.
     args = (*PROBE, f"--workdir={tmp_path}", "--config.experiment.stages[1].sequence_length=128")
-    arms = json_of(*args)["arms"]
+    arms = json_of(*args, by=run)["arms"]
     assert sorted(a["name"] for a in arms) == ["msg", "not grown", "tile + stack"]
     assert [a["mean_end"] for a in arms] == sorted(a["mean_end"] for a in arms)
     assert (tmp_path / "report/probe.png").exists()
@@ -50,7 +49,7 @@ def test_probe_ranks_resumes_and_refuses(tmp_path):
         first, second = json.loads((path / "lineage.json").read_text())["stages"]
         assert first["params_digest"] == source["params_digest"] and second["parent"] == "source"
         assert abs(arm["flops"][0] / arms[0]["flops"][0] - 1) < 0.05
-    assert json_of(*args)["arms"] == arms
+    assert json_of(*args, by=run)["arms"] == arms
     run_of_arm = f"--run={tmp_path}/arms/msg-0"
-    (row,) = json_of("experiments.check_growth", "--operator=identity", run_of_arm)["operators"]
+    (row,) = json_of("growth", "check", "--operator=identity", run_of_arm)["operators"]
     assert row["ok"] and row["claimed"] == "EXACT"

@@ -23,11 +23,11 @@ from flm_jax.runtime import processes
 from flm_jax.store.checkpoint import params_digest
 from flm_jax.store.lineage import identity
 from flm_jax.train.train_step import init_state
-from tests.commands import mistake, start
+from tests.commands import mistake, run, start
 from tests.models import TABLE, TINY, TINY_GROWN, grow, optimizer, stage_of
 from tests.runs import lineage
 
-CHAIN = ("experiments.grow", "--config=tests/tiny_chain.py")
+CHAIN = ("train", "--config=tests/tiny_chain.py")
 MESHES = [MeshConfig(8, 1, 1), MeshConfig(2, 2, 2), MeshConfig(1, 4, 2), MeshConfig(1, 1, 8)]
 
 
@@ -126,14 +126,14 @@ def test_a_stages_mesh_is_no_part_of_its_identity():
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"coordinator": "a:1"}, ("--process, --processes is missing", "--coordinator")),
-        ({"process": 0, "processes": 2}, ("--coordinator is missing",)),
-        ({"coordinator": "a:1", "process": 2, "processes": 2}, ("--process=2", "0 to 1")),
-        ({"coordinator": "a:1", "process": 0, "processes": 0}, ("--processes=0",)),
-        ({"coordinator": "a", "process": 0, "processes": 1}, ("--coordinator=a", "HOST:PORT")),
-        ({"coordinator": "a:b", "process": 0, "processes": 1}, ("--coordinator=a:b",)),
-        ({"automatic": True, "process": 0}, ("--distributed", "--process")),
-        ({"lost_after": 0}, ("--lost_after=0",)),
+        ({"coordinator": "a:1"}, ("process, processes is missing", "coordinator")),
+        ({"process": 0, "processes": 2}, ("coordinator is missing",)),
+        ({"coordinator": "a:1", "process": 2, "processes": 2}, ("process=2", "0 to 1")),
+        ({"coordinator": "a:1", "process": 0, "processes": 0}, ("processes=0",)),
+        ({"coordinator": "a", "process": 0, "processes": 1}, ("coordinator=a", "HOST:PORT")),
+        ({"coordinator": "a:b", "process": 0, "processes": 1}, ("coordinator=a:b",)),
+        ({"distributed": True, "process": 0}, ("distributed", "process")),
+        ({"lost_after": 0}, ("lost_after=0",)),
     ],
 )
 def test_a_group_that_does_not_fit_is_refused(given, words):
@@ -225,7 +225,7 @@ def test_two_processes_killed_stopped_and_resumed_train_as_one(alone, tmp_path):
     assert status == 1
     assert "process 0 of 2: another process was lost; start all of them again" in lines[-1]
     # None of ours; orbax logs one of its own where the kill falls into a save.
-    assert not any("experiments/grow.py" in line for line in lines)
+    assert not any("flm_jax/commands" in line for line in lines)
 
     started = start_two(*CHAIN, f"--workdir={workdir}")
     wait_for("stages/0-small/checkpoints/6", workdir, started)
@@ -278,10 +278,10 @@ def test_mistakes_of_a_group(tmp_path):
     new = tmp_path / "new"
     port = free_port()
     args = (*CHAIN, f"--workdir={new}", "--processes=2", f"--coordinator=localhost:{port}")
-    line = mistake(*args, "--process=1", "--join_within=2")
+    line = mistake(*args, "--process=1", "--join_within=2", by=run)
     assert "process 0 did not answer within 2 s" in line
     with contextlib.closing(socket.create_server(("", port))):
-        assert f"cannot listen on port {port}" in mistake(*args, "--process=0")
+        assert f"cannot listen on port {port}" in mistake(*args, "--process=0", by=run)
     assert not new.exists()
 
     (tmp_path / "thesis.tex").write_text("x")

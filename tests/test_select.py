@@ -209,7 +209,7 @@ def test_mistakes_are_one_line():
 def test_command(tmp_path):
     path, output = tmp_path / "pile.jsonl", tmp_path / "chosen.jsonl"
     chats.write_jsonl(path, synthetic.spoil(synthetic.make(0, 10), 0, 0.2))
-    flags = ("experiments.select_samples", f"--pool={path}", f"--output={output}")
+    flags = ("samples", "select", f"--pool={path}", f"--output={output}")
     result = json_of(*flags, "--size=20", "--quota=lists:0.5", "--quota=strings:0.5")
     chosen = chats.read([str(output)])
     assert chats.fingerprint(chosen) == result["digest"]

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import less_is_more as grid
-from experiments import cli
+from flm_jax.commands import config_files
 from flm_jax.config import EvalConfig
 from flm_jax.data.tokenizer import open_tokenizer
 from flm_jax.errors import UserError
@@ -24,7 +23,7 @@ from flm_jax.store.checkpoint import Checkpoints, params_digest
 from flm_jax.store.lineage import RunFolder
 from flm_jax.studies import claims, less_is_more
 from flm_jax.train import train_step
-from tests.commands import json_of, mistake, start, wait_for
+from tests.commands import json_of, mistake, run, start, wait_for
 from tests.models import SMALL, changed, gradients, random_params
 from tests.runs import lineage
 
@@ -314,7 +313,9 @@ def test_configs_that_cannot_work_are_refused():
 def verdict(gains, metric="loss"):
     """Of a claim whose better side is ahead by these, seed by seed."""
     sign = -1 if metric == "loss" else 1
-    config = from_mapping(less_is_more.LessIsMoreConfig, cli.plain(grid.get_config()))
+    config = config_files.dataclass_of(
+        less_is_more.LessIsMoreConfig, config_files.shipped("less_is_more").get_config()
+    )
     rows = claims.Rows(
         config,
         [
@@ -344,7 +345,10 @@ def test_claims_are_decided_by_the_interval_over_seeds(metric):
 
 
 def test_the_grid_shares_the_largest_arms_and_runs_seed_by_seed():
-    config = from_mapping(less_is_more.LessIsMoreConfig, cli.plain(grid.get_config()))
+    config = from_mapping(
+        less_is_more.LessIsMoreConfig,
+        config_files.plain(config_files.shipped("less_is_more").get_config()),
+    )
     arms = less_is_more.arms_of(config)
     assert len({a.name for a in arms}) == len(arms) == 3 * (4 + 2 + 2)
     assert [a.seed for a in arms] == sorted(a.seed for a in arms)
@@ -357,14 +361,14 @@ def test_the_grid_shares_the_largest_arms_and_runs_seed_by_seed():
 
 # The commands, on a run of a few steps.
 
-SFT = ("experiments.sft", "--config=configs/sft_demo.py:smoke")
+SFT = ("sft", "--config=configs/sft_demo.py:smoke")
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A run to fine-tune: the smoke chain's first stage."""
     workdir = tmp_path_factory.mktemp("base") / "run"
-    process = start("experiments.grow", "--config=configs/demo.py:smoke", f"--workdir={workdir}")
+    process = start("train", "--config=configs/demo.py:smoke", f"--workdir={workdir}")
     wait_for("lineage.json", workdir, process, timeout=400)
     process.kill()
     process.communicate()
@@ -375,7 +379,7 @@ def base(tmp_path_factory):
 def tuned(base, tmp_path_factory):
     """A fine-tuning that nothing disturbed: its folder, and what the command printed."""
     workdir = tmp_path_factory.mktemp("tuned") / "run"
-    return workdir, json_of(*SFT, f"--config.base={base}", f"--workdir={workdir}")
+    return workdir, json_of(*SFT, f"--config.base={base}", f"--workdir={workdir}", by=run)
 
 
 @pytest.mark.slow
@@ -425,20 +429,22 @@ def test_killed_and_resumed_it_ends_in_the_same_bits(base, tuned, tmp_path):
     wait_for("stages/1-sft/checkpoints/48", again, process, timeout=400)
     process.kill()
     process.communicate()
-    resumed = json_of(*args)
+    resumed = json_of(*args, by=run)
     for key in ("params_digest", "eval", "plan_digest", "checkpoint", "config_digest"):
         assert resumed["stage"][key] == printed["stage"][key], key
     assert resumed["before"] == printed["before"] and resumed["after"] == printed["after"]
-    other = json_of(*args[:-1], f"--workdir={tmp_path / 'other'}", "--config.seed=1")
+    other = json_of(*args[:-1], f"--workdir={tmp_path / 'other'}", "--config.seed=1", by=run)
     assert other["stage"]["params_digest"] != printed["stage"]["params_digest"]  # negative control
-    line = mistake(*args, "--config.matrix_learning_rate=1e-3")
+    line = mistake(*args, "--config.matrix_learning_rate=1e-3", by=run)
     assert "matrix_learning_rate: 0.0005 -> 0.001" in line and "another workdir" in line
+    assert "--workdir: " in line
 
 
 @pytest.mark.slow
 def test_mistakes_are_one_line_and_leave_nothing(base, tmp_path):
     new = tmp_path / "new"
-    args = (*SFT, f"--config.base={base}", f"--workdir={new}")
+    # As many sequences as devices.
+    args = (*SFT, f"--config.base={base}", f"--workdir={new}", "--config.batch_size=8")
     (tmp_path / "bad.jsonl").write_text('{"instruction": "a", "response": "b"}\n{"messages"\n')
     mute = [{"messages": [{"role": "user", "content": str(n)}]} for n in range(30)]
     (tmp_path / "mute.jsonl").write_text("\n".join(map(json.dumps, mute)))
@@ -482,14 +488,14 @@ def test_inside_the_base_and_from_a_model_without_a_run(base, tmp_path):
 
 @pytest.mark.slow
 def test_less_is_more_is_resumable_and_decides_by_its_rule(base, tmp_path):
-    args = ("experiments.less_is_more", "--config=configs/less_is_more.py:smoke",
+    args = ("less_is_more", "--config=configs/less_is_more.py:smoke",
             f"--config.sft.base={base}", f"--workdir={tmp_path}")  # fmt: skip
-    found = json_of(*args)
+    found = json_of(*args, by=run)
     names = [row["name"] for row in found["arms"]]
     assert names[0] == "base" and len(names) == len(set(names)) == 1 + 4 + 2
     assert {v["verdict"] for v in found["verdicts"]} == {"undecided"}  # one seed decides nothing
     assert (tmp_path / "report/less_is_more_sizes.png").is_file()
     lines = (tmp_path / "arms.jsonl").read_text().splitlines()
     (tmp_path / "arms.jsonl").write_text("\n".join(lines[:-1]) + "\n")
-    again = json_of(*args)
+    again = json_of(*args, by=run)
     assert again["arms"] == found["arms"]  # the same chosen sets, the same digests

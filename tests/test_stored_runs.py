@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import cli
 from flm_jax import data, growth, interop
+from flm_jax.commands import config_files
 from flm_jax.errors import UserError
 from flm_jax.inference.evaluation import score
 from flm_jax.interop.opening import open_model, open_state
@@ -28,7 +28,7 @@ from tests.commands import ROOT, json_of, run
 from tests.models import farthest
 from tests.stored import chain as stored_chain
 
-CHAIN = ("experiments.grow", "--config=tests/stored/chain.py")
+CHAIN = ("train", "--config=tests/stored/chain.py")
 # Of the stopped run's last checkpoint, by the version that wrote it.
 STOPPED_AT = 14
 STOPPED_DIGEST = "eaed4352106eba0c9468f8d14174d9e8565e0c09cee5a1b9fe884095d8d62d3d"
@@ -55,7 +55,7 @@ def stopped(tmp_path):
 def config_of(**changes):
     config = stored_chain.get_config()
     config.update(changes)
-    return cli.experiment(config)
+    return config_files.experiment(config)
 
 
 def rounds_as_recorded():
@@ -156,7 +156,7 @@ def test_an_earlier_export_is_the_stage_that_it_was_made_from(stored):
 
 
 def test_inspect_reads_an_earlier_run(stored):
-    found = json_of("experiments.inspect", str(stored / "run"), "--compare=small,sft")
+    found = json_of("inspect", str(stored / "run"), "--compare=small,sft")
     assert found["stages"] == json.loads((stored / "run" / "lineage.json").read_text())["stages"]
     assert "config.stage.model.d_model: 4 -> 8" in found["compare"]["config"]
 

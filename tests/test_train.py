@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from flm_jax import growth
+from flm_jax.commands import config_files
 from flm_jax.config import MeshConfig
 from flm_jax.errors import UserError
 from flm_jax.inference.evaluation import score
@@ -92,7 +93,8 @@ def test_growth_is_the_same_on_a_mesh_and_abstractly(recipe):
 
 @pytest.mark.parametrize("recipe", ["msg", "zero_pad", "tile_pad,identity"])
 def test_growth_to_1t_has_the_right_shapes(recipe):
-    from configs import tele_flm_1t, tele_flm_102b
+    tele_flm_102b = config_files.shipped("tele_flm_102b")
+    tele_flm_1t = config_files.shipped("tele_flm_1t")
 
     small, big = tele_flm_102b.stage().model, tele_flm_1t.stage().model
     big = dataclasses.replace(big, rms_norm_eps=growth.norm_eps(small, big, recipe))

@@ -1,11 +1,11 @@
 """A chain of two stages that trains in seconds: for the tests of several processes.
 
-python -m experiments.grow --config=tests/tiny_chain.py --workdir=DIR
+flm train --config=tests/tiny_chain.py --workdir=DIR
 """
 
 import ml_collections
 
-from configs import common
+from flm_jax.commands import config_files
 from flm_jax.config import (
     CheckpointConfig,
     DataConfig,
@@ -31,7 +31,7 @@ def _stage(name: str, layers: int, heads: int, ffn: int) -> StageConfig:
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     """Variant `relayout`: the second stage has a mesh of its own."""
     stages = (_stage("small", 1, 4, 24), _stage("large", 2, 8, 48))
-    config = common.to_config_dict(
+    config = config_files.to_config_dict(
         ExperimentConfig(
             stages=stages,
             data=DataConfig(sequence_length=32, shuffle_tokens=1 << 14),
@@ -43,5 +43,5 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         )
     )
     if variant == "relayout":
-        config.stages[1].mesh = common.to_config_dict(MeshConfig(data=1, fsdp=8, tensor=1))
+        config.stages[1].mesh = config_files.to_config_dict(MeshConfig(data=1, fsdp=8, tensor=1))
     return config

@@ -61,8 +61,9 @@ def chip_of(topology: str) -> Chip:
     kind = topology.split(":")[0]
     if kind not in CHIPS or ":" not in topology:
         raise UserError(
-            f"--topology={topology}: give KIND:SIZES, as v5p:8x8x8 or h100:16x8 (nodes x GPUs); "
-            f"kinds: {', '.join(CHIPS)}"
+            f"topology={topology}: give KIND:SIZES, as v5p:8x8x8 or h100:16x8 (nodes x GPUs); "
+            f"kinds: {', '.join(CHIPS)}",
+            argument="topology",
         )
     return CHIPS[kind]
 
@@ -82,11 +83,15 @@ def devices_of(topology: str) -> list[Any]:
         found = None
     if found is None:
         raise UserError(
-            f"--topology={topology} needs the compiler in package {package}; install it: "
-            f"pip install -e '.[{extra}]'"
+            f"topology={topology} needs the compiler in package {package}; install it: "
+            f"pip install -e '.[{extra}]'",
+            argument="topology",
         )
     if not re.fullmatch(r"\d+(x\d+)*", sizes):
-        raise UserError(f"--topology={topology}: sizes are numbers with x between, as 8x8x8")
+        raise UserError(
+            f"topology={topology}: sizes are numbers with x between, as 8x8x8",
+            argument="topology",
+        )
     try:
         if gpu:
             chip = CHIPS[kind]
@@ -118,7 +123,9 @@ def devices_of(topology: str) -> list[Any]:
             )  # fmt: skip
             described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **how)
     except (RuntimeError, ValueError, NotImplementedError) as error:
-        raise UserError(f"--topology={topology}: {str(error).splitlines()[0]}") from error
+        raise UserError(
+            f"topology={topology}: {str(error).splitlines()[0]}", argument="topology"
+        ) from error
     return list(described.devices)
 
 
@@ -128,10 +135,11 @@ def mesh_of(topology: str, shape: dict[str, int], devices: list[Any]) -> Mesh:
     sizes = tuple(shape.get(name, 1) for name in MESH_AXES)
     if unknown or math.prod(sizes) != len(devices):
         raise UserError(
-            f"--mesh={','.join(f'{k}={v}' for k, v in shape.items())}: "
+            f"mesh={','.join(f'{k}={v}' for k, v in shape.items())}: "
             + (f"no mesh axis {min(unknown)!r}; axes are {', '.join(MESH_AXES)}" if unknown else
                f"{math.prod(sizes)} devices, but {topology} has {len(devices)}; make the sizes "
-               "multiply to that")
+               "multiply to that"),
+            argument="mesh",
         )  # fmt: skip
     try:
         grid = mesh_utils.create_device_mesh(sizes, devices)
@@ -170,8 +178,9 @@ def program(
     grown_at = sum(s.steps for s in config.stages[:index]) if index else None
     if what != "train" and index == 0:
         raise UserError(
-            f"--what={what} needs a stage that grew out of another; give a chain, as "
-            "configs/tele_flm_1t_chain.py"
+            f"what={what} needs a stage that grew out of another; give a chain, as "
+            "configs/tele_flm_1t_chain.py",
+            argument="what",
         )
     plan = plan_of(stage_at(index - 1).model, stage) if index else None
     if what == "growth":
@@ -218,8 +227,9 @@ def compile_for(
     rows = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
     if stage.batch_size % rows:
         raise UserError(
-            f"--batch={stage.batch_size} does not divide over {rows} devices (mesh data x fsdp); "
-            f"give a multiple of {rows}"
+            f"batch={stage.batch_size} does not divide over {rows} devices (mesh data x fsdp); "
+            f"give a multiple of {rows}",
+            argument="batch",
         )
     for model in [s.model for s in config.stages[max(index - 1, 0) : index + 1]]:
         if what == "growth" or model is stage.model:

@@ -97,7 +97,7 @@ def open_tokenizer(vocabulary: str) -> Tokenizer:
     if not path.is_file():
         raise UserError(
             f"{where}, but no such file exists; give 'bytes', a tokenizer.json, or a SentencePiece "
-            "model (python -m experiments.train_vocabulary makes one)"
+            "model (flm vocabulary trains one)"
         )
     read = _hugging_face if path.suffix == ".json" else _sentencepiece
     return read(path, where)

@@ -86,7 +86,7 @@ def check(plan: Plan) -> None:
     if whole:
         raise UserError(
             f"growth from disk to disk works on slices, but {' and '.join(whole)} needs whole "
-            "leaves; grow in memory (python -m experiments.grow), or by another recipe"
+            "leaves; grow in memory (flm train), or by another recipe"
         )
 
 
@@ -115,9 +115,10 @@ def chunks(
         largest = max(math.prod(c) * itemsize for c in (chunk, source.chunk(leaf.name)))
         if largest * WORKERS * _COPIES > max(memory, limit * WORKERS * _COPIES):
             raise UserError(
-                f"--memory is {memory:,} bytes, but {leaf.name} comes in pieces of {largest:,}, "
-                f"of which {WORKERS * _COPIES} are held; give --memory="
-                f"{largest * WORKERS * _COPIES}"
+                f"memory is {memory:,} bytes, but {leaf.name} comes in pieces of {largest:,} bytes "
+                f"and {WORKERS * _COPIES} of them are held; give memory="
+                f"{largest * WORKERS * _COPIES}",
+                argument="memory",
             )
     return found
 

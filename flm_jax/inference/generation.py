@@ -284,8 +284,9 @@ def check_context(prompts: Sequence[Sequence[int]], max_new_tokens: int, context
         if context and len(prompt) + max_new_tokens > context:
             raise UserError(
                 f"prompt {index} has {len(prompt)} tokens, with max_new_tokens {max_new_tokens} "
-                f"that is more than the model's context of {context}; shorten one, or give a "
-                "longer context"
+                f"that is more than the model's context of {context}; shorten one, or set context "
+                "to go beyond it",
+                argument="context",
             )
 
 

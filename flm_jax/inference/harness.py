@@ -64,7 +64,8 @@ class Adapter(TemplateLM):
             if len(continuation) > self.max_length:
                 raise UserError(
                     f"a continuation has {len(continuation)} tokens, more than the context of "
-                    f"{self.max_length}; give a longer context"
+                    f"{self.max_length}; set context to go beyond it",
+                    argument="context",
                 )
         # The last token is predicted and not read.
         kept = [(c[-(self.max_length + 1 - len(t)) :], t) for c, t in pairs]
@@ -108,7 +109,8 @@ class Adapter(TemplateLM):
         if room < 1:
             raise UserError(
                 f"max_gen_toks is {asked['max_gen_toks']}, which leaves no room for a prompt in "
-                f"the context of {self.max_length}; give a longer context"
+                f"the context of {self.max_length}; set context to go beyond it",
+                argument="context",
             )
         sampling = Sampling(
             max_new_tokens=asked["max_gen_toks"],
@@ -158,7 +160,8 @@ def run(
     if unknown:
         raise UserError(
             f"the harness has no task {unknown[0]!r}; give one of its own, or the folder of its "
-            "YAML file as include_path"
+            "YAML file as include_path",
+            argument="tasks",
         )
     found = lm_eval.simple_evaluate(
         adapter, tasks=list(tasks), num_fewshot=num_fewshot, limit=limit, task_manager=manager,

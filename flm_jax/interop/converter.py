@@ -353,5 +353,5 @@ def check_vocabulary(source: StoredModel, config: TransformerConfig) -> None:
         raise UserError(
             f"{source.path}: vocabulary {source.vocabulary.path!r} has {tokens} tokens, but the "
             f"model's vocab_size is {config.vocab_size}; give the tokenizer of this model, or "
-            f"--vocab_size={tokens}"
-        )
+            f"vocab_size={tokens}", argument="vocab_size",
+        )  # fmt: skip

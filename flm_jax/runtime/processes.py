@@ -43,46 +43,54 @@ class Group:
     coordinator: str = ""  # HOST:PORT, where process 0 listens
     process: int | None = None  # this one's index
     processes: int | None = None  # how many there are
-    automatic: bool = False  # a TPU pod, Slurm, Open MPI or Kubernetes tells all three
+    distributed: bool = False  # a TPU pod, Slurm, Open MPI or Kubernetes tells all three
     join_within: int = 300  # seconds in which all must have come
     lost_after: int = 60  # seconds without a sign of life
 
     def __post_init__(self) -> None:
         given = {
-            "--coordinator": self.coordinator or None,
-            "--process": self.process,
-            "--processes": self.processes,
+            "coordinator": self.coordinator or None,
+            "process": self.process,
+            "processes": self.processes,
         }
-        missing = [flag for flag, value in given.items() if value is None]
-        present = [flag for flag, value in given.items() if value is not None]
-        if self.automatic and present:
-            raise UserError(f"--distributed finds {', '.join(present)} itself; give one or other")
+        missing = [name for name, value in given.items() if value is None]
+        present = [name for name, value in given.items() if value is not None]
+        if self.distributed and present:
+            raise UserError(
+                f"distributed finds {', '.join(present)} itself; give one or the other",
+                argument="distributed",
+            )
         if present and missing:
             raise UserError(
                 f"{', '.join(missing)} is missing beside {', '.join(present)}; several processes "
-                "need --coordinator=HOST:PORT --process=I --processes=N (or --distributed alone)"
+                "need coordinator=HOST:PORT, process=I and processes=N (or distributed alone)",
+                argument=missing[0],
             )
         if self.processes is not None and self.processes < 1:
-            raise UserError(f"--processes={self.processes}: give 1 or more")
+            raise UserError(f"processes={self.processes}: give 1 or more", argument="processes")
         if self.process is not None and not 0 <= self.process < (self.processes or 0):
             raise UserError(
-                f"--process={self.process} of --processes={self.processes}: give 0 to "
-                f"{(self.processes or 0) - 1}, each to one process"
+                f"process={self.process} of processes={self.processes}: give 0 to "
+                f"{(self.processes or 0) - 1}, each to one process",
+                argument="process",
             )
         host, _, port = self.coordinator.rpartition(":")
         if self.coordinator and not (host and port.isdigit() and 0 < int(port) < 1 << 16):
-            raise UserError(f"--coordinator={self.coordinator}: give HOST:PORT, as node0:1234")
-        for flag, seconds in (("join_within", self.join_within), ("lost_after", self.lost_after)):
+            raise UserError(
+                f"coordinator={self.coordinator}: give HOST:PORT, as node0:1234",
+                argument="coordinator",
+            )
+        for name, seconds in (("join_within", self.join_within), ("lost_after", self.lost_after)):
             if seconds < 1:
-                raise UserError(f"--{flag}={seconds}: give seconds, 1 or more")
+                raise UserError(f"{name}={seconds}: give seconds, 1 or more", argument=name)
 
     @property
     def alone(self) -> bool:
-        return not (self.coordinator or self.automatic)
+        return not (self.coordinator or self.distributed)
 
     @property
     def name(self) -> str:
-        return "this process" if self.automatic else f"process {self.process} of {self.processes}"
+        return "this process" if self.distributed else f"process {self.process} of {self.processes}"
 
 
 @contextlib.contextmanager
@@ -100,7 +108,7 @@ def joined(group: Group) -> Iterator[None]:
         yield
         return
     last_words = _LastWords(f"{group.name}: not all processes came within {group.join_within} s; "
-                            "start all of them with the same --coordinator")  # fmt: skip
+                            "start all of them with the same coordinator")  # fmt: skip
     _find_each_other(group)
     # Signals are the runner's: see `largest`.
     jax.config.update("jax_enable_preemption_service", False)
@@ -161,7 +169,7 @@ class _LastWords:
 
 def _find_each_other(group: Group) -> None:
     """Raises UserError where JAX would abort: the address is taken, or nobody listens there."""
-    if group.automatic:
+    if group.distributed:
         return
     host, _, port = group.coordinator.rpartition(":")
     if group.process == 0:
@@ -170,8 +178,9 @@ def _find_each_other(group: Group) -> None:
                 return
         except OSError as error:
             raise UserError(
-                f"--coordinator={group.coordinator}: process 0 cannot listen on port {port} "
-                f"({error.strerror}); give another port, to all processes"
+                f"coordinator={group.coordinator}: process 0 cannot listen on port {port} "
+                f"({error.strerror}); give another port, to all processes",
+                argument="coordinator",
             ) from error
     end = time.monotonic() + group.join_within
     while True:
@@ -181,9 +190,10 @@ def _find_each_other(group: Group) -> None:
         except OSError as error:
             if time.monotonic() > end:
                 raise UserError(
-                    f"--coordinator={group.coordinator}: process 0 did not answer within "
-                    f"{group.join_within} s ({error.strerror or error}); start it, or mend the "
-                    "address"
+                    f"coordinator={group.coordinator}: process 0 did not answer within "
+                    f"{group.join_within} s ({error.strerror or error}); start it, or fix the "
+                    "address",
+                    argument="coordinator",
                 ) from error
         time.sleep(0.2)
 

@@ -62,7 +62,7 @@ def scores(config: SftConfig, workdir: str, tuned: Tuned) -> dict[str, Any]:
       tuned: the result.
 
     Returns:
-      before, after, retention, stage and conversations, as `experiments.sft --json` prints them.
+      before, after, retention, stage and conversations, as `flm sft --json` prints them.
     """
     stage, samples = tuned.stage, samples_to_score(config, tuned)
     folder = RunFolder(workdir).stage(stage["index"], stage["name"])

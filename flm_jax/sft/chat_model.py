@@ -158,7 +158,9 @@ def open_chat_model(
     model = open_model(*split_stage(given))
     about = model.data
     if about is None and not vocabulary:
-        raise UserError(f"{given} has no run that names its vocabulary; give `vocabulary`")
+        raise UserError(
+            f"{given} has no run that names its vocabulary; give one", argument="vocabulary"
+        )
     about = about or DataConfig()
     if vocabulary:
         about = dataclasses.replace(about, vocabulary=vocabulary)

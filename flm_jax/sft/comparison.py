@@ -75,8 +75,9 @@ class Gate:
             value = math.nan
         if metric not in METRICS or not value >= 0 or not category:
             raise UserError(
-                f"gate {text!r}: write category/metric:margin, as lists/accuracy:0.05, the "
-                f"metric one of {', '.join(METRICS)}, the margin 0 or above"
+                f"fail_if={text}: write category/metric:margin, as lists/accuracy:0.05, the "
+                f"metric one of {', '.join(METRICS)}, the margin 0 or above",
+                argument="fail_if",
             )
         return cls(category, metric, value)
 
@@ -88,8 +89,9 @@ class Gate:
         if self.metric not in available.get(self.category, ()):
             known = ", ".join(f"{c}/{m}" for c, metrics in available.items() for m in metrics)
             raise UserError(
-                f"gate {self.category}/{self.metric}:{self.margin:g}: not measured here; "
-                f"there are {known}"
+                f"fail_if={self.category}/{self.metric}:{self.margin:g}: not measured here; "
+                f"there are {known}",
+                argument="fail_if",
             )
 
     def failure(self, comparison: Comparison) -> str:

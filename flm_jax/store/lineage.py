@@ -99,15 +99,17 @@ class RunFolder:
             probe.unlink()
         except OSError as error:
             raise UserError(
-                f"workdir {self.path} cannot be written ({error.strerror}); give a folder you own"
+                f"workdir {self.path} cannot be written ({error.strerror}); give a folder you own",
+                argument="workdir",
             ) from error
         if any(self.path.iterdir()) and not (self.path / "stages").is_dir():
             raise UserError(
-                f"workdir {self.path} holds files but no run; give an empty or new folder"
+                f"workdir {self.path} holds files but no run; give an empty or new folder",
+                argument="workdir",
             )
 
     def check_stage(self, folder: StageFolder, identity: Mapping[str, Any]) -> None:
-        """Raises UserError, naming what differs, if the stage was started with another config."""
+        """Raises UserError if the stage's saved config differs; names the first difference."""
         if not folder.config.exists():
             return
         found = mapping.differences(json.loads(folder.config.read_text()), dict(identity))
@@ -115,7 +117,8 @@ class RunFolder:
             more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
             raise UserError(
                 f"{folder.config}: the run was started with another value: {found[0]}{more}; "
-                "restore the value, or give another workdir"
+                "restore the value, or give another workdir",
+                argument="workdir",
             )
 
     def begin_stage(self, folder: StageFolder, identity: Mapping[str, Any]) -> None:

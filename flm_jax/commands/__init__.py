@@ -1,0 +1,1 @@
+"""The commands of `flm`: one module each, all started by `front`."""

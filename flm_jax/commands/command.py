@@ -1,0 +1,259 @@
+"""What a command is: flags as a frozen dataclass, and a function from a call to a result.
+
+Every call parses into a new `absl.flags.FlagValues`, so commands share no state: two can be
+imported in one process, and one can be called many times.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Generic, Literal, TypeVar
+
+import rich.console
+from absl import flags as absl_flags
+from ml_collections import ConfigDict
+from ml_collections.config_flags import config_flags, config_path
+
+from flm_jax.commands import config_files
+from flm_jax.errors import UserError
+
+F = TypeVar("F")
+Need = Literal["required", "optional", "none"]
+
+
+@dataclasses.dataclass(frozen=True)
+class NoFlags:
+    """The flags of a command that has none of its own."""
+
+
+def flag(
+    default: Any,
+    help: str,
+    *,
+    lower: float | None = None,
+    upper: float | None = None,
+    choices: Sequence[str] = (),
+    comma: bool = False,
+    required: str = "",
+) -> Any:
+    """A field of a command's `Flags` dataclass. The field's annotation is the flag's type.
+
+    Args:
+      default: the value of a flag that is not given.
+      help: one sentence for --help.
+      lower, upper: bounds of a number, inclusive.
+      choices: the allowed values of a string.
+      comma: values of a `tuple[str, ...]` are separated by commas; otherwise the flag is repeated.
+      required: for a flag that must be given: the advice in the error if it is missing.
+    """
+    about = {
+        "help": help, "lower": lower, "upper": upper, "choices": choices, "comma": comma,
+        "required": required,
+    }  # fmt: skip
+    return dataclasses.field(default=default, metadata=about)
+
+
+@dataclasses.dataclass(frozen=True)
+class Call(Generic[F]):
+    """One parsed command line.
+
+    Attributes:
+      flags: the command's own flags.
+      config: the config with its overrides, locked; empty if the command got none.
+      workdir: the value of --workdir; "" if it is not given.
+      json: whether standard output is for the JSON object alone.
+      arguments: the positional arguments.
+      argv: the command line as given, for a command that starts itself again.
+    """
+
+    flags: F
+    config: ConfigDict
+    workdir: str
+    json: bool
+    arguments: tuple[str, ...]
+    argv: tuple[str, ...]
+
+    def console(self, **how: Any) -> rich.console.Console:
+        """Where results for people go: standard output, or standard error with --json."""
+        return rich.console.Console(stderr=self.json, **how)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gate:
+    """A condition on the result, checked after the result is printed.
+
+    Attributes:
+      status: the exit status if it does not hold.
+      failure: what is wrong with a result, or "" if it holds.
+    """
+
+    status: int
+    failure: Callable[[Mapping[str, Any]], str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Command(Generic[F]):
+    """A command: `main` gets the parsed call and returns what --json prints.
+
+    Attributes:
+      config, workdir: whether it uses --config and --workdir, and whether it needs them.
+      positional: the names of the positional arguments; all must be given.
+      unexpected: the advice if arguments are given to a command that takes none.
+      gate: a condition on the result, with an exit status of its own.
+    """
+
+    main: Callable[[Call[F]], Mapping[str, Any]]
+    flags: type[F]
+    config: Need = "required"
+    workdir: Need = "none"
+    positional: tuple[str, ...] = ()
+    unexpected: str = "options begin with --"
+    gate: Gate | None = None
+
+    def parse(self, name: str, argv: Sequence[str]) -> Call[F]:
+        """The call that `argv` (without the command's name) describes.
+
+        Raises:
+          UserError: anything wrong with the command line or the config file; in one line.
+        """
+        values, rest, config = self._flag_values(), list(argv), ConfigDict()
+        if self.config != "none":
+            given, rest = config_files.split(argv)
+            if given:
+                config = config_files.load_config(given)
+            elif self.config == "required":
+                raise UserError("--config is missing; give --config=configs/FILE.py (see configs/)")
+        if config:
+            for override, _ in _flags_given(rest):
+                if override.startswith("config."):
+                    config_files.check_field(config, override)
+        arguments = _parse(values, [name, *rest], config)
+        own = self.flags(
+            **{f.name: _value(values[f.name], hint) for f, hint in _fields(self.flags)}
+        )
+        workdir = (values["workdir"].value if "workdir" in values else None) or ""
+        self._check(name, own, arguments, workdir)
+        return Call(own, config, workdir, bool(values["json"].value), tuple(arguments), tuple(argv))
+
+    def line(self, error: UserError) -> str:
+        """The error's message, with the command's flag where the library names an argument."""
+        own = {field.name for field, _ in _fields(self.flags)}
+        if self.workdir != "none":
+            own.add("workdir")
+        message, name = str(error), error.argument
+        if name not in own:
+            return message
+        if re.match(rf"{name}\b", message):
+            return f"--{message}"
+        return f"--{name}: {message}"
+
+    def help(self) -> str:
+        """The flags as --help lists them."""
+        values = self._flag_values()
+        if self.config != "none":
+            absl_flags.DEFINE_string(
+                "config", None,
+                "Config file, as configs/FILE.py or configs/FILE.py:variant; a field of it is set "
+                "by --config.field=value.", flag_values=values,
+            )  # fmt: skip
+        # absl's list begins with the name of the module that defines the flags.
+        return values.get_help(include_special_flags=False).partition(":\n")[2].rstrip()
+
+    def _flag_values(self) -> absl_flags.FlagValues:
+        values = absl_flags.FlagValues()
+        for field, hint in _fields(self.flags):
+            _define(values, field, hint)
+        absl_flags.DEFINE_bool(
+            "json", False, "Print one JSON object on standard output.", flag_values=values
+        )
+        # Scripts give --config and --workdir to every command, also where no run is made.
+        if self.config != "none":
+            absl_flags.DEFINE_string("workdir", None, "The run's folder.", flag_values=values)
+        return values
+
+    def _check(self, name: str, own: F, arguments: Sequence[str], workdir: str) -> None:
+        """Raises UserError for what is missing or too much."""
+        wanted = len(self.positional)
+        if len(arguments) > wanted and not wanted:
+            raise UserError(f"unexpected argument {arguments[0]!r}; {self.unexpected}")
+        if len(arguments) != wanted:
+            given, words = " ".join(arguments) or "no argument", " ".join(self.positional)
+            raise UserError(f"got {given}; give flm {name} {words}")
+        for field, _ in _fields(self.flags):
+            advice = field.metadata["required"]
+            if advice and getattr(own, field.name) in (None, "", ()):
+                raise UserError(f"--{field.name} is missing; {advice}")
+        if self.workdir == "required" and not workdir:
+            raise UserError("--workdir is missing; give the run's folder, as --workdir=runs/NAME")
+
+
+def _fields(cls: type) -> list[tuple[dataclasses.Field[Any], Any]]:
+    hints = typing.get_type_hints(cls)
+    return [(field, hints[field.name]) for field in dataclasses.fields(cls)]
+
+
+def _is_tuple(hint: Any) -> bool:
+    return typing.get_origin(hint) is tuple
+
+
+def _value(flag: absl_flags.Flag[Any], hint: Any) -> Any:
+    """The flag's value, of the type that the field's annotation says."""
+    if _is_tuple(hint):
+        return tuple(flag.value or ())
+    return "" if hint is str and flag.value is None else flag.value
+
+
+def _define(values: absl_flags.FlagValues, field: dataclasses.Field[Any], hint: Any) -> None:
+    """Defines the field's flag."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):  # X | None
+        hint = typing.get_args(hint)[0]
+    about, default = field.metadata, typing.cast(Any, field.default)
+    given: tuple[str, Any, str] = (field.name, default, about["help"])
+    if hint is bool:
+        absl_flags.DEFINE_bool(*given, flag_values=values)
+    elif hint is int:
+        absl_flags.DEFINE_integer(*given, about["lower"], about["upper"], flag_values=values)
+    elif hint is float:
+        absl_flags.DEFINE_float(*given, about["lower"], about["upper"], flag_values=values)
+    elif _is_tuple(hint):
+        define = absl_flags.DEFINE_list if about["comma"] else absl_flags.DEFINE_multi_string
+        define(field.name, list(default), about["help"], flag_values=values)
+    elif about["choices"]:
+        name, _, help = given
+        absl_flags.DEFINE_enum(name, default or None, about["choices"], help, flag_values=values)
+    else:
+        absl_flags.DEFINE_string(*given, flag_values=values)
+
+
+def _parse(values: absl_flags.FlagValues, argv: list[str], config: ConfigDict) -> list[str]:
+    """Sets `values` and the fields of `config`; returns the positional arguments."""
+    try:
+        if config:
+            config_flags.DEFINE_config_dict(
+                "config", config, flag_values=values, lock_config=True, sys_argv=argv
+            )
+        return list(values(argv)[1:])
+    except absl_flags.IllegalFlagValueError as error:
+        for name, value in _flags_given(argv[1:]):
+            if name.startswith("config.") and str(error).startswith(f"flag --{name}={value}:"):
+                now = config_path.get_value(name.removeprefix("config."), config)
+                wanted = type(now).__name__
+                raise UserError(f"--{name}={value}: it must be {wanted}, as {now!r} is") from error
+        raise UserError(str(error)) from error
+    except absl_flags.Error as error:
+        raise UserError(str(error)) from error
+
+
+def _flags_given(arguments: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+    """Name and value of `--name=value` and `--name value`; for a switch the value is no value."""
+    for argument, following in itertools.zip_longest(arguments, arguments[1:]):
+        if argument == "--":
+            return
+        if argument.startswith("-"):
+            name, equals, value = argument.lstrip("-").partition("=")
+            yield name, value if equals else following

@@ -1,0 +1,186 @@
+"""Compares two models: scores on chat samples, and text that they retain.
+
+  flm compare runs/demo runs/sft
+  flm compare runs/demo:medium runs/demo:large --samples=held_out.jsonl
+  flm compare runs/v1 runs/v2 --fail_if=all/accuracy:0.02 --fail_if=retention/bpb:0.01
+  flm compare runs/v1 runs/v2 --judge="python my_judge.py" --output=compared
+
+A model is a run's folder, with :STAGE if not the last; a checkpoint in one; or a folder of Hugging
+Face files (with --vocabulary). Without --samples they are made here (evaluation split). Exit status
+3 if a --fail_if (category/metric:margin; `all` for all samples) got worse from the first model to
+the second by more than its margin. docs/selection.md describes scores and the judge's protocol.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import rich.console
+import rich.table
+
+from flm_jax import data
+from flm_jax.commands.command import Call, Command, Gate, flag
+from flm_jax.errors import UserError
+from flm_jax.runtime.display import Progress
+from flm_jax.sft import chats, comparison, judge, scoring, synthetic
+from flm_jax.sft.chat_model import ChatModel, open_chat_model, retention
+from flm_jax.sft.chats import Sample
+from flm_jax.store.files import write_atomically, write_json
+from flm_jax.studies import reported
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """The command's own flags."""
+
+    samples: tuple[str, ...] = flag((), "JSONL of held-out samples; repeatable.")
+    per_category: int = flag(25, "Without --samples: generated samples of each category.", lower=1)
+    seed: int = flag(0, "Seed of generated samples and bootstraps.")
+    retention_sequences: int = flag(96, "Sequences of the base's validation text.", lower=1)
+    max_new_tokens: int = flag(160, "Most tokens of an answer.", lower=1)
+    fail_if: tuple[str, ...] = flag((), "Gate, as category/metric:margin; repeatable.")
+    vocabulary: str = flag("", "Vocabulary of a model without a run; see DataConfig.")
+    judge: str | None = flag(None, "Command that compares answers; needs --output.")
+    judge_timeout: float = flag(60.0, "Seconds that one question may take.", lower=0.0)
+    output: str | None = flag(None, "Folder for compare.json, answers and verdicts.")
+
+
+def _samples(flags: Flags) -> tuple[list[Sample], int]:
+    """Those with an assistant turn to compare with, and how many have none."""
+    if not flags.samples:
+        return synthetic.make(flags.seed, flags.per_category, "evaluation"), 0
+    samples = chats.read(flags.samples)
+    answered = [s for s in samples if any(m.role == "assistant" for m in s.messages)]
+    if not answered:
+        raise UserError(
+            f"--samples: {len(samples)} conversations, none with an assistant turn; give some to "
+            "compare with"
+        )
+    return answered, len(samples) - len(answered)
+
+
+def _open(given: str, flags: Flags) -> tuple[ChatModel, Any]:
+    model, corpus = open_chat_model(given, flags.vocabulary)
+    return dataclasses.replace(model, max_new_tokens=flags.max_new_tokens), corpus
+
+
+def _table(found: comparison.Comparison, names: list[str]) -> rich.table.Table:
+    table = rich.table.Table(box=None, header_style="bold")
+    for column in ("category", "metric", *names, "difference", "95%", "n"):
+        table.add_column(column, no_wrap=column not in names, overflow="fold")
+    for category, metrics in found.items():
+        for metric, row in metrics.items():
+            interval = "" if row["low"] is None else f"{row['low']:+.4f} to {row['high']:+.4f}"
+            table.add_row(
+                category, metric, f"{row['a']:.4f}", f"{row['b']:.4f}",
+                f"{row['difference']:+.4f}", interval, str(row["n"]),
+            )  # fmt: skip
+    return table
+
+
+def _answers(one: list[scoring.Scored], two: list[scoring.Scored]) -> str:
+    rows = (
+        {
+            "id": a.sample.id, "category": a.sample.category,
+            "answer_a": a.answer, "right_a": a.right, "why_a": a.why,
+            "answer_b": b.answer, "right_b": b.right, "why_b": b.why,
+        }
+        for a, b in zip(one, two, strict=True)
+    )  # fmt: skip
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _score(
+    name: str, model: ChatModel, samples: list[Sample], all_answers: bool
+) -> list[scoring.Scored]:
+    """With `all_answers` also of samples without a check."""
+    with Progress(name, unit="samples") as progress:
+        return _scored(dataclasses.replace(model, note=progress.count), samples, all_answers)
+
+
+def _scored(model: ChatModel, samples: list[Sample], all_answers: bool) -> list[scoring.Scored]:
+    if not all_answers:
+        return scoring.score(samples, model.losses, model.answer)
+    answers = dict(zip(samples, model.answer(samples), strict=True))
+    scored = scoring.score(samples, model.losses, lambda asked: [answers[s] for s in asked])
+    return [dataclasses.replace(s, answer=answers[s.sample]) for s in scored]
+
+
+def _print_verdicts(found: dict[str, Any], console: rich.console.Console) -> None:
+    table = rich.table.Table("category", "win rate of the first", "failed", box=None)
+    for category, row in found["categories"].items():
+        rate = row["win_rate"]
+        text = "" if rate is None else (
+            f"{rate:.3f}, 95% {row['win_rate_low']:.3f} to {row['win_rate_high']:.3f}"
+        )  # fmt: skip
+        table.add_row(category, text, f"{row['failed']} of {row['asked']}")
+    console.print(table)
+    if "overall_a" in found:
+        ours = f"{found['overall_a']:.2f} and {found['overall_b']:.2f}"
+        rows = {b.name: b.scores for b in reported.benchmarks() if b.group == "AlignBench"}
+        known = ", ".join(f"{name} {score}" for name, score in rows["Overall"].items())
+        console.print(f"overall, by AlignBench's rule: {ours} (reported: {known})")
+
+
+def main(call: Call[Flags]) -> dict[str, Any]:
+    flags, arguments = call.flags, list(call.arguments)
+    gates = [comparison.Gate.parse(text) for text in flags.fail_if]
+    asked = judge.Judge(flags.judge, flags.judge_timeout) if flags.judge else None
+    folder = pathlib.Path(flags.output) if flags.output else None
+    if asked and not folder:
+        raise UserError("--judge is given without --output; give a folder for its verdicts")
+    samples, unanswered = _samples(flags)
+    checked = {s.category: False for s in samples} | {s.category: True for s in samples if s.check}
+    for gate in gates:
+        gate.check(comparison.metrics_of(checked))
+
+    console = call.console()
+    (one, corpus), (two, other) = (_open(given, flags) for given in arguments)
+    if other.config.vocabulary != corpus.config.vocabulary:
+        # The same text for both: the first model's.
+        vocabulary = other.config.vocabulary
+        other = data.open_corpus(dataclasses.replace(corpus.config, vocabulary=vocabulary))
+    else:
+        other = corpus
+    scored = [
+        _score(name, model, samples, asked is not None)
+        for name, model in zip(arguments, (one, two), strict=True)
+    ]
+    kept = [retention(m, c, flags.retention_sequences) for m, c in ((one, corpus), (two, other))]
+    found = comparison.compare(scored[0], scored[1], flags.seed)
+    found[comparison.RETENTION] = {"bpb": comparison.retained(*kept)}
+    console.print(_table(found, arguments))
+    if unanswered:
+        console.print(f"{unanswered} conversations without an assistant turn were left out")
+    result: dict[str, Any] = {
+        "samples": {"scored": len(samples), "without_answer": unanswered},
+        "a": {"model": arguments[0], "scores": scoring.flat(scoring.summarise(scored[0]))},
+        "b": {"model": arguments[1], "scores": scoring.flat(scoring.summarise(scored[1]))},
+        "difference": found,
+        "retention": {"bpb_a": kept[0], "bpb_b": kept[1]},
+        "failed": [text for gate in gates if (text := gate.failure(found))],
+    }
+    if folder:
+        write_atomically(folder / "answers.jsonl", _answers(*scored))
+    if asked and folder:
+        first, second = ([s.answer for s in side] for side in scored)
+        path = folder / "verdicts.jsonl"
+        with Progress("judge", unit="samples") as progress:
+            verdicts = asked.verdicts(samples, first, second, path, progress.count)
+        result["judge"] = judge.report(verdicts, flags.seed)
+        _print_verdicts(result["judge"], console)
+    if folder:
+        write_json(folder / "compare.json", result)
+    return result
+
+
+COMMAND = Command(
+    main,
+    Flags,
+    config="none",
+    positional=("MODEL_A[:STAGE]", "MODEL_B[:STAGE]"),
+    gate=Gate(3, lambda result: "; ".join(result["failed"])),
+)

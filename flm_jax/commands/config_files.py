@@ -1,0 +1,208 @@
+"""Config files: helpers for those who write one, and how a command finds and opens one.
+
+A config file defines `get_config(variant)` and returns a ConfigDict. It may use the configs that
+come with the package, from any folder:
+
+  from flm_jax.commands import config_files
+
+  demo = config_files.shipped("demo")
+  config = config_files.to_config_dict(...)
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.machinery
+import importlib.util
+import pathlib
+import sys
+import traceback
+import types
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from ml_collections import ConfigDict
+from ml_collections.config_flags import config_path
+
+from flm_jax import config as config_lib
+from flm_jax import mapping
+from flm_jax.errors import UserError
+
+T = TypeVar("T")
+
+
+# For config files.
+
+
+def to_config_dict(config: Any) -> ConfigDict:
+    """A config dataclass as a ConfigDict, with the type of every field.
+
+    So overrides on the command line are checked. Stages are a tuple of ConfigDicts:
+    `--config.stages[0].steps=5`.
+    """
+
+    def with_types(value: Any) -> Any:
+        if isinstance(value, dict):
+            return ConfigDict({k: with_types(v) for k, v in value.items()})
+        return tuple(with_types(v) for v in value) if isinstance(value, list) else value
+
+    return with_types(mapping.to_dict(config))
+
+
+def single(config: config_lib.ExperimentConfig) -> ConfigDict:
+    """A chain of one stage, laid out as `model` and `stage`: `--config.model.vocab_size=80384`."""
+    values = mapping.to_dict(config)
+    (stage,) = values.pop("stages")
+    model = stage.pop("model")
+    return ConfigDict({**values, "model": model, "stage": stage})
+
+
+def unknown_variant(variant: str, known: tuple[str, ...]) -> UserError:
+    """The error for a variant that a config file does not have."""
+    return UserError(f"config variant {variant!r} is unknown; choose {', '.join(known)} or none")
+
+
+def no_variant(variant: str) -> None:
+    """Raises UserError if a variant is asked of a config that has none."""
+    if variant:
+        raise UserError(f"config variant {variant!r} is unknown; this config has none")
+
+
+def shipped(name: str) -> types.ModuleType:
+    """The module of a config file that comes with the package, as `shipped("tele_flm_52b")`."""
+    return load(shipped_folder() / f"{name}.py")
+
+
+def load(path: pathlib.Path) -> types.ModuleType:
+    """Runs a config file, from any folder, and returns its module."""
+    name = f"config file {path}"
+    loader = importlib.machinery.SourceFileLoader(name, str(path))
+    spec = importlib.util.spec_from_loader(name, loader)
+    assert spec  # only None for a loader that says so itself
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses look up a class's annotations
+    loader.exec_module(module)
+    return module
+
+
+# For commands.
+
+
+def experiment(config: ConfigDict) -> config_lib.ExperimentConfig:
+    """The config as a validated dataclass."""
+    return config_lib.experiment(plain(config))
+
+
+def stage_index(config: config_lib.ExperimentConfig, given: int) -> int:
+    """The index of a stage, which may be given as a negative one from the end.
+
+    Raises:
+      UserError: the chain has no such stage.
+    """
+    count = len(config.stages)
+    if not -count <= given < count:
+        raise UserError(
+            f"stage={given}: the config has stages 0 to {count - 1}; give one", argument="stage"
+        )
+    return given % count
+
+
+def dataclass_of(cls: type[T], config: ConfigDict) -> T:
+    """A config of another kind than an experiment, as a validated dataclass."""
+    return mapping.from_mapping(cls, plain(config))
+
+
+def plain(value: Any) -> Any:
+    """ConfigDicts as dicts, tuples as lists, at any depth."""
+    if isinstance(value, ConfigDict):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(v) for v in value] if isinstance(value, tuple | list) else value
+
+
+def shipped_folder() -> pathlib.Path:
+    """Where the config files of the package are: installed with it, or beside it in a checkout."""
+    package = pathlib.Path(mapping.__file__).parent
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def find(given: str) -> pathlib.Path:
+    """The file that --config names.
+
+    A file at that path comes first. Otherwise `configs/NAME.py`, `NAME.py` and `NAME` name one
+    that comes with the package.
+    """
+    path = pathlib.Path(given)
+    if path.is_file():
+        return path
+    folder = shipped_folder()
+    if path.parent in (pathlib.Path(), pathlib.Path("configs")) and path.suffix in ("", ".py"):
+        known = folder / f"{path.stem}.py"
+        if known.is_file() and not known.stem.startswith("_"):
+            return known
+    names = ", ".join(sorted(p.stem for p in folder.glob("[!_]*.py") if p.stem != "common"))
+    raise UserError(f"--config={given}: no such file; give one, or one of those shipped: {names}")
+
+
+def split(argv: Sequence[str]) -> tuple[str, list[str]]:
+    """The last value of --config ("" if there is none), and the other arguments."""
+    found, items = "", iter(argv)
+    rest: list[str] = []
+    for item in items:
+        if item == "--":
+            return found, [*rest, item, *items]
+        if item in ("--config", "-config"):
+            found = next(items, "")
+        elif item.startswith(("--config=", "-config=")):
+            found = item.partition("=")[2]
+        else:
+            rest.append(item)
+    return found, rest
+
+
+def load_config(given: str) -> ConfigDict:
+    """The config of FILE.py or FILE.py:variant, before overrides.
+
+    Raises:
+      UserError: no such file, or any error in it, in one line that says where.
+    """
+    name, colon, variant = given.partition(":")
+    path = find(name)
+    try:
+        get_config = load(path).get_config
+        config = get_config(variant) if colon else get_config()
+    except UserError:
+        raise
+    except Exception as error:
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+        where = f"{path}:{frames[-1].lineno}" if frames else path
+        raise UserError(f"{where}: {type(error).__name__}: {error}; fix the file") from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"{path}: get_config must return a ConfigDict, not {type(config).__name__}")
+    return config
+
+
+def check_field(config: ConfigDict, flag: str) -> None:
+    """Raises UserError if `flag`, as config.stages[0].steps, is not one value of the config."""
+    try:
+        parts = config_path.split(flag)[1:]
+    except ValueError:
+        raise UserError(f"--{flag}: not a field; write it as --config.stages[0].steps") from None
+    node: Any = config
+    where = "config"
+    for part in parts:
+        if isinstance(node, ConfigDict):
+            if part not in node:
+                close = difflib.get_close_matches(str(part), node, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(node)}"
+                raise UserError(f"--{flag}: {where} has no field {part!r}; {hint}")
+            where += f".{part}"
+        elif isinstance(node, tuple):
+            if part not in range(len(node)):
+                raise UserError(f"--{flag}: {where} has entries 0 to {len(node) - 1}, no {part!r}")
+            where += f"[{part}]"
+        else:
+            raise UserError(f"--{flag}: {where} is {node!r} and has no fields")
+        node = node[part]
+    if isinstance(node[0] if isinstance(node, tuple) and node else node, ConfigDict):
+        raise UserError(f"--{flag}: {where} is a group; set its fields one by one")

@@ -1,0 +1,117 @@
+r"""Continues text with a model, and shows it as it is generated.
+
+  flm generate --checkpoint=runs/demo --prompt='def main(' --temperature=0.8
+  flm generate --checkpoint=runs/demo --prompts=prompts.jsonl --json
+
+A model is a run, one of its checkpoints, or a folder of Hugging Face files.
+
+--prompts reads a file with one prompt a line: a JSON string, a JSON object with `prompt`, or else
+the line as it is. Several prompts are generated as one batch. With --chat a prompt is what the user
+says, and is put into the chat format of Tele-FLM's instruct model.
+
+A text ends at --max_new_tokens, at the model's end-of-sequence token, or at a text given by --stop.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import sys
+from typing import Any
+
+import jax
+
+from flm_jax.commands.command import Call, Command, flag
+from flm_jax.commands.model_flags import ModelFlags
+from flm_jax.errors import UserError
+from flm_jax.inference.generation import Sampling, TextStream, check_context, generate
+from flm_jax.interop.opening import OpenedModel
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags(ModelFlags):
+    """The command's own flags."""
+
+    prompt: tuple[str, ...] = flag((), "Text to continue; repeatable.")
+    prompts: str = flag("", "File with one prompt a line.")
+    max_new_tokens: int = flag(128, "Most tokens to generate.")
+    temperature: float = flag(0.0, "Sampling temperature; 0: always the likeliest token.")
+    top_k: int = flag(0, "Only the k likeliest tokens; 0: all.")
+    top_p: float = flag(1.0, "Only the likeliest tokens that together have this probability.")
+    seed: int = flag(0, "Seed of the random draws.")
+    stop: tuple[str, ...] = flag((), "Text that ends a continuation and is left out; repeatable.")
+    chat: bool = flag(False, "Put prompts into the chat format.")
+    context: int = flag(0, "Most tokens, prompt included; 0: the trained context.")
+
+
+def main(call: Call[Flags]) -> dict[str, Any]:
+    flags = call.flags
+    prompts = [*flags.prompt, *(_read_prompts(flags.prompts) if flags.prompts else [])]
+    if not prompts:
+        raise UserError("no prompt; give --prompt=TEXT or --prompts=FILE")
+    settings = (flags.max_new_tokens, flags.temperature, flags.top_k, flags.top_p)
+    sampling = Sampling(*settings)
+    model = flags.open()
+    tokens = [_tokens(model, prompt, flags.chat) for prompt in prompts]
+    check_context(tokens, sampling.max_new_tokens, flags.context or model.context)
+    stops = (*sampling.stop_tokens, model.tokenizer.eos_id)
+    sampling = Sampling(*settings, stop_tokens=stops)
+
+    shown = len(prompts) == 1 and not call.json
+    if shown:
+        print(prompts[0], end="", flush=True)
+    streams = [TextStream(model.tokenizer, flags.stop, _show if shown else None) for _ in prompts]
+    new = generate(
+        model.params, model.config, tokens, sampling, jax.random.key(flags.seed),
+        on_token=lambda row, token: streams[row].add(token),
+    )  # fmt: skip
+    texts = [stream.end() for stream in streams]
+    if shown:
+        print()
+    elif not call.json:
+        for prompt, text in zip(prompts, texts, strict=True):
+            print(f"{prompt}{text}\n")
+    rows = [
+        {"prompt": prompt, "text": text, "tokens": len(ids)}
+        for prompt, text, ids in zip(prompts, texts, new, strict=True)
+    ]
+    return {"checkpoint": str(model.path), "completions": rows}
+
+
+def _tokens(model: OpenedModel, prompt: str, chat: bool) -> list[int]:
+    if not chat:
+        return model.prompt(prompt)
+    from flm_jax.sft.chats import Message
+    from flm_jax.sft.template import encode_prompt
+
+    return model.with_start(encode_prompt([Message("user", prompt)], model.tokenizer))
+
+
+def _show(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _read_prompts(path: str) -> list[str]:
+    try:
+        lines = pathlib.Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts={path}: {error}; give a text file") from error
+    prompts = [_prompt(line) for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"--prompts={path}: the file holds no prompt; write one a line")
+    return prompts
+
+
+def _prompt(line: str) -> str:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return line
+    if isinstance(value, dict):
+        value = value.get("prompt")
+    return value if isinstance(value, str) else line
+
+
+COMMAND = Command(main, Flags, config="none", unexpected="give text as --prompt=TEXT")

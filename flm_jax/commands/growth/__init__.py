@@ -1,0 +1,1 @@
+"""Growth operators: check, compare, draw; grow a checkpoint on disk."""

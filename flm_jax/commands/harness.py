@@ -1,0 +1,62 @@
+r"""Runs tasks of EleutherAI's lm-evaluation-harness on a model.
+
+  flm harness --checkpoint=runs/demo --tasks=lambada_openai --limit=100
+  flm harness --checkpoint=runs/demo --tasks=mine --include_path=FOLDER --json
+
+Needs the extra [hf]. The harness downloads the data of its own tasks; a task of yours is a YAML
+file under --include_path, and may read local files. `flm reported --results=FILE` puts what --json
+prints beside the papers' scores.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from flm_jax.commands.command import Call, Command, flag
+from flm_jax.commands.model_flags import ModelFlags
+from flm_jax.errors import UserError
+
+DEFAULT_CONTEXT = 2048  # of weights whose files do not say
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags(ModelFlags):
+    """The command's own flags."""
+
+    tasks: tuple[str, ...] = flag(
+        (), "Names of tasks, as arc_easy,hellaswag.", comma=True,
+        required="give names of tasks, as --tasks=arc_easy,hellaswag",
+    )  # fmt: skip
+    include_path: str | None = flag(None, "Folder with YAML files of more tasks.")
+    num_fewshot: int | None = flag(None, "Examples in a prompt; the task's number if not given.")
+    limit: int | None = flag(None, "Only the first samples of each task.", lower=1)
+    batch_size: int = flag(8, "Requests at once.", lower=1)
+    context: int = flag(0, "Most tokens of a request; 0: the trained context.")
+    seed: int = flag(0, "Seed of sampled generation.")
+
+
+def main(call: Call[Flags]) -> dict[str, Any]:
+    flags = call.flags
+    try:
+        from flm_jax.inference import harness
+    except ImportError as error:
+        raise UserError(
+            f"the harness is not installed ({error}); install the extra: pip install -e '.[hf]'"
+        ) from error
+    model = flags.open()
+    context = flags.context or model.context or DEFAULT_CONTEXT
+    adapter = harness.Adapter(model, context, flags.batch_size, flags.seed)
+    results = harness.run(
+        adapter, list(flags.tasks), flags.include_path, flags.num_fewshot, flags.limit
+    )
+    console = call.console()
+    for task, values in results.items():
+        shown = [f"{k} {v:.4f}" for k, v in values.items() if isinstance(v, float)]
+        console.print(f"{task} ({values['samples']} samples): {'  '.join(shown)}")
+    plain = json.loads(json.dumps(results, default=float))
+    return {"checkpoint": str(model.path), "context": context, "results": plain}
+
+
+COMMAND = Command(main, Flags, config="none", unexpected="give tasks as --tasks=NAME,NAME")

@@ -1,0 +1,1 @@
+"""µP: coordinate check, sweep, growth, loss prediction."""

@@ -1,0 +1,41 @@
+"""Coordinate check of µP: do activations move equally far at every width?
+
+  flm mup check --config=configs/mup_study.py --workdir=runs/mup
+
+The proxy trains for a few steps at each width. Under µP the slopes of log size against log width
+are near 0; under the standard parametrisation they are not. Figure: DIR/report/coordinates.png.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import rich.console
+import rich.table
+
+from flm_jax.commands import config_files
+from flm_jax.commands.command import Call, Command, NoFlags
+from flm_jax.store.files import write_json
+from flm_jax.studies import mup, mup_figures, study
+from flm_jax.studies.config import MupStudyConfig
+
+
+def main(call: Call[NoFlags]) -> dict[str, Any]:
+    settings = config_files.dataclass_of(MupStudyConfig, call.config)
+    folder = pathlib.Path(call.workdir)
+    console = rich.console.Console(stderr=True)
+    trials = study.Study(settings.experiment, folder / "trials.jsonl")
+    found = mup.check_coordinates(trials, settings, console.print)
+    write_json(folder / "report" / "coordinates.json", found)
+    path = folder / "report" / "coordinates.png"
+    mup_figures.draw_coordinates(found, path)
+    table = rich.table.Table("change of", *found)
+    for name in found["mup"]["slopes"]:
+        table.add_row(name, *(f"{found[p]['slopes'][name]:+.2f}" for p in found))
+    table.add_row("steepest", *(f"{found[p]['max_slope']:+.2f}" for p in found))
+    call.console().print(table, f"figure: {path}")
+    return found
+
+
+COMMAND = Command(main, NoFlags, workdir="required")

@@ -1,0 +1,43 @@
+"""Sweeps hyper-parameters at several widths: does the best value move?
+
+  flm mup sweep --config=configs/mup_study.py --workdir=runs/mup
+
+Swept: learning rate, initial std and multipliers. Every trial is kept in DIR/trials.jsonl; a
+command that is stopped and called again runs the rest. Figure: DIR/report/sweep.png.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import rich.console
+import rich.table
+
+from flm_jax.commands import config_files
+from flm_jax.commands.command import Call, Command, NoFlags
+from flm_jax.store.files import write_json
+from flm_jax.studies import mup, mup_figures, study
+from flm_jax.studies.config import MupStudyConfig
+
+
+def main(call: Call[NoFlags]) -> dict[str, Any]:
+    settings = config_files.dataclass_of(MupStudyConfig, call.config)
+    folder = pathlib.Path(call.workdir)
+    console = rich.console.Console(stderr=True)
+    trials = study.Study(settings.experiment, folder / "trials.jsonl")
+    rows = mup.sweep(trials, settings, lambda text: console.print(text, highlight=False))
+    found = mup.summarise_sweep(rows)
+    write_json(folder / "report" / "sweep.json", found)
+    path = folder / "report" / "sweep.png"
+    mup_figures.draw_sweep(found, path)
+    table = rich.table.Table("", "swept", "best value at each width", "moves by, in grid steps")
+    for parametrisation, names in found.items():
+        for name, result in names.items():
+            best = ", ".join(f"{width}: x{value:g}" for width, value in result["best"].items())
+            table.add_row(parametrisation, name, best, str(result["shift"]))
+    call.console().print(table, f"figure: {path}")
+    return {"sweep": found, "trials": len(rows)}
+
+
+COMMAND = Command(main, NoFlags, workdir="required")

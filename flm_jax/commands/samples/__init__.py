@@ -1,0 +1,1 @@
+"""Chat samples: make them, select from them."""

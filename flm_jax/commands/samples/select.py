@@ -1,0 +1,101 @@
+"""Selects a small set of chat samples from a pool, and says why.
+
+  flm samples select --pool=pile.jsonl --output=chosen.jsonl --size=1000
+  flm samples select --pool=a.jsonl --pool=b.jsonl --output=chosen.jsonl \
+      --size=1000 --checkpoint=runs/demo --evaluation=held_out.jsonl --quota=arithmetic:0.3
+
+Writes OUTPUT, OUTPUT.report.json and OUTPUT.report.md. With --checkpoint (a run's folder, with
+:STAGE if not the last; or a folder of Hugging Face files with --vocabulary) quality is judged by
+the model's losses and clusters are of its embeddings; without, clusters are of letters' TF-IDF.
+docs/selection.md describes the steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import typing
+from typing import Any
+
+import rich.markdown
+
+from flm_jax import mapping
+from flm_jax.commands.command import Call, Command, flag
+from flm_jax.errors import UserError
+from flm_jax.sft import chats, selection
+from flm_jax.sft.chat_model import open_chat_model
+from flm_jax.store.files import write_atomically, write_json
+
+
+@dataclasses.dataclass(frozen=True)
+class _OwnFlags:
+    """The command's own flags."""
+
+    pool: tuple[str, ...] = flag(
+        (), "JSONL file or folder of samples; repeatable.", required="give --pool=FILE.jsonl"
+    )
+    output: str = flag("", "JSONL file to write.", required="give --output=FILE.jsonl")
+    evaluation: tuple[str, ...] = flag((), "Samples that must not be trained on; repeatable.")
+    checkpoint: str | None = flag(None, "Model that judges quality.")
+    vocabulary: str | None = flag(None, "Vocabulary of a model without a run; see DataConfig.")
+    quota: tuple[str, ...] = flag((), "CATEGORY:SHARE of the chosen set; repeatable.")
+    scripts: tuple[str, ...] = flag(
+        (), "Allowed scripts of letters, as LATIN,CJK; empty: all.", comma=True
+    )
+
+
+_GIVEN_ABOVE = ("quotas", "scripts")
+# Every other field of SelectionConfig is a flag of the same name.
+_FIELDS = [f for f in dataclasses.fields(selection.SelectionConfig) if f.name not in _GIVEN_ABOVE]
+_TYPES = typing.get_type_hints(selection.SelectionConfig)
+Flags: Any = dataclasses.make_dataclass(
+    "Flags",
+    [
+        (f.name, _TYPES[f.name], flag(
+            None if f.default is dataclasses.MISSING else f.default,
+            f"SelectionConfig.{f.name}; see docs/selection.md.",
+            required=f"give --{f.name}=NUMBER" if f.default is dataclasses.MISSING else "",
+        ))
+        for f in _FIELDS
+    ],
+    bases=(_OwnFlags,),
+    frozen=True,
+)  # fmt: skip
+
+
+def _quota(text: str) -> dict[str, Any]:
+    category, _, share = text.rpartition(":")
+    try:
+        return {"category": category, "share": float(share)}
+    except ValueError:
+        raise UserError(f"--quota={text}: write CATEGORY:SHARE, as arithmetic:0.3") from None
+
+
+def main(call: Call[Flags]) -> dict[str, Any]:
+    flags = call.flags
+    values = {f.name: getattr(flags, f.name) for f in _FIELDS}
+    quotas = [_quota(text) for text in flags.quota]
+    config = mapping.from_mapping(
+        selection.SelectionConfig, {**values, "quotas": quotas, "scripts": flags.scripts}
+    )
+    samples = chats.read(flags.pool)
+    evaluation = chats.read(flags.evaluation)
+    console = call.console()
+    model: dict[str, Any] = {}
+    if flags.checkpoint:
+        judge, _ = open_chat_model(flags.checkpoint, flags.vocabulary or "")
+        model = {
+            "losses": judge.losses, "unprompted": judge.unprompted, "embed": judge.embeddings
+        }  # fmt: skip
+    chosen = selection.select(samples, config, evaluation, **model)
+    report = {**chosen.report, "judge": flags.checkpoint}
+    path = pathlib.Path(flags.output)
+    chats.write_jsonl(path, chosen.chosen)
+    write_json(path.with_name(path.name + ".report.json"), report)
+    page = selection.markdown(report)
+    write_atomically(path.with_name(path.name + ".report.md"), page)
+    console.print(rich.markdown.Markdown(page))
+    return {**report, "output": str(path)}
+
+
+COMMAND = Command(main, Flags, config="none")
