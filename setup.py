@@ -19,7 +19,7 @@ setuptools.setup(
     # The shipped configs are in configs/ in the repository and in flm_jax/configs once installed.
     packages=[*setuptools.find_packages(include=["flm_jax", "flm_jax.*"]), "flm_jax.configs"],
     package_dir={"flm_jax.configs": "configs"},
-    package_data={"flm_jax": ["py.typed"]},
+    package_data={"flm_jax": ["py.typed"], "flm_jax.studies": ["reported.json"]},
     entry_points={"console_scripts": ["flm = flm_jax.commands.front:main"]},
     install_requires=[
         "absl-py",  # flags and logging of the commands
@@ -33,7 +33,6 @@ setuptools.setup(
         "optax>=0.2.8",  # Adam, schedules, per-group learning rates
         "orbax-checkpoint>=0.12,<1",  # checkpoints
         "rich",  # tables and progress bars
-        "safetensors",  # Hugging Face weights
         "scikit-learn",  # clusters of samples: choosing a diverse set
         "scipy",  # fits and statistical tests
         "sentencepiece",  # vocabularies: training and reading
@@ -55,6 +54,7 @@ setuptools.setup(
             "pytest",
             "pytest-xdist",
             "ruff",
+            "safetensors",  # the oracle of our reader and writer of Hugging Face weights
         ],
         # Oracles of the weights' tests, older .bin files, and EleutherAI's evaluation harness.
         "hf": ["lm-eval", "torch==2.13.0", "transformers"],
