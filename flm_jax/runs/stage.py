@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -156,6 +157,25 @@ def begin(
     if stage.config.source:
         _save_start(position, checkpoints)
     return position
+
+
+def with_norm_eps(config: ExperimentConfig) -> ExperimentConfig:
+    """Gives every stage the RMSNorm eps that its growth needs (`growth.norm_eps`).
+
+    A stage that is written with its parent's eps gets the derived one. Another eps stays, and the
+    growth refuses it unless it is the derived one.
+
+    Raises:
+      UserError: a recipe cannot do its growth.
+    """
+    stages = [config.stages[0]]
+    for parent, stage in itertools.pairwise(config.stages):
+        model = stage.model
+        if model.rms_norm_eps == parent.model.rms_norm_eps:
+            eps = growth.norm_eps(stages[-1].model, model, stage.growth.recipe)
+            model = dataclasses.replace(model, rms_norm_eps=eps)
+        stages.append(dataclasses.replace(stage, model=model))
+    return dataclasses.replace(config, stages=tuple(stages))
 
 
 def plan_of(
