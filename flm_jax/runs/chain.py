@@ -108,7 +108,8 @@ def check_finished(config: ExperimentConfig, folder: RunFolder, done: list[dict[
     if finished[: len(names)] != names[: len(finished)]:
         raise UserError(
             f"{folder.lineage}: the run has stages {', '.join(finished)}, the config has "
-            f"{', '.join(names)}; give another workdir"
+            f"{', '.join(names)}; give another workdir",
+            argument="workdir",
         )
     for index, entry in enumerate(done[: len(names)]):
         about = identity(config, index, entry["data_fingerprint"])

@@ -376,7 +376,8 @@ def _finished(stage: Stage, base: Base, folder: RunFolder) -> bool:
     ):
         raise UserError(
             f"{folder.lineage}: the run has stages {', '.join(names)}, and with the fine-tuned one "
-            f"they would be {' -> '.join(wanted)}; give another workdir"
+            f"they would be {' -> '.join(wanted)}; give another workdir",
+            argument="workdir",
         )
     if len(have) < len(wanted):
         return False
