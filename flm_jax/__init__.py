@@ -1,7 +1,7 @@
 """flm_jax: train a Tele-FLM-style decoder in JAX, and grow it while it trains.
 
 The names below are the public API. Each is loaded when it is first used, so that `import flm_jax`
-is quick and loads neither TensorFlow nor orbax.
+is quick and loads neither JAX nor TensorFlow nor orbax.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from flm_jax.train.optim import optimizer
     from flm_jax.train.train_step import TrainState, init_state, make_train_step
 
-# Name -> the module that defines it; "" for a package of its own name.
+# Name -> the module that defines it; "": the name is itself a package.
 _HOMES = {
     "growth": "",
     "interop": "",
@@ -87,7 +87,7 @@ def __getattr__(name: str) -> Any:
     if not home:
         return importlib.import_module(f"flm_jax.{name}")
     value = getattr(importlib.import_module(f"flm_jax.{home}"), name)
-    globals()[name] = value  # asked once
+    globals()[name] = value  # __getattr__ is not called for it again
     return value
 
 

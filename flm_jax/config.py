@@ -23,17 +23,28 @@ MESH_AXES = ("data", "fsdp", "tensor")
 
 
 def require(condition: bool, message: str) -> None:
+    """Raises UserError with the message unless the condition holds."""
     if not condition:
         raise UserError(message)
 
 
+def require_type(value: object, kind: type, name: str) -> None:
+    """Raises UserError unless the argument `name` ("function: argument") is of this type."""
+    require(
+        isinstance(value, kind),
+        f"{name} is of type {type(value).__name__}; give a flm_jax.{kind.__name__}",
+    )
+
+
 def require_positive(config: Any, *names: str) -> None:
+    """Raises UserError unless the named fields are above 0."""
     for name in names:
         value = getattr(config, name)
         require(value > 0, f"{type(config).__name__}.{name} is {value}; it must be above 0")
 
 
 def require_choice(config: Any, name: str, choices: tuple[str, ...]) -> None:
+    """Raises UserError unless the named field is one of the choices."""
     value = getattr(config, name)
     require(
         value in choices,
@@ -45,7 +56,8 @@ def require_choice(config: Any, name: str, choices: tuple[str, ...]) -> None:
 class TransformerConfig(Checked):
     """Tele-FLM's decoder: Llama's block plus two µP multipliers (arXiv 2404.16645, section 3.1).
 
-    Raises UserError if the sizes do not fit each other.
+    Raises:
+      UserError: a field has the wrong type, or the sizes do not fit each other.
     """
 
     vocab_size: int
@@ -60,17 +72,17 @@ class TransformerConfig(Checked):
     # How scales follow the width (`mup.py`): µP, or the standard parametrisation to compare with.
     parametrisation: str = "mup"
     # Tele-FLM's `mup_scale_factor` is d_model / mup_base_width.
-    mup_base_width: int = 0  # 0: d_model itself, that is: no width scaling
+    mup_base_width: int = 0  # 0: d_model itself (no width scaling)
     input_mult: float = 1.0
     output_mult: float = 1.0
     matrix_init_std: float = 0.02  # at the base width; scaled by sqrt(base width / d_model)
     vector_init_std: float = 0.02  # embedding and head, at every width
     depth_scaled_init: bool = False  # residual writers also divided by sqrt(2 * num_layers)
-    # How it is computed; no effect on which function it is.
-    dtype: str = "float32"  # of activations; parameters are float32 (float64 with "float64")
+    # How the model is computed. These fields do not change its function.
+    dtype: str = "float32"  # dtype of activations; parameters are float32 (float64 with "float64")
     remat: str = "none"
-    attention: str = "auto"  # the platform's kernel: `models/attention.py`
-    scan_unroll: int = 1  # layers per step of the scan over layers
+    attention: str = "auto"  # kernel; "auto": the platform's (`models/attention.py`)
+    scan_unroll: int = 1  # layers in one step of the scan over layers
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -104,22 +116,28 @@ class TransformerConfig(Checked):
 
     @property
     def kv_heads(self) -> int:
+        """Number of key/value heads."""
         return self.num_kv_heads or self.num_heads
 
     @property
     def queries_per_kv(self) -> int:
+        """Number of query heads for each key/value head."""
         return self.num_heads // self.kv_heads
 
     @property
     def width_mult(self) -> float:
-        """Width over the width where hyper-parameters were found: Tele-FLM's `mup_scale_factor`."""
+        """d_model over the base width (Tele-FLM's `mup_scale_factor`).
+
+        The base width is the one at which the hyper-parameters were tuned.
+        """
         return self.d_model / (self.mup_base_width or self.d_model)
 
     @property
     def logit_mult(self) -> float:
-        """What the head's output is multiplied by: under µP `output_mult / mup_scale_factor`."""
-        mup = self.parametrisation == "mup"
-        return self.output_mult / self.width_mult if mup else self.output_mult
+        """Factor on the head's output: `output_mult / width_mult` under µP, else `output_mult`."""
+        if self.parametrisation == "mup":
+            return self.output_mult / self.width_mult
+        return self.output_mult
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,8 +151,9 @@ class DataConfig(Checked):
     sequence_length: int = 256  # tokens
     seed: int = 0
     shuffle_tokens: int = 1 << 24  # size of the shuffle buffer, in tokens
-    # Tokens that are shuffled as one piece, and cut into sequences afterwards: a chain whose
-    # context grows reads one stream. 0: a sequence (in a chain: its longest).
+    # Tokens that are shuffled as one window and then cut into sequences, so that all stages of a
+    # chain read the same stream while their context grows. 0: the sequence length (in a chain, the
+    # longest).
     window_length: int = 0
 
     def __post_init__(self) -> None:
@@ -148,17 +167,21 @@ class DataConfig(Checked):
 
     @property
     def window(self) -> int:
+        """Tokens that are shuffled as one."""
         return self.window_length or self.sequence_length
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig(Checked):
-    """AdamW with µP groups. Betas as in FLM-101B (arXiv 2309.03852); Tele-FLM states none."""
+    """AdamW with µP groups.
+
+    The betas are those of FLM-101B (arXiv 2309.03852); Tele-FLM does not report its own.
+    """
 
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
-    weight_decay: float = 0.1  # decoupled, of a vector-like parameter; norm gains are not decayed
+    weight_decay: float = 0.1  # decoupled, for vector-like parameters; norm gains have no decay
     clip_norm: float = 1.0
 
     def __post_init__(self) -> None:
@@ -171,7 +194,7 @@ class OptimizerConfig(Checked):
 
 @dataclasses.dataclass(frozen=True)
 class ScheduleConfig(Checked):
-    """The learning rate's shape over the chain's steps; a stage's peaks multiply it.
+    """The shape of the learning rate over the chain's steps; a stage's peaks multiply it.
 
     `cosine` falls from 1 to `final_ratio` over `total_steps`; `wsd` (warm-up, stable, decay) stays
     at 1 and falls linearly over the last `decay_steps`; `constant` stays at 1.
@@ -180,7 +203,7 @@ class ScheduleConfig(Checked):
     kind: str = "wsd"
     warmup_steps: int = 100
     total_steps: int = 0  # 0: the sum of the stages' steps
-    decay_steps: int = 0  # of wsd
+    decay_steps: int = 0  # for "wsd"
     final_ratio: float = 0.1
 
     def __post_init__(self) -> None:
@@ -194,20 +217,20 @@ class ScheduleConfig(Checked):
 
 @dataclasses.dataclass(frozen=True)
 class GrowthConfig(Checked):
-    """How a stage grows out of the one before it. Ignored in the first stage."""
+    """How a stage grows from the one before it. The first stage ignores it."""
 
-    recipe: str = "msg"  # operators by name, as "tile,identity": docs/growth.md
-    moments: str = "asym"  # Adam's: "dual", "asym" or "reset"
-    rates: str = "target"  # learning rate and eps: "target", "carry" the source's, or "ramp"
-    noise_db: float = 0.0  # signal-to-noise ratio of what separates copies; 0: none
+    recipe: str = "msg"  # names of operators, as in "tile,identity" (docs/growth.md)
+    moments: str = "asym"  # Adam's moments: "dual", "asym" or "reset" (`growth.Plan`)
+    rates: str = "target"  # learning rate and eps: "target", "carry" or "ramp" (`growth.Plan`)
+    noise_db: float = 0.0  # signal-to-noise ratio (dB) of the noise that separates copies; 0: none
     added_rate: float = 1.0  # learning rate of added slots over that of old ones (SPARKLING: 1.3)
-    added_rate_steps: int = 250  # reached linearly, from 1, after so many steps
-    ramp_steps: int = 100  # masks rise linearly from 1/ramp_steps to 1; rates "ramp" fade
-    rewarmup_steps: int = 20  # every learning rate rises again from `rewarmup_ratio` to 1
-    rewarmup_ratio: float = 0.1
-    calibration_sequences: int = 8  # for the receipt and the layer distances
-    fit_steps: int = 100  # of LiGO's operator
-    fit_learning_rate: float = 1e-3
+    added_rate_steps: int = 250  # steps in which it rises linearly from 1 to `added_rate`
+    ramp_steps: int = 100  # steps in which masks rise linearly to 1, and rates="ramp" fades
+    rewarmup_steps: int = 20  # steps in which every learning rate rises again
+    rewarmup_ratio: float = 0.1  # where this rise starts, as a fraction of the schedule
+    calibration_sequences: int = 8  # sequences that the receipt and layer distances are measured on
+    fit_steps: int = 100  # steps of LiGO's fit (operator "ligo")
+    fit_learning_rate: float = 1e-3  # of LiGO's fit
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -223,15 +246,21 @@ class GrowthConfig(Checked):
         require_choice(self, "rates", RATES)
 
     def mask_at(self, steps_done: int) -> float | None:
-        """The masks' value after so many steps of the stage; None once they are at 1."""
+        """Value of the masks after `steps_done` steps of the stage; None once they are 1.
+
+        >>> growth = GrowthConfig(ramp_steps=4)
+        >>> growth.mask_at(0), growth.mask_at(1), growth.mask_at(4)
+        (0.0, 0.25, None)
+        """
         return steps_done / self.ramp_steps if steps_done < self.ramp_steps else None
 
 
 @dataclasses.dataclass(frozen=True)
 class RulesConfig(Checked):
-    """Parameter axis -> the mesh axis that it is split over; "": not split.
+    """The mesh axis that each parameter axis is split over; "": not split.
 
-    With few key/value heads, `kv_heads=""` and `q_per_kv="tensor"` split the queries of each.
+    With fewer key/value heads than devices, use `kv_heads=""` and `q_per_kv="tensor"`: this splits
+    the query heads of each key/value head.
     """
 
     embed: str = "fsdp"
@@ -248,7 +277,7 @@ class RulesConfig(Checked):
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig(Checked):
-    """Devices along each mesh axis; data = 0 takes what the other axes leave."""
+    """Number of devices along each mesh axis; data = 0: all that the other axes leave."""
 
     data: int = 0
     fsdp: int = 1
@@ -258,20 +287,20 @@ class MeshConfig(Checked):
 
 @dataclasses.dataclass(frozen=True)
 class StageConfig(Checked):
-    """One size of the chain and how long it trains."""
+    """One model size of the chain, and how it is trained."""
 
     name: str
     model: TransformerConfig
-    steps: int  # 0: as it begins
+    steps: int  # 0: not trained
     batch_size: int  # sequences in one optimizer step
-    learning_rate: float  # peak, of vector-like parameters (embedding, gains, head)
-    matrix_learning_rate: float  # peak, of matrix-like parameters at the µP base width
-    accumulate: int = 1  # microbatches that one optimizer step is cut into
+    learning_rate: float  # peak, for vector-like parameters (embedding, gains, head)
+    matrix_learning_rate: float  # peak, for matrix-like parameters at the µP base width
+    accumulate: int = 1  # microbatches in one optimizer step
     growth: GrowthConfig = GrowthConfig()
-    sequence_length: int = 0  # tokens; 0: the data's. RoPE needs no growth for a longer context
-    mesh: MeshConfig | None = None  # None: the experiment's; a chain may change it at a growth
-    # Of the first stage: where its parameters come from, instead of a fresh draw: a run's folder,
-    # a checkpoint inside one, or a folder of Hugging Face files.
+    sequence_length: int = 0  # tokens; 0: as in the data config. RoPE needs no growth for more
+    mesh: MeshConfig | None = None  # None: the experiment's. A chain may change it at a growth
+    # First stage only: where its parameters come from, instead of random initialisation: a run
+    # folder, a checkpoint inside one, or a folder of Hugging Face files.
     source: str = ""
 
     def __post_init__(self) -> None:
@@ -294,7 +323,7 @@ class StageConfig(Checked):
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig(Checked):
-    """Validation: always the same first sequences of the validation split."""
+    """Validation on the first sequences of the validation split: the same ones every time."""
 
     sequences: int = 96
     batch_size: int = 8
@@ -303,13 +332,15 @@ class EvalConfig(Checked):
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig(Checked):
+    """How often a stage saves checkpoints, and how many it keeps."""
+
     every_steps: int = 200
-    keep: int = 2  # latest checkpoints kept in a stage; a stage's last one is always kept
+    keep: int = 2  # number of latest checkpoints kept in a stage; the last one is always kept
 
 
 @dataclasses.dataclass(frozen=True)
 class LayoutConfig(Checked):
-    """A topology, a mesh and a batch that a stage fits: checked by `flm compile`."""
+    """Hardware, mesh and batch size that a stage should fit; `flm compile` checks it."""
 
     stage: str
     topology: str
@@ -321,7 +352,7 @@ class LayoutConfig(Checked):
 
 @dataclasses.dataclass(frozen=True)
 class ExperimentConfig(Checked):
-    """A chain of stages, each grown out of the one before."""
+    """A chain of stages, each grown from the one before."""
 
     stages: tuple[StageConfig, ...]
     data: DataConfig = DataConfig()
@@ -330,9 +361,9 @@ class ExperimentConfig(Checked):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     mesh: MeshConfig = MeshConfig()
-    layouts: tuple[LayoutConfig, ...] = ()  # for accelerators that are not here
+    layouts: tuple[LayoutConfig, ...] = ()  # for accelerators that this machine does not have
     seed: int = 0
-    quick_compile: bool = False  # on a CPU: less optimised programs, for runs of seconds
+    quick_compile: bool = False  # on CPUs: compile faster and optimise less, for runs of seconds
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -364,14 +395,18 @@ class ExperimentConfig(Checked):
 
     @property
     def total_steps(self) -> int:
+        """Optimizer steps of all stages."""
         return sum(stage.steps for stage in self.stages)
 
     def mesh_of(self, index: int) -> MeshConfig:
-        """A stage's mesh."""
+        """The mesh of the stage at `index`."""
         return self.stages[index].mesh or self.mesh
 
     def data_of(self, index: int) -> DataConfig:
-        """A stage's data: its own sequence length, over the windows that all stages share."""
+        """The data of the stage at `index`.
+
+        It has the stage's own sequence length, over the windows that all stages share.
+        """
         lengths = [stage.sequence_length or self.data.sequence_length for stage in self.stages]
         return dataclasses.replace(
             self.data,
@@ -381,10 +416,15 @@ class ExperimentConfig(Checked):
 
 
 def experiment(values: Mapping[str, Any]) -> ExperimentConfig:
-    """The experiment that a config file describes.
+    """Builds the experiment that a config file describes.
 
-    A file holds either `stages` (a chain), or `model` and `stage`, the model's size and the other
-    fields of `StageConfig` (one size).
+    Args:
+      values: either `stages` (a chain), or `model` (the fields of `TransformerConfig`) and `stage`
+        (the other fields of `StageConfig`) for one stage; and the other fields of
+        `ExperimentConfig`.
+
+    Raises:
+      UserError: a field is unknown, missing, or has a wrong value.
     """
     values = dict(values)
     if "model" in values:

@@ -19,9 +19,10 @@ T = TypeVar("T")
 
 
 class Checked:
-    """Base of config dataclasses: every field has its declared type.
+    """Base of config dataclasses: checks that every field has its declared type.
 
-    Raises UserError, naming class, field, value and both types, if one does not.
+    Raises:
+      UserError: a field does not; names class, field, value and both types.
     """
 
     def __post_init__(self) -> None:
@@ -39,11 +40,12 @@ def to_dict(config: Any) -> dict[str, Any]:
     >>> to_dict(CheckpointConfig(every_steps=50))
     {'every_steps': 50, 'keep': 2}
     """
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return plain
 
 
 def digest(values: dict[str, Any]) -> str:
-    """SHA-256 of the canonical JSON of a `to_dict`: equal for equal configs, on every machine.
+    """SHA-256 of the canonical JSON of a `to_dict` result: the same on every machine.
 
     >>> digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
     True
@@ -53,32 +55,30 @@ def digest(values: dict[str, Any]) -> str:
 
 
 def differences(old: Any, new: Any, path: str = "config") -> list[str]:
-    """The fields in which two `to_dict` results differ.
+    """Lists the fields in which two `to_dict` results differ, with both values.
 
     >>> differences({"seed": 0, "data": {"task": "c4"}}, {"seed": 1, "data": {"task": "c4"}})
     ['config.seed: 0 -> 1']
     """
     if isinstance(old, dict) and isinstance(new, dict):
-        found: list[str] = []
-        for key in dict.fromkeys([*old, *new]):
-            found += differences(old.get(key), new.get(key), f"{path}.{key}")
-        return found
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        return [d for i, pair in enumerate(zip(old, new, strict=True))
-                for d in differences(*pair, f"{path}[{i}]")]  # fmt: skip
-    return [] if old == new else [f"{path}: {old!r} -> {new!r}"]
+        parts = [(old.get(k), new.get(k), f"{path}.{k}") for k in dict.fromkeys([*old, *new])]
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        parts = [(a, b, f"{path}[{i}]") for i, (a, b) in enumerate(zip(old, new, strict=True))]
+    else:
+        return [] if old == new else [f"{path}: {old!r} -> {new!r}"]
+    return [line for part in parts for line in differences(*part)]
 
 
 def from_mapping(cls: type[T], values: Mapping[str, Any], path: str = "config") -> T:
-    """Builds a config dataclass from nested mappings, checking every name and type.
+    """Builds a config dataclass from nested mappings; checks every name and type.
 
     Args:
-      cls: a dataclass of this module.
-      values: field -> value; nested dataclasses as mappings, tuples as sequences.
-      path: what to call `values` in an error.
+      cls: the dataclass.
+      values: value of each field; nested dataclasses as mappings, tuples as sequences.
+      path: the name of `values` in error messages.
 
     Raises:
-      UserError: an unknown, missing or mistyped field, with its full name.
+      UserError: a field is unknown, missing, or of the wrong type; gives its full name.
 
     >>> from flm_jax.config import CheckpointConfig
     >>> from_mapping(CheckpointConfig, {"keep": 1})
@@ -107,6 +107,7 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], path: str = "config") 
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
+    """The value as the declared type `hint`; raises UserError if it does not fit."""
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if isinstance(value, hint):
             return value
@@ -130,6 +131,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
 
 
 def _convert_enum(hint: type[enum.Enum], value: Any, path: str) -> enum.Enum:
+    """The member of an enum that has this value."""
     try:
         return hint(value)
     except ValueError:

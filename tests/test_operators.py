@@ -288,7 +288,7 @@ def test_depth_from_no_layer(recipe):
         plan = growth.plan(small, big, recipe)
         change = change_of(plan, random_params(small, 1), packed_batch(small))
         assert (change < 1e-10) == (plan.exactness == EXACT)
-    with pytest.raises(UserError, match="'fresh' or 'zero_pad' or 'msg' could"):
+    with pytest.raises(UserError, match="use operator 'fresh' or 'zero_pad' or 'msg'"):
         growth.plan(small, big, "stack")
 
 
@@ -409,11 +409,11 @@ def test_every_plan_survives_json(recipe):
         ("msg", {"head_dim": 8}, "head_dim 6 to 8: RoPE.*add heads"),
         ("msg", {"rope_theta": 5e5}, "rope_theta"),
         ("msg", {"rms_norm_eps": 1e-5}, "rms_norm_eps 0.01 to 1e-05.*exact with 0.01"),
-        ("tile", {"vocab_size": 30}, "'vocab' from 23 to 30.*'msg' or 'mean' could"),
+        ("tile", {"vocab_size": 30}, "'vocab' from 23 to 30.*use operator 'msg' or 'mean'"),
         ("repeat", {"num_heads": 8, "num_kv_heads": 4}, "4 and 8 query heads.*'msg'"),
         ("msg", {"num_kv_heads": 4}, "'q_per_kv' from 2 to 1.*grow by kv_heads=repeat"),
         ("ligo", {"d_model": 1 << 20}, "at most 4,194,304.*'zero_pad'"),
-        ("magic", {}, "no operator 'magic'; choose of msg"),
+        ("magic", {}, "no operator 'magic'; choose one of msg"),
         ("embed=stack", {}, "operator 'stack' grows layers, not 'embed'; operators for it: msg"),
         ("head_dim=tile", {}, "operators for it: none"),
     ],

@@ -197,7 +197,7 @@ def test_new_entries_start_as_the_spec_says():
 
 def test_what_does_not_fit_is_refused():
     params, key = random_params(spec()), jax.random.key(0)
-    with pytest.raises(UserError, match=r"'embed' from 6 to 9.*another norm.*'tile' could"):
+    with pytest.raises(UserError, match=r"'embed' from 6 to 9.*another norm.*use operator 'tile'"):
         plan(spec(), spec(embed=9), "zero_pad")
     with pytest.raises(UserError, match="different axis tables"):
         plan(spec(), ModelSpec({"wte": TABLE["wte"]}, SIZES), "tile")

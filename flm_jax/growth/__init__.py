@@ -1,4 +1,4 @@
-"""Growth: plans as data, and pure functions from old trees to expanded ones."""
+"""Growth: plans as data, and pure functions that apply them to parameters and train states."""
 
 from flm_jax.growth._plan import LockedCopiesWarning, Plan, norm_eps, plan
 from flm_jax.growth.apply import grow

@@ -1,7 +1,7 @@
-"""A growth as data: `plan` compiles the difference of two configs.
+"""A growth as data: `plan` compiles the difference of two models.
 
-The same plan maps parameters, optimizer state and slot ages (`apply.py`), arrays and
-`ShapeDtypeStruct`s, and is stored with the checkpoint that it made.
+The same plan maps parameters (`apply.py`), optimizer state and slot ages (`moments.py`), for arrays
+and for `ShapeDtypeStruct`s. It is stored with the checkpoint that it produced.
 """
 
 from __future__ import annotations
@@ -27,39 +27,42 @@ from flm_jax.params import axes, mup, trees
 from flm_jax.params.axes import ModelSpec, Role, Table
 
 VERSION = 2
-Model = TransformerConfig | ModelSpec  # the decoder by its config, a model of your own by its spec
+Model = TransformerConfig | ModelSpec  # the decoder's config, or the spec of a model of your own
 
 AnyModel = TypeVar("AnyModel", TransformerConfig, ModelSpec, Model)
 
-# Fields that growth must not touch: each changes the function in a way no expansion undoes.
+# Fields that must stay: each changes the function in a way that no expansion can undo.
 _KEPT = {
     "head_dim": "RoPE's frequencies depend on it; add heads instead (num_heads: operators "
     "'msg', 'zero_pad', 'tile')",
-    "rope_theta": "it turns every query and key by another angle",
+    "rope_theta": "it changes the angle by which every query and key is rotated",
 }
 
 
 class LockedCopiesWarning(UserWarning):
-    """Copies that nothing will ever separate from their source."""
+    """Copies that will never diverge from their source."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How a model of config `source` becomes one of config `target`.
+    """How the model `source` becomes the model `target`.
 
     Attributes:
-      recipe: the operators' names (`operators.py`).
-      source, target: the models before and after: the decoder's configs, or the `ModelSpec`s of a
-        model of your own.
-      expansions: of the axes that grow.
-      moments: what Adam's moments become. "dual": every slot's history comes along, through the
-        gradients' map. "asym": added slots begin anew, with an age of their own (SPARKLING).
-        "reset": all begin anew.
-      rates: "target": every slot trains as the target's config says. "carry": the source's steps
-        keep their size in the function: learning rate and eps follow the maps (docs/growth.md).
+      recipe: names of operators (`operators.py`).
+      source: the model before: the decoder's config, or the `ModelSpec` of a model of your own.
+      target: the model after, of the same kind.
+      expansions: one for each axis that grows.
+      moments: what happens to Adam's moments. "dual": every slot keeps its history, mapped like
+        gradients. "asym": added slots start from zero, with their own age (SPARKLING). "reset": all
+        slots start from zero.
+      rates: "target": every slot trains by the target's config. "carry": the source's steps keep
+        their size in the function, so learning rate and eps follow the maps (docs/growth.md).
         "ramp": carried at first, then faded to the target's over the growth's ramp.
       noise_db: signal-to-noise ratio, in decibels, of the antisymmetric noise that separates
-        copies (HyperCloning, arXiv 2409.12903, section 3); 0: none.
+        copies (HyperCloning, arXiv 2409.12903, section 3); 0: no noise.
+
+    Raises:
+      UserError: moments, rates or noise_db has a value that is not allowed.
     """
 
     recipe: str
@@ -81,41 +84,50 @@ class Plan:
 
     @functools.cached_property
     def by_axis(self) -> dict[str, Expansion]:
+        """The expansion of each axis that grows."""
         return {e.axis: e for e in self.expansions}
 
     @functools.cached_property
     def small(self) -> ModelSpec:
-        """The source: its table, sizes and scales."""
+        """Table, sizes and scales of the source."""
         return spec_of(self.source)
 
     @functools.cached_property
     def big(self) -> ModelSpec:
-        """The target."""
+        """Table, sizes and scales of the target."""
         return spec_of(self.target)
 
     @property
     def config(self) -> TransformerConfig:
         """The decoder's config after the growth.
 
-        Raises UserError if the plan is for a model of your own, which has no such config.
+        Raises:
+          UserError: the plan is for a model of your own, which has no such config.
         """
         if isinstance(self.target, ModelSpec):
             raise UserError(
-                "this runs flm_jax's decoder, and the plan is for a model of your own; use plan "
-                "and grow alone for it"
+                "plan.config: this needs flm_jax's decoder, and the plan is for a model of your "
+                "own; use only plan and grow for it"
             )
         return self.target
 
     @property
     def table(self) -> Table:
-        """The axis table, the same before and after."""
+        """The axis table; it is the same before and after."""
         return self.big.table
 
     def check_source(self, tree: Mapping[str, Any]) -> dict[str, Any]:
-        """The leaves by path. Raises UserError if they are not shaped like the source's."""
+        """Flattens parameters, or a tree like them, and checks their shapes.
+
+        Returns:
+          The leaves by path.
+
+        Raises:
+          UserError: a leaf is missing, unknown, or not shaped as in the source.
+        """
         leaves = dict(trees.flatten(tree))
         for path in dict.fromkeys([*self.table, *leaves]):
-            have = leaves[path].shape if path in leaves else "missing"
+            have = _shape_of(leaves[path]) if path in leaves else "missing"
             want = self.small.shape(path) if path in self.table else "no such parameter"
             if have != want:
                 raise UserError(
@@ -126,27 +138,29 @@ class Plan:
 
     @property
     def exactness(self) -> str:
-        """EXACT if no expansion changes the function, else APPROX."""
+        """ "EXACT" if no expansion changes the function, else "APPROX"."""
         exact = all(e.exactness == operators.EXACT for e in self.expansions)
         return operators.EXACT if exact else operators.APPROX
 
     @property
     def masked(self) -> bool:
-        """Whether it has run-time masks that must rise."""
+        """Whether it has run-time masks, which must rise to 1."""
         return any(e.masked for e in self.expansions)
 
     @property
     def layer_map(self) -> tuple[int, ...]:
         """The source layer of every layer of the target, -1 for a new one."""
-        e = self.by_axis.get("layers")
-        return tuple(range(self.small.sizes["layers"])) if e is None else tuple(e.index.tolist())
+        if "layers" in self.by_axis:
+            return tuple(self.by_axis["layers"].index.tolist())
+        return tuple(range(self.small.sizes["layers"]))
 
     @property
     def lockable(self) -> tuple[Expansion, ...]:
-        """Expansions whose copies start equal to their source in all that they do.
+        """Expansions whose copies start with the same activations and weights as their source.
 
-        Equal activations, equal weights: only noise or other moments separate them. Layers differ
-        by their place, repeated key/value heads by their queries, AKI's copies by their inputs.
+        Only noise or different moments separate such copies. Other copies differ from the start:
+        layers by their place, repeated key/value heads by their queries, AKI's copies by their
+        inputs.
         """
         return tuple(
             e
@@ -157,11 +171,11 @@ class Plan:
         )
 
     def value_scale(self, path: str) -> float:
-        """Keeps `multiplier * parameter` when the multiplier changes between sizes."""
+        """Factor on values that keeps `multiplier * parameter` when the multiplier changes."""
         return self.small.scale(path).multiplier / self.big.scale(path).multiplier
 
     def gain(self, path: str) -> float:
-        """What a norm's gains are multiplied by; 1 for other parameters."""
+        """Factor on a norm's gains; 1 for other parameters."""
         param = self.table[path]
         pairs = zip(param.axes, param.roles, strict=True)
         return math.prod(
@@ -169,9 +183,13 @@ class Plan:
         )
 
     def masks(self, value: jax.Array | float) -> dict[str, jax.Array]:
-        """Run-time masks: axis -> float32 [size], 1 on old slots and `value` on added ones.
+        """Makes the run-time masks.
 
-        `value` may be traced: a ramp compiles once.
+        Args:
+          value: mask of added slots, in [0, 1]. It may be traced, so that a ramp compiles once.
+
+        Returns:
+          For each masked axis: float32 [size], 1 on old slots and `value` on added ones.
         """
         return {
             e.axis: jnp.where(e.added, jnp.asarray(value, jnp.float32), jnp.float32(1))
@@ -180,27 +198,42 @@ class Plan:
         }
 
     def to_json(self) -> str:
+        """The plan as JSON text."""
         return json.dumps({"version": VERSION, **mapping.to_dict(self)}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """Raises UserError on another version of the format."""
+        """Reads the plan from `to_json`'s text.
+
+        Raises:
+          UserError: the text has another version of the format, or is not a plan.
+        """
         data = json.loads(text)
         if (version := data.pop("version", None)) != VERSION:
-            raise UserError(f"plan: version {version}, but this code reads version {VERSION}")
+            raise UserError(
+                f"plan: version {version}, but this code reads version {VERSION}; use the version "
+                "of flm_jax that wrote it"
+            )
         return mapping.from_mapping(cls, data, "plan")
 
     def digest(self) -> str:
+        """SHA-256 of the JSON text."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
 
+def _shape_of(leaf: Any) -> tuple[int, ...] | str:
+    """A leaf's shape; for what is no array the name of its type."""
+    shape: tuple[int, ...] | None = getattr(leaf, "shape", None)
+    return f"of type {type(leaf).__name__}" if shape is None else shape
+
+
 def spec_of(model: Model) -> ModelSpec:
-    """What growth needs to know of a model."""
+    """What growth needs to know about a model."""
     return mup.spec(model) if isinstance(model, TransformerConfig) else model
 
 
 def with_norm_eps(model: AnyModel, eps: float) -> AnyModel:
-    """The model with another eps in its RMSNorms."""
+    """Sets the eps of a model's RMSNorms."""
     field = "norm_eps" if isinstance(model, ModelSpec) else "rms_norm_eps"
     changes: dict[str, Any] = {field: eps}
     return dataclasses.replace(model, **changes)
@@ -218,28 +251,37 @@ def plan(
 ) -> Plan:
     """Compiles the difference of two models into one expansion per axis.
 
-    Where a recipe adds zeros to the residual stream, RMSNorm's eps must become smaller for the
-    function to stay (`norm_eps`). A target that has the source's eps gets it, in `Plan.target`.
+    If a recipe adds zeros to the residual stream, the function stays the same only with a smaller
+    eps in the RMSNorms (`norm_eps`). If `big` has the eps of `small`, `Plan.target` gets this eps.
 
     Args:
       small: the model as it is: the decoder's config, or the `ModelSpec` of a model of your own.
-      big: the model to grow to, of the same kind; no axis smaller.
-      recipe: operators by name, as "msg", "tile,identity" or "zero_pad,layers=stack"; see
+      big: the model to grow to, of the same kind; no axis may be smaller.
+      recipe: names of operators, as in "msg", "tile,identity" or "zero_pad,layers=stack"; see
         `operators.py` and docs/growth.md.
       moments: see `Plan`.
       rates: see `Plan`.
-      noise_db: see `Plan`, decibels.
+      noise_db: see `Plan`; decibels.
       layer_distances: how far each layer of `small` is from the identity; `msg` and `identity`
         put new layers beside the closest. None: all equal, so that the first layers are copied.
 
     Returns:
-      The plan. Its `target` is the model to train from then on.
+      The plan. Its `target` is the model to train after the growth.
 
     Raises:
-      UserError: the recipe cannot do it; names axis or field, both sizes and what could.
+      UserError: the recipe cannot grow `small` to `big`; names the axis or field, both sizes and
+        operators that can. Or an argument has the wrong type.
 
     Warns:
       LockedCopiesWarning: copies would never diverge from their source.
+
+    >>> from flm_jax import Param, grow
+    >>> table = {"up": Param.of("embed:in mlp:out"), "down": Param.of("mlp:in embed:out")}
+    >>> small, big = ({"embed": 2, "mlp": size} for size in (2, 4))
+    >>> wider = plan(ModelSpec(table, small), ModelSpec(table, big), "tile")
+    >>> params = {"up": jnp.ones((2, 2)), "down": jnp.ones((2, 2))}
+    >>> grow(params, wider, jax.random.key(0))["down"].tolist()
+    [[0.5, 0.5], [0.5, 0.5], [0.5, 0.5], [0.5, 0.5]]
     """
     _check_models(small, big)
     before, after = spec_of(small), spec_of(big)
@@ -247,20 +289,20 @@ def plan(
     distances = [0.0] * layers if layer_distances is None else list(layer_distances)
     if len(distances) != layers:
         raise UserError(
-            f"layer_distances has {len(distances)} entries for {layers} layers; give "
-            "one for each layer of the source"
+            f"layer_distances has {len(distances)} entries for {layers} layers; give one for each "
+            "layer of the source"
         )
     expansions = operators.expansions(recipe, before.sizes, after.sizes, distances)
     big = _with_norm_eps(big, before.norm_eps, after.norm_eps, expansions, recipe)
     if any(e.learned for e in expansions):
-        moments = "reset"  # a dense map mixes histories
+        moments = "reset"  # a dense map mixes the histories of slots
     made = Plan(recipe, small, big, expansions, moments, rates, noise_db)
     if made.lockable and not noise_db and moments != "asym":
         names = ", ".join(f"{e.axis} ({e.operator})" for e in made.lockable)
         warnings.warn(
             f"recipe {recipe!r} with moments {moments!r}: copies on {names} never diverge from "
             "their source; use moments 'asym', set noise_db (10 is usual), or use operator "
-            "'uneven' where it can",
+            "'uneven' on the axes that it can grow",
             LockedCopiesWarning,
             stacklevel=2,
         )
@@ -288,16 +330,25 @@ def _check_models(small: Any, big: Any) -> None:
     before, after = spec_of(small), spec_of(big)
     if before.table != after.table or set(before.sizes) != set(after.sizes):
         raise UserError(
-            "plan: small and big have different axis tables; growth keeps every parameter and its "
-            "axes: give one table and two dictionaries of sizes"
+            "plan: small and big have different axis tables, but growth keeps every parameter and "
+            "its axes; give one table and two dictionaries of sizes"
         )
 
 
 def norm_eps(small: Model, big: Model, recipe: str) -> float:
-    """The target's RMSNorm eps with which the recipe is exact: smaller where it adds zeros.
+    """The RMSNorm eps of the target with which the recipe is exact.
 
-    RMSNorm over q d of D coordinates, the rest zero: gain sqrt(q d / D) and eps q d / D give the
-    old output (derived here, docs/growth.md).
+    It is smaller than the source's if the recipe adds zeros. If q d of D coordinates are copies
+    and the rest are zero, gains times sqrt(q d / D) and eps times q d / D give the old output
+    (derived here, docs/growth.md).
+
+    Args:
+      small: the model before.
+      big: the model after.
+      recipe: names of operators.
+
+    Returns:
+      The eps; 0.0 for a model without RMSNorm.
 
     Raises:
       UserError: the recipe cannot grow `small` to `big`.
@@ -309,13 +360,14 @@ def norm_eps(small: Model, big: Model, recipe: str) -> float:
 
 
 def _needed_eps(eps: float | None, expansions: Sequence[Expansion], recipe: str) -> float | None:
+    """The eps with which these expansions are exact, for a source with `eps`."""
     for e in expansions:
         if e.gain != 1:
             if eps is None:
                 raise UserError(
                     f"growth of axis {e.axis!r} from {e.source} to {e.target}: recipe {recipe!r} "
-                    "adds zeros, which only RMSNorm can make up for, and the model has another "
-                    "norm (ModelSpec.norm_eps is None); operator 'tile' could"
+                    "adds zeros, which only RMSNorm can compensate, and the model has another norm "
+                    "(ModelSpec.norm_eps is None); use operator 'tile'"
                 )
             return eps * int((~e.new).sum()) / e.target
     return eps
@@ -328,14 +380,17 @@ def _with_norm_eps(
     expansions: Sequence[Expansion],
     recipe: str,
 ) -> Model:
-    """The target with the eps that the recipe needs.
+    """Gives the target the eps that the recipe needs, unless it has it.
 
-    Raises UserError if the target has another one that is not the source's either.
+    Raises UserError if the target's eps is neither that nor the source's.
     """
     needed = _needed_eps(old, expansions, recipe)
     if needed is None or given is None:
         if needed is not given:
-            raise UserError(f"plan: norm_eps is {old} before and {given} after; give both the same")
+            raise UserError(
+                f"plan: norm_eps is {old} in small and {given} in big; give None to both or a "
+                "number to both"
+            )
         return big
     if math.isclose(needed, given, rel_tol=1e-12):
         return big

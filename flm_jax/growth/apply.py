@@ -1,8 +1,8 @@
 """Applies a plan to parameters: pure functions from old trees to grown ones.
 
-Every function here maps one leaf at a time and works on arrays, tracers and, through
-`jax.eval_shape`, on shapes alone. `grow_value` also maps a window of a leaf, from the sources of
-its slots, which is how a checkpoint grows on disk (`stream.py`).
+Every function here maps one leaf at a time. It works on arrays, on tracers and, through
+`jax.eval_shape`, on shapes only. `grow_value` can also map a window of a leaf, from the sources of
+its slots; this is how a checkpoint grows on disk (`stream.py`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import zlib
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,14 @@ import numpy as np
 from flm_jax.errors import UserError
 from flm_jax.growth import moments
 from flm_jax.growth._plan import Plan
-from flm_jax.growth.expansion import Expansion, any_slot, gather, grown_dims, weighted
+from flm_jax.growth.expansion import (
+    DenseMaps,
+    Expansion,
+    any_slot,
+    gather,
+    grown_dims,
+    weighted,
+)
 from flm_jax.params import draws, trees
 from flm_jax.params.axes import Param, Role
 from flm_jax.params.trees import Window
@@ -31,35 +38,39 @@ Tree = TypeVar("Tree")
 def grow(tree: Tree, plan: Plan, key: jax.Array) -> Tree:
     """Expands a parameter tree or a whole train state by a plan.
 
-    Old slots keep their parameters; added slots get what the plan's operators say. Optimizer
-    state follows `plan.moments` and `plan.rates` (`moments.py`). The step stays, and with it the
-    place in the schedule and in the random keys.
+    Old slots keep their parameters; the plan's operators set added slots. The optimizer state
+    follows `plan.moments` and `plan.rates` (`moments.py`). The step does not change, so schedule
+    and random keys continue where they were.
 
     Args:
-      tree: parameters (nested dicts as the plan's table names them), or a `TrainState` with them.
+      tree: parameters (nested dicts named by the plan's table), or a `TrainState` with them.
       plan: from `flm_jax.plan`.
-      key: of fresh entries and noise; the result depends on it and the inputs alone.
+      key: for fresh entries and noise; the result depends only on it and the other inputs.
 
     Returns:
       The same kind of tree at the size of `plan.target`, with the same dtypes.
 
     Raises:
-      UserError: the tree is not of `plan.source`, or its optimizer state is of an unknown kind.
+      UserError: the tree does not have the shapes of `plan.source`, its optimizer state is of an
+        unknown kind, or an argument has the wrong type.
     """
     if not isinstance(plan, Plan):
         raise UserError(
             f"grow: plan is a {type(plan).__name__}; make it with flm_jax.plan(small, big, recipe)"
         )
+    grown: Any
     if isinstance(tree, TrainState):
         params = _grow_params(tree.params, plan, key)
         opt_state = moments.grow_opt_state(tree.opt_state, plan)
-        return dataclasses.replace(tree, params=params, opt_state=opt_state)
-    if not isinstance(tree, Mapping):
+        grown = dataclasses.replace(tree, params=params, opt_state=opt_state)
+    elif isinstance(tree, Mapping):
+        grown = _grow_params(tree, plan, key)
+    else:
         raise UserError(
             f"grow: the tree is a {type(tree).__name__}; give parameters as nested dicts, or a "
             "flm_jax.TrainState"
         )
-    return _grow_params(tree, plan, key)
+    return cast(Tree, grown)
 
 
 def _grow_params(tree: Any, plan: Plan, key: jax.Array) -> Any:
@@ -70,7 +81,7 @@ def _grow_params(tree: Any, plan: Plan, key: jax.Array) -> Any:
 
 
 def leaf_key(key: jax.Array, path: str) -> jax.Array:
-    """Each parameter's own, from the growth's."""
+    """Derives a parameter's own key from the growth's."""
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
@@ -81,19 +92,25 @@ def grow_value(
     key: jax.Array,
     window: Window | None = None,
     following: jax.Array | None = None,
+    dense: DenseMaps | None = None,
 ) -> jax.Array:
-    """The value map of one parameter: copies, then noise, fresh entries and zeros over them.
+    """Maps one parameter: makes copies, then sets noise, fresh entries and zeros over them.
 
     Args:
-      x: the parameter; for a window the sources of its slots (`gather`).
+      x: the parameter; for a window, the sources of its slots (`gather`).
       path: its name in the axis table.
-      plan: of the growth. Noise and "mean" need the whole parameter.
+      plan: the growth. Noise and "mean" need the whole parameter.
       key: from `leaf_key`.
-      window: of the grown parameter; None: all of it.
-      following: as x, one layer on, if the window cuts layers and the plan looks ahead.
+      window: the part of the grown parameter to compute; None: all of it.
+      following: like x, from the next layer; needed if the window cuts layers and the plan looks
+        ahead.
+      dense: dense maps to use in place of the plan's, by axis (LiGO's fit); None: the plan's.
+
+    Returns:
+      The grown parameter, or the window of it, in the dtype of x.
     """
     param, scale = plan.table[path], plan.value_scale(path)
-    # Each use of randomness has a key of its own.
+    # Each use of randomness has its own key.
     fill_key, noise_key, mean_key = key, *jax.random.split(key)
 
     expansions = plan.by_axis
@@ -103,7 +120,7 @@ def grow_value(
             expansions = {axis: other for axis, other in expansions.items() if axis != e.axis}
 
     def copies(x: jax.Array) -> jax.Array:
-        x = gather(x, param, expansions, window)
+        x = gather(x, param, expansions, window, dense)
         return weighted(x, param, expansions, scale=scale, window=window)
 
     def marked(which: Callable[[Expansion, Role], np.ndarray | None]) -> jax.Array | None:
@@ -127,16 +144,23 @@ def grow_value(
 
 
 def looks_ahead(param: Param, plan: Plan) -> bool:
-    """Whether some of its copies are written as in the next layer (bert2BERT's AKI)."""
+    """Whether some of a parameter's copies are written as in the next layer (bert2BERT's AKI)."""
     written = (e for _, e, role in grown_dims(param, plan.by_axis) if role is Role.OUT)
     return param.axes[0] == "layers" and any(e.ahead.any() for e in written)
 
 
 def next_layer(layer: np.ndarray, layers: int) -> np.ndarray:
-    return np.minimum(layer + 1, layers - 1)
+    """The layer after each of these; the last is its own next.
+
+    >>> next_layer(np.array([0, 1, 2]), 3).tolist()
+    [1, 2, 2]
+    """
+    following: np.ndarray = np.minimum(layer + 1, layers - 1)
+    return following
 
 
 def _zeroed(e: Expansion, role: Role, param: Param) -> np.ndarray | None:
+    """The slots at which the parameter is zero so that added slots have no effect."""
     if role.value not in e.zero:
         return None
     if role is Role.STACK:
@@ -145,10 +169,10 @@ def _zeroed(e: Expansion, role: Role, param: Param) -> np.ndarray | None:
 
 
 def _with_mean_slots(x: jax.Array, param: Param, e: Expansion, key: jax.Array) -> jax.Array:
-    """New slots after the old: their mean; for what reads the axis, with their covariance too.
+    """Appends new slots that are the mean of the old ones; readers also get their covariance.
 
     A new token's logit is then the mean of the old ones, so that the log-partition rises by at
-    most log(V / v) (arithmetic above geometric mean). Its embedding is a draw from the normal
+    most log(V / v) (arithmetic above geometric mean). Its embedding is drawn from the normal
     distribution with the old rows' mean and covariance, as a random mixture of deviations.
     """
     dim = param.axes.index(e.axis)
@@ -163,10 +187,10 @@ def _with_mean_slots(x: jax.Array, param: Param, e: Expansion, key: jax.Array) -
 
 
 def _separating_noise(grown: jax.Array, param: Param, plan: Plan, key: jax.Array) -> jax.Array:
-    """Noise on what reads copies, summing to zero over a slot's copies: their sum stays.
+    """Noise for readers of copies. It sums to zero over a slot's copies, so the function stays.
 
     With two copies it is +N and -N (HyperCloning, arXiv 2409.12903, section 3). Its power is
-    that of the parameter, less `plan.noise_db`.
+    `plan.noise_db` below that of the parameter.
     """
     for dim, e, role in grown_dims(param, plan.by_axis):
         if role is not Role.IN or e not in plan.lockable:
@@ -178,7 +202,7 @@ def _separating_noise(grown: jax.Array, param: Param, plan: Plan, key: jax.Array
         sums = jax.ops.segment_sum(noise, jnp.asarray(bucket), num_segments=e.source + 1)
         shape = (-1,) + (1,) * (grown.ndim - 1)
         mean = sums[bucket] / np.maximum(count, 1).astype(grown.dtype).reshape(shape)
-        # Taking the mean out leaves (c - 1) / c of the variance; slots without copies get none.
+        # Subtracting the mean leaves (c - 1) / c of the variance. Slots without copies get none.
         kept = np.sqrt(count / np.maximum(count - 1, 1)) * (count > 1)
         centred = (noise - mean) * kept.astype(grown.dtype).reshape(shape)
         level = jnp.asarray(10 ** (-plan.noise_db / 20), grown.dtype)

@@ -2,11 +2,11 @@
 
 An expansion says for every slot of the grown axis which old slot it comes from, or that it is new.
 Let an activation x on the axis become x' = x P, where P copies slots. A parameter that writes the
-axis then copies its columns; one that reads it must share a source slot's contribution among its
-copies, with weights alpha that sum to 1 (P^+ with P P^+ = I). With every parameter mapped so,
-W' = P^+ W Q, the function is unchanged; by the chain rule gradients map by the dual,
-G' = P^T G (Q^+)^T: the side that is copied in value has its gradient weighted and the other way
-round. (Derived here; docs/growth.md has the equations and the norms, which are the exception.)
+axis then copies its columns. One that reads it must divide a source slot's contribution among its
+copies, with weights alpha that sum to 1 (P^+ with P P^+ = I). If every parameter is mapped so,
+W' = P^+ W Q, the function is unchanged. By the chain rule, gradients map by the dual,
+G' = P^T G (Q^+)^T: a side whose values are copied has its gradients weighted, and vice versa.
+(Derived here; docs/growth.md has the equations, and the norms, which are the exception.)
 
     role     value    gradient
     IN       alpha    1
@@ -14,8 +14,8 @@ round. (Derived here; docs/growth.md has the equations and the norms, which are 
     GAIN     gain     alpha / gain
     STACK    1        1
 
-A parameter that carries the axis (`Param.carries`: the last norm before a tied head) has its value
-multiplied by alpha besides, and its gradient divided by it.
+If a parameter carries the axis (`Param.carries`: the last norm before a tied head), its value is
+also multiplied by alpha, and its gradient divided by alpha.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import base64
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,39 +40,57 @@ _FEW_RUNS = 8
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """`length` consecutive slots: copies of the old slots from `start` on, or new (`NEW`)."""
+    """`length` consecutive slots: the old slots from `start` on, or new ones (start `NEW`)."""
 
     start: int
     length: int
-    weight: float = 1.0  # alpha, of copies
+    weight: float = 1.0  # alpha of copies
     ahead: bool = False  # copies are written as in the next layer (bert2BERT's AKI)
+
+
+class DenseMap(NamedTuple):
+    """A dense map of an axis (LiGO), as arrays or tracers [target, source].
+
+    Attributes:
+      reads: applied to parameters that read the axis.
+      writes: applied to the others (writers, gains and stacked layers).
+    """
+
+    reads: Any
+    writes: Any
+
+    def matrix(self, role: Role) -> Any:
+        """The map for a parameter with this role on the axis."""
+        return self.reads if role is Role.IN else self.writes
+
+
+DenseMaps = Mapping[str, DenseMap]  # by axis
 
 
 @dataclasses.dataclass(frozen=True)
 class Learned:
-    """A dense map of an axis (LiGO): float32 [target, source] matrices as base64 of their bytes.
-
-    reads: applied to parameters that read the axis; writes: to the others.
-    """
+    """A `DenseMap` as a plan stores it: the bytes of its float32 matrices in base64."""
 
     reads: str
     writes: str
 
     @classmethod
-    def of(cls, reads: np.ndarray, writes: np.ndarray) -> Learned:
-        return cls(*(base64.b64encode(np.float32(m).tobytes()).decode() for m in (reads, writes)))
+    def of(cls, dense: DenseMap) -> Learned:
+        """Encodes a dense map."""
+        return cls(*(base64.b64encode(np.float32(m).tobytes()).decode() for m in dense))
 
-    def matrix(self, role: Role, source: int) -> np.ndarray:
-        text = self.reads if role is Role.IN else self.writes
-        return np.frombuffer(base64.b64decode(text), np.float32).reshape(-1, source)
+    def arrays(self, source: int) -> DenseMap:
+        """Decodes the dense map of an axis whose old size is `source`."""
+        buffers = (base64.b64decode(text) for text in (self.reads, self.writes))
+        return DenseMap(*(np.frombuffer(b, np.float32).reshape(-1, source) for b in buffers))
 
 
 @dataclasses.dataclass(frozen=True)
 class Expansion:
-    """One axis: where each of its slots comes from, and what keeps added slots from showing.
+    """How one axis grows: where each slot comes from, and why added slots have no effect at first.
 
     A source slot's first occurrence is the old slot itself; later ones are copies. New slots and
-    copies are called added.
+    copies are together called added.
 
     Attributes:
       axis: its name in the axis table.
@@ -80,16 +98,17 @@ class Expansion:
       runs: the slots of the grown axis, in order.
       operator: name of the operator that made it (`operators.py`).
       exactness: "EXACT" if it leaves the function unchanged, else "APPROX".
-      masked: added slots are hidden behind a run-time mask; their copies share no weights.
-      zero: roles on this axis whose entries are zero at new slots, so that they do not show. On
+      masked: added slots are hidden behind a run-time mask; copies then need no weights.
+      zero: roles on this axis whose entries are zero at new slots, so that these have no effect. On
         `layers`, "stack": the residual writers of all added layers are zero.
-      gain: what the gains of norms over this axis are multiplied by.
+      gain: factor on the gains of norms over this axis.
       fill: other entries of new slots: "fresh" as in a new model, or "mean" of the old slots.
-      splits: an axis whose slots are dealt out among the copies of a slot of this one.
-      learned: a dense map instead of copies.
+      splits: another axis, whose slots are divided among the copies of a slot of this axis.
+      learned: a dense map to use instead of copies.
 
-    Raises UserError if an old slot is missing, if weights that must sum to 1 do not, or if new
-    slots are silenced on both sides: their gradients would be zero for ever.
+    Raises:
+      UserError: an old slot is missing; weights that must sum to 1 do not; or new slots are zero
+        on both sides, so that their gradients would stay zero.
     """
 
     axis: str
@@ -113,7 +132,7 @@ class Expansion:
             )
         if {"in", "out"} <= set(self.zero):
             raise UserError(
-                f"growth of axis {self.axis!r}: what writes and what reads its new slots would "
+                f"growth of axis {self.axis!r}: the writers and the readers of its new slots would "
                 "both be zero, so that neither ever gets a gradient; leave one of them random "
                 "(operator 'zero_pad')"
             )
@@ -127,32 +146,36 @@ class Expansion:
 
     @property
     def target(self) -> int:
+        """New size."""
         return sum(run.length for run in self.runs)
 
-    def _per_slot(self, values: list[float | bool]) -> np.ndarray:
+    def _per_slot(self, values: list[float] | list[bool]) -> np.ndarray:
+        """[target]: the value of each slot's run."""
         return np.repeat(np.array(values), [run.length for run in self.runs])
 
     @functools.cached_property
     def index(self) -> np.ndarray:
         """int64 [target]: the source slot, or NEW."""
         return np.concatenate(
-            [np.full(r.length, NEW) if r.start == NEW else np.arange(r.start, r.start + r.length)
-             for r in self.runs]
-        )  # fmt: skip
+            [
+                np.full(r.length, NEW) if r.start == NEW else np.arange(r.start, r.start + r.length)
+                for r in self.runs
+            ]
+        )
 
     @functools.cached_property
     def weight(self) -> np.ndarray:
-        """float64 [target]: alpha."""
+        """float64 [target]: alpha of each slot."""
         return self._per_slot([run.weight for run in self.runs])
 
     @functools.cached_property
     def ahead(self) -> np.ndarray:
-        """bool [target]."""
+        """bool [target]: a copy that is written as in the next layer."""
         return self._per_slot([run.ahead for run in self.runs])
 
     @functools.cached_property
     def added(self) -> np.ndarray:
-        """bool [target]: a new slot, or a copy."""
+        """bool [target]: a new slot or a copy."""
         added = np.ones(self.target, bool)
         added[self.first] = False
         return added
@@ -160,36 +183,43 @@ class Expansion:
     @functools.cached_property
     def new(self) -> np.ndarray:
         """bool [target]: comes from no old slot."""
-        return self.index == NEW
+        new: np.ndarray = self.index == NEW
+        return new
 
     @property
     def first(self) -> np.ndarray:
-        """int64 [source]: where the old slot itself is."""
-        values, first = np.unique(self.index, return_index=True)
-        return first[values != NEW]
+        """int64 [source]: the position of the old slot itself."""
+        values, positions = np.unique(self.index, return_index=True)
+        first: np.ndarray = positions[values != NEW]
+        return first
 
     @property
     def even_copies(self) -> np.ndarray:
         """bool [target]: a copy with the same weight as the old slot."""
-        own = np.append(self.weight[self.first], np.nan)  # NEW is the last
-        return self.added & (self.weight == own[self.index])
+        own = np.append(self.weight[self.first], np.nan)  # NEW (-1) picks the last
+        even: np.ndarray = self.added & (self.weight == own[self.index])
+        return even
 
     @property
     def silenced(self) -> bool:
-        """Its copies are hidden, by masks or zeros, rather than sharing weights."""
+        """Whether its copies are hidden by masks or zeros, and therefore have no weights."""
         return self.masked or Role.STACK.value in self.zero
 
     @property
     def identity(self) -> bool:
+        """Whether every slot stays where it is."""
         return np.array_equal(self.index, np.arange(self.source))
 
     def factor(self, role: Role, *, dual: bool, carried: bool = False) -> np.ndarray | None:
-        """What entries are multiplied by on this axis: float64 [target], None for ones.
+        """The factor on a parameter's entries at each slot.
 
         Args:
-          role: of the parameter on this axis.
-          dual: for gradients, instead of values.
+          role: the parameter's role on this axis.
+          dual: whether it is for gradients instead of values.
           carried: whether the parameter carries the copies' weights (`Param.carries`).
+
+        Returns:
+          float64 [target]; None if all factors are 1.
         """
         factor = np.ones(self.target)
         if role is (Role.OUT if dual else Role.IN):
@@ -201,10 +231,20 @@ class Expansion:
         return None if np.all(factor == 1) else factor
 
 
-def append_new(axis: str, source: int, target: int, **how: Any) -> Expansion:
-    """Old slots first, then new ones. `how`: further fields of `Expansion`."""
+def append_new(axis: str, source: int, target: int, **fields: Any) -> Expansion:
+    """Puts new slots after the old ones.
+
+    Args:
+      axis: its name.
+      source: old size.
+      target: new size.
+      **fields: further fields of `Expansion`.
+
+    >>> append_new("mlp", 2, 4).index.tolist()
+    [0, 1, -1, -1]
+    """
     new = () if target == source else (Run(NEW, target - source),)
-    return Expansion(axis, source, (Run(0, source), *new), **how)
+    return Expansion(axis, source, (Run(0, source), *new), **fields)
 
 
 def from_index(
@@ -212,56 +252,85 @@ def from_index(
     source: int,
     index: list[int],
     weights: list[float] | None = None,
-    **how: Any,
+    **fields: Any,
 ) -> Expansion:
-    """The expansion with that source slot (or NEW) and weight (None: 1) for each slot."""
+    """Makes an expansion from the source of every slot.
+
+    Args:
+      axis: its name.
+      source: old size.
+      index: the source slot of each slot, or NEW.
+      weights: alpha of each slot; None: 1.
+      **fields: further fields of `Expansion`.
+
+    >>> twice = from_index("mlp", 2, [0, 1, 0, 1], [0.5] * 4)
+    >>> [(run.start, run.length, run.weight) for run in twice.runs]
+    [(0, 2, 0.5), (0, 2, 0.5)]
+    """
     runs: list[Run] = []
     for slot, weight in zip(index, weights or [1.0] * len(index), strict=True):
-        last = runs[-1] if runs else None
-        if (
-            last
-            and last.weight == weight
-            and ((slot == NEW) == (last.start == NEW))
-            and (slot == NEW or slot == last.start + last.length)
-        ):
-            runs[-1] = dataclasses.replace(last, length=last.length + 1)
+        if runs and _continues(runs[-1], slot, weight):
+            runs[-1] = dataclasses.replace(runs[-1], length=runs[-1].length + 1)
         else:
             runs.append(Run(slot, 1, weight))
-    return Expansion(axis, source, tuple(runs), **how)
+    return Expansion(axis, source, tuple(runs), **fields)
+
+
+def _continues(run: Run, slot: int, weight: float) -> bool:
+    """Whether a slot with this source and weight extends the run."""
+    if weight != run.weight:
+        return False
+    if run.start == NEW:
+        return slot == NEW
+    return slot == run.start + run.length
 
 
 Expansions = Mapping[str, Expansion]
 
 
 def grown_dims(param: Param, expansions: Expansions) -> Iterator[tuple[int, Expansion, Role]]:
-    """The dimensions of a parameter that grow, with their expansion and role."""
+    """Yields the dimensions of a parameter that grow, with expansion and role."""
     for dim, (axis, role) in enumerate(zip(param.axes, param.roles, strict=True)):
         if axis in expansions:
             yield dim, expansions[axis], role
 
 
 def gather(
-    x: jax.Array, param: Param, expansions: Expansions, window: Window | None = None
+    x: jax.Array,
+    param: Param,
+    expansions: Expansions,
+    window: Window | None = None,
+    dense: DenseMaps | None = None,
 ) -> jax.Array:
-    """x at the target's shape, every slot from its source (new slots: from any); no weights.
+    """Fills every slot of a grown parameter from its source, without weights.
 
-    Along dimensions that the window cuts, x has the sources of the window's slots already.
+    Args:
+      x: the parameter. Along dimensions that the window cuts it already holds the sources of the
+        window's slots.
+      param: its table entry.
+      expansions: of the axes that grow.
+      window: the part of the grown parameter to fill; None: all of it.
+      dense: maps to use in place of `Expansion.learned`, by axis; None: those of the expansions.
+
+    Returns:
+      x at the target's shape. New slots hold arbitrary entries.
     """
     for dim, e, role in grown_dims(param, expansions):
         if window and window[dim]:
             continue
         if e.learned is not None:
-            matrix = jnp.asarray(e.learned.matrix(role, e.source), x.dtype)
+            maps = e.learned.arrays(e.source) if dense is None else dense[e.axis]
+            matrix = jnp.asarray(maps.matrix(role), x.dtype)
             x = jnp.moveaxis(jnp.tensordot(matrix, x, axes=(1, dim)), 0, dim)
         elif e.splits in param.axes:
-            # [.., k, g, ..] -> [.., k r, g / r, ..]: each copy takes its part of the other axis.
+            # [.., k, g, ..] -> [.., k r, g / r, ..]: each copy gets its part of the other axis.
             parts = e.target // e.source
             shape = list(x.shape)
             shape[dim : dim + 2] = [shape[dim] * parts, shape[dim + 1] // parts]
             x = x.reshape(shape)
         elif len(e.runs) <= _FEW_RUNS:
-            # Slices and zeros: on a mesh they move between neighbours, where a gather by index
-            # would bring the whole axis to every device.
+            # Slices and zeros move between neighbours on a mesh. A gather by index would bring the
+            # whole axis to every device.
             pieces = [
                 jnp.zeros((*x.shape[:dim], run.length, *x.shape[dim + 1 :]), x.dtype)
                 if run.start == NEW
@@ -284,14 +353,27 @@ def weighted(
     power: int = 1,
     window: Window | None = None,
 ) -> jax.Array:
-    """x times scale and the factors of its axes, to a power. x: the leaf, or a window of it.
+    """Multiplies a grown leaf by `scale` and the factors of its axes.
 
     The factors are multiplied with each other first, so that x is rounded once.
+
+    Args:
+      x: the leaf at the target's shape, or the window of it.
+      param: its table entry.
+      expansions: of the axes that grow.
+      scale: a factor for the whole leaf.
+      dual: whether to use the factors of gradients instead of those of values.
+      power: power that all factors are raised to.
+      window: the part of the leaf that x is; None: all of it.
+
+    Returns:
+      The product, in the dtype of x.
     """
     factor = jnp.asarray(scale**power, x.dtype)
     for dim, e, role in grown_dims(param, expansions):
-        carried = e.axis in param.carries
-        on_axis = None if e.splits in param.axes else e.factor(role, dual=dual, carried=carried)
+        if e.splits in param.axes:
+            continue
+        on_axis = e.factor(role, dual=dual, carried=e.axis in param.carries)
         if on_axis is not None:
             here = slots_in(jnp.asarray(on_axis**power, x.dtype), window[dim] if window else None)
             factor = factor * along(here, dim, x.ndim)
@@ -304,17 +386,24 @@ def any_slot(
     which: Callable[[Expansion, Role], np.ndarray | None],
     window: Window | None = None,
 ) -> jax.Array | None:
-    """Whether an entry lies, on any axis, in a slot that `which` marks (bool [target]); None: no.
+    """Marks the entries of a grown leaf that lie in a marked slot on any of its axes.
 
-    Of the whole leaf, or of a window.
+    Built by broadcasting on the device: for a 1T model the whole mask does not fit a host.
 
-    Built by broadcasting on the device: at 1T the combination of all axes does not fit a host.
+    Args:
+      param: the leaf's table entry.
+      expansions: of the axes that grow.
+      which: marks slots, from an expansion and the parameter's role: bool [target]; None: none.
+      window: the part of the leaf; None: all of it.
+
+    Returns:
+      bool, broadcastable to the leaf or the window; None: no entry is marked.
     """
-    found: jax.Array | None = None
+    marks: jax.Array | None = None
     for dim, e, role in grown_dims(param, expansions):
-        marked = which(e, role)
-        if marked is not None and marked.any():
-            marks = slots_in(jnp.asarray(marked), window[dim] if window else None)
-            here = along(marks, dim, len(param.axes))
-            found = here if found is None else found | here
-    return found
+        slots = which(e, role)
+        if slots is not None and slots.any():
+            in_window = slots_in(jnp.asarray(slots), window[dim] if window else None)
+            on_axis = along(in_window, dim, len(param.axes))
+            marks = on_axis if marks is None else marks | on_axis
+    return marks

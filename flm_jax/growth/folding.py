@@ -1,19 +1,20 @@
-"""A model behind run-time masks as a plain one: the masks multiplied into its parameters.
+"""Turns a model with run-time masks into a plain one: multiplies the masks into its parameters.
 
-No exported format has masks; this makes a checkpoint inside a growth's ramp one of them.
-Derived here, for every axis by what its mask m does in `models/layers.py`:
+Exported formats have no masks. Folding makes it possible to export a checkpoint inside a growth's
+ramp. Derived here, for every axis from what its mask m does in `models/layers.py`:
 
-    mlp, kv_heads, q_per_kv   activations times m: the entries that read them, times m
-    layers                    a layer's branches times m: its residual writers, times m
-    embed                     norms see m x^2 / M, with M = sum m, and pass on gain m x
+    mlp, kv_heads, q_per_kv   activations times m  ->  the entries that read them times m
+    layers                    a layer's branches times m  ->  its residual writers times m
+    embed                     norms use the mean square sum(m x^2) / M, with M = sum m, and
+                              return gain m x over its root
 
-For `embed`, of size D, let what writes the residual stream be multiplied by sqrt(m). Then the
-stream is x' = sqrt(m) x, and its plain mean square is M / D of the masked one, so that
+For `embed`, of size D, multiply the writers of the residual stream by sqrt(m). Then the stream is
+x' = sqrt(m) x, and its plain mean square is M / D of the masked one, so that exactly
 
     sqrt(m M / D) gain x' / sqrt(mean(x'^2) + eps M / D)  =  m gain x / sqrt(sum(m x^2) / M + eps)
 
-exactly: gains times sqrt(m M / D), eps times M / D. `vocab` adds log m to the logits, which takes a
-bias, so only 1 can be folded.
+So gains are multiplied by sqrt(m M / D), and eps by M / D. A mask on `vocab` adds log m to the
+logits, which would need a bias, so only m = 1 can be folded.
 """
 
 from __future__ import annotations
@@ -33,15 +34,16 @@ Masks = Mapping[str, np.ndarray]
 
 
 def fold(params: Any, plan: Plan, value: float) -> tuple[Any, Model]:
-    """The plain model that equals `params` behind `plan.masks(value)`.
+    """Makes the plain model that equals `params` with run-time masks `plan.masks(value)`.
 
     Args:
-      params: of config `plan.target`; the dtypes stay.
-      plan: of the growth that made them.
-      value: of the masks of added slots, in [0, 1].
+      params: parameters of `plan.target`.
+      plan: the growth that made them.
+      value: the masks of added slots, in [0, 1].
 
     Returns:
-      Parameters and model; the model differs from `plan.target` in its RMSNorm's eps alone.
+      Parameters, in the same dtypes, and the model, which differs from `plan.target` only in the
+      eps of its RMSNorms.
 
     Raises:
       UserError: the vocabulary is masked below 1.
@@ -52,18 +54,18 @@ def fold(params: Any, plan: Plan, value: float) -> tuple[Any, Model]:
 
 
 def masks_of(plan: Plan, value: float) -> dict[str, np.ndarray]:
-    """`plan.masks(value)` as float64 on the host. Raises UserError if it cannot be folded."""
+    """`plan.masks(value)` as float64 on the host. Raises UserError if they cannot be folded."""
     masks = {axis: np.asarray(m, np.float64) for axis, m in plan.masks(value).items()}
     if (masks.get("vocab", np.ones(1)) != 1).any():
         raise UserError(
-            f"fold: axis 'vocab' is masked at {value}, which takes a bias on the logits, and plain "
-            "models have none; take a checkpoint after the ramp (masks at 1)"
+            f"fold: axis 'vocab' is masked at {value}, which needs a bias on the logits, and plain "
+            "models have none; use a checkpoint after the ramp (masks at 1)"
         )
     return masks
 
 
 def folded_model(model: AnyModel, masks: Masks) -> AnyModel:
-    """The masked model's config, or spec, as that of the plain model.
+    """The config or spec of the plain model, from that of the masked model.
 
     Raises UserError if `embed` is masked in a model whose norms are not RMSNorm.
     """
@@ -79,7 +81,14 @@ def folded_model(model: AnyModel, masks: Masks) -> AnyModel:
 
 
 def fold_block(x: Any, param: Param, masks: Masks, index: Sequence[slice] | None = None) -> Any:
-    """One parameter, or the block of it at `index`, with the masks multiplied in."""
+    """Multiplies the masks into one parameter, or into a block of it.
+
+    Args:
+      x: the parameter, or its block at `index`.
+      param: its table entry.
+      masks: from `masks_of`.
+      index: a slice for each dimension; None: the whole parameter.
+    """
     index = index or [slice(None)] * len(param.axes)
     factor: Any = None
     for dim, on_axis in enumerate(_factors(param, masks)):
@@ -90,7 +99,7 @@ def fold_block(x: Any, param: Param, masks: Masks, index: Sequence[slice] | None
 
 
 def _factors(param: Param, masks: Masks) -> list[np.ndarray | None]:
-    """float64 [size] for each axis of the parameter, None for ones."""
+    """The factor on each axis of a parameter: float64 [size]; None for ones."""
 
     def factor(axis: str, role: Role) -> np.ndarray | None:
         if axis not in masks or axis == "vocab":

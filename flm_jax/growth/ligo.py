@@ -1,10 +1,10 @@
 """LiGO: learns a growth's maps on the loss of the grown model (arXiv 2303.00980).
 
-Every axis has two dense matrices, one for parameters that read it and one for the others (its
-writers and gains), `layers` one that mixes layers. The source's parameters are fixed; W' = R W P^T
-along every axis, so the loss of the grown model is a function of the matrices alone. The result is
-a plan like any other. LiGO ties more (a reader's matrix is the transpose of a writer's); here the
-fit starts from a pair that is exact where copies are, and may leave it.
+Every axis has two dense matrices: one for parameters that read it and one for the others (its
+writers and gains); for `layers`, the second mixes layers. The source's parameters are fixed, and
+W' = R W P^T along every axis, so the loss of the grown model is a function of the matrices alone.
+The result is a plan like any other. LiGO itself ties a reader's matrix to the transpose of a
+writer's. Here the fit starts from a pair that is exact wherever copies are, and may leave it.
 """
 
 from __future__ import annotations
@@ -23,41 +23,42 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from flm_jax.config import GrowthConfig
 from flm_jax.growth import Plan
 from flm_jax.growth.apply import grow_value, leaf_key
-from flm_jax.growth.expansion import Learned
+from flm_jax.growth.expansion import DenseMap, Learned
 from flm_jax.params import draws, sharding, trees
-from flm_jax.params.axes import Role
 from flm_jax.runtime.display import Progress
 from flm_jax.train.train_step import summed_loss
 
 NOISE = 0.03
-Matrices = dict[str, dict[str, jax.Array]]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Fitting:
-    """Stands for `Learned` while its matrices are being learned."""
-
-    matrices: dict[str, jax.Array]
-
-    def matrix(self, role: Role, source: int) -> jax.Array:
-        del source
-        return self.matrices["reads" if role is Role.IN else "writes"]
-
-
-def _with(plan: Plan, matrices: Matrices) -> Plan:
-    return dataclasses.replace(
-        plan,
-        expansions=tuple(
-            dataclasses.replace(e, learned=_Fitting(matrices[e.axis])) if e.learned else e  # type: ignore[arg-type]
-            for e in plan.expansions
-        ),
-    )
+Matrices = dict[str, DenseMap]  # by axis; float32, replicated
 
 
 def _perturbed(matrix: np.ndarray, key: jax.Array) -> jax.Array:
-    """Noise of 3% of each row: equal rows would have equal gradients, and stay equal."""
+    """Adds noise of 3% of each row: equal rows have equal gradients and would stay equal."""
     size = np.linalg.norm(matrix, axis=1, keepdims=True) / matrix.shape[1] ** 0.5
-    return jnp.asarray(matrix) + NOISE * size * draws.unit_normal(key, matrix.shape, matrix.dtype)
+    noise = draws.unit_normal(key, matrix.shape, matrix.dtype)
+    perturbed: jax.Array = jnp.asarray(matrix) + NOISE * size * noise
+    return perturbed
+
+
+def _start(plan: Plan, key: jax.Array) -> Matrices:
+    """The plan's dense maps, perturbed."""
+    matrices: Matrices = {}
+    for n, e in enumerate(plan.expansions):
+        if e.learned:
+            keys = jax.random.split(jax.random.fold_in(key, n))
+            reads, writes = e.learned.arrays(e.source)
+            matrices[e.axis] = DenseMap(_perturbed(reads, keys[0]), _perturbed(writes, keys[1]))
+    return matrices
+
+
+def _with_maps(plan: Plan, matrices: Matrices) -> Plan:
+    """The plan with these dense maps."""
+    expansions = list(plan.expansions)
+    for n, e in enumerate(expansions):
+        if e.learned:
+            maps = DenseMap(*(np.asarray(m) for m in matrices[e.axis]))
+            expansions[n] = dataclasses.replace(e, learned=Learned.of(maps))
+    return dataclasses.replace(plan, expansions=tuple(expansions))
 
 
 def fit(
@@ -68,38 +69,31 @@ def fit(
     settings: GrowthConfig,
     key: jax.Array,
 ) -> Plan:
-    """Learns the dense maps of a plan by Adam for `settings.fit_steps` steps.
+    """Learns the dense maps of a plan with Adam, for `settings.fit_steps` steps.
 
     Args:
-      plan: by recipe "ligo", alone or with other operators on other axes.
-      params: of `plan.source`; not changed.
-      batches: training batches; consumed.
-      mesh: where to compute.
-      settings: fit_steps, fit_learning_rate.
-      key: of the growth, and of the noise that the fit starts with.
+      plan: made by recipe "ligo", alone or with other operators on other axes.
+      params: parameters of `plan.source`; they do not change.
+      batches: training batches; one is consumed per step.
+      mesh: the devices to compute on.
+      settings: gives fit_steps and fit_learning_rate.
+      key: for the growth, and for the noise that the fit starts with.
 
-    Returns: the plan with the learned maps.
+    Returns:
+      The plan with the learned maps.
     """
-    matrices: Matrices = {}
-    for n, e in enumerate(plan.expansions):
-        if e.learned:
-            keys = jax.random.split(jax.random.fold_in(key, n))
-            matrices[e.axis] = {
-                "reads": _perturbed(e.learned.matrix(Role.IN, e.source), keys[0]),
-                "writes": _perturbed(e.learned.matrix(Role.OUT, e.source), keys[1]),
-            }
+    matrices = _start(plan, key)
     tx = optax.adam(settings.fit_learning_rate)
 
     def loss(matrices: Matrices, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
-        fitting = _with(plan, matrices)
         grown = {
-            path: grow_value(x, path, fitting, leaf_key(key, path))
+            path: grow_value(x, path, plan, leaf_key(key, path), dense=matrices)
             for path, x in trees.flatten(params)
         }
         total, tokens = summed_loss(trees.unflatten(grown), batch, plan.config, plan.masks(1.0))
         return total / tokens
 
-    # In every process whole: the plan holds them.
+    # Replicated: every process needs the whole maps for its plan.
     everywhere = NamedSharding(mesh, PartitionSpec())
 
     @functools.partial(jax.jit, out_shardings=everywhere)
@@ -114,12 +108,4 @@ def fit(
             batch = sharding.place_batch(next(batches), mesh)
             matrices, state, value = step(matrices, state, params, batch)
             progress.update(n + 1, float(value), (n + 1) * batch["targets"].size, None)
-    return dataclasses.replace(
-        plan,
-        expansions=tuple(
-            dataclasses.replace(e, learned=Learned.of(**jax.tree.map(np.asarray, matrices[e.axis])))
-            if e.learned
-            else e
-            for e in plan.expansions
-        ),
-    )
+    return _with_maps(plan, matrices)

@@ -1,4 +1,4 @@
-"""Measures a growth: the function before and after, and the grown model's first steps."""
+"""Measures a growth: the model's function before and after, and its first steps afterwards."""
 
 from __future__ import annotations
 
@@ -20,20 +20,32 @@ from flm_jax.train import optim, schedules
 from flm_jax.train.optim import SlotAdamState
 from flm_jax.train.train_step import Batch, TrainState, cross_entropy, gradients, logits_of
 
-FIRST_STEPS = 3  # zeros are left after one step, slots behind two zeros after two
+FIRST_STEPS = 3  # a side that is zero delays gradients by one step, two such sides by two
 
 
 @functools.partial(jax.jit, static_argnums=2)
 def source(params: Any, batch: Batch, config: TransformerConfig) -> dict[str, jax.Array]:
-    """Logits, mean loss and layer distances of the model before it grows."""
+    """Measures the model before it grows.
+
+    Args:
+      params: its parameters.
+      batch: the calibration batch.
+      config: the model.
+
+    Returns:
+      logits [B, T, V], loss (mean, nats per token) and distances [layers] from the identity.
+    """
     logits_BTV, sown = Transformer(config).apply(
-        {"params": params}, batch["tokens"], batch["segment_ids"], batch["positions"],
+        {"params": params},
+        batch["tokens"],
+        batch["segment_ids"],
+        batch["positions"],
         mutable=["intermediates"],
-    )  # fmt: skip
+    )
     return {
         "logits": logits_BTV,
         "loss": _mean_loss(logits_BTV, batch),
-        # In every process whole: a growth's plan depends on them.
+        # Replicated, because every process makes the growth's plan from them.
         "distances": sharding.constrain(sown["intermediates"]["layers"]["distance"][0], None),
     }
 
@@ -43,9 +55,12 @@ def layer_distances(
     batch: Mapping[str, np.ndarray],
     config: TransformerConfig,
 ) -> tuple[float, ...]:
-    """The distances that `source` measures, with one layer's parameters in memory at a time.
+    """Measures the same distances as `source`, with one layer's parameters in memory at a time.
 
-    read: (path in the axis table, slices) -> that part of the parameter.
+    Args:
+      read: reads a part of a parameter, from its path in the axis table and its slices.
+      batch: the calibration batch.
+      config: the model.
     """
 
     @jax.jit
@@ -57,10 +72,12 @@ def layer_distances(
         )
         return x_BTD, sown["intermediates"]["distance"][0]
 
-    tokens, where = np.unique(batch["tokens"], return_inverse=True)
+    tokens, positions = np.unique(batch["tokens"], return_inverse=True)
     rows = jnp.asarray(read("embedding", (tokens, slice(None)))).astype(config.dtype)
-    x_BTD = rows[where.reshape(batch["tokens"].shape)] * jnp.asarray(config.input_mult, rows.dtype)
-    found = []
+    x_BTD = rows[positions.reshape(batch["tokens"].shape)] * jnp.asarray(
+        config.input_mult, rows.dtype
+    )
+    distances = []
     for layer in range(config.num_layers):
         params = trees.unflatten(
             {
@@ -72,17 +89,19 @@ def layer_distances(
             }
         )
         x_BTD, distance = step(params, x_BTD)
-        found.append(float(distance))
-    return tuple(found)
+        distances.append(float(distance))
+    return tuple(distances)
 
 
 @functools.partial(jax.jit, static_argnums=2)
 def _grown(params: Any, batch: Batch, plan: Plan) -> tuple[jax.Array, jax.Array]:
+    """Logits and mean loss of the grown model, with its masks at 0."""
     logits_BTV = logits_of(plan.config, params, batch, plan.masks(0.0))
     return logits_BTV, _mean_loss(logits_BTV, batch)
 
 
 def _mean_loss(logits_BTV: jax.Array, batch: Batch) -> jax.Array:
+    """Nats per target token."""
     loss, tokens = cross_entropy(logits_BTV, batch["targets"], batch["weights"])
     return loss / tokens
 
@@ -90,7 +109,17 @@ def _mean_loss(logits_BTV: jax.Array, batch: Batch) -> jax.Array:
 def function_change(
     before: Mapping[str, jax.Array], params: Any, batch: Batch, plan: Plan
 ) -> dict[str, Any]:
-    """Receipt fields of logits and losses, behind the masks at 0; `before` is from `source`."""
+    """Compares the grown model, with its masks at 0, to its source.
+
+    Args:
+      before: from `source`.
+      params: the grown parameters.
+      batch: the calibration batch.
+      plan: the growth.
+
+    Returns:
+      The receipt's fields about logits and losses.
+    """
     logits, loss = _grown(params, batch, plan)
     change = difference(before["logits"], logits, batch["weights"])
     return {
@@ -103,10 +132,20 @@ def function_change(
 def first_steps(
     state: TrainState, batch: Batch, plan: Plan, stage: StageConfig, settings: OptimizerConfig
 ) -> dict[str, Any]:
-    """Receipt fields of the first steps: Adam's, at the full learning rate, on one batch.
+    """Takes the first Adam steps of a grown model, at the full learning rate, on one batch.
 
-    Without decay and clipping, which neither wake a slot nor part two copies. No steps are taken
-    if nothing was added.
+    Decay and clipping are left out: they can neither revive a slot nor separate copies. No steps
+    are taken if nothing was added.
+
+    Args:
+      state: the grown state; it does not change.
+      batch: the calibration batch.
+      plan: the growth.
+      stage: gives the model and the peak learning rates.
+      settings: Adam's.
+
+    Returns:
+      The receipt's fields dead_slots, locked_copies and first_update_over_lr.
     """
     if not plan.expansions:
         return {"dead_slots": 0, "locked_copies": 0, "first_update_over_lr": 0.0}
@@ -143,7 +182,10 @@ _largest_added = jax.jit(largest_added, static_argnums=0)
 
 @functools.partial(jax.jit, static_argnums=0)
 def _stuck(plan: Plan, params: Any, grads: Any) -> tuple[jax.Array, jax.Array]:
-    """Counted by a program of its own: rounding inside the step could tell copies apart."""
+    """Counts dead slots and locked copies.
+
+    A separate program, because rounding inside the step's program could make copies differ.
+    """
     return dead_slots(plan, grads), locked_copies(plan, params, grads)
 
 

@@ -1,4 +1,4 @@
-"""A growth on the mesh: a whole train state from one layout to another, as one program."""
+"""Grows a train state on a mesh, from one layout to another, in one program."""
 
 from __future__ import annotations
 
@@ -19,27 +19,40 @@ from flm_jax.train.train_step import TrainState
 def growth_program(
     plan: Plan, before: Any, layout: Layout
 ) -> Callable[[TrainState, jax.Array], TrainState]:
-    """`(state, key) -> grown state on the layout`, jitted; leaves that keep their size are donated.
+    """Makes the jitted `(state, key) -> grown state`. The state is donated.
 
-    `before` gives the state's shapes. Its mesh may have another shape than the layout's, over the
-    same devices in the same order.
+    Args:
+      plan: the growth.
+      before: the state, or its shapes. Its mesh may have another shape than the layout's, but must
+        have the same devices in the same order.
+      layout: the layout of the result.
     """
 
-    def onto(state: TrainState, key: jax.Array) -> TrainState:
+    def grown(state: TrainState, key: jax.Array) -> TrainState:
         return grow(state, plan, key)
 
-    shapes = jax.eval_shape(lambda state: onto(state, jax.random.key(0)), before)
+    shapes = jax.eval_shape(lambda state: grown(state, jax.random.key(0)), before)
     placed = sharding.shardings(shapes, plan.table, *layout)
-    return jax.jit(onto, out_shardings=placed, donate_argnums=0)
+    return jax.jit(grown, out_shardings=placed, donate_argnums=0)
 
 
 def grow_on_mesh(
     state: TrainState, plan: Plan, key: jax.Array, source: Layout, target: Layout
 ) -> TrainState:
-    """Grows a train state from layout `source` onto layout `target`; the state is consumed.
+    """Grows a train state from one layout to another; nothing passes through a host.
 
-    Nothing passes through a host. Where the meshes order the same devices differently (a TPU's
-    order follows its shape), shards change places first: one program has one order.
+    One program has one order of devices. If the meshes order the same devices differently (on TPUs
+    the order follows the mesh's shape), shards are first moved to the target's order.
+
+    Args:
+      state: the state; it is deleted.
+      plan: the growth.
+      key: for fresh entries and noise, as in `grow`.
+      source: the layout of the state.
+      target: the layout of the result.
+
+    Returns:
+      The grown state.
     """
     mesh, rules = source
     same_order = Mesh(
@@ -50,7 +63,7 @@ def grow_on_mesh(
             placed = sharding.shardings(state, plan.table, same_order, rules)
             state = jax.device_put(state, placed, donate=True)
     with jax.set_mesh(target.mesh), warnings.catch_warnings():
-        # Most leaves change their size; those are freed below.
+        # Most leaves change their size, so they cannot be donated. They are deleted below.
         warnings.filterwarnings("ignore", "Some donated buffers were not usable")
         grown = growth_program(plan, state, target)(state, key)
     for leaf in jax.tree.leaves(state):

@@ -1,9 +1,9 @@
-"""Applies a plan to an optimizer's state: moments, ages and multipliers of slots.
+"""Applies a plan to an optimizer's state: moments, and ages and multipliers of slots.
 
-Gradients map by the dual of the values' map (`expansion.py`), so Adam's first moment does too, and
-its second moment by the dual's square. Known states are `SlotAdamState` (`train/optim.py`), with an
-age for every slot, and `optax.ScaleByAdamState`, whose single step count stays: slots whose moments
-begin at zero are then corrected as if they were old.
+Gradients map by the dual of the values' map (`expansion.py`). So does Adam's first moment; its
+second moment maps by the square of the dual. Known states are `SlotAdamState` (`train/optim.py`),
+with an age for every slot, and `optax.ScaleByAdamState`, which keeps its single step count: slots
+whose moments start from zero then get the bias correction of old slots.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ def grow_opt_state(opt_state: Any, plan: Plan) -> Any:
 
     Args:
       opt_state: any tree of optax states.
-      plan: of the growth.
+      plan: the growth.
 
     Returns:
-      The same tree with every known Adam state grown; counters and schedules stay.
+      The same tree with every known Adam state grown; counters and schedules do not change.
 
     Raises:
-      UserError: another state holds something shaped like the parameters, or `plan.rates` asks
-        for multipliers of slots that the state does not have.
+      UserError: another state holds something shaped like the parameters, or `plan.rates` needs
+        multipliers of slots that the state does not have.
     """
 
     def is_adam(node: Any) -> bool:
@@ -61,6 +61,7 @@ def grow_opt_state(opt_state: Any, plan: Plan) -> Any:
 
 
 def _grow_optax_adam(state: optax.ScaleByAdamState, plan: Plan) -> optax.ScaleByAdamState:
+    """Grows the moments; the step count stays unless the plan resets the moments."""
     if plan.rates != "target":
         raise UserError(
             f"grow: rates {plan.rates!r} needs multipliers for each slot, which optax.adam does "
@@ -72,7 +73,7 @@ def _grow_optax_adam(state: optax.ScaleByAdamState, plan: Plan) -> optax.ScaleBy
 
 
 def carried(e: Expansion, moments: str) -> np.ndarray:
-    """bool [target]: slots whose optimizer history comes along."""
+    """Marks the slots that keep their optimizer history: bool [target]."""
     if moments == "reset":
         return np.zeros(e.target, bool)
     if moments == "asym" or e.silenced or e.ahead.any():
@@ -83,20 +84,35 @@ def carried(e: Expansion, moments: str) -> np.ndarray:
 def grow_moment(
     x: jax.Array, path: str, plan: Plan, power: int, window: Window | None = None
 ) -> jax.Array:
-    """A first (power 1) or second (2) moment by the gradients' map; zero where none comes along.
+    """Maps one of Adam's moments, by the map of gradients.
 
-    Exact where every slot has one source; a key/value head that is repeated gets an equal share
-    of its gradient, of which only the sum is known. x and window as of `grow_value`.
+    Exact where every slot has one source. The copies of a repeated key/value head get equal shares
+    of its gradient, because only the sum over them is known.
+
+    Args:
+      x: the moment, or the sources of a window's slots, as in `grow_value`.
+      path: the parameter's name in the axis table.
+      plan: the growth.
+      power: 1 for the first moment, 2 for the second.
+      window: the part of the grown moment to compute; None: all of it.
+
+    Returns:
+      The grown moment, or the window of it; zero at slots that do not keep their history.
     """
     param = plan.table[path]
     if plan.moments == "reset":
         return jnp.zeros(trees.window_shape(plan.big.shape(path), window), x.dtype)
     grown = weighted(
-        gather(x, param, plan.by_axis, window), param, plan.by_axis,
-        scale=1 / plan.value_scale(path), dual=True, power=power, window=window,
-    )  # fmt: skip
-    begins = any_slot(param, plan.by_axis, lambda e, role: ~carried(e, plan.moments), window)
-    return grown if begins is None else jnp.where(begins, jnp.zeros((), x.dtype), grown)
+        gather(x, param, plan.by_axis, window),
+        param,
+        plan.by_axis,
+        scale=1 / plan.value_scale(path),
+        dual=True,
+        power=power,
+        window=window,
+    )
+    restarted = any_slot(param, plan.by_axis, lambda e, role: ~carried(e, plan.moments), window)
+    return grown if restarted is None else jnp.where(restarted, jnp.zeros((), x.dtype), grown)
 
 
 def _grow_moments(tree: Any, plan: Plan, power: int) -> Any:
@@ -105,22 +121,23 @@ def _grow_moments(tree: Any, plan: Plan, power: int) -> Any:
 
 
 def grow_slots(state: SlotAdamState, plan: Plan) -> SlotAdamState:
-    """Ages and multipliers of the slots; the moments are left as they are."""
+    """Grows the ages and multipliers of slots; the moments stay as they are."""
     return state._replace(born=_grow_born(state, plan), **_grow_rates(state, plan))
 
 
 def _grow_vector(vector: jax.Array, axis: str, plan: Plan) -> jax.Array:
-    """A per-slot vector at the target's size, each slot's from its source."""
+    """Grows a per-slot vector: each slot gets the value of its source."""
     e = plan.by_axis.get(axis)
     if e is not None:
         return jnp.take(vector, np.maximum(e.index, 0))
     for e in plan.by_axis.values():
-        if e.splits == axis:  # a slot stands for one of each part: the youngest's
+        if e.splits == axis:  # a new slot combines one old slot of each part: the largest value
             return vector.reshape(e.target // e.source, -1).max(0)
     return vector
 
 
 def _grow_born(state: SlotAdamState, plan: Plan) -> dict[str, jax.Array]:
+    """The birth steps of the target's slots."""
     if plan.moments == "reset":
         return {axis: jnp.full(plan.big.sizes[axis], state.steps) for axis in state.born}
     grown = {axis: _grow_vector(old, axis, plan) for axis, old in state.born.items()}
@@ -132,10 +149,10 @@ def _grow_born(state: SlotAdamState, plan: Plan) -> dict[str, jax.Array]:
 def _grow_rates(state: SlotAdamState, plan: Plan) -> dict[str, Any]:
     """Multipliers that keep the size of the source's steps in the function (docs/growth.md).
 
-    A value that is multiplied by f has its steps multiplied by f; a gradient that is multiplied by
-    g has Adam's eps multiplied by g. Per axis f is alpha where the slot is read and g is alpha
-    where it is written; per parameter they are the scales below. Entries without a source have
-    none. "carry" multiplies what is there; "ramp" begins anew, since its multipliers fade.
+    If a value is multiplied by f, so are its steps; if a gradient is multiplied by g, so is Adam's
+    eps. Per axis, f is alpha where the slot is read, and g is alpha where it is written. Per
+    parameter, they are the scales below. Entries without a source have no multipliers. "carry"
+    multiplies the state's multipliers; "ramp" starts from 1, because its multipliers fade.
     """
     sizes = plan.big.sizes
     ones: dict[str, Any] = {

@@ -1,8 +1,8 @@
-"""The named operators: which expansion an axis gets, and what each of them promises.
+"""The named operators: which expansion each gives an axis, and what it promises.
 
-A recipe is a comma-separated list that gives every growing axis one operator: `msg` alone, or
-`tile,identity`, or `zero_pad,layers=stack`. An entry NAME takes all axes that the operator can
-grow, AXIS=NAME one of them; later entries win.
+A recipe is a comma-separated list that gives every growing axis one operator: `msg`, or
+`tile,identity`, or `zero_pad,layers=stack`. An entry NAME sets all axes that the operator can grow;
+an entry AXIS=NAME sets one axis. Later entries win.
 """
 
 from __future__ import annotations
@@ -17,7 +17,15 @@ import numpy as np
 
 from flm_jax.errors import UserError
 from flm_jax.growth import layer_maps
-from flm_jax.growth.expansion import NEW, Expansion, Learned, Run, append_new, from_index
+from flm_jax.growth.expansion import (
+    NEW,
+    DenseMap,
+    Expansion,
+    Learned,
+    Run,
+    append_new,
+    from_index,
+)
 
 EXACT, APPROX = "EXACT", "APPROX"
 _LARGEST_DENSE = 1 << 22  # entries of a learned map: it is kept in the plan
@@ -27,13 +35,13 @@ WIDTHS = ("embed", "mlp", *HEADS)
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One axis to grow, between two configs."""
+    """One axis to grow, from one model to another."""
 
     axis: str
     source: int
     target: int
-    small: Mapping[str, int]  # all axes -> sizes, before and after
-    big: Mapping[str, int]
+    small: Mapping[str, int]  # sizes of all axes before
+    big: Mapping[str, int]  # and after
     distances: Sequence[float]  # of the source's layers from the identity
 
 
@@ -42,14 +50,14 @@ class Operator:
     """A named way to grow some axes.
 
     Attributes:
-      name: as recipes call it.
-      axes: that it can grow.
-      exactness: what it promises in general (a single expansion may say less).
+      name: its name in recipes.
+      axes: the axes that it can grow.
+      exactness: what it promises in general (a single expansion may promise less).
       symmetry: what makes added slots differ from their sources.
-      paper: where it comes from.
-      build: Request -> Expansion. Raises UserError if the sizes do not suit it.
-      two_steps: growing twice is the same as growing once.
-      by_distance: it copies the layers that are closest to the identity.
+      paper: its source.
+      build: makes the expansion of a request. Raises UserError if the sizes do not fit.
+      two_steps: whether growing twice gives the same as growing once.
+      by_distance: whether it copies the layers that are closest to the identity.
     """
 
     name: str
@@ -63,13 +71,15 @@ class Operator:
 
 
 def refusal(r: Request, why: str, instead: Sequence[str]) -> UserError:
+    """The error of a request that cannot be met; `instead` names operators that could."""
+    names = " or ".join(repr(name) for name in instead)
+    advice = f"use operator {names}" if instead else "no operator grows it; keep its size"
     return UserError(
-        f"growth of axis {r.axis!r} from {r.source} to {r.target}: {why}; "
-        f"operator {' or '.join(repr(name) for name in instead)} could"
+        f"growth of axis {r.axis!r} from {r.source} to {r.target}: {why}; {advice}",
     )
 
 
-# What lets a slot of the axis act: zero there, and it does not show.
+# Role whose entries are zero at new slots, so that these have no effect yet.
 _ACTS = {"embed": "out", "mlp": "in", "kv_heads": "in", "q_per_kv": "in", "layers": "stack"}
 
 
@@ -83,7 +93,7 @@ def _msg(r: Request) -> Expansion:
 
 
 def _norm_gain(axis: str, counted: int, target: int) -> float:
-    """sqrt(q d / D): zeros lower the mean square from S / d to q S / D."""
+    """sqrt(q d / D), since zeros lower the mean square from S / d to q S / D."""
     return math.sqrt(counted / target) if axis == "embed" else 1.0
 
 
@@ -124,7 +134,7 @@ def _uneven(r: Request) -> Expansion:
 
 
 def _random_copies(r: Request) -> tuple[list[int], list[float]]:
-    """Old slots, then copies of slots chosen at random; each with one over its copies' number."""
+    """Old slots, then copies of randomly chosen slots; weights: 1 / number of occurrences."""
     rng = np.random.default_rng([zlib.crc32(r.axis.encode()), r.source, r.target])
     whole, rest = divmod(r.target, r.source)
     index = list(range(r.source)) * whole
@@ -135,7 +145,7 @@ def _random_copies(r: Request) -> tuple[list[int], list[float]]:
 
 def _net2net(r: Request) -> Expansion:
     index, weights = _random_copies(r)
-    # The norm counts copied coordinates twice, so unequal numbers of copies change its mean.
+    # The norm counts every copy of a coordinate, so unequal numbers of copies change its mean.
     exact = r.axis != "embed" or r.target % r.source == 0
     return from_index(
         r.axis, r.source, index, weights, operator="net2net", exactness=EXACT if exact else APPROX
@@ -143,15 +153,18 @@ def _net2net(r: Request) -> Expansion:
 
 
 def _aki(r: Request) -> Expansion:
+    """Copies as in `net2net`; those after the old slots are written as in the next layer."""
     copies = from_index(r.axis, r.source, *_random_copies(r), operator="aki", exactness=APPROX)
-    runs, seen = [], 0
+    runs: list[Run] = []
+    first_slot = 0
     for run in copies.runs:
-        runs.append(dataclasses.replace(run, ahead=seen >= r.source))
-        seen += run.length
+        runs.append(dataclasses.replace(run, ahead=first_slot >= r.source))
+        first_slot += run.length
     return dataclasses.replace(copies, runs=tuple(runs))
 
 
 def _query_heads(sizes: Mapping[str, int]) -> int:
+    """Number of all query heads."""
     return sizes["kv_heads"] * sizes.get("q_per_kv", 1)
 
 
@@ -176,6 +189,8 @@ def _repeat(r: Request) -> Expansion:
 def _layers(
     name: str, layer_map: Callable[[int, int], list[int]]
 ) -> Callable[[Request], Expansion]:
+    """The `build` of an operator that copies layers by a layer map."""
+
     def build(r: Request) -> Expansion:
         if r.source == 0:
             why = f"operator {name!r} copies layers, and there are none"
@@ -202,10 +217,11 @@ def _mean(r: Request) -> Expansion:
 
 
 def _ligo(r: Request) -> Expansion:
-    """The start of the fit: copies as by `net2net`, layers as by `stack` (`flm_jax/ligo.py`)."""
+    """Where the fit starts (`ligo.py`): copies as in `net2net`, layers as in `stack`."""
     if r.source * r.target > _LARGEST_DENSE:
         why = (
-            f"operator 'ligo' learns {r.source * r.target:,} entries, of at most {_LARGEST_DENSE:,}"
+            f"operator 'ligo' would learn {r.source * r.target:,} entries, and the plan stores at "
+            f"most {_LARGEST_DENSE:,}"
         )
         raise refusal(r, why, ("tile_pad", "zero_pad", "msg"))
     if r.axis == "layers":
@@ -214,14 +230,15 @@ def _ligo(r: Request) -> Expansion:
         index, weights = _random_copies(r)
     selection = np.zeros((r.target, r.source), np.float32)
     selection[np.arange(r.target), index] = 1
-    learned = Learned.of(selection * np.array(weights, np.float32)[:, None], selection)
+    shared = selection * np.array(weights, np.float32)[:, None]
+    learned = Learned.of(DenseMap(reads=shared, writes=selection))
     return from_index(
         r.axis, r.source, index, weights, operator="ligo", exactness=APPROX, learned=learned
     )
 
 
 _LAYERS = ("layers",)
-_BREAK = "nothing: `asym` or noise must"
+_BREAK = "copies stay identical; set moments='asym' or noise_db"
 
 OPERATORS: dict[str, Operator] = {
     o.name: o
@@ -262,7 +279,7 @@ OPERATORS: dict[str, Operator] = {
 
 
 def markdown() -> str:
-    """All operators as a table."""
+    """All operators as a Markdown table, as in docs/growth.md."""
     lines = ["| operator | grows | claim | what separates added slots | source |",
              "| --- | --- | --- | --- | --- |"]  # fmt: skip
     for o in OPERATORS.values():
@@ -273,16 +290,28 @@ def markdown() -> str:
 
 
 def choose(recipe: str) -> dict[str, Operator]:
-    """Axis -> operator, from a recipe's text; "none" grows no axis.
+    """Reads a recipe: the operator of each axis; "none" grows no axis.
 
-    Raises UserError on an unknown operator or axis, or one that does not grow the other.
+    Args:
+      recipe: comma-separated names of operators; see the head of this module.
+
+    Raises:
+      UserError: an operator or axis is unknown, or the operator does not grow the axis.
+
+    >>> {axis: o.name for axis, o in choose("vocab=mean,layers=stack").items()}
+    {'vocab': 'mean', 'layers': 'stack'}
     """
+    if not isinstance(recipe, str):
+        raise UserError(f"recipe is {recipe!r}; give names of operators, as in 'tile,identity'")
+    if recipe == "none":
+        return {}
     chosen: dict[str, Operator] = {}
-    for entry in recipe.split(",") if recipe != "none" else ():
+    for entry in recipe.split(","):
         axis, equals, name = (part.strip() for part in entry.rpartition("="))
         if name not in OPERATORS:
             raise UserError(
-                f"growth.recipe {recipe!r}: no operator {name!r}; choose of {', '.join(OPERATORS)}"
+                f"growth.recipe {recipe!r}: no operator {name!r}; choose one of "
+                f"{', '.join(OPERATORS)}"
             )
         operator = OPERATORS[name]
         if equals and axis not in operator.axes:
@@ -295,15 +324,19 @@ def choose(recipe: str) -> dict[str, Operator]:
 
 
 def able(axis: str) -> list[str]:
-    """Names of the operators that can grow an axis."""
+    """Names of the operators that can grow an axis.
+
+    >>> able("vocab")
+    ['msg', 'mean']
+    """
     return [name for name, operator in OPERATORS.items() if axis in operator.axes]
 
 
 def uses_distances(recipe: str, layers: int, grown_layers: int) -> bool:
-    """Says whether a growth depends on how far the source's layers are from the identity.
+    """Whether a growth depends on how far the source's layers are from the identity.
 
     Args:
-      recipe: operators by name.
+      recipe: names of operators.
       layers: number of layers of the source.
       grown_layers: number of layers of the target.
 
@@ -318,22 +351,22 @@ def uses_distances(recipe: str, layers: int, grown_layers: int) -> bool:
 def expansions(
     recipe: str, small: Mapping[str, int], big: Mapping[str, int], distances: Sequence[float]
 ) -> tuple[Expansion, ...]:
-    """One expansion for every axis that differs.
+    """Makes an expansion for every axis whose size changes.
 
     Args:
-      recipe: operators by name.
-      small: axis -> size, of the source.
-      big: axis -> size, of the target.
-      distances: of the source's layers from the identity.
+      recipe: names of operators.
+      small: sizes of the source's axes.
+      big: sizes of the target's axes.
+      distances: distances of the source's layers from the identity.
 
     Raises:
-      UserError: the recipe cannot do it; names the axis, both sizes and operators that could.
+      UserError: the recipe cannot grow an axis; names it, both sizes and operators that can.
     """
     chosen = choose(recipe)
-    found: dict[str, Expansion] = {}
+    by_axis: dict[str, Expansion] = {}
     for axis, source in small.items():
         r = Request(axis, source, big[axis], small, big, distances)
-        if any(e.splits == axis for e in found.values()) or r.target == source:
+        if any(e.splits == axis for e in by_axis.values()) or r.target == source:
             continue
         if r.target < source:
             same_heads = axis == "q_per_kv" and _query_heads(small) == _query_heads(big)
@@ -344,5 +377,5 @@ def expansions(
             )
         if axis not in chosen:
             raise refusal(r, f"recipe {recipe!r} does not grow it", able(axis))
-        found[axis] = chosen[axis].build(r)
-    return tuple(found.values())
+        by_axis[axis] = chosen[axis].build(r)
+    return tuple(by_axis.values())

@@ -1,7 +1,7 @@
-"""What a growth did: measured, and kept with the checkpoint that it made.
+"""The receipt of a growth: what it did, measured and stored with the checkpoint that it produced.
 
-Counts and sizes are computed where the arrays are and come out as scalars: no host needs to hold a
-whole parameter.
+Counts and sizes are computed on the devices and returned as scalars, so that no host needs to hold
+a whole parameter.
 """
 
 from __future__ import annotations
@@ -24,14 +24,21 @@ from flm_jax.params.axes import Role
 
 @dataclasses.dataclass(frozen=True)
 class Receipt:
-    """Losses in nats per token on the calibration batch; logits in the run's dtype.
+    """What a growth did, on the calibration batch. Logits are in the run's dtype.
 
-    max_abs_logit_diff: over the source's tokens.
-    logit_scale: root mean square of the source's logits.
-    kl: mean over tokens of KL(source || grown), nats.
-    dead_slots: added slots that some parameter has an all-zero gradient in, after the first steps.
-    locked_copies: copies equal to their source in value and in gradient after the first steps.
-    first_update_over_lr: largest first step of an added entry over its learning rate.
+    Attributes:
+      operator: the recipe.
+      exactness: what the plan claims, "EXACT" or "APPROX".
+      max_abs_logit_diff: largest absolute change of a logit, over the source's vocabulary.
+      logit_scale: root mean square of the source's logits.
+      kl: mean over tokens of KL(source || grown), in nats.
+      loss_before: of the source, in nats per token.
+      loss_after: of the grown model with its masks at 0, in nats per token.
+      dead_slots: added slots where some parameter's gradient is all zero after the first steps.
+      locked_copies: copies equal to their source in value and gradient after the first steps.
+      first_update_over_lr: largest first step of an added entry over its learning rate.
+      layer_distances: of the source's layers from the identity.
+      layer_map: the source layer of every layer, -1 for a new one.
     """
 
     operator: str
@@ -49,7 +56,7 @@ class Receipt:
 
 
 def unmeasured(plan: Plan, layer_distances: tuple[float, ...] | None) -> dict[str, Any]:
-    """The receipt of a growth that no model was run through yet: what is claimed, and nulls."""
+    """The receipt of a growth that was not measured: the plan's claims, and None elsewhere."""
     return {
         **dict.fromkeys(field.name for field in dataclasses.fields(Receipt)),
         "operator": plan.recipe,
@@ -60,6 +67,7 @@ def unmeasured(plan: Plan, layer_distances: tuple[float, ...] | None) -> dict[st
 
 
 def measured(receipt: Mapping[str, Any]) -> bool:
+    """Whether the receipt has measurements (see `unmeasured`)."""
     return receipt["loss_after"] is not None
 
 
@@ -81,28 +89,38 @@ def difference(
 
 @functools.partial(jax.jit, static_argnums=0)
 def gradient_error(plan: Plan, source: Mapping[str, Any], target: Mapping[str, Any]) -> jax.Array:
-    """How far the grown model's gradient is from the source's, mapped, where history comes along.
+    """Compares the grown model's gradient to the mapped gradient of the source.
 
-    Largest absolute difference over the largest absolute gradient. Of a repeated key/value head
-    only the sum over its copies is known, so that keys and values are left out.
+    Slots that do not keep their history are left out. So are keys and values if key/value heads are
+    repeated, because only the sum over a head's copies is known.
+
+    Args:
+      plan: the growth.
+      source: gradient of the source.
+      target: gradient of the grown model.
+
+    Returns:
+      The largest absolute difference over the largest absolute gradient of the source.
     """
     dual = dataclasses.replace(plan, moments="dual")
     worst = largest = jnp.zeros(())
-    for (path, g), (_, got) in zip(trees.flatten(source), trees.flatten(target), strict=True):
+    for (path, before), (_, after) in zip(
+        trees.flatten(source), trees.flatten(target), strict=True
+    ):
         param = plan.table[path]
         splits = [e.splits for e in plan.expansions if e.splits and e.axis in param.axes]
         if any(axis not in param.axes for axis in splits):
             continue
-        begins = any_slot(param, plan.by_axis, lambda e, role: ~carried(e, "dual"))
-        apart = jnp.abs(grow_moment(g, path, dual, power=1) - got)
-        apart = apart if begins is None else jnp.where(begins, 0, apart)
-        worst = jnp.maximum(worst, jnp.max(apart))
-        largest = jnp.maximum(largest, jnp.max(jnp.abs(g)))
+        restarted = any_slot(param, plan.by_axis, lambda e, role: ~carried(e, "dual"))
+        error = jnp.abs(grow_moment(before, path, dual, power=1) - after)
+        error = error if restarted is None else jnp.where(restarted, 0, error)
+        worst = jnp.maximum(worst, jnp.max(error))
+        largest = jnp.maximum(largest, jnp.max(jnp.abs(before)))
     return worst / largest
 
 
 def largest_added(plan: Plan, tree: Mapping[str, Any]) -> jax.Array:
-    """Largest absolute entry in an added slot of any axis."""
+    """The largest absolute entry of a tree in an added slot of any axis."""
     largest = jnp.zeros(())
     for path, leaf in trees.flatten(tree):
         added = any_slot(plan.table[path], plan.by_axis, lambda e, role: e.added)
@@ -113,25 +131,25 @@ def largest_added(plan: Plan, tree: Mapping[str, Any]) -> jax.Array:
 
 
 def _slices(plan: Plan, tree: Mapping[str, Any], axis: str) -> list[jax.Array]:
-    """Every parameter that has the axis, with that axis first.
+    """All parameters that have the axis, with this axis first.
 
-    Without the embedding on `vocab`: a token's row has a gradient only where the token occurs.
+    The embedding is left out on `vocab`: a row has a gradient only if its token occurs.
     """
-    found = []
+    slices = []
     for path, leaf in trees.flatten(tree):
         param = plan.table[path]
         if axis in param.axes and not (axis == "vocab" and param.has(Role.IN, axis)):
-            found.append(jnp.moveaxis(jnp.asarray(leaf), param.axes.index(axis), 0))
-    return found
+            slices.append(jnp.moveaxis(jnp.asarray(leaf), param.axes.index(axis), 0))
+    return slices
 
 
 def _norm(x: jax.Array) -> jax.Array:
-    """Of each slot, over everything else."""
+    """The Euclidean norm of each slot (index of axis 0)."""
     return jnp.sqrt(jnp.sum(jnp.square(x), axis=tuple(range(1, x.ndim))))
 
 
 def dead_slots(plan: Plan, grads: Mapping[str, Any]) -> jax.Array:
-    """Number of added slots with an all-zero gradient in at least one parameter; int32."""
+    """Counts added slots with an all-zero gradient in at least one parameter; int32."""
     dead = jnp.zeros((), jnp.int32)
     for e in plan.expansions:
         zero = jnp.zeros(e.target, bool)
@@ -142,10 +160,10 @@ def dead_slots(plan: Plan, grads: Mapping[str, Any]) -> jax.Array:
 
 
 def locked_copies(plan: Plan, params: Mapping[str, Any], grads: Mapping[str, Any]) -> jax.Array:
-    """Number of copies whose parameters and gradients all equal their source slot's; int32.
+    """Counts copies whose parameters and gradients all equal those of their source; int32.
 
-    Equal up to rounding, 1e-6 of their size: a processor's kernels may sum one column of a matrix
-    in another order than the next, so that equal copies differ in their last bits after a step.
+    They count as equal within 1e-6 of their size. Kernels may sum the columns of one matrix in
+    different orders, so that equal copies differ in their last bits after a step.
     """
     locked = jnp.zeros((), jnp.int32)
     for e in plan.expansions:

@@ -1,9 +1,9 @@
 """Growth from disk to disk: the maps of `apply.py`, window by window, in bounded memory.
 
-The target's leaves are cut into consecutive pieces. A piece depends on the sources of its slots
-alone: these are read, mapped as a window of the leaf, and written. Fresh entries depend on their
-place alone, so the bits are those of `growth.grow` under `jax.jit`. What was written stays: a
-second call does what is missing.
+The target's leaves are cut into consecutive pieces. A piece depends only on the sources of its
+slots: these are read, mapped as a window of the leaf, and written. Fresh entries depend only on
+their index, so the result is bit-identical to `growth.grow` under `jax.jit`. Pieces that are
+already written are kept: after an interruption, a second call writes the missing ones.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from flm_jax.store.chunked import chunk_shape
 from flm_jax.train.optim import SlotAdamState
 from flm_jax.train.train_step import TrainState
 
-WORKERS = 3  # pieces under way at once: one is read, one computed, one written
-# A worker holds at most so many times a piece: what is read, XLA's copy of it, the gathered
-# sources, the result, and what tensorstore keeps of what it reads and writes.
+WORKERS = 3  # pieces in progress at once: one is read, one computed, one written
+# The memory of a worker, in pieces, is at most this: the input, XLA's copy of it, the gathered
+# sources, the result, and tensorstore's buffers for reading and writing.
 _COPIES = 6
-_LARGEST = 32 << 20  # bytes of a piece; larger ones are not quicker
+_LARGEST = 32 << 20  # bytes of a piece; larger pieces are not faster
 
 
 class Source(Protocol):
-    """`leaves.CheckpointReader`."""
+    """The checkpoint to grow: `store.chunked.CheckpointReader`."""
 
     leaves: dict[str, jax.ShapeDtypeStruct]
 
@@ -46,7 +46,7 @@ class Source(Protocol):
 
 
 class Target(Protocol):
-    """`leaves.CheckpointWriter`."""
+    """The checkpoint to write: `store.chunked.CheckpointWriter`."""
 
     def pieces(self, name: str) -> Iterator[tuple[slice, ...]]: ...
     def holds(self, name: str, piece: Sequence[slice]) -> bool: ...
@@ -55,7 +55,7 @@ class Target(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class _Leaf:
-    """A leaf shaped like a parameter: the parameter itself (power 0), or a moment of it."""
+    """A leaf shaped like a parameter: the parameter (power 0), or its first or second moment."""
 
     name: str
     path: str
@@ -63,17 +63,22 @@ class _Leaf:
 
 
 def _leaves(names: Iterable[str], table: Table) -> list[_Leaf]:
-    found = []
+    """The leaves among `names` that are shaped like parameters."""
+    leaves = []
     for name in names:
         for power, part in enumerate(("params/", "/mu/", "/nu/")):
             _, _, path = name.partition(part)
             if path in table:
-                found.append(_Leaf(name, path, power))
-    return found
+                leaves.append(_Leaf(name, path, power))
+    return leaves
 
 
 def check(plan: Plan) -> None:
-    """Raises UserError, naming what needs whole leaves, if the plan cannot be streamed."""
+    """Checks that a plan can be applied piece by piece.
+
+    Raises:
+      UserError: it cannot; names what needs whole leaves.
+    """
     whole = [
         f"axis {e.axis!r} by {e.operator!r}, a dense map," for e in plan.expansions if e.learned
     ]
@@ -82,45 +87,50 @@ def check(plan: Plan) -> None:
         for e in plan.expansions
         if e.fill == "mean"
     ]
-    whole += [f"noise_db {plan.noise_db}, of the level of a leaf,"] if plan.noise_db else []
+    if plan.noise_db:
+        whole.append(f"noise_db {plan.noise_db}, relative to the level of a leaf,")
     if whole:
         raise UserError(
             f"growth from disk to disk works on slices, but {' and '.join(whole)} needs whole "
-            "leaves; grow in memory (flm train), or by another recipe"
+            "leaves; grow in memory (flm train), or use another recipe"
         )
 
 
 def chunks(
     plan: Plan, names: Mapping[str, jax.ShapeDtypeStruct], source: Source, memory: int
 ) -> dict[str, tuple[int, ...]]:
-    """How the target's large leaves are cut, so that the work stays within `memory` bytes.
+    """Chooses the pieces of the target's large leaves, so that the work fits into memory.
 
     Args:
-      plan: of the growth.
+      plan: the growth.
       names: the target's leaves by name.
       source: the checkpoint to grow.
       memory: bytes.
 
-    Raises UserError if it is too little for a leaf.
+    Returns:
+      The shape of a piece, for each large leaf by name.
+
+    Raises:
+      UserError: the memory is too small for a leaf.
     """
-    limit = min(memory // (WORKERS * _COPIES), _LARGEST)
-    found = {}
+    held = WORKERS * _COPIES  # pieces in memory at once
+    limit = min(memory // held, _LARGEST)
+    shapes = {}
     for leaf in _leaves(names, plan.table):
         itemsize = names[leaf.name].dtype.itemsize
-        # Heads that are dealt out among copies stay together.
-        dealt = {axis for e in plan.expansions if e.splits for axis in (e.axis, e.splits)}
-        whole = [d for d, axis in enumerate(plan.table[leaf.path].axes) if axis in dealt]
+        # Heads that are divided among copies stay together.
+        divided = {axis for e in plan.expansions if e.splits for axis in (e.axis, e.splits)}
+        whole = [d for d, axis in enumerate(plan.table[leaf.path].axes) if axis in divided]
         chunk = chunk_shape(plan.big.shape(leaf.path), itemsize, limit, whole)
-        found[leaf.name] = chunk
+        shapes[leaf.name] = chunk
         largest = max(math.prod(c) * itemsize for c in (chunk, source.chunk(leaf.name)))
-        if largest * WORKERS * _COPIES > max(memory, limit * WORKERS * _COPIES):
+        if largest * held > max(memory, limit * held):
             raise UserError(
                 f"memory is {memory:,} bytes, but {leaf.name} comes in pieces of {largest:,} bytes "
-                f"and {WORKERS * _COPIES} of them are held; give memory="
-                f"{largest * WORKERS * _COPIES}",
+                f"and {held} of them are held; give memory={largest * held}",
                 argument="memory",
             )
-    return found
+    return shapes
 
 
 def grow(
@@ -134,20 +144,23 @@ def grow(
     """Grows a train state from one checkpoint into another.
 
     Args:
-      source: the state of config `plan.source`.
-      target: a state of config `plan.target`, cut as by `chunks`; pieces that it holds are left.
-      names: the state's tree, with the leaves' names for leaves.
-      plan: from `plan`; of those that `check` lets pass.
-      key: as of `growth.grow`, whose result this is, bit for bit.
-      report: called with the number of bytes just written.
+      source: a checkpoint of `plan.source`.
+      target: a checkpoint of `plan.target`, in pieces from `chunks`; pieces that it already holds
+        are skipped.
+      names: the train state's tree, with the names of leaves in their place.
+      plan: a plan that passes `check`.
+      key: as in `growth.grow`; the result is bit-identical to its result.
+      report: called with the number of bytes after each write.
 
-    Returns: bytes written.
+    Returns:
+      The number of bytes written.
 
-    Raises UserError if the disk refuses; what was written stays.
+    Raises:
+      UserError: `check` refuses the plan, or writing fails; pieces that are written stay.
     """
     check(plan)
     large = _leaves(jax.tree.leaves(names), plan.table)
-    todo = [
+    missing = [
         (leaf, piece)
         for leaf in large
         for piece in target.pieces(leaf.name)
@@ -157,7 +170,7 @@ def grow(
     report(written)
     with concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
         work = functools.partial(_grow_piece, source, target, plan, key, _Programs(plan))
-        futures = [pool.submit(work, *item) for item in todo]
+        futures = [pool.submit(work, *item) for item in missing]
         try:
             for future in concurrent.futures.as_completed(futures):
                 report(future.result())
@@ -169,22 +182,25 @@ def grow(
 
 
 class _Programs:
-    """Compiled maps: one for each kind of leaf and size of a piece, wherever the piece lies."""
+    """Compiled maps: one for each kind of leaf and size of a piece, for all positions of it."""
 
     def __init__(self, plan: Plan):
         self._plan = plan
         self._lock = threading.Lock()
-        self._made: dict[Any, Callable[..., jax.Array]] = {}
+        self._compiled: dict[Any, Callable[..., jax.Array]] = {}
 
     def of(self, leaf: _Leaf, sizes: tuple[int | None, ...]) -> Callable[..., jax.Array]:
-        """`f(x, following, key, starts)`; sizes: of the piece along each dimension, None: all."""
+        """The map `f(x, following, key, starts)` of a leaf's pieces.
+
+        `sizes`: the piece's size along each dimension; None: the whole dimension.
+        """
         plan, path = self._plan, leaf.path
         kind = (plan.table[path], plan.small.scale(path), plan.big.scale(path), leaf.power, sizes)
         with self._lock:
-            if kind not in self._made:
+            if kind not in self._compiled:
                 program = functools.partial(_map, plan, path, leaf.power, sizes)
-                self._made[kind] = jax.jit(program)
-            return self._made[kind]
+                self._compiled[kind] = jax.jit(program)
+            return self._compiled[kind]
 
 
 def _map(
@@ -197,6 +213,7 @@ def _map(
     key: jax.Array,
     starts: jax.Array,
 ) -> jax.Array:
+    """Maps the piece of a leaf that starts at `starts`."""
     window = [None if n is None else (starts[d], n) for d, n in enumerate(sizes)]
     if power:
         return grow_moment(x, path, plan, power, window)
@@ -212,16 +229,18 @@ def _grow_piece(
     leaf: _Leaf,
     piece: tuple[slice, ...],
 ) -> int:
-    """Returns the number of bytes written."""
+    """Reads, maps and writes one piece; returns the number of bytes written."""
     param = plan.table[leaf.path]
     cut = [s != slice(0, n) for s, n in zip(piece, plan.big.shape(leaf.path), strict=True)]
-    slots = [_sources(plan, axis, s) if c else None
-             for axis, s, c in zip(param.axes, piece, cut, strict=True)]  # fmt: skip
+    slots = [
+        _sources(plan, axis, s) if c else None
+        for axis, s, c in zip(param.axes, piece, cut, strict=True)
+    ]
     x = _read(source, plan, leaf, slots)
     following = None
     if not leaf.power and looks_ahead(param, plan) and slots[0] is not None:
-        after = next_layer(slots[0], plan.small.sizes["layers"])
-        following = _read(source, plan, leaf, [after, *slots[1:]])
+        next_layers = next_layer(slots[0], plan.small.sizes["layers"])
+        following = _read(source, plan, leaf, [next_layers, *slots[1:]])
     sizes = tuple(s.stop - s.start if c else None for s, c in zip(piece, cut, strict=True))
     starts = np.array([s.start for s in piece], np.int32)
     program = programs.of(leaf, sizes)
@@ -231,7 +250,7 @@ def _grow_piece(
 
 
 def _sources(plan: Plan, axis: str, slots: slice) -> np.ndarray:
-    """The source of each of these slots of an axis, `NEW` where there is none."""
+    """The source of each of these slots of an axis; `NEW` if it has none."""
     e = plan.by_axis.get(axis)
     return np.arange(slots.start, slots.stop) if e is None else e.index[slots]
 
@@ -239,10 +258,12 @@ def _sources(plan: Plan, axis: str, slots: slice) -> np.ndarray:
 def _read(
     source: Source, plan: Plan, leaf: _Leaf, slots: Sequence[np.ndarray | None]
 ) -> np.ndarray:
-    """The leaf at these sources along each dimension (None: all). New slots get any entries."""
-    if any(s is not None and (s == NEW).all() for s in slots) or (
-        leaf.power and plan.moments == "reset"
-    ):
+    """Reads a leaf at these sources along each dimension (None: all).
+
+    The entries of new slots are arbitrary, so nothing is read if all are new.
+    """
+    all_new = any(s is not None and (s == NEW).all() for s in slots)
+    if all_new or (leaf.power and plan.moments == "reset"):
         shape = [
             n if s is None else len(s)
             for n, s in zip(plan.small.shape(leaf.path), slots, strict=True)
@@ -252,6 +273,7 @@ def _read(
 
 
 def _indices(slots: np.ndarray) -> slice | np.ndarray:
+    """Slots as a slice if they are consecutive; new ones as slot 0."""
     slots = np.maximum(slots, 0)
     first = int(slots[0])
     consecutive = np.array_equal(slots, np.arange(first, first + len(slots)))
@@ -261,7 +283,7 @@ def _indices(slots: np.ndarray) -> slice | np.ndarray:
 def _grow_small(
     source: Source, target: Target, names: TrainState, large: Collection[str], plan: Plan
 ) -> int:
-    """Everything that is not shaped like a parameter: steps, ages, multipliers."""
+    """Grows all leaves that are not shaped like a parameter; returns the bytes written."""
     written = 0
 
     def copy(name: str, value: Any) -> None:
@@ -276,10 +298,10 @@ def _grow_small(
 
     for node in jax.tree.leaves(names, is_leaf=is_adam):
         if is_adam(node):
-            of_slots = node._replace(mu={}, nu={})
-            values = jax.tree.map(source.read, of_slots)
+            slot_names = node._replace(mu={}, nu={})
+            values = jax.tree.map(source.read, slot_names)
             grown = jax.jit(functools.partial(grow_slots, plan=plan))(values)
-            jax.tree.map(copy, of_slots, grown)
+            jax.tree.map(copy, slot_names, grown)
         elif node not in large:
             copy(node, source.read(node))
     return written

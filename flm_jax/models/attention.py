@@ -1,4 +1,4 @@
-"""Causal attention inside packed documents: one function, a kernel per platform.
+"""Causal attention inside packed documents: one function, with a kernel for each platform.
 
 Shapes: B batch, T length, Q queries of one chunk, S keys (slots of a cache, or those that a chunk
 can see), K key/value heads, G query heads per key/value head, H head size.
@@ -15,8 +15,8 @@ from jax.sharding import PartitionSpec
 from flm_jax.params.dtypes import wide
 from flm_jax.params.sharding import BATCH_AXES, head_axes
 
-# Queries are cut into at most this many chunks, each of which meets only the keys up to its end:
-# with 8, 44% of the score matrix is never computed.
+# Queries are cut into at most this many chunks, and each chunk uses only the keys up to its end.
+# With 8 chunks, 44% of the score matrix is never computed.
 _CHUNKS = 8
 _SMALLEST_CHUNK = 64
 SPLASH_TILE = 128
@@ -29,25 +29,32 @@ def attention(
     segment_ids_BT: jax.Array,
     implementation: str = "auto",
 ) -> jax.Array:
-    """Softmax attention to earlier tokens of the same segment; returns [B, T, K, G, H].
+    """Softmax attention of each token to itself and to earlier tokens of its segment.
 
-    Scores are divided by sqrt(H); scores and softmax are float32 or wider.
+    Scores are divided by sqrt(H). Scores and softmax are float32 or wider.
 
     Args:
+      q_BTKGH: queries.
+      k_BTKH: keys.
+      v_BTKH: values.
+      segment_ids_BT: int32 document of each token, 0 for padding.
       implementation: "plain"; "splash", the TPU's Pallas kernel; "cudnn", the GPU's; "auto": the
-        platform's own. A kernel takes lengths and head sizes that are multiples of its tiles;
-        others are computed plainly.
+        platform's own. A kernel needs lengths and head sizes that are multiples of its tiles; for
+        others "plain" is used.
+
+    Returns:
+      [B, T, K, G, H], in the dtype of the values.
     """
     if implementation == "auto":
         implementation = {"tpu": "splash", "gpu": "cudnn"}.get(jax.default_backend(), "plain")
     T, H = q_BTKGH.shape[1], q_BTKGH.shape[-1]
-    suits = {
+    supported = {
         "splash": T % SPLASH_TILE == 0 and H % SPLASH_TILE == 0,
         "cudnn": T % 64 == 0 and H % 8 == 0 and H <= 128 and q_BTKGH.dtype == jnp.bfloat16,
     }
-    compute = (
-        {"splash": splash, "cudnn": cudnn}[implementation] if suits.get(implementation) else plain
-    )
+    if not supported.get(implementation, False):
+        implementation = "plain"
+    compute = {"splash": splash, "cudnn": cudnn, "plain": plain}[implementation]
     return compute(q_BTKGH, k_BTKH, v_BTKH, segment_ids_BT)
 
 
@@ -60,8 +67,7 @@ def splash(
 ) -> jax.Array:
     """JAX's Pallas kernel for TPUs, on each device's own sequences and heads.
 
-    Args:
-      interpret: run it step by step on any platform, for tests.
+    Shapes as in `attention`; `interpret` runs the kernel step by step on any platform, for tests.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel as kernels,
@@ -72,23 +78,21 @@ def splash(
 
     T, H = q_BTKGH.shape[1], q_BTKGH.shape[-1]
     block = next(b for b in (512, 256, SPLASH_TILE) if T % b == 0)
-    blocks: dict[str, Any] = {
-        name: block
-        for name in ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv",
-                     "block_kv_dkv_compute")
-    }  # fmt: skip
+    names = ("block_q", "block_kv", "block_kv_compute")
+    names_backward = ("block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
+    blocks: dict[str, Any] = dict.fromkeys((*names, *names_backward), block)
 
     def local(
         q_BTKGH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array
     ) -> jax.Array:
-        G = q_BTKGH.shape[3]  # this device's
+        G = q_BTKGH.shape[3]  # on this device
         kernel = kernels.make_splash_mqa_single_device(
             mask=masks.MultiHeadMask([masks.CausalMask((T, T))] * G),
             block_sizes=kernels.BlockSizes(**blocks, use_fused_bwd_kernel=True),
             interpret=interpret,
         )
 
-        def one(
+        def one_sequence(
             q_TKGH: jax.Array, k_TKH: jax.Array, v_TKH: jax.Array, ids_T: jax.Array
         ) -> jax.Array:
             ids = kernels.SegmentIds(q=ids_T, kv=ids_T)
@@ -98,7 +102,7 @@ def splash(
             )
             return out_KGTH.transpose(2, 0, 1, 3)
 
-        return jax.vmap(one)(q_BTKGH, k_BTKH, v_BTKH, segment_ids_BT)
+        return jax.vmap(one_sequence)(q_BTKGH, k_BTKH, v_BTKH, segment_ids_BT)
 
     scaled_BTKGH = q_BTKGH * jnp.asarray(H**-0.5, q_BTKGH.dtype)
     if jax.sharding.get_abstract_mesh().empty:
@@ -107,28 +111,33 @@ def splash(
     heads = PartitionSpec(BATCH_AXES, None, groups, queries)
     keys = PartitionSpec(BATCH_AXES, None, groups)
     specs = (heads, keys, keys, PartitionSpec(BATCH_AXES))
-    # The kernel says nothing of how its results vary over the mesh: nothing to check.
+    # The kernel does not declare how its results vary over the mesh, so this cannot be checked.
     mapped = jax.shard_map(local, in_specs=specs, out_specs=heads, check_vma=False)
-    return mapped(scaled_BTKGH, k_BTKH, v_BTKH, segment_ids_BT)
+    out_BTKGH: jax.Array = mapped(scaled_BTKGH, k_BTKH, v_BTKH, segment_ids_BT)
+    return out_BTKGH
 
 
 def cudnn(
     q_BTKGH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array
 ) -> jax.Array:
-    """cuDNN's flash attention; documents are a mask."""
+    """cuDNN's flash attention, with a mask for documents. Shapes as in `attention`."""
     B, T, K, G, H = q_BTKGH.shape
     same_B1TT = segment_ids_BT[:, None, :, None] == segment_ids_BT[:, None, None, :]
     out_BTNH = jax.nn.dot_product_attention(
-        q_BTKGH.reshape(B, T, K * G, H), k_BTKH, v_BTKH, mask=same_B1TT, is_causal=True,
+        q_BTKGH.reshape(B, T, K * G, H),
+        k_BTKH,
+        v_BTKH,
+        mask=same_B1TT,
+        is_causal=True,
         implementation="cudnn",
-    )  # fmt: skip
+    )
     return out_BTNH.reshape(B, T, K, G, H)
 
 
 def plain(
     q_BTKGH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array
 ) -> jax.Array:
-    """Without a kernel: for every platform, length and dtype."""
+    """Attention without a kernel: any platform, length and dtype. Shapes as in `attention`."""
     k_BKTH, v_BKTH = k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3)
     return in_slots(q_BTKGH, k_BKTH, v_BKTH, segment_ids_BT, segment_ids_BT, 0)
 
@@ -141,13 +150,25 @@ def in_slots(
     segment_ids_BS: jax.Array,
     start: int | jax.Array,
 ) -> jax.Array:
-    """Query t, which is in slot start + t, attends to that slot and earlier ones of its segment.
+    """Attention to keys and values in slots.
 
-    In chunks of queries; where `start` is known when it is compiled, a chunk meets only the slots
-    up to its end.
+    Query t is in slot start + t, and attends to this slot and to earlier slots of its segment. It
+    is computed in chunks of queries. If `start` is known at compile time, a chunk uses only the
+    slots up to its end.
+
+    Args:
+      q_BTKGH: queries.
+      k_BKSH: keys by slot.
+      v_BKSH: values by slot.
+      segment_ids_BT: int32 document of each query.
+      segment_ids_BS: int32 document of each slot.
+      start: slot of the first query.
+
+    Returns:
+      [B, T, K, G, H], in the dtype of the values.
     """
     T, S, H = q_BTKGH.shape[1], k_BKSH.shape[2], q_BTKGH.shape[-1]
-    # Heads before tokens: the batch axes of every product lead, so each is one plain matrix.
+    # Heads come before tokens, so that the batch axes of every product lead.
     q_BKGTH = (q_BTKGH * jnp.asarray(H**-0.5, q_BTKGH.dtype)).transpose(0, 2, 3, 1, 4)
     chunk = max(_SMALLEST_CHUNK, -(-T // _CHUNKS))
     out = []
@@ -155,13 +176,15 @@ def in_slots(
         end = min(first + chunk, T)
         seen = start + end if isinstance(start, int) else S
         scores_BKGQS = jnp.einsum(
-            "BKGQH,BKSH->BKGQS", q_BKGTH[:, :, :, first:end], k_BKSH[:, :, :seen],
+            "BKGQH,BKSH->BKGQS",
+            q_BKGTH[:, :, :, first:end],
+            k_BKSH[:, :, :seen],
             preferred_element_type=wide(q_BTKGH.dtype),
-        )  # fmt: skip
+        )
         slots_Q = start + jnp.arange(first, end, dtype=jnp.int32)
         causal_QS = slots_Q[:, None] >= jnp.arange(seen, dtype=jnp.int32)[None]
         same_BQS = segment_ids_BT[:, first:end, None] == segment_ids_BS[:, None, :seen]
-        # Added rather than selected: one cheap pass forward, and none backward.
+        # A bias is added, not selected: it costs one cheap pass forward and none backward.
         lowest = jnp.asarray(jnp.finfo(scores_BKGQS.dtype).min / 2, scores_BKGQS.dtype)
         bias_BQS = jnp.where(causal_QS[None] & same_BQS, jnp.zeros_like(lowest), lowest)
         scores_BKGQS += bias_BQS[:, None, None]

@@ -3,11 +3,11 @@
 Shapes: B batch, T length, S slots of a cache, D embed, F mlp, K key/value heads, G queries per
 key/value head, H head size.
 
-Every layer takes `masks`: axis -> [size] values in [0, 1], present only for axes that are growing
-under a run-time mask (Masked Structural Growth, arXiv 2305.02869, adapted to pre-norm). A masked
-slot is hidden from its readers: inside the norms for `embed`, after attention for heads, after the
-gating for `mlp`, on a layer's branches for `layers`, as the logarithm of the mask on the logits for
-`vocab`. At 0 the model is the smaller one exactly; at 1 it is the plain one.
+Every layer takes `masks`: axis -> [size] values in [0, 1], only for axes that are growing under a
+run-time mask (Masked Structural Growth, arXiv 2305.02869, adapted to pre-norm). A masked slot is
+hidden from its readers: inside the norms for `embed`, after attention for heads, after the gating
+for `mlp`, on a layer's branches for `layers`, and as log(mask) on the logits for `vocab`. With
+masks at 0 the model equals the smaller one exactly; with masks at 1 it is the plain model.
 """
 
 from __future__ import annotations
@@ -36,11 +36,20 @@ Masks = Mapping[str, jax.Array]
 def create(
     module: nn.Module, table: Mapping[str, Param], config: TransformerConfig
 ) -> dict[str, jax.Array]:
-    """Creates the module's parameters as the axis table says, cast to the compute dtype.
+    """Creates a module's parameters from the axis table.
 
-    A stacked parameter is created one layer at a time: `nn.scan` adds the `layers` axis.
+    A stacked parameter is created one layer at a time; `nn.scan` adds the `layers` axis.
+
+    Args:
+      module: the module that gets the parameters.
+      table: the module's part of the axis table, by name.
+      config: gives sizes and dtypes.
+
+    Returns:
+      The parameters by name, cast to the compute dtype.
     """
-    sizes, created = axis_sizes(config), {}
+    sizes = axis_sizes(config)
+    created = {}
     for name, param in table.items():
         shape = param.shape(sizes)[param.stacked :]
         draw = functools.partial(initial, mup.scale(param, config))
@@ -49,14 +58,20 @@ def create(
 
 
 def linear(x_BTI: jax.Array, w_IO: jax.Array, dtype: Any = None) -> jax.Array:
-    """x @ w over the leading axis (or axes) of w that x ends with; w's other axes follow B, T.
+    """Multiplies activations by a weight: x @ w, over all axes of x after B and T.
 
-    Accumulated and returned in `dtype`, if given.
+    On one device, tokens are flattened first: the gradient of a plain matrix product runs at the
+    machine's peak, while that of a batched product copies the transposed activations (measured on
+    the CPU backend). On several devices, axes that are split over different mesh axes must not be
+    merged, because the partitioner would bring all of them to every device.
 
-    On one device tokens are flattened first: the gradient of a plain matrix product runs at the
-    machine's peak, that of a batched one copies the transposed activations (measured on the CPU
-    backend). On several, axes that are split over different parts of the mesh are not merged: the
-    partitioner would bring all of them to every device.
+    Args:
+      x_BTI: activations; I is one or more axes.
+      w_IO: the weight: the same axes I, then the axes O of the output.
+      dtype: accumulate in, and return, this dtype; None: JAX's default.
+
+    Returns:
+      [B, T, *O].
     """
     B, T = x_BTI.shape[:2]
     inputs = math.prod(x_BTI.shape[2:])
@@ -72,10 +87,14 @@ def linear(x_BTI: jax.Array, w_IO: jax.Array, dtype: Any = None) -> jax.Array:
 def rms_norm(
     x_BTD: jax.Array, gain_D: jax.Array, eps: float, mask_D: jax.Array | None = None
 ) -> jax.Array:
-    """gain * x / sqrt(mean(x^2) + eps), statistics in float32 or wider.
+    """RMSNorm: gain * x / sqrt(mean(x^2) + eps), with statistics in float32 or wider.
 
-    With a mask the mean is weighted by it and the output multiplied by it: masked coordinates
-    neither count nor show.
+    Args:
+      x_BTD: activations.
+      gain_D: the norm's gain.
+      eps: added to the mean square.
+      mask_D: run-time mask; None: all ones. It weights the mean and multiplies the output, so that
+        a coordinate masked at 0 has no effect.
     """
     x2_BTD = jnp.square(x_BTD.astype(wide(x_BTD.dtype)))
     if mask_D is None:
@@ -100,13 +119,15 @@ def rotary_angles(
 
 
 def rotate(x_BTNH: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotary embedding on the last axis, first half against second half (Llama's layout)."""
+    """Rotary embedding: rotates the halves of the last axis against each other (Llama's layout)."""
     cos_BT1i, sin_BT1i = (a[:, :, None].astype(x_BTNH.dtype) for a in angles)
     a, b = jnp.split(x_BTNH, 2, axis=-1)
     return jnp.concatenate([a * cos_BT1i - b * sin_BT1i, b * cos_BT1i + a * sin_BT1i], axis=-1)
 
 
 class Attention(nn.Module):
+    """The attention branch of a layer."""
+
     config: TransformerConfig
     table: Mapping[str, Param]
 
@@ -120,7 +141,7 @@ class Attention(nn.Module):
         past: KeysValues | None = None,
         slots: Slots | None = None,
     ) -> tuple[jax.Array, KeysValues | None]:
-        """The branch's output; with a cache (`past`), also the cache with the new tokens."""
+        """The branch's output, and the layer's cache (if `past` is given) with the new tokens."""
         w = create(self, self.table, self.config)
         B, T, _ = x_BTD.shape
         y_BTD = rms_norm(x_BTD, w["norm"], self.config.rms_norm_eps, masks.get("embed"))
@@ -151,6 +172,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """The SwiGLU branch of a layer."""
+
     config: TransformerConfig
     table: Mapping[str, Param]
 
@@ -167,7 +190,10 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """x + attention, then + MLP; and the layer's cache. Under `nn.scan`, x is the carry."""
+    """Adds the attention branch, then the MLP branch, to x. Under `nn.scan`, x is the carry.
+
+    Also returns the layer's cache, and sows its `relative_distance`.
+    """
 
     config: TransformerConfig
     table: Mapping[str, Any]
@@ -190,8 +216,8 @@ class Layer(nn.Module):
 
         attend = Attention(self.config, self.table["attention"], name="attention")
         feed_forward = MLP(self.config, self.table["mlp"], name="mlp")
-        # Between the branches the stream is split over its tokens too: norms and sums are local,
-        # and what a layer keeps for its gradient is a tensor-th of it.
+        # Between the branches the stream is also split over its tokens: norms and sums are local,
+        # and each device keeps only its part of the stream for the gradient.
         stream = (BATCH_AXES, "tensor", None)
         branch_BTD, past = attend(x_BTD, segment_ids_BT, angles, masks, past, slots)
         h_BTD = constrain(x_BTD + masked(branch_BTD), *stream)
@@ -201,7 +227,10 @@ class Layer(nn.Module):
 
 
 def relative_distance(x_BTD: jax.Array, out_BTD: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
-    """Mean over real tokens of ||out - x|| / ||x||: how far a layer is from the identity."""
+    """Mean of ||out - x|| / ||x|| over tokens that are not padding.
+
+    It measures how far a layer is from the identity.
+    """
     x_BTD, out_BTD = (a.astype(wide(a.dtype)) for a in (x_BTD, out_BTD))
     ratio_BT = jnp.linalg.norm(out_BTD - x_BTD, axis=-1) / jnp.linalg.norm(x_BTD, axis=-1)
     real_BT = (segment_ids_BT > 0).astype(ratio_BT.dtype)

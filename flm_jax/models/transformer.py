@@ -1,6 +1,6 @@
 """The Tele-FLM decoder (arXiv 2404.16645, section 3.1): Llama's block and two µP multipliers.
 
-Letters in names are shapes, here and in the files beside this one:
+The letters at the end of a name give its shape, here and in the other files of this package:
   B batch   T length   S keys   D embed   F mlp   V vocab   L layers
   K key/value heads   G query heads per key/value head   H head size
 """
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from flm_jax.config import TransformerConfig
+from flm_jax.config import TransformerConfig, require_type
 from flm_jax.models import layers as nn_layers
 from flm_jax.models.cache import Cache, layer_name, write
 from flm_jax.params.axes import Param, nested_table
@@ -27,9 +27,17 @@ _REMAT_POLICIES = {
 
 
 class Transformer(nn.Module):
-    """Tokens to logits. `Transformer(config).apply({"params": params}, tokens)`."""
+    """Maps tokens to logits: `Transformer(config).apply({"params": params}, tokens)`.
+
+    Raises:
+      UserError: `config` is not a `TransformerConfig`.
+    """
 
     config: TransformerConfig
+
+    def __post_init__(self) -> None:
+        require_type(self.config, TransformerConfig, "Transformer: config")
+        super().__post_init__()
 
     def __call__(
         self,
@@ -38,13 +46,17 @@ class Transformer(nn.Module):
         positions_BT: jax.Array | None = None,
         masks: nn_layers.Masks | None = None,
     ) -> jax.Array:
-        """Logits [B, T, V], float32 (float64 with dtype float64).
+        """Computes the logits of every position.
 
         Args:
           tokens_BT: int32 token ids.
-          segment_ids_BT: which packed document a token is of, 0 for padding; None: all the same.
-          positions_BT: position inside the document; None: 0 .. T-1.
-          masks: axis -> [size], run-time growth masks (see `layers.py`); None: the plain model.
+          segment_ids_BT: int32 number of each token's packed document, 0 for padding; None: all
+            tokens are of one document.
+          positions_BT: int32 position inside the document; None: 0 .. T-1.
+          masks: run-time growth masks, axis -> [size] (see `layers.py`); None: the plain model.
+
+        Returns:
+          Logits [B, T, V], float32 (float64 with dtype "float64").
         """
         if segment_ids_BT is None:
             segment_ids_BT = jnp.ones_like(tokens_BT)
@@ -59,10 +71,19 @@ class Transformer(nn.Module):
         positions_BT: jax.Array,
         cache: Cache,
     ) -> tuple[jax.Array, Cache]:
-        """Logits of tokens that follow those in the cache, and the cache with them.
+        """Computes the logits of tokens that follow those in the cache.
 
-        `Transformer(config).apply({"params": by_layer(params, config)}, tokens, segment_ids,
-        positions, cache, method="extend")`. The cache must have T free slots.
+        Call it as `Transformer(config).apply({"params": by_layer(params, config)}, tokens,
+        segment_ids, positions, cache, method="extend")`.
+
+        Args:
+          tokens_BT: int32 token ids.
+          segment_ids_BT: int32 number of each token's document, 0 for padding.
+          positions_BT: int32 position inside the document.
+          cache: the tokens so far; it must have T free slots.
+
+        Returns:
+          Logits [B, T, V], and the cache with the new tokens.
         """
         logits_BTV, extended = self._forward(tokens_BT, segment_ids_BT, positions_BT, None, cache)
         assert extended is not None
@@ -83,8 +104,8 @@ class Transformer(nn.Module):
         masks = dict(masks or {})
         layer_mask_L = masks.pop("layers", None)
 
-        # A device looks up its part of every row: split by token, the lookup would bring all
-        # sequences, or the whole table, to every device.
+        # Each device looks up its part of every row. If the table were split by token, the lookup
+        # would bring all sequences, or the whole table, to every device.
         embedding_VD = constrain(w["embedding"], None, "tensor")
         x_BTD = constrain(embedding_VD[tokens_BT], BATCH_AXES, None, "tensor")
         x_BTD = x_BTD * jnp.asarray(config.input_mult, config.dtype)
@@ -106,7 +127,7 @@ class Transformer(nn.Module):
         return logits_BTV, cache
 
     def _layers(self) -> Any:
-        """All layers as one scanned module: parameters and layer mask are stacked on axis 0."""
+        """All layers as one scanned module; parameters and layer mask are stacked on axis 0."""
         config = self.config
         layer: Any = nn_layers.Layer
         if config.remat != "none":
@@ -128,7 +149,7 @@ class Transformer(nn.Module):
         angles: tuple[jax.Array, jax.Array],
         cache: Cache,
     ) -> tuple[jax.Array, Cache]:
-        """All layers one after the other, each with its own parameters and its own cache."""
+        """Applies all layers in turn, each with its own parameters and its own cache."""
         ids_BS = write(cache.segment_ids_BS, segment_ids_BT, cache.length, axis=1)
         slots, layers = (ids_BS, cache.length), list(cache.layers)
         table = nested_table(self.config)["layers"]

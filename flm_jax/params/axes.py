@@ -1,10 +1,10 @@
 """The axis table: every parameter, its axes, and what it does on each.
 
 A table is a value: path -> `Param`. `table(config)` is the decoder's; a model of your own brings
-its own. From a table and the sizes of its axes follow each parameter's shape, its initial scale and
-learning rate (`mup.py`), its place on the mesh (`sharding.py`), its optimizer state
-(`train/optim.py`) and its growth (`growth/`). The decoder creates its parameters from the table, so
-a parameter cannot exist without an entry.
+its own. The table and the sizes of its axes determine each parameter's shape, its initial scale and
+learning rate (`mup.py`), its sharding (`sharding.py`), its optimizer state (`train/optim.py`) and
+its growth (`growth/`). The decoder creates its parameters from the table, so a parameter cannot
+exist without an entry.
 
 Roles. Every activation lives on an axis, and a parameter touches activations in four ways:
   OUT   it writes them: the axis is an output of the linear map (`up` writes `mlp`)
@@ -29,13 +29,15 @@ from flm_jax.params import trees
 
 
 class Role(enum.StrEnum):
+    """What a parameter does on one of its axes (see the head of this module)."""
+
     IN = "in"
     OUT = "out"
     GAIN = "gain"
     STACK = "stack"
 
 
-# Axes whose size grows with the model's width. `head_dim` stays (RoPE), `vocab` and `layers` are
+# Axes whose size grows with the model's width. `head_dim` is fixed (RoPE); `vocab` and `layers` are
 # not widths.
 WIDTHS = frozenset({"embed", "mlp", "kv_heads", "q_per_kv"})
 
@@ -47,10 +49,11 @@ class Param:
     Attributes:
       axes: names of its dimensions.
       roles: what it does on each of them.
-      multiplier: what the decoder multiplies its output by: "", "input" or "output" (`mup.py`).
-      carries: axes whose copy weights this parameter carries in place of a reader that cannot. A
-        tied embedding is both writer and reader of `embed`, in one leaf; the last norm's gain and
-        bias, which only the tied head reads, then share out what copies contribute.
+      multiplier: factor that the decoder applies to its output: "", "input" or "output"
+        (`mup.py`).
+      carries: axes whose copy weights this parameter carries, because their reader cannot. Example:
+        a tied embedding both writes and reads `embed`, in one leaf. The last norm's gain and bias,
+        which only the tied head reads, then carry the weights of the copies.
 
     Raises:
       UserError: axes and roles do not match.
@@ -70,7 +73,7 @@ class Param:
 
     @classmethod
     def of(cls, spec: str, multiplier: str = "", carries: tuple[str, ...] = ()) -> Param:
-        """A parameter from text.
+        """Reads a parameter from text: "axis:role axis:role".
 
         >>> Param.of("layers:stack embed:in mlp:out").axes
         ('layers', 'embed', 'mlp')
@@ -81,15 +84,19 @@ class Param:
         )
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """Its shape, for these sizes of all axes."""
         return tuple(sizes[axis] for axis in self.axes)
 
     def has(self, role: Role, axis: str) -> bool:
+        """Whether it has this role on this axis."""
         return (axis, role) in zip(self.axes, self.roles, strict=True)
 
     def reads(self) -> frozenset[str]:
+        """The axes that it reads."""
         return frozenset(a for a, r in zip(self.axes, self.roles, strict=True) if r is Role.IN)
 
     def writes(self) -> frozenset[str]:
+        """The axes that it writes."""
         return frozenset(a for a, r in zip(self.axes, self.roles, strict=True) if r is Role.OUT)
 
     @property
@@ -99,9 +106,12 @@ class Param:
 
     @property
     def kind(self) -> str:
-        """What grows with the width (Tensor Programs V, arXiv 2203.03466, table 3).
+        """Which of its sides grow with the width (Tensor Programs V, arXiv 2203.03466, table 3).
 
         "matrix": inputs and outputs; "readout": only inputs; "vector": only outputs, or a gain.
+
+        >>> Param.of("embed:in mlp:out").kind, Param.of("embed:in vocab:out").kind
+        ('matrix', 'readout')
         """
         if not self.reads() & WIDTHS:
             return "vector"
@@ -109,6 +119,7 @@ class Param:
 
     @property
     def matrix_like(self) -> bool:
+        """Whether both its inputs and its outputs grow with the width."""
         return self.kind == "matrix"
 
     @property
@@ -126,10 +137,10 @@ class Scale:
 
     Attributes:
       std: standard deviation of its initial entries.
-      start: their mean: 1 for a gain, else 0.
-      rate: what the learning rate is multiplied by.
-      decay: what the weight decay is multiplied by.
-      multiplier: what the model multiplies the parameter's output by.
+      start: mean of its initial entries: 1 for a gain, else 0.
+      rate: factor on the learning rate.
+      decay: factor on the weight decay.
+      multiplier: factor that the model applies to the parameter's output.
     """
 
     std: float = 0.02
@@ -144,21 +155,21 @@ GAIN_SCALE = Scale(std=0.0, start=1.0, decay=0.0)
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
-    """All that growth needs to know of a model at one size.
+    """All that growth needs to know about a model at one size.
 
-    `mup.spec(config)` is the decoder's. For a model of your own, give its table once and its sizes
+    `mup.spec(config)` is the decoder's. For a model of your own, use one table with the sizes
     before and after: `plan(ModelSpec(table, small_sizes), ModelSpec(table, big_sizes), "tile")`.
 
     Attributes:
       table: its parameters.
       sizes: axis -> size.
-      scales: path -> numbers at this size; parameters that are left out have `Scale()`, or start at
+      scales: path -> numbers at this size. Parameters that are left out have `Scale()`, or start at
         1 if they have a GAIN role.
       norm_eps: eps of the RMSNorms over `embed`. None: the model has other norms (LayerNorm), whose
-        output would change if coordinates were added that are zero.
+        output would change if zero coordinates were added.
 
     Raises:
-      UserError: an axis without a size, or a scale of an unknown parameter.
+      UserError: an axis has no size, or a scale belongs to no parameter.
     """
 
     table: Table
@@ -188,12 +199,13 @@ class ModelSpec:
         )
 
     def scale(self, path: str) -> Scale:
-        found = self.scales.get(path)
-        if found is not None:
-            return found
+        """The numbers of the parameter at `path`."""
+        if path in self.scales:
+            return self.scales[path]
         return GAIN_SCALE if Role.GAIN in self.table[path].roles else Scale()
 
     def shape(self, path: str) -> tuple[int, ...]:
+        """The shape of the parameter at `path`."""
         return self.table[path].shape(self.sizes)
 
 
@@ -202,10 +214,10 @@ def table(config: TransformerConfig) -> dict[str, Param]:
     """The decoder's axis table: path -> parameter, sorted by path. Do not change it."""
     del config  # every decoder has the same parameters
     layer = "layers:stack "
-    # Query head g of group k is [k, g]: heads append inside their group by construction.
+    # Query head g of group k is [k, g], so a new head is always added inside its group.
     query = "kv_heads:{0} q_per_kv:{0} head_dim:{0}"
     key = layer + "embed:in kv_heads:out head_dim:out"
-    found = {
+    params = {
         "embedding": Param.of("vocab:in embed:out", multiplier="input"),
         "layers/attention/norm": Param.of(layer + "embed:gain"),
         "layers/attention/query": Param.of(layer + "embed:in " + query.format("out")),
@@ -219,7 +231,7 @@ def table(config: TransformerConfig) -> dict[str, Param]:
         "final_norm": Param.of("embed:gain"),
         "head": Param.of("embed:in vocab:out", multiplier="output"),
     }
-    return dict(trees.flatten(trees.unflatten(found)))
+    return dict(trees.flatten(trees.unflatten(params)))
 
 
 def nested_table(config: TransformerConfig) -> dict[str, Any]:
@@ -228,7 +240,7 @@ def nested_table(config: TransformerConfig) -> dict[str, Any]:
 
 
 def axis_sizes(config: TransformerConfig) -> dict[str, int]:
-    """Axis -> size of the decoder."""
+    """The size of each of the decoder's axes."""
     return {
         "vocab": config.vocab_size,
         "embed": config.d_model,

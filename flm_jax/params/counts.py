@@ -38,9 +38,14 @@ def params_by_component(config: TransformerConfig) -> dict[str, int]:
 
 
 def flops_per_token_forward(config: TransformerConfig, length: int) -> int:
-    """Multiply-adds count 2. Matrix products, and attention scores and values over all `length`
-    tokens, seen or not (PaLM's convention, arXiv 2204.02311, appendix B); the embedding is a
-    lookup and counts nothing.
+    """FLOPs of the forward pass per token (PaLM's convention, arXiv 2204.02311, appendix B).
+
+    A multiply-add counts 2. Counted are matrix products, and attention scores and values over all
+    `length` tokens, masked or not. The embedding is a lookup and counts 0.
+
+    Args:
+      config: the model.
+      length: tokens in a sequence.
 
     >>> flops_per_token_forward(TransformerConfig(
     ...     vocab_size=10, num_layers=1, d_model=4, num_heads=2, head_dim=2, d_ff=8), length=16)
@@ -53,12 +58,15 @@ def flops_per_token_forward(config: TransformerConfig, length: int) -> int:
 
 
 def flops_per_token_train(config: TransformerConfig, length: int) -> int:
-    """Forward, and twice as much backward; without recomputation."""
+    """FLOPs of the forward and backward pass per token, without recomputation.
+
+    The backward pass counts twice the forward pass. `length`: tokens in a sequence.
+    """
     return 3 * flops_per_token_forward(config, length)
 
 
 def describe(config: TransformerConfig, length: int) -> dict[str, Any]:
-    """All counts, at sequences of `length` tokens."""
+    """All counts of this module, for sequences of `length` tokens."""
     total = params(config)
     return {
         "params": total,

@@ -24,20 +24,29 @@ def unit_normal(
     std: float = 1.0,
     window: Window | None = None,
 ) -> jax.Array:
-    """Draws of mean 0 and the given standard deviation, cut off at 3.46 of it.
+    """Draws nearly normal numbers with mean 0, bounded by 3.46 standard deviations.
 
-    Each is the sum of four uniform 16-bit integers (Irwin-Hall; excess kurtosis -0.3), an exact
-    integer until its one multiplication: every compiler, device and sharding gives the same bits.
-    (A normal through an inverse error function differs in its last bit from one to the other.)
+    Each is the sum of four uniform 16-bit integers (Irwin-Hall; excess kurtosis -0.3): an exact
+    integer, which is then multiplied once. So every compiler, device and sharding gives the same
+    bits. (A normal draw through an inverse error function differs between them in the last bit.)
 
-    An entry depends on the key and its place alone, so that any window can be drawn without the
-    rest.
+    An entry depends only on the key and on its index, so any window can be drawn without the rest.
+
+    Args:
+      key: a typed threefry key.
+      shape: of the whole array, at least one dimension.
+      dtype: of the entries.
+      std: standard deviation.
+      window: the part to draw; None: all of it.
+
+    Returns:
+      The entries, of the window's shape.
     """
 
     def slots(dim: int) -> jax.Array:
         return slots_in(jnp.arange(shape[dim], dtype=np.uint32), window[dim] if window else None)
 
-    # The rows' axes are never merged: each keeps its place on a mesh.
+    # The axes of the rows are never merged, so that each can keep its sharding.
     rows: Any = np.zeros((1,) * (len(shape) - 1), np.uint32)
     for dim in range(len(shape) - 1):
         stride = np.uint32(math.prod(shape[dim + 1 : -1]))
@@ -45,14 +54,15 @@ def unit_normal(
     fold_in = jax.random.fold_in
     for _ in rows.shape:
         fold_in = jax.vmap(fold_in, (None, 0))
-    # A row (all indices but the last) has a key; an entry of it two of the key's numbers.
+    # Each row (all indices but the last) has its own key; each entry uses two of the key's words.
     keys, length = fold_in(key, rows), np.uint32(shape[-1])
     halves = [
         (bits & np.uint32(0xFFFF)) + (bits >> 16)
         for bits in (threefry.bits(keys, slots(-1)), threefry.bits(keys, slots(-1) + length))
     ]
     sums = (halves[0] + halves[1]).astype(np.int32) - 2 * 0xFFFF
-    return sums.astype(dtype) * jnp.asarray(std / _UNIT, dtype)
+    entries: jax.Array = sums.astype(dtype) * jnp.asarray(std / _UNIT, dtype)
+    return entries
 
 
 def initial(
@@ -62,14 +72,17 @@ def initial(
     dtype: Any,
     window: Window | None = None,
 ) -> jax.Array:
-    """Initial entries of a parameter, or of a window of it: `scale.start` plus normal draws.
+    """Draws the initial entries of a parameter: `scale.start` plus `unit_normal` draws.
 
     Args:
-      scale: their mean and standard deviation.
-      key: of the parameter.
+      scale: gives their mean and standard deviation.
+      key: the parameter's own.
       shape: of the whole parameter.
       dtype: of the entries.
-      window: the part to draw; None: all.
+      window: the part to draw; None: all of it.
+
+    Returns:
+      The entries, of the window's shape.
     """
     if not scale.std:
         return jnp.full(window_shape(shape, window), scale.start, dtype)

@@ -7,6 +7,10 @@ from typing import Any
 import numpy as np
 
 
-def wide(dtype: Any) -> np.dtype:
-    """float32; float64 where float64 is computed in, which is for exactness checks."""
+def wide(dtype: Any) -> np.dtype[Any]:
+    """float64 for a compute dtype of float64 (used in exactness checks), else float32.
+
+    >>> wide("bfloat16")
+    dtype('float32')
+    """
     return np.dtype("float64" if dtype == "float64" else "float32")

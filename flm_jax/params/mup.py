@@ -1,8 +1,9 @@
 """How scales follow the width: initial scale, learning rate and decay, from the axis table.
 
 With m = d_model / base width, by the rules of Tensor Programs V (arXiv 2203.03466, table 3, Adam)
-as Tele-FLM uses them (arXiv 2404.16645, table 4). "sp" is the standard parametrisation to compare
-with: entries scaled to their fan-in, everything else the same at every width. Both agree at m = 1.
+as Tele-FLM uses them (arXiv 2404.16645, table 4). "sp" is the standard parametrisation, for
+comparison: entries are scaled to their fan-in, and everything else is the same at every width. Both
+agree at m = 1.
 
     kind      example          µP: std     rate   decay   output        SP: std     rate, decay
     matrix    query, down      s / sqrt m  1 / m  m                     s / sqrt m  1
@@ -10,7 +11,7 @@ with: entries scaled to their fan-in, everything else the same at every width. B
     readout   head             s           1      1       output / m    s / sqrt m  1
 
 Decoupled decay acts through the learning rate: the factor m keeps it equally fast at every width.
-Attention needs no factor: the head size is fixed.
+Attention needs no factor, because the head size is fixed.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from flm_jax.params.axes import ModelSpec, Param, Role, Scale
 
 
 def init_std(param: Param, config: TransformerConfig) -> float:
-    """Standard deviation of the parameter's initial entries (0 for a gain, which starts at 1).
+    """Standard deviation of a parameter's initial entries (0 for a gain, which starts at 1).
 
     >>> up = Param(("embed", "mlp"), (Role.IN, Role.OUT))
     >>> wide = TransformerConfig(
@@ -48,12 +49,13 @@ def init_std(param: Param, config: TransformerConfig) -> float:
 
 
 def _matrix_mult(param: Param, config: TransformerConfig) -> float:
+    """m for matrix-like parameters under µP, else 1."""
     mup = config.parametrisation == "mup"
     return config.width_mult if mup and param.matrix_like else 1.0
 
 
 def learning_rate_mult(param: Param, config: TransformerConfig) -> float:
-    """Under µP 1/m for matrix-like parameters; else 1.
+    """Factor on a parameter's learning rate: 1/m for matrix-like ones under µP, else 1.
 
     >>> up, gain = Param(("embed", "mlp"), (Role.IN, Role.OUT)), Param(("embed",), (Role.GAIN,))
     >>> wide = TransformerConfig(
@@ -66,7 +68,7 @@ def learning_rate_mult(param: Param, config: TransformerConfig) -> float:
 
 
 def decay_mult(param: Param, config: TransformerConfig) -> float:
-    """Under µP m for matrix-like parameters; else 1; 0 for gains.
+    """Factor on a parameter's weight decay: m for matrix-like ones under µP, 0 for gains, else 1.
 
     >>> up, gain = Param(("embed", "mlp"), (Role.IN, Role.OUT)), Param(("embed",), (Role.GAIN,))
     >>> wide = TransformerConfig(
@@ -79,12 +81,12 @@ def decay_mult(param: Param, config: TransformerConfig) -> float:
 
 
 def multiplier(param: Param, config: TransformerConfig) -> float:
-    """What the model multiplies the parameter's output by."""
+    """Factor that the model applies to a parameter's output."""
     return {"": 1.0, "input": config.input_mult, "output": config.logit_mult}[param.multiplier]
 
 
 def scale(param: Param, config: TransformerConfig) -> Scale:
-    """All of these numbers for one of the decoder's parameters."""
+    """All of these numbers for one of the decoder's parameters, at this config's size."""
     return Scale(
         std=init_std(param, config),
         start=1.0 if Role.GAIN in param.roles else 0.0,
@@ -96,7 +98,7 @@ def scale(param: Param, config: TransformerConfig) -> Scale:
 
 @functools.lru_cache
 def spec(config: TransformerConfig) -> ModelSpec:
-    """The decoder as growth, the optimizer and sharding see it: table, sizes and scales."""
+    """The decoder's table, sizes and scales, as growth and the optimizer use them."""
     table = axes.table(config)
     return ModelSpec(
         table=table,
@@ -107,8 +109,16 @@ def spec(config: TransformerConfig) -> ModelSpec:
 
 
 def summary(stage: StageConfig, settings: OptimizerConfig) -> dict[str, dict[str, Any]]:
-    """For each parameter: its kind, and its std, learning rate, decay and multiplier, at the base
-    width and at the stage's own."""
+    """Summarises µP for a stage, at the base width and at the stage's own width.
+
+    Args:
+      stage: gives the model and the peak learning rates.
+      settings: gives the weight decay.
+
+    Returns:
+      For each parameter: its kind, and its initial std, learning rate, weight decay and multiplier
+      at both widths ("base" and "target").
+    """
     target = stage.model
     base = dataclasses.replace(target, d_model=target.mup_base_width or target.d_model)
 

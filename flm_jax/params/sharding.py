@@ -1,8 +1,8 @@
-"""Mesh, and the place of every array on it, from the axis table.
+"""The mesh, and the sharding of every array on it, from the axis table.
 
-Axis -> mesh axis, by default (`RulesConfig`): `embed` is split over fsdp; `mlp`, `kv_heads` and
-`vocab` over tensor. Always: the batch over data and fsdp; the residual stream's tokens over tensor,
-between a layer's branches. Everything else is replicated.
+By default (`RulesConfig`) `embed` is split over mesh axis fsdp, and `mlp`, `kv_heads` and `vocab`
+over tensor. The batch is always split over data and fsdp, and between a layer's branches the
+residual stream's tokens over tensor. Everything else is replicated.
 """
 
 from __future__ import annotations
@@ -24,9 +24,14 @@ BATCH = PartitionSpec(BATCH_AXES)
 
 
 def make_mesh(config: MeshConfig, name: str = "config.mesh") -> Mesh:
-    """The mesh (data, fsdp, tensor) over all devices of all processes; `name` is for errors.
+    """Makes the mesh (data, fsdp, tensor) over all devices of all processes.
 
-    Raises UserError if the axes do not multiply to the number of devices.
+    Args:
+      config: the number of devices along each mesh axis.
+      name: the name of `config` in error messages.
+
+    Raises:
+      UserError: the axes do not multiply to the number of devices.
     """
     devices = jax.device_count()
     rest = config.fsdp * config.tensor
@@ -41,37 +46,43 @@ def make_mesh(config: MeshConfig, name: str = "config.mesh") -> Mesh:
 
 
 class Layout(NamedTuple):
-    """Where a state lies."""
+    """A mesh, and the rules by which a state is split over it."""
 
     mesh: Mesh
     rules: RulesConfig = RULES
 
 
 def make_layout(config: MeshConfig, name: str = "config.mesh") -> Layout:
-    """The mesh over all devices, and the config's rules. Raises UserError as `make_mesh`."""
+    """The mesh over all devices, with the config's rules; arguments and errors as `make_mesh`."""
     return Layout(make_mesh(config, name), config.rules)
 
 
 def one_device() -> Mesh:
-    """The mesh of the first device alone."""
+    """The mesh of the first device only."""
     return jax.make_mesh(
         (1, 1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
     )
 
 
 def param_spec(param: axes.Param, rules: RulesConfig = RULES) -> PartitionSpec:
+    """The mesh axis that each axis of a parameter is split over.
+
+    >>> param_spec(axes.Param.of("layers:stack embed:in mlp:out"))
+    PartitionSpec(None, 'fsdp', 'tensor')
+    """
     return PartitionSpec(*(getattr(rules, axis, "") or None for axis in param.axes))
 
 
 def check_divisible(config: TransformerConfig, mesh: Mesh, rules: RulesConfig = RULES) -> None:
-    """Raises UserError if a parameter cannot be split as the rules say.
+    """Checks that every parameter can be split by the rules.
 
-    Names parameter, axis and both numbers where an axis does not divide, and both axes where two
-    share a mesh axis.
+    Raises:
+      UserError: an axis does not divide by the devices of its mesh axis, or two axes of one
+        parameter share a mesh axis; names the parameter, the axes and the sizes.
     """
     sizes = axes.axis_sizes(config)
     for path, param in axes.table(config).items():
-        taken: dict[str, str] = {}
+        taken: dict[str, str] = {}  # mesh axis -> the parameter's axis that is split over it
         for axis, over in zip(param.axes, param_spec(param, rules), strict=True):
             if over is None:
                 continue
@@ -90,18 +101,19 @@ def check_divisible(config: TransformerConfig, mesh: Mesh, rules: RulesConfig = 
 
 
 def shardings(tree: Any, table: axes.Table, mesh: Mesh, rules: RulesConfig = RULES) -> Any:
-    """A NamedSharding for every leaf: by the table where it is shaped like a parameter.
+    """Gives every leaf of a tree a NamedSharding: from the table if it belongs to a parameter.
 
     Parameters, their gradients and their moments are nested dicts, so the dictionary keys on the
     way to a leaf are its path in the table. Other leaves are replicated.
 
     Args:
       tree: arrays or `ShapeDtypeStruct`s.
-      table: of the model.
-      mesh: where the tree lies.
-      rules: parameter axis -> mesh axis.
+      table: the model's axis table.
+      mesh: the devices.
+      rules: the mesh axis of each parameter axis.
 
-    Returns: a tree of the same structure.
+    Returns:
+      A tree of the same structure.
     """
 
     def place(path: tuple[Any, ...], _: Any) -> NamedSharding:
@@ -113,27 +125,31 @@ def shardings(tree: Any, table: axes.Table, mesh: Mesh, rules: RulesConfig = RUL
 
 
 def constrain(x: jax.Array, *mesh_axes: str | tuple[str, ...] | None) -> jax.Array:
-    """Places an activation on the mesh that is set (`jax.set_mesh`), one entry per dimension.
+    """Constrains the sharding of an activation on the current mesh (`jax.set_mesh`).
 
-    Without a mesh, or where a dimension does not divide (a single token, an odd head), it leaves
-    the choice to the compiler.
+    Does nothing without a mesh. A dimension that does not divide (a single token, an odd number of
+    heads) is not split.
+
+    Args:
+      x: the activation.
+      *mesh_axes: for each dimension the mesh axis, or axes, to split it over; None: not split.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
     spec = []
     for size, names in zip(x.shape, mesh_axes, strict=True):
-        parts = math.prod(
-            mesh.shape[n] for n in ((names,) if isinstance(names, str) else names or ())
-        )
+        axes_of_dim = (names,) if isinstance(names, str) else names or ()
+        parts = math.prod(mesh.shape[axis] for axis in axes_of_dim)
         spec.append(names if size % parts == 0 else None)
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+    constrained: jax.Array = jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+    return constrained
 
 
 def head_axes(kv_heads: int, q_per_kv: int) -> tuple[str | None, str | None]:
-    """Where key/value heads, and the queries of each, are split: over tensor, one or the other.
+    """The mesh axes of key/value heads and of the query heads of each: one of them is "tensor".
 
-    Groups stay whole where they divide; else the queries of every group are split.
+    Key/value heads are split if they divide by the devices; else the queries of each are.
     """
     mesh = jax.sharding.get_abstract_mesh()
     parts = 1 if mesh.empty else mesh.shape["tensor"]
@@ -142,20 +158,27 @@ def head_axes(kv_heads: int, q_per_kv: int) -> tuple[str | None, str | None]:
     return None, "tensor" if q_per_kv % parts == 0 else None
 
 
-def _of_batch(rows: int, mesh: Mesh) -> NamedSharding:
-    """A batch's place: rows over data and fsdp, or whole in every device if they do not divide."""
+def _batch_sharding(rows: int, mesh: Mesh) -> NamedSharding:
+    """Rows are split over data and fsdp, or replicated if they do not divide."""
     parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     return NamedSharding(mesh, BATCH if rows % parts == 0 else PartitionSpec())
 
 
 def share_of_batch(rows: int, mesh: Mesh) -> tuple[int, int]:
-    """(index, count): of `count` equal parts of a batch this process's devices need only one.
+    """The part of a batch that this process's devices need.
 
-    The smallest part that holds the rows of them all: half of a batch where two processes follow
-    each other along data and fsdp, the whole where they lie along tensor.
+    It is the smallest of equal parts that holds all their rows: half of the batch if two processes
+    follow each other along data and fsdp, the whole batch if they lie along tensor.
+
+    Args:
+      rows: sequences in the global batch.
+      mesh: the devices of all processes.
+
+    Returns:
+      (index, count): part `index` of `count` equal parts.
     """
-    places = _of_batch(rows, mesh).addressable_devices_indices_map((rows,)).values()
-    spans = [index[0].indices(rows) for index in places if index is not None]
+    slices = _batch_sharding(rows, mesh).addressable_devices_indices_map((rows,)).values()
+    spans = [index[0].indices(rows) for index in slices if index is not None]
     first, last = min(s[0] for s in spans), max(s[1] for s in spans) - 1
     parts = (n for n in range(rows, 0, -1) if rows % n == 0)
     count = next(n for n in parts if first // (rows // n) == last // (rows // n))
@@ -165,16 +188,27 @@ def share_of_batch(rows: int, mesh: Mesh) -> tuple[int, int]:
 def place_batch(
     batch: dict[str, np.ndarray], mesh: Mesh, index: int = 0, count: int = 1
 ) -> dict[str, jax.Array]:
-    """Puts a global batch, of which this process has part `index` of `count`, on the mesh."""
+    """Puts a batch on the mesh.
+
+    Args:
+      batch: this process's part of the global batch: arrays [rows / count, ...].
+      mesh: the devices of all processes.
+      index: which part of the global batch it is, from `share_of_batch`.
+      count: number of parts.
+
+    Returns:
+      The global batch: arrays [rows, ...].
+    """
 
     def place(part: np.ndarray) -> jax.Array:
         rows, before = len(part) * count, len(part) * index
 
-        def local(at: tuple[slice, ...] | None) -> np.ndarray:
-            assert at is not None
-            start, stop, _ = at[0].indices(rows)
+        def rows_at(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
+            start, stop, _ = index[0].indices(rows)
             return part[start - before : stop - before]
 
-        return jax.make_array_from_callback((rows, *part.shape[1:]), _of_batch(rows, mesh), local)
+        placement = _batch_sharding(rows, mesh)
+        return jax.make_array_from_callback((rows, *part.shape[1:]), placement, rows_at)
 
     return {name: place(part) for name, part in batch.items()}

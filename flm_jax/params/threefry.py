@@ -1,9 +1,9 @@
 """Threefry-2x32 (Random123: Salmon et al., SC 2011), the generator of `jax.random`, unrolled.
 
-The bits are those of `jax.random.bits` (with `jax_threefry_partitionable`). JAX's own lowering for
-CPUs is a loop over the rounds that goes through memory in each; written out, the rounds become one
-loop over the entries: 2.1 CPU seconds for 10^9 bytes of `mup.unit_normal` instead of 13.6, and the
-fresh state of `configs/demo.py` compiles in 4.5 CPU seconds instead of 11.2 (two CPU cores).
+The bits are those of `jax.random.bits` (with `jax_threefry_partitionable`). On CPUs, JAX's own
+version is a loop over the rounds, each of which passes through memory. Unrolled, the rounds become
+one loop over the entries: 10^9 bytes of `draws.unit_normal` take 2.1 CPU seconds instead of 13.6,
+and the fresh state of `configs/demo.py` compiles in 4.5 CPU seconds instead of 11.2 (two cores).
 """
 
 from __future__ import annotations
@@ -16,13 +16,16 @@ _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = np.uint32(0x1BD11BDA)
 
 
-@jax.jit  # traced once for each shape: flax asks every parameter's initializer at every trace
+@jax.jit  # flax calls every initializer in every trace; this is traced once per shape
 def bits(keys: jax.Array, places: jax.Array) -> jax.Array:
-    """uint32 [*keys.shape, *places.shape]: those places of `jax.random.bits` of every key.
+    """Some of the words that `jax.random.bits` gives for each key.
 
     Args:
       keys: typed threefry keys, of any shape.
-      places: uint32 [n]: of numbers in C order, whatever shape is drawn.
+      places: uint32 [n], positions of the words in C order; the shape that is drawn has no effect.
+
+    Returns:
+      uint32 [*keys.shape, n].
     """
     data = jax.random.key_data(keys)
     counters = places.reshape((1,) * keys.ndim + (-1,))
@@ -33,7 +36,7 @@ def bits(keys: jax.Array, places: jax.Array) -> jax.Array:
 def _block(
     key0: jax.Array, key1: jax.Array, x0: jax.Array, x1: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Twenty rounds."""
+    """Applies the twenty rounds to the words x0 and x1."""
     keys = (key0, key1, key0 ^ key1 ^ _PARITY)
     x0, x1 = x0 + keys[0], x1 + keys[1]
     for n in range(5):

@@ -1,4 +1,4 @@
-"""Nested dictionaries of parameters as paths and leaves, and parts of leaves."""
+"""Nested dictionaries of parameters as paths and leaves, and windows of leaves."""
 
 from __future__ import annotations
 
@@ -10,28 +10,42 @@ import jax.numpy as jnp
 
 
 def along(vector: Any, dim: int, ndim: int) -> Any:
-    """The vector as an array of `ndim` dimensions that broadcasts along `dim`."""
+    """Reshapes a vector to `ndim` dimensions, so that it broadcasts along `dim`.
+
+    >>> along(jnp.arange(3), 1, 3).shape
+    (1, 3, 1)
+    """
     return vector.reshape([-1 if d == dim else 1 for d in range(ndim)])
 
 
-# A part of a leaf: for each dimension the first slot (may be traced) and how many, or None: all.
+# A part of a leaf: for each dimension (first slot, number of slots), or None for all slots. The
+# first slot may be traced.
 Window = Sequence[tuple[Any, int] | None]
 
 
 def window_shape(shape: Sequence[int], window: Window | None) -> tuple[int, ...]:
+    """The shape of a window of a leaf with this shape.
+
+    >>> window_shape((4, 8), (None, (2, 3)))
+    (4, 3)
+    """
     cuts = window or (None,) * len(shape)
     return tuple(cut[1] if cut else size for size, cut in zip(shape, cuts, strict=True))
 
 
 def slots_in(vector: Any, cut: tuple[Any, int] | None) -> Any:
-    """The part of a per-slot vector that lies in a window."""
+    """The part of a per-slot vector that lies in one dimension of a window."""
     if cut is None:
         return vector
     return jax.lax.dynamic_slice_in_dim(jnp.asarray(vector), cut[0], cut[1])
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of nested dicts, as ("layers/mlp/up", leaf), sorted."""
+    """Yields the leaves of nested dicts as (path, leaf), sorted.
+
+    >>> list(flatten({"layers": {"up": 1}, "head": 2}))
+    [('head', 2), ('layers/up', 1)]
+    """
     for name, value in sorted(tree.items()):
         path = f"{prefix}{name}"
         if isinstance(value, Mapping):
@@ -41,7 +55,11 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `flatten`."""
+    """Makes nested dicts from leaves by path: the inverse of `flatten`.
+
+    >>> unflatten({"head": 2, "layers/up": 1})
+    {'head': 2, 'layers': {'up': 1}}
+    """
     tree: dict[str, Any] = {}
     for path, value in leaves.items():
         *parents, name = path.split("/")

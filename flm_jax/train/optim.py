@@ -1,9 +1,9 @@
-"""AdamW in µP groups, with an age for every slot, and the learning-rate schedule.
+"""AdamW in µP groups, with an age for every slot.
 
 A slot that growth added has seen fewer steps than its neighbours, so its moments need their own
-bias correction: with zero moments and the old step count, the first updates of beta2 = 0.999 are
-up to 6.6 times the learning rate. Ages are kept per axis (one birth step for each slot) and
-combined by broadcasting: an entry is as old as the youngest of its slots.
+bias correction: with zero moments and the old step count, the first updates with beta2 = 0.999
+would be up to 6.6 times the learning rate. Ages are kept per axis (one birth step for each slot)
+and combined by broadcasting: an entry is as old as the youngest of its slots.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flm_jax.config import OptimizerConfig, StageConfig
+from flm_jax.config import OptimizerConfig, StageConfig, require_type
 from flm_jax.params import axes, mup, trees
 from flm_jax.params.axes import ModelSpec, Param, Role
 from flm_jax.params.dtypes import wide
@@ -27,27 +27,28 @@ from flm_jax.train.schedules import Schedule
 class SlotAdamState(NamedTuple):
     """Adam's state, with ages and multipliers that differ from slot to slot.
 
-    The multipliers are all 1 until a growth with rates "carry" or "ramp" (`growth/apply.py`).
+    The multipliers are all 1 until a growth with rates "carry" or "ramp" (`growth/moments.py`).
+    Slots with `sourced` 0 are exempt from `step_scale` and `eps_scale`.
     """
 
     steps: jax.Array  # int32: updates done
     mu: Any
     nu: Any
     born: dict[str, jax.Array]  # axis -> int32 [size]: `steps` when the slot was added
-    share: dict[str, jax.Array]  # axis -> [size]: scales readers' steps and writers' eps
-    sourced: dict[str, jax.Array]  # axis -> [size]: 1, or 0 for slots without a source, which the
-    step_scale: jax.Array  # [parameters, in the table's order] scales of steps
-    eps_scale: jax.Array  # [parameters] and of eps do not touch
+    share: dict[str, jax.Array]  # axis -> [size]: factor on readers' steps and writers' eps
+    sourced: dict[str, jax.Array]  # axis -> [size]: 1, or 0 for slots without a source
+    step_scale: jax.Array  # [parameters], in the table's order: factor on steps
+    eps_scale: jax.Array  # [parameters], in the table's order: factor on eps
 
 
 class SinceGrowth(NamedTuple):
-    """What changes with the steps after a growth.
+    """How the optimizer changes over the steps after a growth.
 
     Attributes:
-      start: the growth's step; slots born then are added.
-      added_rate, added_rate_steps: added slots' learning rate over that of old ones, and the steps
-        in which it gets there (SPARKLING, ICML 2026: 1.3 and 250).
-      fade_steps: the state's multipliers fade to 1, geometrically, over these steps; 0: they stay.
+      start: global step of the growth; slots born at this step or later count as added.
+      added_rate: learning rate of added slots over that of old ones (SPARKLING, ICML 2026: 1.3).
+      added_rate_steps: steps in which it rises linearly to this value (SPARKLING: 250).
+      fade_steps: steps in which the state's multipliers fade geometrically to 1; 0: they stay.
     """
 
     start: int
@@ -56,9 +57,9 @@ class SinceGrowth(NamedTuple):
     fade_steps: int = 0
 
 
-def _map(table: axes.Table, function: Callable[..., Any], *given: Any) -> Any:
-    """Maps (path, param, leaf, ...) -> leaf over trees shaped like the axis table."""
-    flat = [dict(trees.flatten(tree)) for tree in given]
+def _map(table: axes.Table, function: Callable[..., Any], *nested: Any) -> Any:
+    """Maps `function(path, param, leaf, ...)` over trees shaped like the axis table."""
+    flat = [dict(trees.flatten(tree)) for tree in nested]
     return trees.unflatten(
         {path: function(path, p, *(f[path] for f in flat)) for path, p in table.items()}
     )
@@ -67,37 +68,37 @@ def _map(table: axes.Table, function: Callable[..., Any], *given: Any) -> Any:
 def _combined(
     param: Param,
     vectors: dict[str, jax.Array],
-    with_: Callable[[jax.Array, jax.Array], jax.Array],
-    which: Callable[[Param, str, Role], bool] = lambda param, axis, role: True,
+    combine: Callable[[jax.Array, jax.Array], jax.Array],
+    applies: Callable[[Param, str, Role], bool] = lambda param, axis, role: True,
 ) -> jax.Array:
-    """Per-axis vectors of those of the parameter's axes, combined by broadcasting."""
+    """Combines per-axis vectors by broadcasting, over the parameter's axes that `applies` picks."""
     parts = [
         along(vectors[axis], dim, len(param.axes))
         for dim, (axis, role) in enumerate(zip(param.axes, param.roles, strict=True))
-        if which(param, axis, role)
+        if applies(param, axis, role)
     ]
     one = jnp.ones((1,) * len(param.axes), jax.tree.leaves(vectors)[0].dtype)
-    return functools.reduce(with_, parts) if parts else one
+    return functools.reduce(combine, parts) if parts else one
 
 
 def _shares_out(param: Param, axis: str, role: Role) -> bool:
-    """Whether the parameter shares a slot's contribution among its copies."""
+    """Whether the parameter divides a slot's contribution among its copies."""
     return role is Role.IN or axis in param.carries
 
 
 def _is_copied(param: Param, axis: str, role: Role) -> bool:
-    """Whether a slot's copies in the parameter are equal, so that its gradient is shared out."""
+    """Whether a slot's copies in the parameter are equal, so that they divide its gradient."""
     return role in (Role.OUT, Role.GAIN) and axis not in param.carries
 
 
 def scale_by_slot_adam(
     spec: ModelSpec, b1: float, b2: float, eps: float, growth: SinceGrowth | None = None
 ) -> optax.GradientTransformation:
-    """Adam (arXiv 1412.6980, algorithm 1) whose step count t is that of each slot.
+    """Adam (arXiv 1412.6980, algorithm 1) in which every slot has its own step count t.
 
-    An entry is as old as the youngest of its slots. Equal to `optax.scale_by_adam` as long as no
-    slot was added. Multipliers act on the direction alone: decoupled decay, added afterwards,
-    keeps its pace.
+    An entry is as old as the youngest of its slots. The result equals `optax.scale_by_adam` as long
+    as no slot was added. Multipliers act on the direction only: decoupled decay is added afterwards
+    and is not affected.
 
     Args:
       spec: of the model: its table, and the sizes of its axes.
@@ -128,7 +129,7 @@ def scale_by_slot_adam(
         age = {axis: (steps - born).astype(dtype) for axis, born in state.born.items()}
         decay1 = {axis: jnp.asarray(b1, dtype) ** a for axis, a in age.items()}
         decay2 = {axis: jnp.asarray(b2, dtype) ** a for axis, a in age.items()}
-        kept = jnp.ones((), dtype)  # how much of the state's multipliers is in force
+        kept = jnp.ones((), dtype)  # exponent of the multipliers: 1 at first, 0 once they faded
         if growth and growth.fade_steps:
             kept = 1 - jnp.clip((steps - growth.start) / growth.fade_steps, 0, 1).astype(dtype)
         share = {axis: x**kept for axis, x in state.share.items()}
@@ -153,8 +154,8 @@ def scale_by_slot_adam(
             eps_here = 1 + sourced * (eps_scale[row[path]] - 1)
             eps_here = eps * eps_here * _combined(param, share, jnp.multiply, _is_copied)
             if growth and boosted:
-                risen = _combined(param, boosted, jnp.maximum)
-                scale = scale * (1 + (growth.added_rate - 1) * risen)
+                progress = _combined(param, boosted, jnp.maximum)
+                scale = scale * (1 + (growth.added_rate - 1) * progress)
             return scale.astype(m.dtype) * m_hat / (jnp.sqrt(v_hat) + eps_here)
 
         return _map(table, direction, mu, nu), state._replace(steps=steps, mu=mu, nu=nu)
@@ -163,7 +164,7 @@ def scale_by_slot_adam(
 
 
 def add_mup_decay(weight_decay: float, spec: ModelSpec) -> optax.GradientTransformation:
-    """Adds weight_decay * `Scale.decay` * parameter to the update (arXiv 1711.05101)."""
+    """Adds decoupled weight decay (arXiv 1711.05101), times `Scale.decay`, to the updates."""
 
     def update(updates: Any, state: optax.EmptyState, params: Any) -> tuple[Any, optax.EmptyState]:
         def decayed(path: str, param: Param, u: jax.Array, p: jax.Array) -> jax.Array:
@@ -178,13 +179,13 @@ def add_mup_decay(weight_decay: float, spec: ModelSpec) -> optax.GradientTransfo
 def scale_by_mup_learning_rate(
     spec: ModelSpec, learning_rate: float, matrix_learning_rate: float, shape: Schedule
 ) -> optax.GradientTransformation:
-    """Multiplies by minus the learning rate: the peak, µP's multiplier, the schedule.
+    """Multiplies updates by minus the learning rate: peak times µP's factor times schedule.
 
     Args:
-      spec: of the model.
-      learning_rate: peak, of vector-like parameters and readouts.
-      matrix_learning_rate: peak, of matrix-like parameters at the µP base width.
-      shape: learning-rate factor by global step.
+      spec: the model.
+      learning_rate: peak, for vector-like parameters and readouts.
+      matrix_learning_rate: peak, for matrix-like parameters at the µP base width.
+      shape: factor on the learning rate, by global step.
     """
 
     def init(params: Any) -> optax.ScaleByScheduleState:
@@ -195,11 +196,11 @@ def scale_by_mup_learning_rate(
         updates: Any, state: optax.ScaleByScheduleState, params: Any = None
     ) -> tuple[Any, optax.ScaleByScheduleState]:
         del params
-        now = shape(state.count)
+        schedule_factor = shape(state.count)
 
         def scaled(path: str, param: Param, u: jax.Array) -> jax.Array:
             peak = matrix_learning_rate if param.matrix_like else learning_rate
-            return u * (-(peak * spec.scale(path).rate) * now).astype(u.dtype)
+            return u * (-(peak * spec.scale(path).rate) * schedule_factor).astype(u.dtype)
 
         updates = _map(spec.table, scaled, updates)
         return updates, optax.ScaleByScheduleState(count=state.count + 1)
@@ -210,14 +211,19 @@ def scale_by_mup_learning_rate(
 def optimizer(
     stage: StageConfig, settings: OptimizerConfig, shape: Schedule, grown_at: int | None = None
 ) -> optax.GradientTransformation:
-    """Clipping by global norm, slot-aged Adam, µP decay, µP learning rate.
+    """AdamW in µP groups: clipping by global norm, slot-aged Adam, decay, learning rate.
 
     Args:
-      stage: its model, its peaks, and its growth's rate of added slots.
-      settings: Adam's.
-      shape: learning-rate factor by global step.
+      stage: gives the model, the peak learning rates, and the rate of added slots.
+      settings: Adam's betas and eps, weight decay, and the norm to clip at.
+      shape: factor on the learning rate, by global step.
       grown_at: global step of the stage's growth; None: it did not grow.
+
+    Raises:
+      UserError: `stage` or `settings` is of the wrong type.
     """
+    require_type(stage, StageConfig, "optimizer: stage")
+    require_type(settings, OptimizerConfig, "optimizer: settings")
     g, spec = stage.growth, mup.spec(stage.model)
     growth = None
     if grown_at is not None:

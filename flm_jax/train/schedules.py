@@ -1,4 +1,4 @@
-"""Learning-rate schedules: the factor in [0, 1] by global step."""
+"""Learning-rate schedules: a factor in [0, 1] for each global step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,15 @@ def steady(step: jax.Array) -> jax.Array:
 
 
 def schedule_shape(schedule: ScheduleConfig, total_steps: int) -> Schedule:
-    """The learning rate's factor in [0, 1] at a global step, without re-warm-ups."""
+    """Makes the chain's schedule, without re-warm-ups.
+
+    Args:
+      schedule: its kind and lengths.
+      total_steps: steps of the chain, for a schedule that does not give its own.
+
+    Returns:
+      Global step -> float32 factor in [0, 1].
+    """
     total = schedule.total_steps or total_steps
     warmup = schedule.warmup_steps
     warm = optax.linear_schedule(0.0, 1.0, max(warmup, 1))
@@ -33,7 +41,7 @@ def schedule_shape(schedule: ScheduleConfig, total_steps: int) -> Schedule:
         )
     else:
         after = optax.constant_schedule(1.0)
-    # Step 0 is the first update, so that warm-up never wastes a step at zero.
+    # Warm-up counts from 1, so that the first update (step 0) is not wasted at a rate of zero.
     joined = optax.join_schedules([warm, after], [warmup])
 
     def shape(step: jax.Array) -> jax.Array:
@@ -44,13 +52,23 @@ def schedule_shape(schedule: ScheduleConfig, total_steps: int) -> Schedule:
 
 
 def rewarmed(shape: Schedule, start: int, steps: int, ratio: float) -> Schedule:
-    """The schedule, rising again from `ratio` to its value over `steps` steps after `start`."""
+    """Adds a re-warm-up to a schedule.
+
+    Args:
+      shape: the schedule.
+      start: global step of the growth.
+      steps: length of the re-warm-up; 0: none.
+      ratio: where it starts, as a fraction of the schedule's value.
+
+    Returns:
+      The schedule; from `start` on it is multiplied by a factor that rises from `ratio` to 1.
+    """
     if steps == 0:
         return shape
     rise = optax.linear_schedule(ratio, 1.0, steps)
 
-    def again(step: jax.Array) -> jax.Array:
+    def with_rise(step: jax.Array) -> jax.Array:
         since = (step - start).astype(jnp.float32)
         return shape(step) * jnp.where(since < 0, 1.0, rise(since))
 
-    return again
+    return with_rise

@@ -1,4 +1,4 @@
-"""One optimizer step, masked or plain."""
+"""The train state, the loss and one optimizer step, with or without run-time masks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from flm_jax.config import RulesConfig, StageConfig, TransformerConfig
+from flm_jax.config import RulesConfig, StageConfig, TransformerConfig, require_type
 from flm_jax.models import Transformer
 from flm_jax.params import axes, sharding
 from flm_jax.params.sharding import Layout
@@ -21,9 +21,17 @@ from flm_jax.params.sharding import Layout
 def cross_entropy(
     logits_BTV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Sum of weighted negative log-likelihoods in nats, and the sum of the weights.
+    """Sums the weighted negative log-likelihoods.
 
-    Both in the logits' dtype, so that sums over microbatches and devices add up exactly as one.
+    Both results are sums, so that those of microbatches and devices can be added.
+
+    Args:
+      logits_BTV: logits.
+      targets_BT: int32, the correct tokens.
+      weights_BT: the weight of each target; 0 leaves it out.
+
+    Returns:
+      The sum in nats, and the sum of the weights, both in the dtype of the logits.
     """
     weights_BT = weights_BT.astype(logits_BTV.dtype)
     log_normaliser_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
@@ -34,11 +42,11 @@ def cross_entropy(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Random keys are not kept: a step derives its own from the seed and `step`."""
+    """A train state. It keeps no random key: a step derives its own from the seed and `step`."""
 
     step: jax.Array  # int32: optimizer steps done over the whole chain
-    params: Any  # nested dicts, as the axis table names them
-    opt_state: Any  # optax
+    params: Any  # nested dicts, named by the axis table
+    opt_state: Any  # the optax optimizer's
 
 
 Batch = dict[str, jax.Array]
@@ -50,7 +58,13 @@ TrainStep = Callable[..., tuple[TrainState, dict[str, Any]]]  # see `make_train_
 def init_state(
     config: TransformerConfig, tx: optax.GradientTransformation, key: jax.Array
 ) -> TrainState:
-    """A fresh train state. Pure: `jax.eval_shape` of it gives the shapes alone."""
+    """Makes a fresh train state.
+
+    Args:
+      config: the model.
+      tx: the optimizer.
+      key: for the parameters.
+    """
     tokens = jnp.zeros((1, 1), jnp.int32)
     params = Transformer(config).init(key, tokens)["params"]
     return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params))
@@ -61,24 +75,26 @@ def abstract_state(
     tx: optax.GradientTransformation,
     layout: Layout | None = None,
 ) -> TrainState:
-    """The train state without arrays: what `init_state` gives, as `ShapeDtypeStruct`s.
+    """Describes a train state without arrays: the result of `init_state` as `ShapeDtypeStruct`s.
 
     Args:
-      config: the model's.
+      config: the model.
       tx: the optimizer.
-      layout: where the state lies; None: leaves without a sharding.
+      layout: gives the leaves' shardings; None: leaves without a sharding.
     """
     state: TrainState = jax.eval_shape(lambda: init_state(config, tx, jax.random.key(0)))
     if layout is None:
         return state
-    placed = state_shardings(config, state, layout)
-    return jax.tree.map(
-        lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), state, placed
+    placed: TrainState = jax.tree.map(
+        lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at),
+        state,
+        state_shardings(config, state, layout),
     )
+    return placed
 
 
 def state_shardings(config: TransformerConfig, state: TrainState, layout: Layout) -> TrainState:
-    """The place of every leaf of a train state, as the same tree of shardings."""
+    """The sharding of every leaf of a train state, as a tree of the same structure."""
     placed: TrainState = sharding.shardings(state, axes.table(config), *layout)
     return placed
 
@@ -96,7 +112,7 @@ def logits_of(
 def summed_loss(
     params: Any, batch: Batch, config: TransformerConfig, masks: dict[str, jax.Array] | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Sum of the negative log-likelihoods, and of the weights."""
+    """`cross_entropy` of a packed batch."""
     logits_BTV = logits_of(config, params, batch, masks)
     return cross_entropy(logits_BTV, batch["targets"], batch["weights"])
 
@@ -108,10 +124,20 @@ def gradients(
     masks: dict[str, jax.Array] | None = None,
     accumulate: int = 1,
 ) -> tuple[jax.Array, Any, jax.Array]:
-    """Mean loss in nats per token, its gradient, and the number of target tokens.
+    """Computes the mean loss and its gradient.
 
-    With `accumulate` the batch is cut into that many microbatches; sums of losses and gradients
-    are divided by the whole batch's tokens, so the result is that of one big batch.
+    Sums of losses and gradients are divided by the tokens of the whole batch, so that the result
+    does not depend on the number of microbatches, up to rounding.
+
+    Args:
+      params: the parameters.
+      batch: arrays [B, T]: tokens, targets, weights, segment_ids, positions.
+      config: the model.
+      masks: run-time masks by axis; None: the plain model.
+      accumulate: number of microbatches that the batch is cut into; must divide B.
+
+    Returns:
+      The loss in nats per token, its gradient, and the number of target tokens.
     """
     value_and_grad = jax.value_and_grad(summed_loss, has_aux=True)
     if accumulate == 1:
@@ -141,19 +167,23 @@ def make_train_step(
     """Makes the jitted `step(state, batch, mask_value=None) -> (state, metrics)`.
 
     The state is donated. With a mask value (a traced scalar) the run-time masks are on; without
-    one it is the plain step. These two are all that is ever compiled.
+    one it is the plain step. At most these two programs are compiled.
 
     Args:
-      stage: its model, and how many microbatches to accumulate.
+      stage: gives the model and the number of microbatches.
       tx: the optimizer.
-      mesh: where to compute.
-      masks_at: run-time masks by axis at a mask value; None: there are none.
-      rules: where the state lies on the mesh.
-      measure: further metrics, from the step's updates of the parameters (nested dicts like them).
+      mesh: the devices to compute on.
+      masks_at: run-time masks by axis, for a mask value; None: there are none.
+      rules: how the state is split over the mesh.
+      measure: computes further metrics from the step's updates (nested dicts like the parameters).
 
     Returns:
       The step. Metrics: loss (nats per token), grad_norm, tokens, and those of `measure`.
+
+    Raises:
+      UserError: `stage` is of the wrong type.
     """
+    require_type(stage, StageConfig, "make_train_step: stage")
 
     def step(
         state: TrainState, batch: Batch, mask_value: jax.Array | None = None
