@@ -26,9 +26,8 @@ from flm_jax.interop.tokenizer_files import BYTES, Vocabulary, write_config
 from flm_jax.interop.weights import Resized, Weights, scaled
 from flm_jax.params import axes, counts, trees
 from flm_jax.runtime.display import Progress
-from flm_jax.store.checkpoint import digest_of_leaves
+from flm_jax.store.checkpoint import CHUNK_BYTES, digest_of_leaves
 from flm_jax.store.chunked import (
-    CHUNK_BYTES,
     CheckpointReader,
     CheckpointWriter,
     cells,

@@ -36,7 +36,7 @@ class Vocabulary:
         if self._folder is None:
             return None
         if self._folder.is_file():
-            return _sentencepiece(self._folder).vocab_size()
+            return int(_sentencepiece(self._folder).vocab_size())
         ids = [-1]
         if (file := self._folder / "tokenizer.json").exists():
             ids += _tokenizer_json(file).get_vocab(with_added_tokens=True).values()

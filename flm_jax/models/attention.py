@@ -97,7 +97,7 @@ def splash(
         ) -> jax.Array:
             ids = kernels.SegmentIds(q=ids_T, kv=ids_T)
             heads = jax.vmap(lambda q_GTH, k_TH, v_TH: kernel(q_GTH, k_TH, v_TH, ids))
-            out_KGTH = heads(
+            out_KGTH: jax.Array = heads(
                 q_TKGH.transpose(1, 2, 0, 3), k_TKH.transpose(1, 0, 2), v_TKH.transpose(1, 0, 2)
             )
             return out_KGTH.transpose(2, 0, 1, 3)

@@ -44,7 +44,9 @@ def unit_normal(
     """
 
     def slots(dim: int) -> jax.Array:
-        return slots_in(jnp.arange(shape[dim], dtype=np.uint32), window[dim] if window else None)
+        cut = window[dim] if window else None
+        places: jax.Array = slots_in(jnp.arange(shape[dim], dtype=np.uint32), cut)
+        return places
 
     # The axes of the rows are never merged, so that each can keep its sharding.
     rows: Any = np.zeros((1,) * (len(shape) - 1), np.uint32)

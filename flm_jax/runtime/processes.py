@@ -222,7 +222,8 @@ def once(action: Callable[[], T]) -> T:
     answer = json.loads(_from_first(json.dumps(answer).encode()))
     if "error" in answer:
         raise UserError(answer["error"])
-    return answer["value"]
+    value: T = answer["value"]
+    return value
 
 
 def check_same(what: str, value: str) -> None:
@@ -241,13 +242,14 @@ def _from_first(message: bytes) -> bytes:
     padded = np.zeros(-(-size // _CHUNK) * _CHUNK, np.uint8)
     if first():
         padded[:size] = np.frombuffer(message, np.uint8)
-    return multihost_utils.broadcast_one_to_all(padded)[:size].tobytes()
+    received: np.ndarray = multihost_utils.broadcast_one_to_all(padded)
+    return received[:size].tobytes()
 
 
 def largest(value: int) -> jax.Array:
     """The largest of all processes' values; int32. Read it later, and no process waits now."""
     if jax.process_count() == 1:
-        return jnp.int32(value)
+        return jnp.asarray(value, jnp.int32)
     everywhere, maximum = _maximum()
     values = jax.make_array_from_callback(
         (jax.device_count(),),
@@ -255,7 +257,8 @@ def largest(value: int) -> jax.Array:
         lambda _: np.array([value], np.int32),
     )
     with jax.set_mesh(everywhere):  # a run's mesh may have the devices in another order
-        return maximum(values)
+        found: jax.Array = maximum(values)
+    return found
 
 
 @functools.cache
