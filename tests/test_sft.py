@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import re
 import shutil
 
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from flm_jax.commands import config_files
-from flm_jax.config import EvalConfig
+from flm_jax.config import DataConfig, EvalConfig
 from flm_jax.data.tokenizer import open_tokenizer
 from flm_jax.errors import UserError
 from flm_jax.interop import opening
@@ -19,9 +20,11 @@ from flm_jax.mapping import from_mapping
 from flm_jax.sft import chats, fine_tune, packing, synthetic, template
 from flm_jax.sft.chats import Message, Sample
 from flm_jax.sft.config import SftConfig, TemplateConfig
+from flm_jax.sft.selection import Quota, SelectionConfig
 from flm_jax.store.checkpoint import Checkpoints, params_digest
 from flm_jax.store.lineage import RunFolder
 from flm_jax.studies import claims, less_is_more
+from flm_jax.studies.config import ArmConfig, MupStudyConfig, ProbeConfig
 from flm_jax.train import train_step
 from tests.commands import json_of, mistake, run, start, wait_for
 from tests.models import SMALL, changed, gradients, random_params
@@ -293,6 +296,57 @@ def test_the_best_checkpoint_stays(tmp_path):
     again.close()
 
 
+GRID = less_is_more.LessIsMoreConfig(
+    sft=SftConfig(base="x", made=1, steps=1),
+    sizes=(1, 2),
+    mixes=(less_is_more.MixConfig("even"),),
+    selection=SelectionConfig(size=1),
+)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TemplateConfig(user=3), "TemplateConfig.user is 3 of type int; it must be str"),
+        (
+            lambda: SftConfig(base="x", made="4"),
+            "SftConfig.made is '4' of type str; it must be int",
+        ),
+        (lambda: SftConfig(base="x", paths="a.jsonl"), "SftConfig.paths is 'a.jsonl'; it must be"),
+        (lambda: Quota("lists", "half"), "Quota.share is 'half' of type str; it must be float"),
+        (lambda: SelectionConfig(size=1.5), "SelectionConfig.size is 1.5 of type float; it must"),
+        (lambda: ArmConfig(7), "ArmConfig.name is 7 of type int; it must be str"),
+        (
+            lambda: ProbeConfig({"stages": 1}, (ArmConfig("a"),)),
+            "ProbeConfig.experiment.stages is 1; it must be a list or tuple",
+        ),
+        (
+            lambda: MupStudyConfig("mup_study"),
+            "MupStudyConfig.experiment is 'mup_study'; it must be a group of ExperimentConfig's",
+        ),
+        (
+            lambda: less_is_more.MixConfig("even", more="lists"),
+            "MixConfig.more is 'lists'; it must be a list or tuple",
+        ),
+        (
+            lambda: dataclasses.replace(GRID, sizes=(8, "16")),
+            "LessIsMoreConfig.sizes[1] is '16' of type str; it must be int",
+        ),
+    ],
+)
+def test_a_config_value_of_a_wrong_type_is_named(make, message):
+    with pytest.raises(UserError, match="^" + re.escape(message)) as caught:
+        make()
+    assert "\n" not in str(caught.value)
+
+
+def test_configs_accept_what_config_files_give():
+    """Lists become tuples, mappings become configs, and numpy's numbers become Python's."""
+    config = SftConfig(base="x", paths=["a"], batch_size=np.int64(4), data={"seed": 2})
+    assert config == SftConfig(base="x", paths=("a",), batch_size=4, data=DataConfig(seed=2))
+    assert type(config.batch_size) is int
+
+
 def test_configs_that_cannot_work_are_refused():
     for values, words in [
         ({}, "give conversations"),
@@ -303,6 +357,9 @@ def test_configs_that_cannot_work_are_refused():
     ]:
         with pytest.raises(UserError, match=words):
             SftConfig(base="x", **values)
+    for values, words in [({"mixes": ()}, "mixes is empty"), ({"seeds": 0}, "seeds is 0")]:
+        with pytest.raises(UserError, match=words):
+            dataclasses.replace(GRID, **values)
     with pytest.raises(UserError, match="make demo"):
         fine_tune.open_base(SftConfig(base="runs/nowhere", made=1))
 

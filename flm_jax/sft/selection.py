@@ -17,7 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from flm_jax.config import require, require_choice
 from flm_jax.errors import UserError
+from flm_jax.mapping import Checked
 from flm_jax.sft import chats
 from flm_jax.sft.chats import Sample
 from flm_jax.sft.scoring import Losses, check_all
@@ -30,44 +32,49 @@ Embed = Callable[[Sequence[Sample]], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
-class Quota:
+class Quota(Checked):
+    """A category's share of the chosen set."""
+
     category: str
-    share: float  # of the chosen set
+    share: float
 
 
 @dataclasses.dataclass(frozen=True)
-class SelectionConfig:
-    """What is kept of a pool."""
+class SelectionConfig(Checked):
+    """Which samples of a pool to choose."""
 
     size: int  # samples to choose
-    quotas: tuple[Quota, ...] = ()  # empty: shares as in what the filters leave
+    quotas: tuple[Quota, ...] = ()  # empty: the categories' shares after filtering
     min_bytes: int = 1  # of all assistant messages together
     max_bytes: int = 8192  # of the conversation
-    scripts: tuple[str, ...] = ()  # Unicode's names, as LATIN, CJK; empty: any
-    script_share: float = 0.9  # of the letters that must be of these
-    near: float = 0.8  # Jaccard similarity from which samples are copies; above 1: none is
-    shingle: int = 3  # words in the pieces that are compared
-    ngram: int = 8  # words in a piece of an evaluation sample's question
-    overlap: float = 0.5  # share of such pieces that contaminates
-    verify: bool = True  # samples that bring a check must pass it
-    worst_loss: float = 0.05  # share of each category with the highest losses that is dropped
-    max_ifd: float = 1.0  # at 1 the question does not help
-    rank: str = "ifd"  # first are: "ifd" the hardest to follow, "loss" the likeliest, "none" any
-    clusters: int = 16  # in each category; taken from in turn
+    scripts: tuple[str, ...] = ()  # Unicode script names, as LATIN, CJK; empty: any
+    script_share: float = 0.9  # smallest share of the letters in these scripts
+    near: float = 0.8  # Jaccard similarity at which a sample is a near-duplicate; above 1: off
+    shingle: int = 3  # words in the n-grams that near-duplicates are compared by
+    ngram: int = 8  # words in the n-grams of evaluation questions
+    overlap: float = 0.5  # share of a question's n-grams that counts as contamination
+    verify: bool = True  # drop samples whose answer fails the sample's own check
+    worst_loss: float = 0.05  # share of each category to drop, by highest loss
+    max_ifd: float = 1.0  # largest instruction-following difficulty; at 1 the question is no help
+    rank: str = "ifd"  # order of choice: "ifd" highest first, "loss" lowest first, "none" random
+    clusters: int = 16  # per category; samples are taken from the clusters in turn
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("size", "shingle", "ngram", "clusters"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+            value = getattr(self, name)
+            require(value >= 1, f"SelectionConfig.{name} is {value}; it must be 1 or more")
         for name in ("script_share", "worst_loss", "overlap"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be in [0, 1]")
-        if self.rank not in RANKS:
-            raise UserError(f"rank is {self.rank!r}; choose one of {', '.join(RANKS)}")
-        total = sum(q.share for q in self.quotas)
-        if self.quotas and (total > 1 + 1e-9 or any(q.share < 0 for q in self.quotas)):
-            raise UserError(f"the quotas' shares add up to {total:g}; give shares of 1 together")
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"SelectionConfig.{name} is {value}; it must be in [0, 1]")
+        require_choice(self, "rank", RANKS)
+        shares = [quota.share for quota in self.quotas]
+        require(
+            sum(shares) <= 1 + 1e-9 and all(share >= 0 for share in shares),
+            f"SelectionConfig.quotas has shares {shares}, together {sum(shares):g}; give shares of "
+            "0 or more that add up to at most 1",
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,10 +12,11 @@ from flm_jax.config import (
     require,
     require_positive,
 )
+from flm_jax.mapping import Checked
 
 
 @dataclasses.dataclass(frozen=True)
-class ArmConfig:
+class ArmConfig(Checked):
     """One of the growths that a probe compares.
 
     Attributes:
@@ -30,6 +31,7 @@ class ArmConfig:
     model: TransformerConfig | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(
             bool(self.name) and not set("/\\") & set(self.name),
             f"ArmConfig.name is {self.name!r}; give some text without / and \\: it names a folder",
@@ -37,7 +39,7 @@ class ArmConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ProbeConfig:
+class ProbeConfig(Checked):
     """Growths of one source by several recipes, trained for the same FLOPs.
 
     The experiment has two stages: the source, and a target whose steps are the budget. An arm of
@@ -50,6 +52,7 @@ class ProbeConfig:
     seeds: int = 1  # of the source's initial parameters, the data's order and fresh entries
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_positive(self, "seeds")
         count = len(self.experiment.stages)
         require(count == 2, f"ProbeConfig.experiment has {count} stages; give source and target")
@@ -61,7 +64,7 @@ class ProbeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class MupStudyConfig:
+class MupStudyConfig(Checked):
     """A proxy at the base width, and the widths and values to try around it."""
 
     experiment: ExperimentConfig  # one stage: the proxy
@@ -79,6 +82,7 @@ class MupStudyConfig:
     family: tuple[StageConfig, ...] = ()  # widths to fit on, ascending, and the one to predict
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_positive(self, "seeds", "coordinate_steps", "coordinate_seeds", "growth_steps")
         count = len(self.experiment.stages)
         require(count == 1, f"MupStudyConfig.experiment has {count} stages; give the proxy alone")

@@ -17,8 +17,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from flm_jax import data, mapping
+from flm_jax.config import require, require_positive
 from flm_jax.errors import UserError
 from flm_jax.interop.opening import OpenedModel, open_model
+from flm_jax.mapping import Checked
 from flm_jax.sft import chats, fine_tune, scoring, selection, synthetic
 from flm_jax.sft.before_after import few_of_each
 from flm_jax.sft.chat_model import ChatModel
@@ -31,7 +33,7 @@ BUDGETS = ("steps", "epochs")
 
 
 @dataclasses.dataclass(frozen=True)
-class MixConfig:
+class MixConfig(Checked):
     """Shares of the categories: half of the conversations are of `more`, the others share the rest.
 
     Without `more` all share evenly.
@@ -59,7 +61,7 @@ class MixConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class LessIsMoreConfig:
+class LessIsMoreConfig(Checked):
     """A grid of fine-tunings.
 
     The first mix is crossed with sizes, selections and budgets; the others are tried at the largest
@@ -79,12 +81,18 @@ class LessIsMoreConfig:
     known: tuple[str, ...] = ("describe", "source", "code")  # categories like the base's own text
 
     def __post_init__(self) -> None:
-        if list(self.sizes) != sorted(set(self.sizes)) or not self.sizes:
-            raise UserError(f"LessIsMoreConfig.sizes is {self.sizes}; give some, ascending")
-        if not self.mixes or self.seeds < 1:
-            raise UserError("LessIsMoreConfig: give at least one mix and one seed")
-        if not self.sft.steps:
-            raise UserError("LessIsMoreConfig.sft.steps is 0; give the steps of the largest arm")
+        super().__post_init__()
+        require(
+            bool(self.sizes) and list(self.sizes) == sorted(set(self.sizes)),
+            f"LessIsMoreConfig.sizes is {self.sizes}; give one or more, each larger than the one "
+            "before",
+        )
+        require(bool(self.mixes), "LessIsMoreConfig.mixes is empty; give one or more")
+        require_positive(self, "seeds")
+        require(
+            self.sft.steps > 0,
+            "LessIsMoreConfig.sft.steps is 0; give the steps of the largest arm",
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Selection: every step's reasons, quotas, clusters, the digest; quality by a model of our own."""
+"""Selection: the reasons of every step, quotas, clusters, the digest; quality by made-up losses."""
 
 import collections
 import dataclasses
@@ -193,11 +193,13 @@ def test_the_same_seed_gives_the_same_set():
 
 
 def test_mistakes_are_one_line():
-    with pytest.raises(UserError, match="size is 0; it must be 1 or more"):
+    with pytest.raises(UserError, match=r"SelectionConfig\.size is 0; it must be 1 or more"):
         SelectionConfig(size=0)
-    with pytest.raises(UserError, match="rank is 'best'; choose one of ifd, loss, none"):
+    with pytest.raises(
+        UserError, match=r"SelectionConfig\.rank is 'best'; choose one of ifd, loss, none"
+    ):
         SelectionConfig(size=1, rank="best")
-    with pytest.raises(UserError, match=r"shares add up to 1\.5"):
+    with pytest.raises(UserError, match=r"quotas has shares \[1\.0, 0\.5\], together 1\.5"):
         SelectionConfig(size=1, quotas=(Quota("a", 1.0), Quota("b", 0.5)))
     with pytest.raises(UserError, match="nothing is left of 1 samples: 1 by length"):
         selection.select([KEPT], dataclasses.replace(LOOSE, max_bytes=3))
