@@ -122,7 +122,7 @@ def test_blocks_tile_every_parameter():
 
 
 def word_tokenizer(folder, tokens):
-    """A tokenizer.json of so many tokens."""
+    """A tokenizer.json with this number of tokens."""
     import tokenizers
 
     words = {f"w{i}": i for i in range(tokens)}

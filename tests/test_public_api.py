@@ -52,7 +52,7 @@ def test_no_module_has_the_name_of_a_public_function(package):
         name for name in package.__all__ if not hasattr(getattr(package, name), "__path__")
     }
     assert not modules & functions
-    # The contract's functions are functions, whatever was imported before.
+    # The contract's functions are functions, no matter what was imported before.
     assert importlib.util.find_spec("flm_jax.growth._plan")
     assert callable(flm_jax.growth.plan) and callable(flm_jax.growth.grow)
 

@@ -109,7 +109,7 @@ def devices_of(topology: str) -> list[Any]:
             )
         else:
             # Otherwise libtpu asks a metadata server, and says so on standard error.
-            # It also locks the machine's TPUs, of which there are none: compilers may run at once.
+            # It also locks the machine's TPUs, and there are none here: compilers may run at once.
             for name, value in (("TPU_ACCELERATOR_TYPE", "v5p-8"), ("TPU_MIN_LOG_LEVEL", "3"),
                                 ("TPU_WORKER_HOSTNAMES", "localhost"),
                                 ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")):  # fmt: skip

@@ -32,7 +32,7 @@ class Move:
 
 
 def moves(text: str, devices: int) -> Iterator[Move]:
-    """The collectives of a compiled program over so many devices.
+    """The collectives of a compiled program over `devices` devices.
 
     The body of a loop counts as often as the loop runs: its known trip count, or the constant in
     its condition.
@@ -57,7 +57,7 @@ def moves(text: str, devices: int) -> Iterator[Move]:
                     group = _group(line, devices)
                     result = _bytes(shape)
                     if name.startswith("all-reduce-scatter"):
-                        # An all-reduce of which each device keeps its part.
+                        # An all-reduce whose result each device keeps a part of.
                         kind, result = "reduce-scatter", result // len(group)
                     yield Move(kind, times, _sent(kind, result, len(group)), group)
             for called in re.findall(

@@ -41,7 +41,7 @@ DTYPES = {d.name: d for d in tensor_files.DTYPES.values() if d.itemsize <= 4}
 MEMORY = 1 << 30  # bytes
 SHARD_BYTES = 5_000_000_000
 _THREADS = 2  # one reads and lays out while the other writes
-# A block is held as read, as float32, laid out anew, and as written.
+# A block is held four times: as read, as float32, in the new layout, and as written.
 _COPIES = 4 * _THREADS
 _IMPORTED = "imported"
 
@@ -62,7 +62,7 @@ def appearing(target: pathlib.Path) -> Iterator[pathlib.Path]:
         partial.replace(target.absolute())
     except OSError as error:
         raise UserError(
-            f"{error.filename or target}: {error.strerror or error}; {target} is not written: mend "
+            f"{error.filename or target}: {error.strerror or error}; {target} is not written: fix "
             "that and call again"
         ) from error
     finally:

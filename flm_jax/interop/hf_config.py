@@ -144,7 +144,7 @@ def _described(values: dict[str, Any], path: pathlib.Path) -> Described:
 
 
 def _kv_heads(heads: int, kv_heads: int) -> int:
-    """0 stands for as many as query heads."""
+    """Returns 0 where there are as many key/value heads as query heads."""
     return 0 if kv_heads == heads else kv_heads
 
 

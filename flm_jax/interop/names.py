@@ -86,7 +86,7 @@ def shapes(table: Table, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]
 
 
 def blocks(table: Table, sizes: Mapping[str, int], most_bytes: int) -> Iterator[tuple[str, Index]]:
-    """Cuts all parameters into blocks of at most so many bytes of float32, in file order.
+    """Cuts all parameters into blocks of at most `most_bytes` of float32, in file order.
 
     A block lies in one layer and is whole on all axes but the one that is the tensor's rows.
     A single row of that axis may be larger than `most_bytes`.

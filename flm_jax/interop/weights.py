@@ -122,7 +122,7 @@ class HuggingFace:
         sizes = self._sizes | {tensor.rows: index[dim].stop - index[dim].start}
         x = names.from_rows(rows, param, tensor, sizes)
         others = tuple(slice(None) if d == dim else cut for d, cut in enumerate(index))
-        # As it lies: what is written in the same layout again is never laid out anew.
+        # The order in memory stays: writing in the same layout again then copies nothing.
         return x[others].astype(wide(rows.dtype), order="K", copy=False)
 
 

@@ -167,7 +167,7 @@ logits; "loss change" is in nats per token; both on the calibration batch.
 {pictures}
 ## What this does and does not show
 
-It shows the mechanics: each growth keeps the function, training goes on, and the loss falls from
+It shows the mechanics: each growth keeps the function, training continues, and the loss falls from
 stage to stage. It does not show a saving. At sizes that train in minutes, a small model trained
 longer reaches a lower loss than the grown one; part of the last stage's fall is the decay of its
 learning rate.

@@ -3,7 +3,7 @@
 Each process drives its own devices and runs the same program; arrays span the devices of all. What
 is written once is written by the first process. Where a decision rests on what only one process
 knows (a file, a signal), that one tells the others (`once`, `largest`), since processes that take
-different branches wait for each other for ever. Alone, a process pays for none of this.
+different branches wait for each other forever. Alone, a process pays for none of this.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def joined(group: Group) -> Iterator[None]:
     )
     lost = (
         f"{group.name}: another process was lost; start all of them again with the same command, "
-        "and they go on from the last checkpoint"
+        "and they resume from the last checkpoint"
     )
     last_words.message = lost
     try:
@@ -134,7 +134,7 @@ def joined(group: Group) -> Iterator[None]:
         jax.distributed.shutdown()
         raise
     except BaseException as error:
-        # Leaving without a word is what tells the others.
+        # Exiting without shutdown aborts the other processes.
         if any(word in str(error) for word in _BETWEEN_PROCESSES):
             last_words.message = f"{lost} ({str(error).splitlines()[0]})"
         else:
@@ -206,7 +206,7 @@ def first() -> bool:
 def once(action: Callable[[], T]) -> T:
     """Runs `action` in the first process alone; all get its result, or its UserError.
 
-    For files: one process writes, or reads and tells the others, and all go on when it is done.
+    For files: one process writes, or reads and tells the others, and all continue when it is done.
 
     Args:
       action: returns JSON values, or None.

@@ -32,7 +32,7 @@ def samples_to_score(config: SftConfig, tuned: Tuned) -> list[Sample]:
 
 
 def few_of_each(samples: Sequence[Sample], most: int) -> list[Sample]:
-    """The first ones of each category, at most so many, that have an answer to compare with."""
+    """Takes the first samples of each category, at most `most`, that have an answer to compare with."""
     seen: collections.Counter[str] = collections.Counter()
     chosen = []
     for sample in samples:

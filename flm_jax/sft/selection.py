@@ -137,7 +137,7 @@ def select(
         ("length", functools.partial(_length, config=config)),
         ("language", functools.partial(_language, config=config)),
         ("duplicate", _duplicates),
-        # Before near-duplicates: a wrong copy must not stand for a right one.
+        # Before near-duplicates: a wrong copy must not replace a right one.
         ("check", functools.partial(_unverified, config=config)),
         ("near_duplicate", functools.partial(_near_duplicates, config=config)),
         ("contamination", functools.partial(_contaminated, config=config, evaluation=evaluation)),
