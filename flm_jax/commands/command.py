@@ -79,7 +79,7 @@ class Call(Generic[F]):
     argv: tuple[str, ...]
 
     def console(self, **how: Any) -> rich.console.Console:
-        """Where results for people go: standard output, or standard error with --json."""
+        """The console for results: standard output, or standard error with --json."""
         return rich.console.Console(stderr=self.json, **how)
 
 

@@ -96,7 +96,7 @@ def _answers(one: list[scoring.Scored], two: list[scoring.Scored]) -> str:
 def _score(
     name: str, model: ChatModel, samples: list[Sample], all_answers: bool
 ) -> list[scoring.Scored]:
-    """With `all_answers` also of samples without a check."""
+    """Scores a model; with `all_answers` also on samples without a check."""
     with Progress(name, unit="samples") as progress:
         return _scored(dataclasses.replace(model, note=progress.count), samples, all_answers)
 

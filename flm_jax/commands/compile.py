@@ -61,7 +61,7 @@ def _chain(call: Call[Flags]) -> tuple[ExperimentConfig, int]:
 
 
 def _programs(flags: Flags, chain: ExperimentConfig, layout: LayoutConfig) -> list[str]:
-    """What to compile for a layout: a chain's first stage has no masks and no growth."""
+    """Lists what to compile for a layout: a chain's first stage has no masks and no growth."""
     if flags.stage is not None and layout.stage != chain.stages[flags.stage].name:
         return []
     if flags.what:

@@ -120,7 +120,7 @@ def plain(value: Any) -> Any:
 
 
 def shipped_folder() -> pathlib.Path:
-    """Where the config files of the package are: installed with it, or beside it in a checkout."""
+    """The folder of the shipped config files: in the package, or beside it in a checkout."""
     package = pathlib.Path(mapping.__file__).parent
     installed = package / "configs"
     return installed if installed.is_dir() else package.parent / "configs"

@@ -58,7 +58,7 @@ class DocumentSource(seqio.DataSource):
     def __init__(
         self, documents: Mapping[str, Sequence[Document]], tokenizer: Tokenizer | None = None
     ) -> None:
-        """With a tokenizer, examples are its tokens instead of text."""
+        """Makes the source. With a tokenizer, examples are its tokens instead of text."""
         self.documents = documents
         self._examples = {
             split: _examples([row.text for row in rows], tokenizer)

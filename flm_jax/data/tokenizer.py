@@ -70,7 +70,7 @@ class Tokenizer:
         return b"".join(self.pieces[i] for i in ids if i < len(self.pieces))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """As text; what is not UTF-8 is replaced by U+FFFD."""
+        """Decodes to text; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
 
@@ -186,7 +186,7 @@ def _hugging_face(path: pathlib.Path, where: str) -> Tokenizer:
 
 
 def _piece_reader(about: dict[str, Any], where: str) -> Callable[[str], bytes]:
-    """How the file writes bytes in its tokens: in GPT-2's alphabet, or as SentencePiece does."""
+    """Finds how the file writes bytes in its tokens: GPT-2's alphabet, or SentencePiece's."""
     text = json.dumps(about.get("decoder"))
     if '"ByteLevel"' in text:
         byte_of = {character: byte for byte, character in enumerate(byte_alphabet())}
@@ -219,7 +219,7 @@ def byte_alphabet() -> list[str]:
 
 
 def _eos_id(path: pathlib.Path, model: Any, where: str) -> int:
-    """From the files beside tokenizer.json, else by its usual names."""
+    """Finds special tokens: from the files beside tokenizer.json, else by their usual names."""
     named = []
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         token = _beside(path, file).get("eos_token")

@@ -74,7 +74,7 @@ class Adapter(TemplateLM):
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Of whole texts: each token predicted once, in windows of the model's context."""
+        """Scores whole texts: each token is predicted once, in windows of the model's context."""
         pairs, owners = [], []
         for owner, request in enumerate(requests):
             tokens = self.model.tokenizer.encode(request.args[0])

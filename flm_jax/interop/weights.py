@@ -30,7 +30,7 @@ class Weights(Protocol):
 
     @property
     def config(self) -> TransformerConfig:
-        """Of the model that the parameters are of."""
+        """Config of these parameters."""
 
     def read(self, path: str, index: Index) -> np.ndarray:
         """A block of a parameter in the axis table's layout, float32 (float64 where stored so)."""

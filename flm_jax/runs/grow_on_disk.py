@@ -69,7 +69,7 @@ class _DiskGrowth:
 
     @property
     def fingerprint(self) -> str:
-        """Of the data that the source was trained on."""
+        """Fingerprint of the data that the source was trained on."""
         return str(self.entries[-1]["data_fingerprint"])
 
     @property

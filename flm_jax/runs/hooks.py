@@ -22,7 +22,7 @@ LOG_EVERY = 10  # steps between rows of metrics.jsonl; a row has their mean loss
 
 @dataclasses.dataclass(frozen=True)
 class Log:
-    """Where a stage's measurements go: metrics.jsonl, TensorBoard, the screen."""
+    """Writes a stage's measurements to metrics.jsonl, TensorBoard and the screen."""
 
     metrics: MetricsFile
     board: TensorBoard

@@ -125,7 +125,7 @@ def _ramps(folder: RunFolder, stages: Sequence[dict[str, Any]], path: pathlib.Pa
 
 
 def _distances(folder: RunFolder, stages: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
-    """How far each layer is from the identity, and which were copied."""
+    """Draws how far each layer is from the identity, and which layers were copied."""
     grown = _grown(stages)
     figure, panels = plt.subplots(1, len(grown), figsize=(4.5 * len(grown), 3.2), squeeze=False)
     for panel, stage in zip(panels[0], grown, strict=True):

@@ -36,7 +36,7 @@ from flm_jax.train.train_step import MasksAt, TrainState, abstract_state
 
 @dataclasses.dataclass(frozen=True)
 class Position:
-    """Where a stage stands: the contents of a checkpoint.
+    """A position in a stage: the contents of a checkpoint.
 
     Attributes:
       state: the train state.
@@ -54,7 +54,7 @@ class Position:
         return int(self.state.step)
 
     def progress(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside the state."""
+        """The small values that a checkpoint keeps beside the state."""
         return {"data": self.data, "wall_s": self.wall_s}
 
 

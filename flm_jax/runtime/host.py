@@ -13,7 +13,7 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
 
 
 def keep_freed() -> None:
-    """With glibc, freed arrays stay in the process. Call it before JAX does anything.
+    """Keeps freed arrays in the process, with glibc. Call it before JAX does anything.
 
     For where the host is the accelerator.
     By default glibc gives every large array back to the kernel, and the next step faults it in

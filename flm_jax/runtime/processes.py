@@ -199,7 +199,7 @@ def _find_each_other(group: Group) -> None:
 
 
 def first() -> bool:
-    """Whether this is the process that writes what is written once."""
+    """Whether this is the first process, which alone writes shared files."""
     return jax.process_index() == 0
 
 

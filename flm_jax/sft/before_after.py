@@ -32,7 +32,7 @@ def samples_to_score(config: SftConfig, tuned: Tuned) -> list[Sample]:
 
 
 def few_of_each(samples: Sequence[Sample], most: int) -> list[Sample]:
-    """Takes the first samples of each category, at most `most`, that have an answer to compare with."""
+    """Takes the first `most` samples of each category that have an answer to compare with."""
     seen: collections.Counter[str] = collections.Counter()
     chosen = []
     for sample in samples:
@@ -103,7 +103,7 @@ def table(found: dict[str, Any]) -> rich.table.Table:
 
 
 def sentences(found: dict[str, Any]) -> list[str]:
-    """What the table does not say."""
+    """Sentences about what the table does not show."""
     stage, kept = found["stage"], found["retention"]
     lines = [f"{side}: {Counts(**c)}" for side, c in found["conversations"].items()]
     return [

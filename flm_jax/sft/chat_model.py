@@ -86,7 +86,7 @@ class ChatModel:
         return self._by_length([prompt(s) for s in samples], len, answers)
 
     def losses(self, samples: Sequence[Sample]) -> list[ResponseLoss]:
-        """Of all assistant messages, each given what is before it."""
+        """Losses of all assistant messages, each given the messages before it."""
         encoded = [encode(s.messages, self.tokenizer, self.template) for s in samples]
 
         def nats(rows: list[Encoded]) -> list[float]:
@@ -101,7 +101,7 @@ class ChatModel:
         ]
 
     def unprompted(self, samples: Sequence[Sample]) -> list[ResponseLoss]:
-        """As `losses`, without the other roles' messages."""
+        """Losses as `losses` gives them, but without the other roles' messages."""
         alone = [
             dataclasses.replace(
                 s, messages=tuple(m for m in s.messages if m.role == "assistant")

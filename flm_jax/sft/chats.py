@@ -141,7 +141,7 @@ def fingerprint(samples: Sequence[Sample]) -> str:
 
 
 def split(samples: Sequence[Sample], held_out: float) -> tuple[list[Sample], list[Sample]]:
-    """For training and held out: by the hash of the messages, so that copies stay together.
+    """Splits samples into training and held out, by the hash of the messages: copies stay together.
 
     Where no hash falls into the held-out share, the lowest one is held out.
     """

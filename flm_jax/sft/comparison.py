@@ -108,7 +108,7 @@ class Gate:
 
 
 def metrics_of(scored_categories: Mapping[str, bool]) -> dict[str, list[str]]:
-    """What `compare` measures. Args: category -> whether it has a sample with a check."""
+    """Lists the metrics of `compare`. Args: category -> whether it has a sample with a check."""
     every = {**scored_categories, ALL: any(scored_categories.values())}
     metrics = {
         c: [m for m in METRICS if m != "accuracy" or checked] for c, checked in every.items()

@@ -116,7 +116,7 @@ class Judge:
             return list(workers.map(verdict, samples, answers_a, answers_b))
 
     def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        """What the command says, checked; or {"failure": why}."""
+        """Parses and checks the command's answer; {"failure": why} if it does not fit."""
         with subprocess.Popen(
             shlex.split(self.command),
             stdin=subprocess.PIPE,
@@ -140,7 +140,7 @@ class Judge:
 
 
 def question_of(sample: Sample, answer_a: str, answer_b: str, exchanged: bool) -> dict[str, Any]:
-    """What the command reads: the conversation up to the question, and both answers.
+    """The question for the command: the conversation so far, and both answers.
 
     The sample's own answer and its check are left out. With `exchanged` the answers change places.
     """

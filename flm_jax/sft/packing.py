@@ -26,7 +26,7 @@ OPEN_ROWS = 256  # that a conversation may still go into
 
 @dataclasses.dataclass
 class Counts:
-    """What became of the conversations; nothing is left out unseen."""
+    """Counts what happened to the conversations, so that none is dropped silently."""
 
     read: int = 0
     used: int = 0

@@ -37,7 +37,7 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What the examples printed, as far as they ran; `failure` says why there is nothing."""
+    """Output of the examples that ran; `failure` says why there is none."""
 
     outputs: tuple[str, ...] = ()
     failure: str = ""

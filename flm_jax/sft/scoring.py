@@ -34,7 +34,7 @@ _NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?|\d+(?:\.\d+)?")
 
 @dataclasses.dataclass(frozen=True)
 class ResponseLoss:
-    """Of all assistant messages of a sample, given what is before them."""
+    """Loss of all assistant messages of a sample, given the messages before them."""
 
     nats: float  # summed over tokens, the end tokens included
     tokens: int
@@ -172,7 +172,7 @@ def flat(scores: Scores) -> dict[str, dict[str, float]]:
 
 
 def check_all(samples: Sequence[Sample], answers: Sequence[str]) -> list[tuple[bool, str]]:
-    """Whether each answer passes its sample's check, and if not, why. Doctests run side by side."""
+    """Checks each answer; returns whether it passes and, if not, why. Doctests run in parallel."""
 
     def one(pair: tuple[Sample, str]) -> tuple[bool, str]:
         sample, answer = pair
@@ -187,7 +187,7 @@ def check_all(samples: Sequence[Sample], answers: Sequence[str]) -> list[tuple[b
 
 
 def check_answer(check: Check, answer: str) -> tuple[bool, str]:
-    """Whether the answer passes, and if not, why.
+    """Checks an answer; returns whether it passes and, if not, why.
 
     Raises UserError: the check itself is malformed.
     """
@@ -239,7 +239,7 @@ def _check_doctest(expected: str, answer: str) -> tuple[bool, str]:
 
 
 def _last_line(output: str) -> str:
-    """Of a traceback only the exception counts, as for doctest."""
+    """Shortens a traceback to its exception, as doctest does."""
     if output.startswith("Traceback (most recent call last):"):
         return output.strip().splitlines()[-1] + "\n"
     return output

@@ -220,7 +220,7 @@ class CheckpointWriter:
         return cells(self.leaves[name].shape, self.chunks[name])
 
     def holds(self, name: str, piece: Sequence[slice]) -> bool:
-        """Whether a piece (of `pieces`) was written, by this process or one before it."""
+        """Whether a piece of `pieces` was written, by this process or an earlier one."""
         cell = [s.start // c for s, c in zip(piece, self.chunks[name], strict=True)]
         return self._file(name, cell).exists()
 

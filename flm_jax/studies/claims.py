@@ -116,7 +116,7 @@ def decide(claim: Claim, rows: Rows) -> Verdict | None:
 
 
 def groups(config: LessIsMoreConfig, categories: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """What the base has seen, and what is new to it."""
+    """Splits categories into those that the base has seen and those that are new to it."""
     known = tuple(c for c in categories if c in config.known)
     new = tuple(c for c in categories if c not in config.known)
     return {name: cs for name, cs in (("known", known), ("new", new)) if cs}
@@ -158,7 +158,7 @@ def claims(config: LessIsMoreConfig, categories: Sequence[str]) -> list[Claim]:
 
 
 def _worked_steps(mixes: Sequence[MixConfig], size: int) -> list[Claim]:
-    """Of two mixes, where one has what the other is without: answers right, each in its own."""
+    """Compares two mixes that each leave out what the other has: right answers, each in its own."""
     return [
         Claim(
             f"{_names(one.more)} in place of {_names(other.more)} gives more right answers",

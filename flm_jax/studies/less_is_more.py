@@ -201,7 +201,7 @@ class Pool:
 
     @functools.cached_property
     def _filtered(self) -> list[Sample]:
-        """What the filters leave of the pile: the costly part, the same for all arms."""
+        """The pile after the filters: the costly part, shared by all arms."""
         settings = dataclasses.replace(self._config.selection, size=len(self._pile))
         return self._select(self._pile, settings)
 
@@ -235,7 +235,7 @@ def _rooms(shares: dict[str, float], size: int) -> dict[str, int]:
 
 
 class Bench:
-    """What all arms share: the base, its data, the samples to score, the folder, the results."""
+    """Everything that all arms share: base, data, samples to score, folder, results."""
 
     def __init__(self, config: LessIsMoreConfig, workdir: str):
         """Raises UserError if base, config or pool do not fit."""

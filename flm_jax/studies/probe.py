@@ -42,7 +42,7 @@ def arm_experiment(config: ProbeConfig, arm: ArmConfig, seed: int) -> Experiment
 
 
 def _flops(experiment: ExperimentConfig, stage: StageConfig) -> int:
-    """Of one step."""
+    """Training FLOPs of one step."""
     length = stage.sequence_length or experiment.data.sequence_length
     return stage.batch_size * length * counts.flops_per_token_train(stage.model, length)
 
