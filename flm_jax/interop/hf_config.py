@@ -160,7 +160,7 @@ def _base_width(d_model: int, factor: float, path: pathlib.Path) -> int:
 
 
 def _rope_theta(values: Mapping[str, Any], path: pathlib.Path) -> float:
-    """Reads a RoPE setting: from its key, or from `rope_parameters`, where transformers 5 has it."""
+    """Reads a RoPE setting: from its key, or `rope_parameters`, where transformers 5 has it."""
     theta = values.get("rope_theta")
     for key in ("rope_scaling", "rope_parameters"):
         about = values.get(key) or {}
