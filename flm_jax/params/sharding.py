@@ -67,8 +67,8 @@ def one_device() -> Mesh:
 def param_spec(param: axes.Param, rules: RulesConfig = RULES) -> PartitionSpec:
     """The mesh axis that each axis of a parameter is split over.
 
-    >>> param_spec(axes.Param.of("layers:stack embed:in mlp:out"))
-    PartitionSpec(None, 'fsdp', 'tensor')
+    >>> tuple(param_spec(axes.Param.of("layers:stack embed:in mlp:out")))
+    (None, 'fsdp', 'tensor')
     """
     return PartitionSpec(*(getattr(rules, axis, "") or None for axis in param.axes))
 
