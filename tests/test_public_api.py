@@ -111,7 +111,7 @@ MISTAKES = {
     ),
     "a plan as a stage's model": (
         lambda: StageConfig("a", PLAN, 1, 1, 1e-3, 1e-3),
-        r"StageConfig\.model is .*it must be a group of TransformerConfig's fields",
+        r"StageConfig\.model is of type Plan; it must be a TransformerConfig",
     ),
     "a config as a plan": (
         lambda: grow(random_params(TINY, 0), TINY_GROWN, KEY),
