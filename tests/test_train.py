@@ -58,7 +58,7 @@ def test_a_ramp_compiles_once():
 
 @pytest.mark.parametrize("recipe", ["msg", "zero_pad", "tile_pad,identity", "aki,stack", "tile"])
 def test_growth_is_the_same_on_a_mesh_and_abstractly(recipe):
-    """Copies, fresh entries and optimizer state are bit-identical."""
+    """Copies, fresh entries and the optimizer's state are bit-identical."""
     target = (
         dataclasses.replace(TINY_GROWN, num_layers=TINY.num_layers)
         if recipe == "tile"
