@@ -29,10 +29,10 @@ def require(condition: bool, message: str) -> None:
 
 
 def require_type(value: object, kind: type, name: str) -> None:
-    """Raises UserError unless the argument `name` ("function: argument") is of this type."""
+    """Raises UserError unless a config passed as `name` ("function: argument") is of this type."""
     require(
         isinstance(value, kind),
-        f"{name} is of type {type(value).__name__}; give a flm_jax.{kind.__name__}",
+        f"{name} is of type {type(value).__name__}; give a {kind.__module__}.{kind.__name__}",
     )
 
 

@@ -112,7 +112,10 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         if isinstance(value, hint):
             return value
         if not isinstance(value, Mapping):
-            raise UserError(f"{path} is {value!r}; it must be a group of {hint.__name__}'s fields")
+            raise UserError(
+                f"{path} is of type {type(value).__name__}; it must be a {hint.__name__}, or a "
+                "group of its fields"
+            )
         return from_mapping(hint, value, path)
     origin, items = typing.get_origin(hint), typing.get_args(hint)
     if origin is types.UnionType:

@@ -1,4 +1,4 @@
-"""Small configs, parameters away from their defaults, and an independent model, for the tests."""
+"""Small configs, random parameters and an independent numpy model, for the tests."""
 
 import dataclasses
 
@@ -29,14 +29,14 @@ SMALL = TransformerConfig(
     rms_norm_eps=1e-2,
     dtype="float64",
 )
-TABLE = axes.table(SMALL)  # of every decoder
-# With µP's multipliers and without, each with its own eps.
+TABLE = axes.table(SMALL)  # the same for every decoder
+# With and without µP's multipliers, each with its own eps.
 MUP = {
     "mup": {"mup_base_width": 8, "rms_norm_eps": 1e-2},
     "plain": {"mup_base_width": 0, "input_mult": 1.0, "output_mult": 1.0, "rms_norm_eps": 1e-5},
 }
 
-# Divisible over eight devices in several meshes, and what it grows into.
+# A config that can be split over eight devices in several meshes, and its target.
 TINY = TransformerConfig(
     vocab_size=32, num_layers=2, d_model=16, num_heads=4, head_dim=4, d_ff=24, mup_base_width=8
 )
@@ -47,16 +47,16 @@ def changed(config: TransformerConfig, **values) -> TransformerConfig:
     return dataclasses.replace(config, **values)
 
 
-# Compiled once per config: op by op, small models spend their time in dispatch and compilation.
+# Compiled once per config: without jit, small models spend their time in dispatch.
 logits_of = jax.jit(train_step.logits_of, static_argnums=0)
 gradients = jax.jit(train_step.gradients, static_argnums=(2, 4))
 grow = jax.jit(growth.grow, static_argnums=1)
 
 
 def random_params(config: TransformerConfig, seed: int):
-    """Normal entries at the config's scales, norm gains in [0.5, 1.5]: ones hide bugs.
+    """Normal entries at the config's scales, and norm gains in [0.5, 1.5], since ones hide bugs.
 
-    Drawn by numpy, which compiles nothing.
+    They are drawn with numpy, which compiles nothing.
     """
     rng = np.random.default_rng(seed)
     leaves, sizes = {}, axes.axis_sizes(config)
@@ -84,7 +84,7 @@ def packed_batch(config: TransformerConfig, seed: int = 0, batch: int = 2, lengt
 
 
 def numpy_logits(config: TransformerConfig, params, tokens, segments, positions):
-    """The model written again in plain numpy, one token, head and layer at a time."""
+    """An independent model in plain numpy: one token, head and layer at a time."""
     p = {path: np.asarray(v, np.float64) for path, v in trees.flatten(params)}
     half = config.head_dim // 2
     frequency = 1.0 / config.rope_theta ** (np.arange(half) * 2 / config.head_dim)
@@ -129,7 +129,7 @@ def numpy_logits(config: TransformerConfig, params, tokens, segments, positions)
 
 
 def trained(model, state, batches):
-    """The train state (None: a fresh one) after a step on each batch, with decay, not clipped."""
+    """The state after one step per batch, with decay but without clipping; None: a fresh state."""
     stage = StageConfig("a", model, 1, 1, learning_rate=0.01, matrix_learning_rate=0.02)
     settings = OptimizerConfig(clip_norm=1e9, eps=1e-3, weight_decay=0.1)
     tx = optim.optimizer(stage, settings, schedules.steady)
@@ -139,14 +139,14 @@ def trained(model, state, batches):
     mesh = sharding.one_device()
     with jax.set_mesh(mesh):
         step = make_train_step(stage, tx, mesh)
-        state = jax.tree.map(jnp.copy, state)  # the step takes its state over
+        state = jax.tree.map(jnp.copy, state)  # the step donates its state
         for batch in batches:
             state, _ = step(state, batch)
     return state
 
 
 def farthest(a, b):
-    """Largest absolute difference of two parameter trees."""
+    """The largest absolute difference between two parameter trees."""
     pairs = zip(trees.flatten(a), trees.flatten(b), strict=True)
     return max(float(jnp.max(jnp.abs(x - y))) for (_, x), (_, y) in pairs)
 
@@ -162,7 +162,7 @@ def optimizer(stage):
 
 
 def losses_on(mesh_config: MeshConfig, model: TransformerConfig, steps: int = 4):
-    """Losses of a few steps on one batch, always from the same start, and the last state."""
+    """Losses of a few steps on one batch from a fixed initial state, and the last state."""
     stage = stage_of(model)
     tx = optimizer(stage)
     mesh, rules = sharding.make_mesh(mesh_config), mesh_config.rules

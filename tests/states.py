@@ -1,4 +1,4 @@
-"""Train states with random entries, and what a checkpoint of one must keep."""
+"""Random train states, a bit-exact comparison, and a limit on file sizes, for the tests."""
 
 import contextlib
 import resource
@@ -13,7 +13,7 @@ from flm_jax.train import optim, schedules, train_step
 
 
 def random_state(config, seed=0):
-    """A train state with random entries everywhere."""
+    """A train state in which every entry is random."""
     stage = StageConfig("s", config, 9, 2, 1e-3, 1e-3)
     tx = optim.optimizer(stage, OptimizerConfig(), schedules.steady)
     like = train_step.abstract_state(config, tx)
@@ -38,7 +38,7 @@ def assert_same_bits(got, want):
 
 @contextlib.contextmanager
 def files_of_at_most(size):
-    """The disk refuses larger ones."""
+    """A context in which writing a larger file fails."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:

@@ -1,4 +1,4 @@
-"""Masks multiplied into the parameters: the same function without masks; negative controls."""
+"""Folding masks into the parameters keeps the function; with negative controls."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ TARGETS = {"embed": changed(SMALL, d_model=18), "all axes": BIG}
 
 
 def masked_and_folded(target, value, seed=0):
-    """A grown model whose parameters are all random, as after training; logits of both forms."""
+    """Logits of a masked model with random parameters; folded config and parameters; batch."""
     plan = growth.plan(SMALL, target, "msg")
     params, batch = random_params(target, seed), packed_batch(SMALL, seed)
     masked = logits_of(target, params, batch, plan.masks(jnp.float32(value)))
@@ -40,7 +40,7 @@ def test_the_folded_model_is_the_masked_one(grown, value):
 
 
 def test_a_wrong_fold_is_noticed():
-    """Without the change of eps, or of one parameter, it is another model."""
+    """If eps, or one parameter, is not changed, the function differs."""
     with jax.enable_x64(True):
         masked, config, plain, batch = masked_and_folded(BIG, 0.37)
         assert distance(masked, logits_of(BIG, plain, batch)) > 1e-4

@@ -1,4 +1,4 @@
-"""Growth keeps function, gradients and the optimizer's state; each has a negative control."""
+"""Growth keeps function, gradients and optimizer state; each test has a negative control."""
 
 import dataclasses
 
@@ -33,7 +33,7 @@ KEY = jax.random.key(7)
 
 @st.composite
 def size_pairs(draw):
-    """A config and a larger one: every width, the depth and the multipliers change."""
+    """A config, and a larger one in which every width, the depth and the multipliers differ."""
 
     def both(low, high, more):
         size = draw(st.integers(low, high))
@@ -78,7 +78,7 @@ def test_msg_keeps_the_function_exactly(pair, seed):
         assert {p: v.shape for p, v in trees.flatten(grown)} == {
             p: param.shape(axes.axis_sizes(big)) for p, param in TABLE.items()
         }
-        # The plain model is reached at mask 1, with no residue.
+        # At mask 1 it is exactly the plain model.
         plain = logits_of(big, grown, batch)
         full = grown_logits(plan, grown, batch, mask=1.0)
         np.testing.assert_allclose(full, plain, atol=1e-10)
@@ -105,7 +105,7 @@ def _unscaled_head(plan, grown):
 
 
 def _appended_at_the_end(plan, grown):
-    """Query heads laid out flat, new ones after all old ones, then cut into groups again."""
+    """Lists query heads flat, new ones after all old ones, then cuts them into groups again."""
     old, new = plan.source, plan.target
     attention = dict(grown["layers"]["attention"])
     for name, dim in (("query", 2), ("out", 1)):
@@ -145,7 +145,7 @@ def test_a_broken_growth_is_noticed(mutate, drop):
 
 
 def test_gradients_grow_by_the_dual_map():
-    """The grown model's gradient at mask 0 is the source's, mapped; added slots have none."""
+    """At mask 0 the grown model's gradient is the mapped gradient of the source, 0 if added."""
     with jax.enable_x64(True):
         params = random_params(SMALL, 3)
         plan = growth.plan(SMALL, BIG)
@@ -157,17 +157,17 @@ def test_gradients_grow_by_the_dual_map():
         for path, grad in trees.flatten(target):
             added = any_slot(TABLE[path], plan.by_axis, lambda e, role: e.added)
             assert not jnp.where(added, grad, 0).any()
-        # Negative control: mapped like values, the head's scale is the wrong way round.
+        # Negative control: if mapped like values, the head is scaled the wrong way.
         unscaled = dataclasses.replace(plan, source=changed(SMALL, output_mult=1.9 * 18 / 12))
         assert gradient_error(unscaled, source, target) > 1e-2
 
 
 def _copies(axis, size, weights):
-    """Every slot once for each weight."""
+    """Repeats all slots once for each weight."""
     return Expansion(axis, size, tuple(Run(0, size, w) for w in weights))
 
 
-def test_no_added_slot_is_dead_or_locked_once_the_ramp_begins():
+def test_no_added_slot_is_dead_or_locked_once_the_ramp_starts():
     with jax.enable_x64(True):
         params = random_params(SMALL, 5)
         plan = growth.plan(SMALL, BIG)

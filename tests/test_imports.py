@@ -8,7 +8,7 @@ import pytest
 
 from tests.commands import ROOT
 
-# Each package or module imports only from its own line and the lines above it.
+# Each package or module imports only from its own line and from the lines above it.
 LAYERS = [
     {"errors", "version"},
     {"mapping"},

@@ -35,14 +35,14 @@ def test_logits_equal_the_numpy_model(kv_heads):
         want = numpy_logits(config, params, *args)
         real = args[1] > 0
         np.testing.assert_allclose(got[real], want[real], atol=1e-12)
-        # The oracle sees what it should: without the segments it differs.
+        # Negative control: without the segments the oracle's result differs.
         unpacked = numpy_logits(config, params, args[0], np.ones_like(args[1]), args[2])
         assert np.abs(got[real] - unpacked[real]).max() > 1e-3
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _token_gradients(config, params, positions, position, segment_ids):
-    """Size of d(logits at one position)/d(embedding of each input position)."""
+    """The norm of d(logits at one position) / d(embedding of each input position)."""
     length = positions.shape[1]
     # Distinct tokens, so that row i of the embedding's gradient belongs to position i alone.
     tokens = jnp.arange(length, dtype=jnp.int32)[None]
@@ -55,8 +55,8 @@ def _token_gradients(config, params, positions, position, segment_ids):
 
 
 def test_attention_is_causal_and_stays_in_its_document():
-    """Three criteria: no gradient from later tokens, none from other documents, some from all
-    earlier tokens of the same document."""
+    """There is no gradient from later tokens and none from other documents, but from all earlier
+    tokens of the same document."""
     with jax.enable_x64(True):
         params = random_params(SMALL, 2)
         batch = packed_batch(SMALL, batch=1)
@@ -67,7 +67,7 @@ def test_attention_is_causal_and_stays_in_its_document():
             visible = (segments == segments[position]) & (np.arange(len(segments)) <= position)
             assert (got[~visible] == 0).all()
             assert (got[visible] > 1e-8).all()
-        # Twin: as one document, the earlier document is seen.
+        # Negative control: as one document, tokens attend to the earlier document.
         one = jnp.ones_like(segment_ids)
         leaked = _token_gradients(SMALL, params, positions, 6, one)
         assert leaked[0] > 1e-8
@@ -95,11 +95,11 @@ def test_bfloat16_computes_logits_in_float32_near_the_exact_ones():
     exact = logits_of(changed(config, dtype="float32"), params, batch)
     error = float(jnp.sqrt(jnp.mean(jnp.square(logits - exact))))
     scale = float(jnp.sqrt(jnp.mean(jnp.square(exact))))
-    assert 2**-12 < error / scale < 2**-5  # bfloat16 rounds to 2^-9; a few dozen roundings
+    assert 2**-12 < error / scale < 2**-5  # a few dozen roundings, each of about 2^-9
 
 
 def test_accumulated_gradient_is_that_of_the_whole_batch():
-    """Rows with different numbers of targets: a mean of means would be wrong."""
+    """The rows have different numbers of targets, so a mean of means would be wrong."""
     with jax.enable_x64(True):
         params = random_params(SMALL, 5)
         batch = packed_batch(SMALL, batch=4)
@@ -118,7 +118,7 @@ def test_accumulated_gradient_is_that_of_the_whole_batch():
 
 @pytest.mark.parametrize("heads", [(2, 1), (1, 2)], ids=["multi-head", "grouped"])
 def test_splash_attention_is_the_plain_one(heads):
-    """The TPU's kernel, interpreted: forward and gradients, on packed documents."""
+    """The TPU's kernel, in interpret mode: forward and gradients, on packed documents."""
     K, G = heads
     rng = np.random.default_rng(0)
     q, out = (jnp.asarray(rng.normal(size=(2, 256, K, G, 128)), jnp.float32) for _ in range(2))
@@ -137,7 +137,7 @@ def test_splash_attention_is_the_plain_one(heads):
     np.testing.assert_allclose(got, value, rtol=1e-4)
     for a, b in zip(got_grads, grads, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-3 * float(jnp.abs(b).max()))
-    other = jnp.ones_like(ids)  # negative control: without documents the result is another
+    other = jnp.ones_like(ids)  # negative control: without documents the result differs
     assert (
         float(jnp.abs(attention.plain(q, k, v, other) - attention.plain(q, k, v, ids)).max()) > 0.1
     )

@@ -1,4 +1,4 @@
-"""The optimizer's state through a growth: moments, ages, rates; each with a negative control."""
+"""How a growth maps the optimizer state: moments, ages, rates; each with a negative control."""
 
 import dataclasses
 
@@ -34,7 +34,7 @@ WIDE = {"d_model": 36, "d_ff": 40, "num_heads": 8, "num_kv_heads": 4}
 
 @pytest.fixture(scope="module")
 def trajectory():
-    """SMALL after 4 steps, and after 20 more, with µP and without."""
+    """SMALL after 4 steps and after 20 more, with µP and without."""
     found = {}
     with jax.enable_x64(True):
         batches = [packed_batch(SMALL, seed) for seed in range(24)]
@@ -62,7 +62,7 @@ def test_a_tiled_model_follows_the_small_ones_adamw(trajectory, mup):
             logits_of(small, end.params, batches[0]),
             atol=1e-10,
         )
-        # Negative controls: moments mapped like parameters; rates and eps as for the target.
+        # Negative controls: moments mapped like parameters; rates and eps of the target.
         grown = grow(start, plan, KEY)
         adam = grown.opt_state[1]
         like_values = adam._replace(
@@ -76,8 +76,8 @@ def test_a_tiled_model_follows_the_small_ones_adamw(trajectory, mup):
         assert farthest(other.params, want) > 1e-4
 
 
-def test_mup_and_carried_rates_agree_when_all_widths_tile_alike():
-    """LR / k and decay k are µP's own scalings; only eps is left to carry."""
+def test_mup_and_carried_rates_agree_when_all_widths_tile_equally():
+    """LR / k and decay k are µP's own rules, so only eps must be carried."""
     small = changed(SMALL, num_kv_heads=4)
     big = changed(SMALL, d_model=24, d_ff=40, num_heads=8, num_kv_heads=8)
     with jax.enable_x64(True):
@@ -109,8 +109,8 @@ def _update_sizes(model, adam, stage, growth_, seeds):
 
 @pytest.mark.parametrize("recipe", ["msg", "zero_pad", "tile"])
 def test_update_sizes_go_from_the_sources_to_the_target_widths(recipe):
-    """With rates "ramp": at first old entries take the source's steps, mapped; after the ramp
-    every role's updates are as large as those of a model that always had the target's width."""
+    """With rates "ramp", old entries first take the mapped steps of the source. After the ramp, the
+    updates of every role are as large as in a model that always had the target's width."""
     small = changed(SMALL, d_model=16, mup_base_width=8, vector_init_std=1.0, matrix_init_std=1.0)
     stage = StageConfig("a", small, 1, 1, learning_rate=0.01, matrix_learning_rate=0.02)
     big = changed(small, d_model=48)
@@ -136,14 +136,14 @@ def test_update_sizes_go_from_the_sources_to_the_target_widths(recipe):
             old = first[path]
             for dim, axis in enumerate(param.axes):
                 old = jnp.take(old, jnp.arange(axes.axis_sizes(small)[axis]), axis=dim)
-            # The value map of the parameter is what its steps are carried by.
+            # A parameter's steps follow the map of its values.
             mapped = plan.value_scale(path) * plan.gain(path)
             if recipe == "tile" and param.has(axes.Role.IN, "embed"):
                 mapped /= 3
             carried = rms(old) / (mapped * rms(last_small[path]))
             assert 0.75 < carried / 0.99 < 1.35, (path, carried)
             assert 0.8 < rms(last[path]) / rms(reference[path]) < 1.25, path
-        # Twin: carried for good, a matrix still takes the narrow model's steps, or shares of them.
+        # Negative control: without fading, a matrix still takes the narrow model's steps, or parts.
         stays, _ = _update_sizes(
             big, grown.opt_state[0], stage, optim.SinceGrowth(59), range(60, 160)
         )
@@ -172,7 +172,7 @@ def test_moments_policies():
 
 
 def test_added_slots_get_a_rate_of_their_own():
-    """Rises linearly to the ratio; old entries keep theirs; earlier growths are old."""
+    """It rises linearly to the ratio. Old entries keep rate 1; so do slots of earlier growths."""
     with jax.enable_x64(True):
         spec = mup.spec(SMALL)
         tx = optim.scale_by_slot_adam(spec, 0.9, 0.95, 1e-8, optim.SinceGrowth(5, 1.3, 4))

@@ -1,4 +1,4 @@
-"""Every operator keeps what it claims; without a rule of its own it must fail."""
+"""Every operator keeps its promise; without one of its rules it must fail."""
 
 import contextlib
 import dataclasses
@@ -66,7 +66,7 @@ def logits_grown(plan, params, batch):
 
 
 def change_of(plan, params, batch, grown=None):
-    """Largest change of a logit over the logits' scale, on the old vocabulary."""
+    """The largest change of a logit, relative to the logits' scale, on the old vocabulary."""
     before = logits_of(plan.source, params, batch)
     grown = grow(params, plan, KEY) if grown is None else grown
     after = logits_grown(plan, grown, batch)[..., : plan.source.vocab_size]
@@ -81,7 +81,7 @@ def change_of(plan, params, batch, grown=None):
         (recipe, attention)
         for recipe in EXACT_RECIPES
         for attention in ATTENTION
-        # There every query head has a key/value head of its own: nothing to repeat.
+        # Every query head already has its own key/value head: there is nothing to repeat.
         if (recipe, attention) != ("repeat", "multi-head")
     ],
 )
@@ -103,7 +103,7 @@ def test_exact_operators_keep_the_function_in_float32(recipe):
 
 
 def _unshared(e):
-    """Copies that are not divided among each other."""
+    """Copies whose readers keep their full weights."""
     runs = tuple(dataclasses.replace(run, weight=1.0) for run in e.runs)
     return dataclasses.replace(e, runs=runs, masked=True)
 
@@ -153,7 +153,7 @@ def test_an_operator_without_its_rule_is_noticed(control):
 def test_padding_needs_its_eps():
     small, big = pair_of("zero_pad")
     assert big.rms_norm_eps == pytest.approx(small.rms_norm_eps * 12 / 18)
-    # The plan derives it for a target that has the source's.
+    # If the target has the source's eps, the plan derives the right one.
     derived = growth.plan(small, changed(big, rms_norm_eps=small.rms_norm_eps), "zero_pad")
     assert derived == growth.plan(small, big, "zero_pad")
     assert derived.config.rms_norm_eps == big.rms_norm_eps
@@ -168,7 +168,7 @@ def test_padding_needs_its_eps():
 
 
 def error_like_values(plan, source, target):
-    """`gradient_error` of gradients that are mapped like values, on the source's own slots."""
+    """`gradient_error` with gradients mapped like values, on the source's own slots."""
     worst = largest = 0.0
     mapped = dict(trees.flatten(grow(source, plan, KEY)))
     for path, got in trees.flatten(target):
@@ -192,7 +192,7 @@ def test_gradients_follow_the_dual_map(recipe):
         _, source, _ = gradients(params, batch, small)
         _, target, _ = gradients(grow(params, plan, KEY), batch, big)
         assert gradient_error(plan, source, target) < 1e-12
-        if recipe == "repeat":  # of its keys and values, the copies' sum
+        if recipe == "repeat":  # only the sum over the copies of keys and values is known
             for name in ("key", "value"):
                 g, got = (t["layers"]["attention"][name] for t in (source, target))
                 parts = got.reshape(*g.shape[:3], 2, g.shape[3])
@@ -240,7 +240,7 @@ def test_separating_noise_has_its_power_and_leaves_the_sum():
         np.testing.assert_allclose(up.reshape(2, 3, 48, 128).sum(1), 0, atol=1e-12)
         ratio = float(jnp.std(up) / jnp.sqrt(jnp.mean(plain["layers/mlp/up"] ** 2)))
         assert ratio == pytest.approx(0.1, rel=0.05)
-        # Only what reads copies gets noise, and only where copies are.
+        # Only readers of copies get noise, and only at copies.
         assert not noise["embedding"].any() and not noise["final_norm"].any()
         assert noise["head"].any() and not noise["layers/attention/out"].any()
         assert change_of(
@@ -309,7 +309,7 @@ def test_new_tokens_raise_the_loss_by_less_than_their_share():
 
 
 def test_a_longer_context_needs_no_growth():
-    """No parameter has the axis: on the old positions logits stay as they are."""
+    """No parameter has the axis, so logits at the old positions do not change."""
     with jax.enable_x64(True):
         params, batch = random_params(SMALL, 1), packed_batch(SMALL, length=24)
         short = {name: x[:, :9] for name, x in batch.items()}
@@ -318,7 +318,7 @@ def test_a_longer_context_needs_no_growth():
 
 
 def both_ways(recipe, first, second):
-    """SMALL grown in one step, and in two in either order."""
+    """Grows SMALL in one step, and in two steps in either order."""
     middle, other = changed(SMALL, **first), changed(SMALL, **second)
     big = changed(middle, **second)
 
@@ -344,7 +344,7 @@ def test_hidden_then_ffn_is_ffn_then_hidden(recipe):
 
 
 def test_padding_in_either_order_keeps_function_and_old_entries():
-    """Fresh entries are drawn at another width, so that only what is old can be equal."""
+    """Fresh entries are drawn at another width, so only old entries can be equal."""
     with jax.enable_x64(True):
         params, batch = random_params(SMALL, 1), packed_batch(SMALL)
         before = logits_of(SMALL, params, batch)

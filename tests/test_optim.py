@@ -60,8 +60,11 @@ def _grown_adam(b2, steps_before):
 
 
 def test_added_slots_take_steps_of_their_own_age():
-    """Constant gradient 1: every update of Adam is 1, for old and for added slots. With the old
-    step count, beta2 = 0.999 gives added slots (1 - b1^n) / sqrt(1 - b2^n): 6.6 at its peak."""
+    """With a constant gradient of 1, every update of Adam is 1, for old and added slots.
+
+    With the old step count and beta2 = 0.999, added slots would get (1 - b1^n) / sqrt(1 - b2^n),
+    which is at most 6.6.
+    """
     with jax.enable_x64(True):
         grown = _grown_adam(0.999, steps_before=200)
         tx = optim.scale_by_slot_adam(mup.spec(BIG), 0.9, 0.999, 1e-8)

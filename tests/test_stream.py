@@ -1,4 +1,4 @@
-"""Checkpoints slice by slice, and growth from one to another, against the same in memory."""
+"""Reads and writes checkpoints slice by slice, and grows from disk to disk as in memory."""
 
 import dataclasses
 import functools
@@ -34,13 +34,13 @@ def test_a_written_checkpoint_is_what_the_runner_restores(tmp_path, limit):
     writer = CheckpointWriter(tmp_path / "7", like, PROGRESS, chunks)
     checkpoints = Checkpoints(tmp_path)
     for n, (name, x) in enumerate(by_name(state).items()):
-        if n == 3:  # this process is killed, and called again
+        if n == 3:  # as if the process was killed and started again
             writer = CheckpointWriter(tmp_path / "7", like, PROGRESS, chunks)
         for piece in writer.pieces(name):
             assert not writer.holds(name, piece)
             writer.write(name, piece, np.asarray(x)[piece])
             assert writer.holds(name, piece)
-    # Until it is finished it is no checkpoint.
+    # It does not count as a checkpoint until it is finished.
     assert checkpoints.latest is None and not (tmp_path / "7").exists()
     writer.finish()
     checkpoints.close()
@@ -50,7 +50,7 @@ def test_a_written_checkpoint_is_what_the_runner_restores(tmp_path, limit):
     assert progress == PROGRESS
     assert jax.tree.structure(restored) == jax.tree.structure(state)
     assert_same_bits(restored, state)
-    checkpoints.save(8, state, {})  # it is a checkpoint among others
+    checkpoints.save(8, state, {})  # other checkpoints can be saved beside it
     checkpoints.close()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["7", "8"]
     with pytest.raises(UserError, match="7 exists"):
@@ -92,11 +92,11 @@ def test_pieces_are_consecutive_even_and_within_the_limit():
         assert 4 * np.prod(chunk, dtype=int) <= limit or limit < 4
         cut = [d for d, (c, n) in enumerate(zip(chunk, shape, strict=True)) if c < n]
         assert all(c == 1 for c in chunk[: max(cut, default=0)])
-        for c, n in zip(chunk, shape, strict=True):  # padding at the end: less than a row a piece
+        for c, n in zip(chunk, shape, strict=True):  # padding at the end: less than a row per piece
             assert -(-n // c) * c - n < -(-n // c)
 
 
-def test_another_checkpoint_begun_in_the_same_place_is_refused(tmp_path):
+def test_another_checkpoint_started_in_the_same_place_is_refused(tmp_path):
     like = {"a": jax.ShapeDtypeStruct((4, 3), np.float32)}
     CheckpointWriter(tmp_path / "1", like, PROGRESS)
     CheckpointWriter(tmp_path / "1", like, PROGRESS)
@@ -139,7 +139,7 @@ def test_a_disk_that_refuses_is_one_line_and_the_rest_goes_on(tmp_path):
 
 
 class Held:
-    """A checkpoint in memory, in the place of one on disk: a source, or a target."""
+    """A source or target in memory, used instead of a checkpoint on disk."""
 
     def __init__(self, like, chunks=None):
         self.leaves = checkpoint.shapes(like)
@@ -190,7 +190,7 @@ def streamed(state, plan, key, limit):
 
 
 def grown_state(config=CONFIG):
-    """Random, with entries of Adam's moments that are too small for normal floats."""
+    """A random state; some entries of Adam's moments are too small for normal floats."""
     state = random_state(config, 3)
     adam = state.opt_state[1]
     tiny = jax.tree.map(lambda x: x * jnp.where(x > 0, jnp.float32(1e-30), 1), adam.nu)
@@ -234,7 +234,7 @@ WIDE = growth.plan(CONFIG, changed(CONFIG, d_ff=30), "msg")
 
 
 class Shifted(Held):
-    """A source whose parameter `UP` is read one slot off."""
+    """A source that reads parameter `UP` shifted by one slot."""
 
     def read(self, name, slices=None):
         values = super().read(name, slices)
@@ -242,7 +242,7 @@ class Shifted(Held):
 
 
 def streamed_up(source, key=KEY):
-    """The parameter `UP` of a growth by pieces."""
+    """Parameter `UP` after a growth piece by piece."""
     state = grown_state()
     want = jax.eval_shape(functools.partial(growth.grow, plan=WIDE), state, key=key)
     target = Held(want, {UP: (1, 5, 30)})
@@ -251,7 +251,7 @@ def streamed_up(source, key=KEY):
 
 
 def test_a_piece_from_the_wrong_place_is_noticed():
-    """Negative controls of the test above: fresh entries of another key, sources one slot off."""
+    """Negative controls of the test above: another key; sources shifted by one slot."""
     state = grown_state()
     want = jax.jit(functools.partial(growth.grow, plan=WIDE))
     want = np.asarray(want(state, key=KEY).params["layers"]["mlp"]["up"])

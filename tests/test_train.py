@@ -1,4 +1,4 @@
-"""The train step: on a mesh, without recompiling during a ramp; checkpoints; evaluation."""
+"""The train step on a mesh, without recompilation during a ramp; checkpoints; evaluation."""
 
 import dataclasses
 import math
@@ -149,7 +149,7 @@ def test_params_digest_sees_one_bit():
 
 
 def test_bits_per_byte_of_a_uniform_model():
-    """With a zero head every token costs log2(vocabulary) bits; bytes are counted per token."""
+    """With a zero head, every token costs log2(vocabulary) bits; bytes are counted per token."""
     params = init_state(TINY, optimizer(stage_of(TINY)), jax.random.key(0)).params
     params = {**params, "head": jnp.zeros_like(params["head"])}
     batch = jax.tree.map(np.asarray, packed_batch(TINY, batch=8))

@@ -23,7 +23,7 @@ from flm_jax.train.train_step import TrainState, make_train_step
 from tests.models import SMALL, changed, farthest, grow, packed_batch, random_params
 
 STEPS, ROWS = 3, 8
-SCHEDULE = (0.5, 1.0, 0.8)  # the learning rate's factor at each step
+SCHEDULE = (0.5, 1.0, 0.8)  # factor on the learning rate at each step
 GAINS = ("norm", "final_norm")
 VECTORS = ("embedding", "head")
 # A clip norm below every gradient norm of these tests, and one above.
@@ -31,7 +31,7 @@ CLIPS = {"clipped": 0.05, "not clipped": 100.0}
 
 
 def ragged_batch(model, seed):
-    """A packed batch whose rows, and so whose microbatches, have different numbers of targets."""
+    """A packed batch; its rows, and so its microbatches, have different numbers of targets."""
     batch = packed_batch(model, seed, batch=ROWS)
     length = batch["tokens"].shape[1]
     kept = jnp.arange(length)[None] < jnp.arange(length, length - ROWS, -1)[:, None]
@@ -44,7 +44,7 @@ def ragged_batch(model, seed):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What is trained, and how."""
+    """The settings of one training."""
 
     accumulate: int = 1
     weight_decay: float = 0.1
@@ -52,7 +52,7 @@ class Case:
 
     @property
     def settings(self):
-        # An eps of the gradient's size: without it Adam would hide a gradient's wrong scale.
+        # eps is as large as the gradient; else Adam would hide a wrong scale of the gradient.
         return OptimizerConfig(eps=1e-3, weight_decay=self.weight_decay, clip_norm=self.clip_norm)
 
     @property
@@ -91,7 +91,7 @@ def mean_loss(params, batch, masks=None, model=SMALL):
 
 
 def mean_of_microbatch_means(params, batch, parts=4):
-    """The mistake of an accumulation that divides by each microbatch's own tokens."""
+    """A mistake in accumulation: divides by each microbatch's own number of tokens."""
     micro = [jax.tree.map(lambda x, i=i: jnp.split(x, parts)[i], batch) for i in range(parts)]
     return sum(mean_loss(params, part) for part in micro) / parts
 
@@ -183,7 +183,7 @@ def test_three_steps_are_those_of_clipped_adamw(accumulate, weight_decay, clip):
     ids=lambda mistake: next(iter(mistake)),
 )
 def test_a_wrong_adamw_differs_after_every_step(mistake):
-    """Negative controls: what the test above compares does see each of these mistakes."""
+    """Negative controls: the comparison of the test above notices each of these mistakes."""
     case = Case(accumulate=4)
     with jax.enable_x64(True):
         got, wrong = library_steps(case), oracle_steps(case, **mistake)
@@ -194,13 +194,13 @@ def test_a_wrong_adamw_differs_after_every_step(mistake):
 
 
 def test_microbatches_have_different_numbers_of_targets():
-    """Or dividing by each microbatch's own number would not be a mistake."""
+    """Otherwise dividing by each microbatch's own number would not be a mistake."""
     counts = ragged_batch(SMALL, 0)["weights"].reshape(4, -1).sum(1)
     assert len(set(counts.tolist())) == 4
 
 
 def test_a_masked_step_is_that_of_the_masked_model():
-    """The masks reach loss and gradient; without them both differ."""
+    """The masks affect loss and gradient; without them both differ."""
     with jax.enable_x64(True):
         plan = growth.plan(SMALL, changed(SMALL, d_model=18, d_ff=32))
         case, model, value = Case(accumulate=4), plan.target, jnp.float64(0.3)

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 from flm_jax import data, mapping
-from flm_jax.config import ExperimentConfig, StageConfig, TransformerConfig
+from flm_jax.config import ExperimentConfig, StageConfig, TransformerConfig, require_type
 from flm_jax.errors import UserError
 from flm_jax.inference.evaluation import score
 from flm_jax.interop.opening import open_stage_source
@@ -54,6 +54,7 @@ def run(config: ExperimentConfig, workdir: str) -> list[dict[str, Any]]:
       UserError: the config, the data or the folder does not fit; nothing is overwritten.
       RunStopped: after SIGINT or SIGTERM; a checkpoint was written.
     """
+    require_type(config, ExperimentConfig, "run: config")
     host.keep_freed()
     if config.quick_compile:
         host.compile_quickly()

@@ -101,11 +101,15 @@ def scale_by_slot_adam(
     and is not affected.
 
     Args:
-      spec: of the model: its table, and the sizes of its axes.
-      b1, b2, eps: Adam's.
-      growth: of the stage; None: multipliers stay as they are.
-    """
+      spec: the model.
+      b1: decay rate of the first moment.
+      b2: decay rate of the second moment.
+      eps: added to the root of the second moment.
+      growth: how the steps after the stage's growth differ; None: multipliers stay as they are.
 
+    Returns:
+      The transformation; its state is a `SlotAdamState`.
+    """
     table, sizes = spec.table, spec.sizes
 
     def init(params: Any) -> SlotAdamState:
