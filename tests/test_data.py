@@ -1,4 +1,4 @@
-"""The data: exact resume, whole epochs, packing, bytes per token, splits, mistakes of the user."""
+"""The data: exact resume, whole epochs, packing, bytes per token, splits, user errors."""
 
 import dataclasses
 import json
@@ -70,7 +70,7 @@ def large(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rows(small):
-    """The undisturbed stream, two epochs and more, one sequence after another."""
+    """The uninterrupted stream, more than two epochs, one sequence after another."""
     return take(small.train(1), 3 * epoch_length(small))
 
 
@@ -110,7 +110,7 @@ def split_documents(targets, weights):
     return [(d[:-1] - 3).astype(np.uint8).tobytes() for d in documents]
 
 
-# The stream and its place
+# The stream and its position
 
 
 def test_batches_have_the_stated_shapes_and_types(small):
@@ -130,11 +130,11 @@ def test_batch_size_does_not_change_the_stream(small, rows, batch_size):
     assert_rows(take(small.train(batch_size), count), rows, 0)
 
 
-def test_resume_is_exact_at_any_place_and_with_another_batch_size(small, rows):
+def test_resume_is_exact_at_any_position_and_with_another_batch_size(small, rows):
     length = epoch_length(small)
-    places = {0, 1, 7, length // 4 - 1, length // 4, length // 4 + 1, 2 * length // 4 + 3}
+    positions = {0, 1, 7, length // 4 - 1, length // 4, length // 4 + 1, 2 * length // 4 + 3}
     iterator, done = small.train(4), 0
-    for batches in sorted(places):
+    for batches in sorted(positions):
         for _ in range(batches - done):
             next(iterator)
         done = batches
@@ -145,7 +145,7 @@ def test_resume_is_exact_at_any_place_and_with_another_batch_size(small, rows):
             resumed = small.train(batch_size)
             resumed.set_state(state)
             assert_rows(take(resumed, 5), rows, 4 * batches)
-    assert state["epoch"] > 0, "the last place should lie in the second epoch"
+    assert state["epoch"] > 0, "the last position should be in the second epoch"
 
 
 def test_resume_across_an_epoch_boundary(small, rows):
@@ -157,11 +157,12 @@ def test_resume_across_an_epoch_boundary(small, rows):
     batch = next(resumed)
     assert_rows(batch, rows, length - 2)
     assert (resumed.get_state()["epoch"], resumed.get_state()["offset"]) == (1, 2)
-    resumed.set_state(iterator.get_state())  # and back, in the same iterator
+    resumed.set_state(iterator.get_state())  # back to it, in the same iterator
     assert_rows(next(resumed), rows, length - 2)
 
 
-def test_a_place_off_by_one_gives_other_batches(small, rows):
+def test_a_position_off_by_one_gives_other_batches(small, rows):
+    """Negative control of the tests of exact resume."""
     iterator = small.train(4)
     next(iterator)
     state = iterator.get_state()
@@ -170,7 +171,7 @@ def test_a_place_off_by_one_gives_other_batches(small, rows):
         assert_rows(next(iterator), rows, 4)
 
 
-def test_only_batches_handed_out_count(small):
+def test_the_position_counts_only_returned_batches(small):
     iterator = small.train(4)
     next(iterator)
     assert iterator.get_state() == {
@@ -185,21 +186,21 @@ def test_only_batches_handed_out_count(small):
 
 
 def test_the_context_grows_in_the_middle_of_the_stream(small):
-    """Short sequences, then long ones: the windows' tokens in order, none twice, none left out."""
+    """Short sequences, then long ones, give the windows' tokens in order, each exactly once."""
     long = reopen(small, sequence_length=4 * T)
     short = reopen(small, sequence_length=T, window_length=4 * T)
     before = short.train(2)
-    first = take(before, 8)  # half a long sequence more than a whole number of them: 4 x 4T
+    first = take(before, 8)  # 16 short sequences: 4 windows
     after = long.train(1)
     after.set_state(before.get_state())
     rest = take(after, 3)
     stream = take(long.train(1), 7)
     joined = np.concatenate([first["targets"].reshape(-1, 4 * T), rest["targets"]])
     np.testing.assert_array_equal(joined, stream["targets"])
-    # A cut sequence begins a new segment, at position 0, and sees nothing before it.
+    # A sequence starts a new segment, at position 0, and sees nothing before it.
     assert (first["positions"][:, 0] == 0).all() and (first["tokens"][:, 0] == 0).all()
     assert (first["weights"].reshape(-1, 4 * T) == stream["weights"][:4]).all()
-    # In the middle of a long sequence, its rest is skipped: less than one.
+    # In the middle of a long sequence, the rest of it is skipped.
     before.set_state({**before.get_state(), "offset": 5})
     after.set_state(before.get_state())
     np.testing.assert_array_equal(next(after)["targets"], stream["targets"][2:3])
@@ -246,7 +247,7 @@ def test_hosts_share_the_global_batch(small, rows, host_count):
     assert_rows(next(alone), rows, 12)
 
 
-def test_seed_decides_the_order(small, rows):
+def test_the_seed_determines_the_order(small, rows):
     count = len(rows["targets"]) // 3
     assert_rows(take(reopen(small).train(1), 20), rows, 0)
     other = take(reopen(small, seed=1).train(1), count)
@@ -353,7 +354,7 @@ def test_byte_vocabulary_counts_bytes(small):
 
 
 def assert_bytes(corpus):
-    """Through the TensorFlow tokenizer, over the documents of both splits."""
+    """Checks `token_bytes` with the TensorFlow tokenizer, on the documents of both splits."""
     for split, batches in (
         ("train", list(iter_epoch(corpus, 0))),
         ("validation", corpus.validation(1, 10**6)),
@@ -372,7 +373,7 @@ def test_sentencepiece_counts_bytes(small, vocabulary_path):
     assert_bytes(corpus)
 
 
-def test_sentencepiece_text_comes_back(small, vocabulary_path):
+def test_sentencepiece_decodes_to_the_same_text(small, vocabulary_path):
     corpus = reopen(small, vocabulary=vocabulary_path)
 
     @settings(max_examples=300, deadline=None)
@@ -521,7 +522,7 @@ def test_registered_task_and_mixture(vocabulary_path):
         data.open_corpus(DataConfig(task="ours_without_validation"))
 
 
-# Mistakes
+# User errors
 
 
 def test_c4_without_its_data(monkeypatch, tmp_path):
@@ -578,8 +579,8 @@ def test_a_malformed_row_is_named(tmp_path, row):
     "arguments, message",
     [
         ((0,), "batch_size is 0"),
-        ((6, 0, 4), "batch_size is 6 and host_count 4"),
-        ((6, 2, 2), "host_index is 2 and host_count 2"),
+        ((6, 0, 4), "batch_size is 6 and host_count is 4"),
+        ((6, 2, 2), "host_index is 2 and host_count is 2"),
     ],
 )
 def test_batches_that_cannot_be_shared(small, arguments, message):

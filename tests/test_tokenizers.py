@@ -1,4 +1,4 @@
-"""Tokenizers: text and bytes come back, ends are found, and the data pipeline agrees."""
+"""Tokenizers: decoding, byte counts, end tokens, and agreement with the data pipeline."""
 
 import json
 
@@ -29,7 +29,7 @@ def save(tokenizer, folder, **config):
 
 
 def byte_level(bos=False):
-    """As GPT-2 and Llama 3 have it."""
+    """A tokenizer like those of GPT-2 and Llama 3."""
     made = tokenizers.Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
@@ -48,7 +48,7 @@ def byte_level(bos=False):
 
 
 def with_fallback():
-    """As Llama 2 has it: SentencePiece's spaces, bytes for what the vocabulary lacks."""
+    """A tokenizer like Llama 2's: SentencePiece's spaces, and a fallback to bytes."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *"\u2581defrtuxnw"]
     merges = [("\u2581", "r"), ("d", "e"), ("de", "f")]
     vocab = {p: i for i, p in enumerate([*pieces, *(a + b for a, b in merges)])}
@@ -87,24 +87,24 @@ KINDS = ("bytes", "byte-level", "byte-level with start", "fallback", "sentencepi
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_text_comes_back_and_its_bytes_add_up(files, kind):
+def test_decoding_gives_the_text_and_its_bytes_back(files, kind):
     tokenizer = open_tokenizer(files[kind])
     for text in TEXTS:
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text
         assert tokenizer.token_bytes[ids].sum() == len(text.encode())
-        # Token by token, as it is streamed.
+        # Token by token, as generated text is streamed.
         assert b"".join(tokenizer.decode_bytes([i]) for i in ids) == text.encode()
     assert tokenizer.pieces[tokenizer.eos_id] == b""
     assert tokenizer.decode([tokenizer.vocab_size + 5]) == ""  # a padded model's extra tokens
-    # Twin: one byte too many in one piece is seen.
+    # Negative control: one byte too many in every piece is noticed.
     wrong = tokenizer.token_bytes + 1
     assert wrong[tokenizer.encode(TEXTS[0])].sum() != len(TEXTS[0].encode())
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "fallback"])
 def test_pieces_are_what_the_library_decodes(files, kind):
-    """Another reading of the same file: the decoder of `tokenizers`, token by token."""
+    """Compares with the decoder of `tokenizers`, token by token."""
     library = tokenizers.Tokenizer.from_file(files[kind])
     tokenizer = open_tokenizer(files[kind])
     compared = 0
@@ -125,7 +125,7 @@ def test_special_tokens_are_text_unless_asked_for(files):
     assert tokenizer.eos_id not in tokenizer.encode("<|endoftext|>")
 
 
-def test_where_a_document_starts(files):
+def test_start_ids(files):
     expected = {"bytes": 0, "byte-level": 0, "byte-level with start": 1, "fallback": 2,
                 "sentencepiece": 0}  # fmt: skip
     assert {k: open_tokenizer(files[k]).start_id for k in expected} == expected
@@ -135,7 +135,7 @@ def test_where_a_document_starts(files):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_pipeline_has_the_same_tokens(files, kind):
-    """seqio's tokens of every document, and what the model reads at a segment's start."""
+    """Compares seqio's tokens of every document, and the model's input at a segment's start."""
     config = DataConfig(
         task="text_files", path=files["documents"], vocabulary=files[kind], sequence_length=64
     )
@@ -171,7 +171,7 @@ def test_a_registered_task_may_tokenize_in_the_graph(files):
     assert vocabulary != tasks.make_vocabulary(open_tokenizer(files["fallback"]))
 
 
-def test_mistakes_are_named(files, tmp_path):
+def test_user_errors_name_the_file(files, tmp_path):
     no_end = tokenizers.Tokenizer(models.BPE({"a": 0, "b": 1}, []))
     no_end.decoder = decoders.ByteLevel()
     words = tokenizers.Tokenizer(models.WordPiece({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
@@ -186,7 +186,10 @@ def test_mistakes_are_named(files, tmp_path):
         (str(tmp_path / "broken.json"), "not a tokenizer.json"),
         (str(tmp_path / "broken.model"), "not a SentencePiece model"),
         (save(no_end, tmp_path / "no_end"), "no end-of-sequence token: eos_token in tokenizer_c"),
-        (save(words, tmp_path / "words"), r"do not say which bytes .* \(its decoder is WordPiece"),
+        (
+            save(words, tmp_path / "words"),
+            r"bytes of its tokens are not known \(its decoder is WordPiece",
+        ),
         (broken_beside, "tokenizer_config.json is not JSON"),
     ):
         with pytest.raises(UserError, match=message):

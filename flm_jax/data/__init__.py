@@ -1,7 +1,7 @@
-"""Text as packed batches of tokens: seqio tasks behind an iterator whose place can be saved.
+"""Text as packed batches of tokens: seqio tasks behind an iterator whose position can be saved.
 
-The only package that loads seqio and TensorFlow. They take seconds to load, so that happens when a
-function is called, not when this package is imported.
+This is the only package that loads seqio and TensorFlow. Loading takes seconds, so it happens when
+a function is called, not when this package is imported.
 """
 
 from __future__ import annotations
@@ -24,9 +24,15 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 
 def open_corpus(config: DataConfig, whole: bool = False) -> Corpus:
-    """Opens the documents and the vocabulary that `config` names.
+    """Opens documents and their vocabulary.
 
-    With `whole`, the user's files are one split, "all", and one document is enough.
+    Args:
+      config: names the task, its path and the vocabulary.
+      whole: read the user's files as one split, "all", instead of train and validation. One
+        document is then enough.
+
+    Returns:
+      The opened corpus; nothing is tokenised yet.
 
     Raises:
       UserError: the task, the path, a document or the vocabulary is missing or malformed.
@@ -36,9 +42,14 @@ def open_corpus(config: DataConfig, whole: bool = False) -> Corpus:
 
 
 def train_sentencepiece(config: DataConfig, vocab_size: int, output_path: str) -> None:
-    """Trains a SentencePiece model on the training split and writes it to `output_path`.
+    """Trains a SentencePiece model on the training split and writes it to a file.
 
-    The model keeps text as it is: see `flm_jax.data.pipeline.train_sentencepiece`.
+    Decoding gives the text back unchanged: see `flm_jax.data.pipeline.train_sentencepiece`.
+
+    Args:
+      config: the data; its own vocabulary is not used.
+      vocab_size: number of tokens, the 3 special and 256 byte tokens included.
+      output_path: the model's file; missing folders are created.
 
     Raises:
       UserError: the data cannot be opened, or `vocab_size` does not fit it.
@@ -54,7 +65,7 @@ def _pipeline() -> ModuleType:
 
 @contextlib.contextmanager
 def _silent_stderr() -> Iterator[None]:
-    """TensorFlow's C++ writes about missing CUDA while it loads, whatever the log level."""
+    """Hides what TensorFlow's C++ prints about missing CUDA while it loads, at any log level."""
     saved = os.dup(2)
     try:
         with open(os.devnull, "w") as devnull:

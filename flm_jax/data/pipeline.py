@@ -1,4 +1,4 @@
-"""Documents -> windows of tokens -> packed batches, with a place that can be saved and restored.
+"""Documents -> windows of tokens -> packed batches, with a position that can be saved.
 
 Letters in array names: B sequences of a batch, T tokens of a sequence.
 """
@@ -26,24 +26,26 @@ from flm_jax.errors import UserError
 
 # Documents that are concatenated before they are cut into windows.
 GROUP_DOCUMENTS = 256
-# Of the order in which validation windows are drawn: the same for every config.
+# Seed of the order of validation windows: the same for every config.
 VALIDATION_SEED = 0
 
 
 class Corpus:
-    """Opened documents and their vocabulary. Made by `open_corpus`.
+    """Opened documents and their vocabulary; `open_corpus` creates it.
 
     Attributes:
-      config: what it was opened from.
-      vocab_size: number of tokens, special ones included.
-      token_bytes: int32 [vocab_size], UTF-8 bytes that each token stands for, 0 for special ones.
-        Over a document they add up to its length in bytes, for the byte vocabulary, for models
-        by `train_sentencepiece`, and for byte-level tokenizers that do not normalise.
-        (SentencePiece itself reads U+2581 as a space, and counts 1.)
-      start_id: the input at a segment's start.
+      config: the config it was opened with.
+      task: the seqio task or mixture.
+      vocabulary: the task's seqio vocabulary.
+      vocab_size: number of tokens, special tokens included.
+      token_bytes: int32 [vocab_size], number of UTF-8 bytes of each token, 0 for special tokens.
+        Summed over a document's tokens they give its length in bytes. This holds for the byte
+        vocabulary, for models from `train_sentencepiece`, and for byte-level tokenizers that do
+        not normalise. (SentencePiece itself reads U+2581 as a space, and counts 1 byte.)
+      start_id: the input token at the start of a segment.
       fingerprint: SHA-256, hex, of documents and vocabulary.
-      num_documents: per split, None where the task does not know.
-      num_bytes: per split, empty where the task does not know.
+      num_documents: split -> number of documents; None if the task does not know it.
+      num_bytes: split -> bytes of text; empty if the task does not know them.
     """
 
     def __init__(self, config: DataConfig, whole: bool = False) -> None:
@@ -60,27 +62,38 @@ class Corpus:
         splits = ("all",) if whole else ("train", "validation")
         self.num_documents = {s: _num_documents(self.task, s) for s in splits}
         self.num_bytes: dict[str, int] = {}
-        source = getattr(self.task, "source", None)  # a mixture has none
+        source = getattr(self.task, "source", None)  # a mixture has no source
         if isinstance(source, tasks.DocumentSource):
             self.num_bytes = {s: sum(len(d.text) for d in source.documents[s]) for s in splits}
 
     def train(self, batch_size: int, host_index: int = 0, host_count: int = 1) -> BatchIterator:
-        """The endless training stream, from its start.
+        """Opens the endless training stream at its start.
 
         Args:
-          batch_size: sequences per global batch.
-          host_index, host_count: this host gets its equal share of each global batch's rows.
+          batch_size: sequences in a global batch.
+          host_index: index of this process.
+          host_count: number of processes; each reads an equal share of the rows of every batch.
 
         Raises:
-          UserError: the global batch cannot be shared equally.
+          UserError: the processes cannot share the batch equally.
         """
         return BatchIterator(self, batch_size, host_index, host_count)
 
     def validation(self, batch_size: int, num_sequences: int) -> list[Batch]:
-        """The same `num_sequences` of the validation split (or all, if fewer) at every call.
+        """Reads a fixed sample of the validation split: the same sequences at every call.
 
-        They are drawn from all its documents: the first in order would be of one or two. All
-        batches have `batch_size` rows; rows that are missing from the last have weight 0.
+        The sequences are drawn from all documents; the first ones in order would come from only
+        one or two documents.
+
+        Args:
+          batch_size: rows of every batch. The last batch is filled up with rows of weight 0.
+          num_sequences: sequences to read; all, if the split has fewer.
+
+        Returns:
+          Batches with the features of `BatchIterator`, [B, T].
+
+        Raises:
+          UserError: a number is below 1.
         """
         require_positive(batch_size=batch_size, num_sequences=num_sequences)
         windows = _windows(self.documents("validation"), self.config.window)
@@ -90,7 +103,18 @@ class Corpus:
         return list(self._batches(windows.take(num_sequences), batch_size))
 
     def sequences(self, split: str, batch_size: int) -> Iterator[Batch]:
-        """All of a split once, in order, packed as in training; the last batch as above."""
+        """Yields a whole split once, in order, packed as in training.
+
+        Args:
+          split: a split of the task.
+          batch_size: rows of every batch. The last batch is filled up with rows of weight 0.
+
+        Returns:
+          Batches with the features of `BatchIterator`, [B, T].
+
+        Raises:
+          UserError: `batch_size` is below 1.
+        """
         require_positive(batch_size=batch_size)
         windows = _cut(_windows(self.documents(split), self.config.window), self.config)
         return self._batches(windows, batch_size)
@@ -100,7 +124,15 @@ class Corpus:
         return (_pad_rows(batch, batch_size) for batch in batches.as_numpy_iterator())
 
     def documents(self, split: str, shuffle_seed: int | None = None) -> tf.data.Dataset:
-        """One pass over the split: int32 [tokens] per document, shuffled only with a seed."""
+        """Yields the tokens of every document of the split once: int32 [tokens], EOS included.
+
+        Args:
+          split: a split of the task.
+          shuffle_seed: seed of the documents' order; None: not shuffled.
+
+        Raises:
+          UserError: the task cannot give the split, or cannot shuffle by a seed.
+        """
         try:
             dataset = self.task.get_dataset(
                 sequence_length=None,
@@ -115,7 +147,7 @@ class Corpus:
         return dataset.map(lambda example: tf.cast(example["targets"], tf.int32))
 
     def epoch(self, epoch: int) -> tf.data.Dataset:
-        """All sequences of one epoch, in its order: `targets` and `positions`, int32 [T]."""
+        """Yields all sequences of one epoch, in its order: `targets` and `positions`, int32 [T]."""
         config = self.config
         seed = int(np.random.SeedSequence((config.seed, epoch)).generate_state(1)[0])
         windows = _windows(self.documents("train", seed), config.window)
@@ -123,7 +155,11 @@ class Corpus:
         return _cut(windows, config)
 
     def features(self, windows: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        """The model's features of a batch of windows, all [B, T]; see `BatchIterator`."""
+        """Computes the model's features from a batch of windows; all [B, T], see `BatchIterator`.
+
+        Args:
+          windows: `targets` and `positions`, int32 [B, T]; positions are -1 for padding.
+        """
         targets, positions = windows["targets"], windows["positions"]
         inside = positions >= 0
         segment_ids = tf.cumsum(tf.cast(positions == 0, tf.int32), axis=1)
@@ -138,7 +174,12 @@ class Corpus:
         }
 
     def with_length(self, config: DataConfig) -> Corpus:
-        """The same opened documents, read in another sequence length."""
+        """Returns a view of the same documents that reads sequences of another length.
+
+        Args:
+          config: as this corpus's, except for sequence_length, window_length, shuffle_tokens and
+            seed.
+        """
         other = copy.copy(self)
         other.config = config
         return other
@@ -148,22 +189,23 @@ class Corpus:
 
 
 def open_corpus(config: DataConfig, whole: bool = False) -> Corpus:
-    """See `flm_jax.data.open_corpus`."""
+    """Opens a corpus; see `flm_jax.data.open_corpus`."""
     return Corpus(config, whole)
 
 
 class BatchIterator(BatchStream):
     """An endless stream of packed text.
 
-    A batch is a dict of numpy arrays [B, T], B being this process's share of the global batch:
+    A batch is a dict of numpy arrays [B, T]; B is this process's share of the global batch:
       targets: int32, the tokens to predict, each document's EOS included; 0 for padding.
-      tokens: int32, `targets` shifted right in each segment, `start_id` at its start; 0 for
+      tokens: int32, `targets` shifted right in each segment, with `start_id` at its start; 0 for
         padding.
       segment_ids: int32, 1, 2, .. for each document in the window; 0 for padding.
       positions: int32, from 0 in each segment; 0 for padding.
       weights: float32, 1 for a target; 0 for padding.
 
-    A document that a window boundary cuts starts a new segment, at position 0, in its next window.
+    Where a window boundary cuts a document, the rest of it is a new segment, at position 0, in the
+    next window.
     """
 
     def __init__(self, corpus: Corpus, batch_size: int, host_index: int, host_count: int) -> None:
@@ -175,9 +217,11 @@ class BatchIterator(BatchStream):
         super().__init__(batch_size, identity, host_index, host_count)
         self._corpus = corpus
         self._length = corpus.config.sequence_length
-        self._epoch, self._offset, self._sequences = 0, 0, 0
-        self._stream: Iterator[Batch] | None = None  # of this epoch, from `_offset` when opened
-        self._rows: Batch | None = None  # read from the stream, not handed out yet
+        self._epoch = 0
+        self._offset = 0  # sequences returned in this epoch
+        self._sequences = 0  # sequences returned in all epochs
+        self._stream: Iterator[Batch] | None = None  # this epoch's, opened at `_offset`
+        self._rows: Batch | None = None  # read from the stream, not returned yet
 
     def __next__(self) -> Batch:
         parts: list[Batch] = []
@@ -196,7 +240,7 @@ class BatchIterator(BatchStream):
         }
 
     def _next_rows(self) -> Batch:
-        """Rows of the stream that were not handed out yet, one or more; opens the next epoch."""
+        """Rows that were not returned yet, one or more; opens the next epoch if there are none."""
         if self._rows is not None and _num_rows(self._rows):
             return self._rows
         if self._stream is None:
@@ -205,7 +249,7 @@ class BatchIterator(BatchStream):
         if rows is None:
             if self._offset == 0:
                 raise UserError(
-                    f"DataConfig.task is {self._corpus.config.task!r}, whose training split is "
+                    f"DataConfig.task is {self._corpus.config.task!r}, but its training split is "
                     "empty; add documents"
                 )
             self._epoch, self._offset = self._epoch + 1, 0
@@ -222,15 +266,16 @@ class BatchIterator(BatchStream):
     def _position(self) -> dict[str, Any]:
         return {
             "epoch": self._epoch,
-            "offset": self._offset,  # sequences of this epoch
-            "sequences": self._sequences,  # of all epochs
+            "offset": self._offset,
+            "sequences": self._sequences,
             "sequence_length": self._length,
         }
 
     def _seek(self, state: Mapping[str, Any]) -> None:
-        """The sequence length may differ, over the same windows: part of a sequence is skipped.
+        """Moves to a position, which may be of another sequence length over the same windows.
 
-        Skipped sequences of the epoch are read and tokenised again.
+        The rest of a partly read sequence is skipped. The epoch's earlier sequences are read and
+        tokenised again.
         """
         self._epoch = state["epoch"]
         self._offset = -(-state["offset"] * state["sequence_length"] // self._length)
@@ -241,17 +286,17 @@ class BatchIterator(BatchStream):
 def train_sentencepiece(
     config: DataConfig, vocab_size: int, output_path: str, max_bytes: int = 1 << 28
 ) -> None:
-    """Trains a BPE SentencePiece model on the training split and writes it to `output_path`.
+    """Trains a BPE SentencePiece model on the training split and writes it to a file.
 
-    Text comes back from its tokens as it was: no normalisation, no dummy prefix, whitespace kept,
-    bytes for what the vocabulary lacks. Ids 0, 1, 2 are padding, end of sequence, unknown. The
-    same documents give the same model.
+    Decoding gives the text back unchanged: there is no normalisation and no dummy prefix,
+    whitespace is kept, and bytes encode characters that the vocabulary lacks. Ids 0, 1, 2 are
+    padding, end of sequence, unknown. The same documents give the same model.
 
     Args:
       config: the data; its own vocabulary is not used.
       vocab_size: number of tokens, the 3 special and 256 byte tokens included.
-      output_path: the model's file; folders are made.
-      max_bytes: documents after this many bytes are left out.
+      output_path: the model's file; missing folders are created.
+      max_bytes: training stops reading after this many bytes of documents.
 
     Raises:
       UserError: the data cannot be opened, or `vocab_size` does not fit it.
@@ -289,7 +334,9 @@ def train_sentencepiece(
         )
     except RuntimeError as error:
         raise UserError(
-            f"vocab_size is {vocab_size}, which SentencePiece cannot train on this data: {error}"
+            f"vocab_size is {vocab_size}, which SentencePiece cannot train on this data: {error}; "
+            "give another vocab_size, or more data",
+            argument="vocab_size",
         ) from error
     path = pathlib.Path(output_path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -310,7 +357,7 @@ def _pad_rows(batch: Batch, rows: int) -> Batch:
 
 
 def _text_of_bytes(tokens: np.ndarray) -> bytes:
-    """UTF-8 of byte tokens (seqio: byte + 3); special tokens are left out."""
+    """The text of byte tokens (seqio: byte + 3), without special tokens."""
     return (tokens[tokens >= 3] - 3).astype(np.uint8).tobytes()
 
 
@@ -320,10 +367,10 @@ def _num_documents(task: seqio.Task | seqio.Mixture, split: str) -> int | None:
 
 
 def _windows(documents: tf.data.Dataset, sequence_length: int) -> tf.data.Dataset:
-    """Groups of documents, concatenated and cut: `targets` and `positions`, int32 [T].
+    """Concatenates groups of documents and cuts windows: `targets` and `positions`, int32 [T].
 
-    Positions count from 0 in each segment, and are -1 for padding, which only the last window of a
-    group has.
+    Positions count from 0 in each segment and are -1 for padding. Only the last window of a group
+    has padding.
     """
 
     def cut(group: tf.RaggedTensor) -> dict[str, tf.Tensor]:
@@ -334,7 +381,7 @@ def _windows(documents: tf.data.Dataset, sequence_length: int) -> tf.data.Datase
         shape = [-1, sequence_length]
         targets = tf.reshape(tf.pad(group.values, padding), shape)
         in_document = tf.reshape(tf.pad(in_document, padding, constant_values=-1), shape)
-        # A document that began before the window would be further on than the window is.
+        # A document that started in an earlier window restarts at position 0 in this one.
         return {
             "targets": targets,
             "positions": tf.minimum(in_document, tf.range(sequence_length)),
@@ -345,7 +392,7 @@ def _windows(documents: tf.data.Dataset, sequence_length: int) -> tf.data.Datase
 
 
 def _cut(windows: tf.data.Dataset, config: DataConfig) -> tf.data.Dataset:
-    """Windows cut into sequences, in order. A sequence begins a new segment."""
+    """Cuts windows into sequences, in order; every sequence starts a new segment."""
     if config.window == config.sequence_length:
         return windows
 

@@ -1,4 +1,4 @@
-"""A resumable stream of batches: what every training stream has in common.
+"""A resumable stream of batches: the common part of all training streams.
 
 Imports neither seqio nor TensorFlow. `pipeline.BatchIterator` streams text, and
 `flm_jax.sft.packing.ChatBatches` streams conversations.
@@ -33,12 +33,12 @@ class BatchStream(abc.ABC):
         host_index: int = 0,
         host_count: int = 1,
     ) -> None:
-        """Initialises the shared part.
+        """Initialises the common part.
 
         Args:
           batch_size: rows in a global batch.
-          identity: what decides the order of the rows, by name. A saved position is valid only in
-            a stream with the same identity.
+          identity: the settings, by name, that determine the order of the rows. A saved position
+            is valid only in a stream with the same identity.
           host_index: index of this process.
           host_count: number of processes.
 
@@ -48,13 +48,13 @@ class BatchStream(abc.ABC):
         require_positive(batch_size=batch_size, host_count=host_count)
         if batch_size % host_count:
             raise UserError(
-                f"batch_size is {batch_size} and host_count {host_count}; make batch_size a "
+                f"batch_size is {batch_size} and host_count is {host_count}; make batch_size a "
                 "multiple of host_count"
             )
         if not 0 <= host_index < host_count:
             raise UserError(
-                f"host_index is {host_index} and host_count {host_count}; it must be from 0 to "
-                "host_count - 1"
+                f"host_index is {host_index} and host_count is {host_count}; make host_index a "
+                "number from 0 to host_count - 1"
             )
         share = batch_size // host_count
         self.batch_size = batch_size
@@ -66,25 +66,25 @@ class BatchStream(abc.ABC):
 
     @abc.abstractmethod
     def __next__(self) -> Batch:
-        """The next batch: this process's rows of it."""
+        """Returns this process's rows of the next batch."""
 
     def get_state(self) -> dict[str, Any]:
-        """The position after the batches returned so far, as JSON values."""
+        """Returns the position after the batches returned so far, as JSON values."""
         return {**self._position(), **self._identity}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Moves to a position: the next batch is the one that followed it.
 
         Args:
-          state: from `get_state`, in any process.
+          state: the result of `get_state`, in any process.
 
         Raises:
-          UserError: the state is of a stream with another identity.
+          UserError: the state is from a stream with another identity.
         """
         for name, value in self._identity.items():
             if state.get(name) != value:
                 raise UserError(
-                    f"{name} of the saved data state is {state.get(name)!r}, of this data "
+                    f"{name} of the saved data state is {state.get(name)!r}, but this data has "
                     f"{value!r}; resume with the data and seed that the run started with, or "
                     "start a new run folder"
                 )
@@ -92,11 +92,11 @@ class BatchStream(abc.ABC):
 
     @abc.abstractmethod
     def _position(self) -> dict[str, Any]:
-        """The position alone, without the identity."""
+        """Returns the position without the identity."""
 
     @abc.abstractmethod
     def _seek(self, state: Mapping[str, Any]) -> None:
-        """Moves to a position whose identity has been checked."""
+        """Moves to a position; its identity has been checked already."""
 
 
 def require_positive(**values: int) -> None:

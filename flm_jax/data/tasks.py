@@ -1,7 +1,7 @@
 """seqio tasks: the Python standard library, the user's own files, C4, or any registered task.
 
 Each task yields one example per document with a feature `targets`: its tokens, then EOS. Documents
-of files are held in memory; for more text than fits there, register a seqio task.
+from files are held in memory; for text that does not fit there, register a seqio task.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from flm_jax.errors import UserError
 
 VALIDATION_FRACTION = 0.04
 C4 = "c4/en:3.1.0"
-# Folders of the standard library that hold tests or what was installed beside it.
+# Folders beside the standard library's modules that hold tests or installed packages.
 NOT_STDLIB = {
     "site-packages",
     "dist-packages",
@@ -36,29 +36,42 @@ NOT_STDLIB = {
     "pydoc_data",
 }
 
-# JAX owns the accelerators.
+# TensorFlow must leave the accelerators to JAX.
 tf.config.set_visible_devices([], "GPU")
 
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """One text."""
+    """One text.
+
+    Attributes:
+      name: path inside the folder; for a JSONL row with its line number.
+      text: UTF-8.
+      split_hash: hex; its value puts the document into training or validation.
+    """
 
     name: str
-    text: bytes  # UTF-8
-    split_hash: str  # hex; decides between training and validation
+    text: bytes
+    split_hash: str
 
 
 class DocumentSource(seqio.DataSource):
     """Documents held in memory; shuffling permutes the whole split.
 
-    No Python runs inside the tf.data graph: a process that exits with such a graph half read hangs.
+    No Python runs inside the tf.data graph: a process that exits while such a graph is partly read
+    hangs.
     """
 
     def __init__(
         self, documents: Mapping[str, Sequence[Document]], tokenizer: Tokenizer | None = None
     ) -> None:
-        """Makes the source. With a tokenizer, examples are its tokens instead of text."""
+        """Holds the documents.
+
+        Args:
+          documents: split -> documents.
+          tokenizer: encodes the documents now, so that examples are tokens; None: examples are
+            text.
+        """
         self.documents = documents
         self._examples = {
             split: _examples([row.text for row in rows], tokenizer)
@@ -95,6 +108,7 @@ class DocumentSource(seqio.DataSource):
 
 
 def _examples(texts: list[bytes], tokenizer: Tokenizer | None) -> tf.Tensor | tf.RaggedTensor:
+    """The texts as strings, or as rows of int32 tokens."""
     if tokenizer is None:
         return tf.constant(texts)
     rows = tokenizer.encode_batch([text.decode("utf-8") for text in texts], False)
@@ -103,7 +117,7 @@ def _examples(texts: list[bytes], tokenizer: Tokenizer | None) -> tf.Tensor | tf
 
 
 class HuggingFaceVocabulary(seqio.Vocabulary):
-    """A tokenizer.json as seqio takes it."""
+    """A tokenizer.json as a seqio vocabulary."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.own = tokenizer
@@ -132,7 +146,7 @@ class HuggingFaceVocabulary(seqio.Vocabulary):
         return self.own.decode(ids)
 
     def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
-        """Runs Python inside the graph; documents of files are encoded before it instead."""
+        """Runs Python inside the graph. Documents from files are encoded before it instead."""
 
         def encode(text: Any) -> np.ndarray:
             data = np.asarray(text, object).item()  # bytes in a graph, an array outside
@@ -153,7 +167,7 @@ class HuggingFaceVocabulary(seqio.Vocabulary):
 
 
 def make_vocabulary(tokenizer: Tokenizer) -> seqio.Vocabulary:
-    """The tokenizer as seqio takes it."""
+    """Returns the tokenizer as a seqio vocabulary."""
     if tokenizer.name == "bytes":
         return seqio.ByteVocabulary()
     if tokenizer.name.endswith(".json"):
@@ -164,22 +178,24 @@ def make_vocabulary(tokenizer: Tokenizer) -> seqio.Vocabulary:
 def make_task(
     config: DataConfig, tokenizer: Tokenizer, whole: bool = False
 ) -> seqio.Task | seqio.Mixture:
-    """The task that `config.task` names, with a feature `targets` of int tokens.
-
-    With `whole`, a task over the user's files has one split, "all", instead of train and
-    validation.
+    """Builds or finds a seqio task with a feature `targets` of int tokens.
 
     A task or mixture from seqio's registry brings its own vocabulary, which must be the one that
     `config.vocabulary` names. Its source must be able to shuffle by a seed.
 
+    Args:
+      config: names the task, its path and its vocabulary.
+      tokenizer: of `config.vocabulary`.
+      whole: a task over the user's files gets one split, "all", instead of train and validation.
+
     Raises:
-      UserError: no such task, no such data, or the task has another vocabulary or no split
-        `train` or `validation`.
+      UserError: the task or its data does not exist, or the task has another vocabulary, or no
+        split `train` or `validation`.
     """
     if config.path and config.task not in READS_PATH:
         raise UserError(
-            f"DataConfig.path is {config.path!r}, but task {config.task!r} reads no path; set task "
-            f"to {' or '.join(READS_PATH)}, or leave path empty"
+            f"DataConfig.path is {config.path!r}, but task {config.task!r} reads no path; set "
+            f"DataConfig.task to {' or '.join(READS_PATH)}, or leave path empty"
         )
     vocabulary = make_vocabulary(tokenizer)
     if config.task in READS_PATH:
@@ -196,8 +212,8 @@ def make_task(
     else:
         known = ["python_stdlib", *READS_PATH, "c4", *seqio.TaskRegistry.names()]
         raise UserError(
-            f"DataConfig.task is {config.task!r}; choose one of {', '.join(known)}, or register a "
-            "seqio task of that name first"
+            f"DataConfig.task is {config.task!r}; choose one of {', '.join(known)}, or first "
+            "register a seqio task of that name"
         )
     for part in seqio.get_subtasks(task):
         _check_task(config, part, vocabulary)
@@ -205,6 +221,7 @@ def make_task(
 
 
 def _check_task(config: DataConfig, task: seqio.Task, vocabulary: seqio.Vocabulary) -> None:
+    """Raises UserError if a registered task has no data, or other splits, features or tokens."""
     if isinstance(task.source, seqio.TfdsDataSource):
         builder = task.source.tfds_dataset.builder
         if not builder.is_prepared():
@@ -232,19 +249,19 @@ def _check_task(config: DataConfig, task: seqio.Task, vocabulary: seqio.Vocabula
 
 
 def vocabulary_digest(vocabulary: seqio.Vocabulary) -> str:
-    """Equal for vocabularies that give the same tokens."""
+    """Returns a text that is equal for vocabularies that give the same tokens."""
     if isinstance(vocabulary, HuggingFaceVocabulary):
         return vocabulary.own.digest
     if isinstance(vocabulary, seqio.SentencePieceVocabulary):
         return hashlib.sha256(vocabulary.sp_model).hexdigest()
-    return str(vocabulary) if not isinstance(vocabulary, seqio.ByteVocabulary) else "bytes"
+    return "bytes" if isinstance(vocabulary, seqio.ByteVocabulary) else str(vocabulary)
 
 
 def fingerprint(task: seqio.Task | seqio.Mixture) -> str:
-    """SHA-256, hex, of what the task reads.
+    """SHA-256, hex, of the task's data.
 
-    Of the name and content of every document for tasks over files; of name, version and splits for
-    TFDS; of name, source and number of examples for other registered tasks.
+    It covers the name and content of every document for tasks over files; name, version and splits
+    for TFDS; name, source and number of examples for other registered tasks.
     """
     if isinstance(task, seqio.Mixture):
         parts: Any = [(part.name, task.get_rate(part), fingerprint(part)) for part in task.tasks]
@@ -264,12 +281,16 @@ def fingerprint(task: seqio.Task | seqio.Mixture) -> str:
 def _document_task(
     name: str, splits: Mapping[str, list[Document]], vocabulary: seqio.Vocabulary
 ) -> seqio.Task:
-    ahead = vocabulary.own if isinstance(vocabulary, HuggingFaceVocabulary) else None
-    tokenize = functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False)
+    """A task over documents in memory; a tokenizer.json encodes them before the graph."""
+    if isinstance(vocabulary, HuggingFaceVocabulary):
+        source, tokenizing = DocumentSource(splits, vocabulary.own), []
+    else:
+        tokenize = functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False)
+        source, tokenizing = DocumentSource(splits), [tokenize]
     return seqio.Task(
         name,
-        source=DocumentSource(splits, ahead),
-        preprocessors=[*([] if ahead else [tokenize]), seqio.preprocessors.append_eos],
+        source=source,
+        preprocessors=[*tokenizing, seqio.preprocessors.append_eos],
         output_features={"targets": seqio.Feature(vocabulary)},
         shuffle_buffer_size=None,  # the source permutes all documents
     )
@@ -289,13 +310,13 @@ def _c4_task(vocabulary: seqio.Vocabulary) -> seqio.Task:
 
 
 def _split(task: str, documents: list[Document]) -> dict[str, list[Document]]:
-    """About 4% of the documents, by hash, for validation, but at least one."""
+    """Splits by hash: about 4% of the documents, and at least one, are for validation."""
     hashes = {document.split_hash for document in documents}
     if len(hashes) < 2:
         raise UserError(
             f"DataConfig.task is {task!r} and found {len(hashes)} different documents; it needs 2 "
-            "or more, so that training and validation each have one: add documents, or cut a long "
-            "one into several"
+            "or more, one each for training and validation: add documents, or cut a long one into "
+            "several"
         )
     bound = f"{int(VALIDATION_FRACTION * 16**8):08x}"
     validation = {h for h in hashes if h < bound} or {min(hashes)}
@@ -335,13 +356,12 @@ def _stdlib_documents() -> list[Document]:
 
 
 def _files(config: DataConfig, pattern: str) -> list[tuple[pathlib.Path, str]]:
-    """(path, name) of the files under `config.path` that are not empty or hidden, sorted."""
+    """Sorted (path, name) of the files under `config.path`, without empty and hidden ones."""
     where = f"DataConfig.path is {config.path!r}"
     root = pathlib.Path(config.path).expanduser()
     if not config.path or not root.exists():
         raise UserError(
-            f"{where}, but task {config.task!r} needs an existing file or folder there; give its "
-            "path"
+            f"{where}, but task {config.task!r} needs an existing file or folder; give its path"
         )
     if root.is_file():
         return [(root, root.name)]
@@ -354,7 +374,7 @@ def _files(config: DataConfig, pattern: str) -> list[tuple[pathlib.Path, str]]:
     ]
     if not files:
         raise UserError(
-            f"{where}, a folder without any file {pattern} that holds text; add files, or give "
+            f"{where}, a folder without any file {pattern} with text in it; add files, or give "
             "another path"
         )
     return sorted(files, key=lambda file: file[1])
@@ -366,15 +386,15 @@ def _text_documents(config: DataConfig) -> list[Document]:
         data = path.read_bytes()
         if not _is_utf8(data):
             raise UserError(
-                f"DataConfig.path is {config.path!r}, where {path} is not UTF-8 text; convert or "
-                "remove it"
+                f"DataConfig.path is {config.path!r}, but {path} is not UTF-8 text; convert or "
+                "remove this file"
             )
         documents.append(_text_document(name, data))
     return documents
 
 
 def _row_text(row: bytes, text_field: str) -> bytes:
-    """The text of one JSONL row. Raises ValueError if it has none."""
+    """The text of one JSONL row. Raises ValueError if the row has none."""
     values = json.loads(row)
     text = values.get(text_field) if isinstance(values, dict) else None
     if not isinstance(text, str):
@@ -394,7 +414,8 @@ def _jsonl_documents(config: DataConfig) -> list[Document]:
                 except ValueError as error:
                     raise UserError(
                         f"{path}, line {number}: {error}; DataConfig.text_field is "
-                        f"{config.text_field!r}: every row must be a JSON object with text there"
+                        f"{config.text_field!r}: make every row a JSON object with text in this "
+                        "field"
                     ) from error
                 if text:
                     documents.append(Document(f"{name}:{number}", text, _sha256(text)))

@@ -1,7 +1,7 @@
 """Tokenizers without TensorFlow: bytes, SentencePiece models, Hugging Face's tokenizer.json.
 
-Every token stands for bytes, none for a special one. With this one table per tokenizer a text is
-decoded (token by token, as it is generated) and bits per byte are counted.
+Every token has its bytes; a special token has none. This one table per tokenizer decodes text,
+token by token as it is generated, and counts the bytes for bits per byte.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import numpy as np
 
 from flm_jax.errors import UserError
 
-# What SentencePiece writes for a space in its pieces.
+# SentencePiece's character for a space.
 SPACE = "\u2581"
-# Names of the end-of-sequence token, for a tokenizer.json without a file that says which it is.
+# Usual names of the end-of-sequence token, for a tokenizer.json without a file that names it.
 _EOS_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eos|>", "<|im_end|>")
 
 
@@ -28,14 +28,15 @@ class Tokenizer:
     """Text to token ids and back.
 
     Attributes:
-      name: what was opened.
-      pieces: of each id, the bytes that it stands for; b"" for special tokens. Those of a document
-        add up to it, unless the tokenizer changes text (Unicode normalisation, an added space).
-      eos_id: ends a document.
-      start_id: the model's input where a document begins: padding where that is token 0, else the
+      name: "bytes", or the path of the file.
+      pieces: the bytes of each id; b"" for special tokens. Joined over a document's tokens they
+        give its text, unless the tokenizer changes text (Unicode normalisation, an added space).
+      eos_id: the token that ends a document.
+      start_id: the model's input at the start of a document: token 0 if it is padding, else the
         beginning-of-sequence token that the tokenizer adds, else `eos_id`.
-      adds_start: the tokenizer's own files say that `start_id` goes before every text.
+      adds_start: whether the tokenizer's own files put `start_id` before every text.
       digest: SHA-256, hex, of the file; "bytes" for bytes.
+      encode_batch: encodes several texts; the second argument is `special` of `encode`.
     """
 
     name: str
@@ -53,36 +54,50 @@ class Tokenizer:
 
     @property
     def token_bytes(self) -> np.ndarray:
-        """int32 [vocab_size]: how many bytes each token stands for."""
+        """int32 [vocab_size]: the number of bytes of each token."""
         return np.array([len(piece) for piece in self.pieces], np.int32)
 
     def encode(self, text: str, special: bool = False) -> list[int]:
-        """Token ids of the text alone: no start and no end.
+        """Encodes a text, without a start or end token.
 
         Args:
-          special: names of special tokens in the text (of a tokenizer.json) are those tokens, as
-            in a chat template; else they are text like any other.
+          text: what to encode.
+          special: encode names of special tokens in the text as these tokens, as a chat template
+            needs (only a tokenizer.json); False: they are ordinary text.
+
+        Returns:
+          Token ids.
+
+        >>> open_tokenizer("bytes").encode("ab")
+        [100, 101]
         """
         return self.encode_batch([text], special)[0]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Special tokens, and ids beyond the vocabulary (of a padded model), give nothing."""
+        """Decodes to bytes. Special tokens, and ids beyond the vocabulary, give nothing.
+
+        (A model with a padded vocabulary can generate ids beyond the tokenizer's.)
+        """
         return b"".join(self.pieces[i] for i in ids if i < len(self.pieces))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Decodes to text; bytes that are not UTF-8 become U+FFFD."""
+        """Decodes to text; U+FFFD replaces bytes that are not UTF-8.
+
+        >>> open_tokenizer("bytes").decode([100, 101, 1])
+        'ab'
+        """
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
 
 def open_tokenizer(vocabulary: str) -> Tokenizer:
-    """The tokenizer that `DataConfig.vocabulary` names.
+    """Opens the tokenizer that `DataConfig.vocabulary` names.
 
     Args:
       vocabulary: "bytes"; a SentencePiece model; a tokenizer.json; or a folder with tokenizer.json
         or tokenizer.model.
 
     Raises:
-      UserError: there is no such file, it is malformed, or has no end-of-sequence token.
+      UserError: there is no such file, it is malformed, or it has no end-of-sequence token.
     """
     if vocabulary == "bytes":
         return _bytes()
@@ -92,7 +107,10 @@ def open_tokenizer(vocabulary: str) -> Tokenizer:
         files = [path / name for name in ("tokenizer.json", "tokenizer.model")]
         found = [file for file in files if file.is_file()]
         if not found:
-            raise UserError(f"{where}, a folder without tokenizer.json and tokenizer.model")
+            raise UserError(
+                f"{where}, a folder without tokenizer.json and tokenizer.model; give a tokenizer's "
+                "file or folder"
+            )
         path = found[0]
     if not path.is_file():
         raise UserError(
@@ -104,7 +122,7 @@ def open_tokenizer(vocabulary: str) -> Tokenizer:
 
 
 def _bytes() -> Tokenizer:
-    """seqio's: byte + 3; 0 is padding, 1 the end, 2 unknown."""
+    """seqio's byte vocabulary: byte + 3; 0 is padding, 1 end of sequence, 2 unknown."""
     pieces = (b"", b"", b"", *(bytes([i]) for i in range(256)))
 
     def encode(texts: Sequence[str], special: bool) -> list[list[int]]:
@@ -114,6 +132,7 @@ def _bytes() -> Tokenizer:
 
 
 def _sentencepiece(path: pathlib.Path, where: str) -> Tokenizer:
+    """Opens a SentencePiece model."""
     import sentencepiece
 
     data = path.read_bytes()
@@ -121,7 +140,9 @@ def _sentencepiece(path: pathlib.Path, where: str) -> Tokenizer:
     try:
         model.load_from_serialized_proto(data)
     except RuntimeError as error:
-        raise UserError(f"{where}, which is not a SentencePiece model: {error}") from error
+        raise UserError(
+            f"{where}, which is not a SentencePiece model: {error}; give another file"
+        ) from error
     if model.eos_id() < 0:
         raise UserError(f"{where}, a model without an end-of-sequence token; train it with eos_id")
 
@@ -137,12 +158,12 @@ def _sentencepiece(path: pathlib.Path, where: str) -> Tokenizer:
         ids: list[list[int]] = model.encode(list(texts))
         return ids
 
-    begins = model.bos_id() if model.bos_id() >= 0 else model.eos_id()
+    start = model.bos_id() if model.bos_id() >= 0 else model.eos_id()
     return Tokenizer(
         name=str(path),
         pieces=tuple(piece(token) for token in range(model.get_piece_size())),
         eos_id=model.eos_id(),
-        start_id=0 if model.pad_id() == 0 else begins,
+        start_id=0 if model.pad_id() == 0 else start,
         adds_start=bool(_beside(path, "tokenizer_config.json").get("add_bos_token", False)),
         digest=hashlib.sha256(data).hexdigest(),
         encode_batch=encode,
@@ -150,16 +171,19 @@ def _sentencepiece(path: pathlib.Path, where: str) -> Tokenizer:
 
 
 def _hugging_face(path: pathlib.Path, where: str) -> Tokenizer:
+    """Opens a tokenizer.json."""
     import tokenizers
 
     data = path.read_bytes()
     try:
-        about = json.loads(data)
+        fields = json.loads(data)
         model = tokenizers.Tokenizer.from_buffer(data)
     except Exception as error:  # the library raises bare Exceptions
-        raise UserError(f"{where}, which is not a tokenizer.json: {error}") from error
-    added = {token["id"]: token for token in about.get("added_tokens", ())}
-    piece_of = _piece_reader(about, where)
+        raise UserError(
+            f"{where}, which is not a tokenizer.json: {error}; give another file"
+        ) from error
+    added = {token["id"]: token for token in fields.get("added_tokens", ())}
+    piece_of = _piece_reader(fields, where)
     size = max(model.get_vocab(with_added_tokens=True).values()) + 1
 
     def piece(token: int) -> bytes:
@@ -185,9 +209,13 @@ def _hugging_face(path: pathlib.Path, where: str) -> Tokenizer:
     )
 
 
-def _piece_reader(about: dict[str, Any], where: str) -> Callable[[str], bytes]:
-    """Finds how the file writes bytes in its tokens: GPT-2's alphabet, or SentencePiece's."""
-    text = json.dumps(about.get("decoder"))
+def _piece_reader(fields: dict[str, Any], where: str) -> Callable[[str], bytes]:
+    """Returns the function from a token's text to its bytes.
+
+    A file writes bytes either in GPT-2's alphabet or as SentencePiece does.
+    """
+    decoder = fields.get("decoder")
+    text = json.dumps(decoder)
     if '"ByteLevel"' in text:
         byte_of = {character: byte for byte, character in enumerate(byte_alphabet())}
 
@@ -197,9 +225,8 @@ def _piece_reader(about: dict[str, Any], where: str) -> Callable[[str], bytes]:
         return byte_level
     if '"ByteFallback"' not in text and '"Metaspace"' not in text and SPACE not in text:
         raise UserError(
-            f"{where}, whose tokens do not say which bytes they stand for (its decoder is "
-            f"{(about.get('decoder') or {}).get('type')}); use a byte-level or SentencePiece-like "
-            "tokenizer"
+            f"{where}, but the bytes of its tokens are not known (its decoder is "
+            f"{(decoder or {}).get('type')}); give a byte-level or SentencePiece-like tokenizer"
         )
 
     def with_fallback(token: str) -> bytes:
@@ -211,15 +238,21 @@ def _piece_reader(about: dict[str, Any], where: str) -> Callable[[str], bytes]:
 
 
 def byte_alphabet() -> list[str]:
-    """A printable character for each byte, as GPT-2 writes tokens: itself where it prints, else
-    the next one from U+0100 on."""
+    """GPT-2's printable character for each byte.
+
+    It is the byte's own character if that prints, else the next unused one from U+0100.
+
+    >>> alphabet = byte_alphabet()
+    >>> alphabet[ord("A")], alphabet[ord(" ")]
+    ('A', 'Ġ')
+    """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
 def _eos_id(path: pathlib.Path, model: Any, where: str) -> int:
-    """Finds special tokens: from the files beside tokenizer.json, else by their usual names."""
+    """Reads the end token from the files beside tokenizer.json, else finds it by a usual name."""
     named = []
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         token = _beside(path, file).get("eos_token")
@@ -229,12 +262,12 @@ def _eos_id(path: pathlib.Path, model: Any, where: str) -> int:
             return int(model.token_to_id(name))
     raise UserError(
         f"{where}, which has no end-of-sequence token: eos_token in tokenizer_config.json beside "
-        f"it names none of its tokens, nor does it have one of {', '.join(_EOS_NAMES)}; add it"
+        f"it names none of its tokens, and it has none of {', '.join(_EOS_NAMES)}; add eos_token"
     )
 
 
 def _beside(path: pathlib.Path, name: str) -> dict[str, Any]:
-    """The JSON object in a file of the same folder; empty if there is none."""
+    """Reads the JSON object in another file of the same folder; empty if there is none."""
     file = path.with_name(name)
     if not file.is_file():
         return {}
