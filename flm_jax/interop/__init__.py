@@ -10,6 +10,7 @@ import pathlib
 from typing import Any
 
 from flm_jax.config import TransformerConfig
+from flm_jax.errors import UserError
 from flm_jax.interop.converter import DTYPES, FORMATS, MEMORY, convert, write_hf
 from flm_jax.interop.opening import open_huggingface, open_model
 from flm_jax.interop.tokenizer_files import Vocabulary
@@ -35,6 +36,8 @@ def load_hf(path: str | os.PathLike[str]) -> tuple[dict[str, Any], TransformerCo
     Raises:
       UserError: naming file, tensor or key: missing or damaged files, another architecture.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise UserError(f"path is {path!r} of type {type(path).__name__}; give a folder's path")
     weights = open_huggingface(pathlib.Path(path)).weights
     return load(weights), weights.config
 

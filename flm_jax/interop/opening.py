@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -206,6 +207,8 @@ def open_stored_model(path: str, stage: str = "", step: int | None = None) -> St
     Raises:
       UserError: there is no such model, or it does not match its config.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise UserError(f"path is {path!r} of type {type(path).__name__}; give a folder's path")
     folder = pathlib.Path(path).expanduser()
     run = RunFolder(folder)
     if run.lineage.exists():
