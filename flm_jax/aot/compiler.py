@@ -1,4 +1,4 @@
-"""Compiles a stage's programs for accelerators that are not here, and reads what the compiler says.
+"""Compiles a stage's programs for absent accelerators, and reads the compiler's reports.
 
 XLA's TPU compiler comes as the package libtpu, its GPU compiler as CUDA wheels: both compile for a
 described topology on any machine. Nothing is run: this shows that a program lowers, partitions and
@@ -57,7 +57,7 @@ device_description_str: "NVIDIA {name}"
 
 
 def chip_of(topology: str) -> Chip:
-    """Raises UserError on a kind of chip that is not in the table."""
+    """Returns the chip of a topology. Raises UserError if its kind is not in `CHIPS`."""
     kind = topology.split(":")[0]
     if kind not in CHIPS or ":" not in topology:
         raise UserError(
@@ -69,9 +69,9 @@ def chip_of(topology: str) -> Chip:
 
 
 def devices_of(topology: str) -> list[Any]:
-    """Descriptions of the topology's devices.
+    """Describes the topology's devices.
 
-    Raises UserError: an unknown topology, or the compiler's package is missing.
+    Raises UserError if the topology is unknown or the compiler's package is missing.
     """
     chip_of(topology)
     kind, sizes = topology.split(":")
@@ -130,7 +130,7 @@ def devices_of(topology: str) -> list[Any]:
 
 
 def mesh_of(topology: str, shape: dict[str, int], devices: list[Any]) -> Mesh:
-    """A mesh data x fsdp x tensor over the topology. Raises UserError if sizes do not match."""
+    """Makes a mesh data x fsdp x tensor. Raises UserError if sizes do not match the topology."""
     unknown = set(shape) - set(MESH_AXES)
     sizes = tuple(shape.get(name, 1) for name in MESH_AXES)
     if unknown or math.prod(sizes) != len(devices):
@@ -149,7 +149,7 @@ def mesh_of(topology: str, shape: dict[str, int], devices: list[Any]) -> Mesh:
 
 
 def meshes(config: ExperimentConfig, index: int, devices: int) -> Iterator[dict[str, int]]:
-    """Meshes fsdp x tensor that suit the stage's sizes and batch."""
+    """Yields meshes fsdp x tensor that divide the stage's sizes and batch."""
     stage = config.stages[index]
     for tensor in range(1, min(devices, 64) + 1):
         shape = {"fsdp": devices // tensor, "tensor": tensor}
@@ -167,7 +167,7 @@ def meshes(config: ExperimentConfig, index: int, devices: int) -> Iterator[dict[
 def program(
     config: ExperimentConfig, index: int, what: str, mesh: Mesh, attention: str
 ) -> tuple[Any, tuple[Any, ...]]:
-    """A jitted program of a stage and the abstract arguments to lower it with."""
+    """Returns a jitted program of a stage and the abstract arguments to lower it with."""
 
     def stage_at(i: int) -> StageConfig:
         model = dataclasses.replace(config.stages[i].model, attention=attention)
@@ -209,14 +209,18 @@ def compile_for(
     config: ExperimentConfig, index: int, what: str, topology: str, mesh_shape: dict[str, int],
     *, quick: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """Lowers and compiles; the report, JSON-able.
+    """Lowers and compiles one program of a stage.
 
     Args:
-      config: its stage `index` is compiled.
+      config: the chain.
+      index: the stage's index in it.
       what: "train", "train_masked" or "growth".
-      topology: as v5p:8x8x8.
+      topology: chips and sizes, such as v5p:8x8x8.
       mesh_shape: mesh axis -> size.
-      quick: less optimised: a tenth of the time, memory within about 3%.
+      quick: optimises less: a tenth of the time, memory within about 3%.
+
+    Returns:
+      A report of JSON values: memory, collectives, times.
 
     Raises:
       UserError: topology, mesh or batch do not fit each other, or a compiler is missing.
@@ -285,7 +289,7 @@ def compile_for(
 
 
 def _out_of_memory(message: str) -> tuple[int, int] | None:
-    """Needed and available bytes, from the compiler's refusal."""
+    """Reads needed and available bytes from the compiler's refusal."""
     units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
     words = r"(?:HLO temporaries|available HBM|Used|of) \(?([\d.]+)([KMGT]?)"
     values = [int(float(number) * units[unit]) for number, unit in re.findall(words, message)]
@@ -295,7 +299,7 @@ def _out_of_memory(message: str) -> tuple[int, int] | None:
 
 
 def _memory_report(folder: str) -> int | None:
-    """Bytes of HBM that the compiler assigned, from its own report."""
+    """Reads the bytes of HBM that the compiler assigned from its own report."""
     for name in sorted(os.listdir(folder)):
         if name.endswith("memory-usage-report.txt"):
             with open(os.path.join(folder, name), encoding="utf-8", errors="replace") as file:

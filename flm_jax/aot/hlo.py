@@ -1,4 +1,4 @@
-"""What a compiled program moves between devices, read from its text (XLA's HLO)."""
+"""The traffic between devices of a compiled program, read from its text (XLA's HLO)."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 class Move:
     """One collective of a program.
 
-    count: how often it runs in one call.
-    bytes: what each device sends each time, by the ring algorithm.
-    group: devices that take part together, one group of the equal ones; of a permutation, a
-      device and where it sends to.
+    Attributes:
+      kind: one of `KINDS`.
+      count: how often it runs in one call of the program.
+      bytes: bytes that each device sends each time, by the ring algorithm.
+      group: one of the (equal) groups of devices that take part together; for a permutation, a
+        device and its target.
     """
 
     kind: str
@@ -34,8 +36,12 @@ class Move:
 def moves(text: str, devices: int) -> Iterator[Move]:
     """The collectives of a compiled program over `devices` devices.
 
-    The body of a loop counts as often as the loop runs: its known trip count, or the constant in
-    its condition.
+    The body of a loop is counted once per iteration: the known trip count, or the constant in the
+    loop's condition.
+
+    Args:
+      text: the compiled program, as `compiled.as_text()` gives it.
+      devices: number of devices that run it.
     """
     bodies = dict(_computations(text))
 
@@ -69,7 +75,7 @@ def moves(text: str, devices: int) -> Iterator[Move]:
 
 
 def collectives(found: Iterable[Move]) -> dict[str, dict[str, float]]:
-    """Kind -> how often in one call, and bytes that each device sends in it."""
+    """Sums collectives by kind: runs in one call, and bytes that each device sends in it."""
     total: dict[str, dict[str, float]] = collections.defaultdict(lambda: {"count": 0, "bytes": 0})
     for move in found:
         total[move.kind]["count"] += move.count
@@ -78,7 +84,7 @@ def collectives(found: Iterable[Move]) -> dict[str, dict[str, float]]:
 
 
 def _sent(kind: str, result: int, size: int) -> float:
-    """Bytes that each of `size` devices sends, from the bytes of its result."""
+    """Returns the bytes that each of `size` devices sends, from the bytes of its result."""
     if kind == "collective-permute":
         return result
     if kind == "reduce-scatter":
@@ -87,7 +93,7 @@ def _sent(kind: str, result: int, size: int) -> float:
 
 
 def _group(line: str, devices: int) -> tuple[int, ...]:
-    """One of the groups of a collective: XLA writes them in three ways, or pairs of a permute."""
+    """Returns one group of a collective. XLA has three notations, and pairs for a permutation."""
     pair = next((p for p in re.findall(r"\{(\d+),(\d+)\}", line) if p[0] != p[1]), ("0", "0"))
     if "source_target_pairs=" in line:
         return tuple(map(int, pair))
@@ -109,13 +115,14 @@ def _group(line: str, devices: int) -> tuple[int, ...]:
 
 
 def _iota(shape: str, order: str | None) -> np.ndarray:
-    """0, 1, .. in a shape as "64,16", its axes then in the order as "1,0"."""
+    """Returns 0, 1, ... in a shape such as "64,16", with its axes transposed to an order "1,0"."""
     sizes = [int(n) for n in shape.split(",")]
     ids = np.arange(math.prod(sizes)).reshape(sizes)
     return ids.transpose([int(n) for n in order.split(",")]) if order else ids
 
 
 def _bytes(shape: str) -> int:
+    """Returns the bytes of an HLO shape such as "f32[4,2]", or of a tuple of them."""
     total = 0
     for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shape):
         if dtype in _SIZES:
@@ -124,7 +131,7 @@ def _bytes(shape: str) -> int:
 
 
 def _elements(shape: str) -> list[str]:
-    """The elements of a tuple's shape: "((f32[2]), f32[4,2])" has "(f32[2])" and "f32[4,2]"."""
+    """Splits a tuple's shape: "((f32[2]), f32[4,2])" has "(f32[2])" and "f32[4,2]"."""
     found, depth = [""], 0
     for character in shape[1:-1]:
         depth += (character in "([{") - (character in ")]}")
@@ -136,6 +143,7 @@ def _elements(shape: str) -> list[str]:
 
 
 def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
+    """Yields each computation's name and lines; the entry's name is "ENTRY"."""
     name = ""
     lines: list[str] = []
     for line in text.splitlines():

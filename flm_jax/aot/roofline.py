@@ -1,4 +1,4 @@
-"""The least time that a program can take on a chip, by the chip's published figures."""
+"""A lower bound on a program's time on a chip, from the chip's published figures."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from flm_jax.params import counts
 class Chip:
     """Published figures of one device, per second; networks are per device, one direction.
 
-    Devices of a `node` (1: there is no such thing) reach each other through `inside`, others
-    through `network`.
+    The `node` devices of one node communicate through `inside`, devices of different nodes through
+    `network`. `node` 1: all devices communicate through `network`.
     """
 
     flops: float  # bfloat16, dense
@@ -41,9 +41,9 @@ CHIPS = {
 
 
 def seconds_of(move: Move, chip: Chip) -> float:
-    """The least time of all runs of a collective.
+    """Returns the least time of all runs of a collective, in seconds.
 
-    Among nodes, a ring passes the same bytes through every node; each of the group's devices in a
+    Between nodes, a ring passes the same bytes through every node; each of the group's devices in a
     node carries an equal part of them through its own card, and all of them inside.
     """
     sent = move.count * move.bytes
@@ -58,7 +58,7 @@ def seconds_of(move: Move, chip: Chip) -> float:
 def roofline(
     stage: StageConfig, what: str, report: dict[str, Any], moves: Iterable[Move], chip: Chip
 ) -> dict[str, Any]:
-    """The least time that arithmetic, HBM and network allow, each alone; which binds; utilisation.
+    """Bounds a program's time by arithmetic, HBM and network, each alone.
 
     Arithmetic: model FLOPs, and a third more for full rematerialisation. HBM: each device's weights
     in the compute dtype three times, master weights and moments read and written once; a growth

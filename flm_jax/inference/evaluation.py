@@ -24,7 +24,7 @@ class Score:
     Attributes:
       nats: negative log-likelihood of all tokens.
       tokens: number of tokens that were predicted.
-      bytes: number of bytes that these tokens stand for.
+      bytes: number of bytes of text in these tokens.
     """
 
     nats: float
@@ -54,10 +54,10 @@ def score(
 
     Args:
       params: nested dicts, the parameters of `config`.
-      config: the model's.
+      config: the model's config.
       batches: packed batches as `flm_jax.data` makes them.
-      token_bytes: int [vocabulary], the number of bytes that a token stands for.
-      mesh: where to compute.
+      token_bytes: int [vocabulary], number of bytes of text in each token.
+      mesh: the devices that compute.
       masks_at: mask value -> run-time masks by axis, as `make_train_step` takes it.
       mask_value: evaluates with the masks at this value; None: the plain model.
 
@@ -83,5 +83,6 @@ def _nats(
     masks_at: MasksAt | None,
     mask_value: jax.Array | None,
 ) -> jax.Array:
+    """Returns the summed negative log-likelihood of a batch's targets."""
     masks = None if masks_at is None or mask_value is None else masks_at(mask_value)
     return summed_loss(params, batch, config, masks)[0]

@@ -1,6 +1,6 @@
-"""Text generation: a batch of prompts, one pass over them, then one token a step from a cache.
+"""Text generation: one pass over a batch of prompts, then one token per step from a cache.
 
-Shapes: B prompts, T tokens of the longest, S slots of the cache, V vocab.
+Shapes: B prompts, T tokens of the longest prompt, S slots of the cache, V vocab.
 """
 
 from __future__ import annotations
@@ -59,14 +59,14 @@ def generate(
     config, a number of prompts and rounded lengths (`bucket`).
 
     Args:
-      params: nested dicts of arrays, of `config`.
-      config: the model's.
-      prompts: token ids as the model reads them, its start token included, of any lengths.
+      params: nested dicts of arrays, the parameters of `config`.
+      config: the model's config.
+      prompts: token ids, including the start token, of any lengths.
       sampling: how tokens are chosen.
-      key: for temperatures above 0. Prompt i draws its n-th token with a key that depends only on
-        i and n.
+      key: a random key, used for temperatures above 0. Prompt i draws its n-th token with a key
+        that depends only on `key`, i and n.
       on_token: called with a prompt's index and its next token, as soon as it is known. If it
-        returns True, the prompt's text ends with this token.
+        returns true, the prompt's text ends with this token.
 
     Returns:
       The new tokens of each prompt, without the stop token.
@@ -113,7 +113,11 @@ def generate(
 
 
 def bucket(length: int) -> int:
-    """The length that `length` is rounded up to: 64, 96, 128, 192, 256, 384, ..."""
+    """Rounds a length up to 64, 96, 128, 192, 256, 384, ...
+
+    >>> bucket(65), bucket(97)
+    (96, 128)
+    """
     scale = 1
     while True:
         for size in _BUCKETS:
@@ -125,7 +129,7 @@ def bucket(length: int) -> int:
 def _read(
     params: Any, config: TransformerConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> tuple[Cache, jax.Array, jax.Array]:
-    """A cache of all prompts but their last tokens; these; and each row's padding.
+    """Returns a cache of the prompts without their last tokens, these tokens, and the padding.
 
     Padding is on the left, so that all rows continue in the same slot. `decode` starts with the
     last token: the head is never computed for the prompt.
@@ -149,9 +153,9 @@ def prefill(
     padding_B: jax.Array,
     config: TransformerConfig,
 ) -> Cache:
-    """An empty cache with the prompts in it, the first `padding_B` of their tokens left out.
+    """Fills an empty cache with the prompts, without the first `padding_B` tokens of each row.
 
-    `params` are by layer, here and in `decode`.
+    `params` are split by layer (`models.by_layer`), here and in `decode`.
     """
     positions_BT = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None] - padding_B[:, None]
     real_BT = positions_BT >= 0
@@ -169,7 +173,7 @@ def decode(
     config: TransformerConfig,
     greedy: bool,
 ) -> tuple[Cache, jax.Array]:
-    """One step: the cache with `tokens_B`, and the token that follows in each row."""
+    """Adds `tokens_B` to the cache; returns it and the next token of each row, int32 [B]."""
     positions_B = cache.length - padding_B
     real_B1 = jnp.ones_like(tokens_B, bool)[:, None]
     logits_B1V, cache = _extend(
@@ -203,7 +207,7 @@ def sample(
     top_k: jax.Array,
     top_p: jax.Array,
 ) -> jax.Array:
-    """A token for each row, int32 [B], drawn among those that top_k and top_p leave.
+    """Draws a token for each row, int32 [B], among those that top_k and top_p keep.
 
     Top-p keeps the likeliest tokens up to and including the one at which their probability, after
     the temperature, reaches it (nucleus sampling, arXiv 1904.09751).
@@ -224,7 +228,7 @@ def sample(
 class TextStream:
     """The text of one row, token by token; ends at a stop text.
 
-    Text is shown as soon as it is certain. What may be the start of a stop text, or part of a
+    Text is shown as soon as it is final. A possible start of a stop text, or an incomplete
     character, is held back.
     """
 
@@ -245,7 +249,7 @@ class TextStream:
         return self.stopped
 
     def end(self) -> str:
-        """The whole text, without the stop text; shows what was held back."""
+        """Shows the text that was held back; returns the whole text, without the stop text."""
         if not self.stopped:
             self._take(self._decoder.decode(b"", final=True), last=True)
         return self._text
@@ -265,7 +269,7 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of the text that `stop` begins with."""
+    """Returns the length of the longest end of `text` that is a proper start of `stop`."""
     lengths = range(min(len(text), len(stop) - 1), 0, -1)
     return next((n for n in lengths if text.endswith(stop[:n])), 0)
 
@@ -277,8 +281,8 @@ def check_context(prompts: Sequence[Sequence[int]], max_new_tokens: int, context
 
     Args:
       prompts: token ids.
-      max_new_tokens: the longest continuation.
-      context: tokens that the model was trained to read at once; 0: not known, anything passes.
+      max_new_tokens: length of the longest continuation.
+      context: sequence length of the model's training, in tokens; 0: unknown, any length passes.
     """
     for index, prompt in enumerate(prompts):
         if context and len(prompt) + max_new_tokens > context:

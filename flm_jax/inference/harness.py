@@ -67,7 +67,7 @@ class Adapter(TemplateLM):
                     f"{self.max_length}; set context to go beyond it",
                     argument="context",
                 )
-        # The last token is predicted and not read.
+        # The last token is predicted, not read.
         kept = [(c[-(self.max_length + 1 - len(t)) :], t) for c, t in pairs]
         return loglikelihoods(self.model.params, self.model.config, kept, self.batch_size)
 
@@ -89,7 +89,7 @@ class Adapter(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Requests with equal settings together, in batches of like lengths."""
+        """Continues texts; requests with equal settings share batches of similar lengths."""
         asked = [
             (index, self.tok_encode(text), settings)
             for index, (text, settings) in enumerate(r.args for r in requests)
@@ -121,7 +121,7 @@ class Adapter(TemplateLM):
         )
         streams = [TextStream(self.model.tokenizer, asked["until"]) for _ in prompts]
         rows = [prompt[-room:] for prompt in prompts]
-        # Filled up to one number of rows, that is one program; what is added ends at once.
+        # Pad to a constant number of rows, so one program is compiled; added rows end at once.
         rows += [[self.prefix_token_id]] * (self.batch_size - len(rows))
         self._key, key = jax.random.split(self._key)
         generate(

@@ -1,4 +1,4 @@
-"""Log-likelihoods of continuations, in batches of like lengths.
+"""Log-likelihoods of continuations, in batches of similar lengths.
 
 Shapes: B pairs, T tokens, V vocab.
 """
@@ -20,21 +20,21 @@ from flm_jax.inference.generation import bucket
 from flm_jax.models import Transformer
 
 Item = TypeVar("Item")
-Pair = tuple[Sequence[int], Sequence[int]]  # what is read first, and what is scored
+Pair = tuple[Sequence[int], Sequence[int]]  # context, and the continuation that is scored
 
 
 def loglikelihoods(
     params: Any, config: TransformerConfig, pairs: Sequence[Pair], batch_size: int = 8
 ) -> list[tuple[float, bool]]:
-    """Log-likelihoods of continuations, given their contexts.
+    """Computes log-likelihoods of continuations, given their contexts.
 
     Args:
       params: nested dicts of arrays, of `config`.
-      config: the model's.
-      pairs: context and continuation, as token ids. A context has one or more, its start token
-        included.
-      batch_size: pairs at once. Smaller batches are padded, so that one program is compiled for
-        each rounded length (`generation.bucket`).
+      config: the model's config.
+      pairs: context and continuation, as token ids. A context has one token or more,
+        including the start token.
+      batch_size: number of pairs in a batch. Smaller batches are padded, so that one program is
+        compiled for each rounded length (`generation.bucket`).
 
     Returns:
       For each pair log P(continuation | context) in nats, and whether every token of the
@@ -59,14 +59,18 @@ def loglikelihoods(
 
 
 def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Lists of `size` items, the last of what is left (Python 3.12's itertools.batched)."""
+    """Yields lists of `size` items; the last may be shorter (Python 3.12's itertools.batched).
+
+    >>> list(batched([1, 2, 3], 2))
+    [[1, 2], [3]]
+    """
     rest = iter(items)
     while chunk := list(itertools.islice(rest, size)):
         yield chunk
 
 
 def _batch(rows: Sequence[Pair], size: int, length: int) -> tuple[np.ndarray, ...]:
-    """Padded on the right: tokens, which of them are real, targets, and which targets count."""
+    """Pads on the right; returns tokens, which are real, targets, and which are scored."""
     tokens_BT, targets_BT = (np.zeros((size, length), np.int32) for _ in range(2))
     real_BT, counts_BT = (np.zeros((size, length), np.int32) for _ in range(2))
     for row, (tokens, continuation) in enumerate(rows):
@@ -85,6 +89,7 @@ def _score(
     targets_BT: jax.Array,
     counts_BT: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
+    """Returns log-likelihoods [B] in nats, and whether greedy decoding gives the continuation."""
     logits_BTV: jax.Array = Transformer(config).apply({"params": params}, tokens_BT, real_BT)  # type: ignore[assignment]
     target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
     nats_BT = target_BT - jax.nn.logsumexp(logits_BTV, axis=-1)

@@ -1,6 +1,6 @@
 """A chain: the stages of an experiment, each grown out of the one before.
 
-Whatever stops the run, the same call continues from the last complete checkpoint and resumes
+After any stop, the same call continues from the last complete checkpoint and resumes
 bit-identically: the state, the data position and the schedule are functions of the step, and a
 growth is a function of its parent checkpoint and the seed.
 """
@@ -41,7 +41,7 @@ Validation = Callable[[int], list[dict[str, np.ndarray]]]  # sequence length -> 
 
 
 def run(config: ExperimentConfig, workdir: str) -> list[dict[str, Any]]:
-    """Runs a chain, or what is left of it.
+    """Runs the stages of a chain that are not finished yet.
 
     Args:
       config: the chain.
@@ -125,7 +125,7 @@ def stages_of(
     Args:
       config: the chain.
       corpus: its data, open.
-      folder: the run's, where a stage finds its parent's end.
+      folder: the run's folder, from which a stage reads its parent's final state.
       layouts: one for each stage.
     """
     validation = functools.cache(functools.partial(_validation, config, corpus))
@@ -145,6 +145,7 @@ def _open(config: ExperimentConfig, folder: RunFolder) -> list[dict[str, Any]]:
 
 
 def _open_corpus(config: ExperimentConfig) -> Corpus:
+    """Opens the data. Raises UserError if a model's vocabulary is too small for it."""
     corpus = data.open_corpus(config.data_of(0))
     if corpus.vocab_size > min(stage.model.vocab_size for stage in config.stages):
         raise UserError(

@@ -1,7 +1,7 @@
-"""One stage of a run: what it is, and its life on disk before and after training.
+"""One stage of a run: its description, its start and its end.
 
 A chain (`chain.py`) and fine-tuning (`sft/fine_tune.py`) build the same value, `Stage`. A stage
-begins from its latest checkpoint, from fresh parameters, or by growing out of its parent
+starts from its latest checkpoint, from fresh parameters, or by growing out of its parent
 (`begin`); it trains (`loop.py`); it ends with an entry in lineage.json (`finish`).
 
 With several processes, all of them run every line, except inside `processes.once`.
@@ -84,8 +84,8 @@ class Stage:
       experiment: the settings that a run's stages share: optimizer, evaluation, checkpoints, seed.
       index: its index in lineage.json.
       start: the global step at which it starts.
-      parent: the stage that it grows out of; None: it begins from `source` as it is.
-      layout: where its train state lies.
+      parent: the stage that it grows out of; None: it starts from `source` unchanged.
+      layout: mesh and sharding of its train state.
       sequence_length: tokens.
       identity: the settings that affect its results: config.json, compared on resume.
       tx: the optimizer.
@@ -138,13 +138,13 @@ def restore(stage: Stage, checkpoints: Checkpoints, step: int | None = None) -> 
 def begin(
     stage: Stage, before: Position | None, folder: StageFolder, checkpoints: Checkpoints
 ) -> Position:
-    """Returns where a stage continues: its latest checkpoint, else its start.
+    """Returns the position from which a stage continues: its latest checkpoint, else its start.
 
     Args:
-      stage: what to begin.
-      before: its parent's end, if it is in memory; consumed.
-      folder: the stage's.
-      checkpoints: the stage's.
+      stage: the stage to start or resume.
+      before: its parent's final position, if it is in memory; consumed.
+      folder: the stage's folder.
+      checkpoints: the stage's checkpoints.
     """
     if checkpoints.latest is not None:
         position = restore(stage, checkpoints)
@@ -189,7 +189,7 @@ def plan_of(
       distances: see `growth.plan`.
 
     Raises:
-      UserError: the recipe cannot do it.
+      UserError: the recipe cannot do this growth.
     """
     g = stage.growth
     return growth.plan(
@@ -267,6 +267,7 @@ def _grow(
 
 
 def _save_start(position: Position, checkpoints: Checkpoints) -> None:
+    """Writes a stage's first checkpoint and waits until it is on disk."""
     checkpoints.save(position.step, position.state, position.progress())
     checkpoints.wait()
 
@@ -321,10 +322,10 @@ def finish(stage: Stage, position: Position, folder: StageFolder, checkpoints: C
     """Writes the stage's entry in lineage.json.
 
     Args:
-      stage: what was trained.
-      position: its end.
-      folder: the stage's.
-      checkpoints: the stage's; the entry names the best one.
+      stage: the stage that was trained.
+      position: its final position.
+      folder: the stage's folder.
+      checkpoints: the stage's checkpoints; the entry names the best one.
     """
     wall_s, step = position.wall_s, checkpoints.best
     if step != position.step:

@@ -32,10 +32,10 @@ class Progress:
         """Initialises the display.
 
         Args:
-          name: of the work.
-          done: units that are done already.
-          total: units in all; None: not known until `count` says it.
-          unit: what is counted. "bytes" are shown as sizes, with their speed.
+          name: name of the work.
+          done: number of units already done.
+          total: total number of units; None: unknown until `count` sets it.
+          unit: name of the units. "bytes" are shown as sizes, with their speed.
           clock: seconds; for tests.
           console: where to write; for tests.
         """
@@ -71,9 +71,9 @@ class Progress:
         """Shows that `done` units are done.
 
         Args:
-          done: units, with those before this display began.
-          loss: of the last training step, in nats per token; None: nothing is trained.
-          tokens: trained since this display began.
+          done: number of units, including those done before this display started.
+          loss: loss of the last training step, in nats per token; None: nothing is trained.
+          tokens: number of tokens trained since this display started.
           mask: value of the run-time masks; None: there are none.
         """
         self._done, now = done, self._clock()
@@ -92,7 +92,7 @@ class Progress:
         self.update(self._done + units)
 
     def count(self, done: int, total: int) -> None:
-        """Shows `done` of `total` units; for work that says its total as it goes."""
+        """Shows `done` of `total` units; for work whose total is not known at first."""
         self._total = total
         self.update(done)
 

@@ -1,4 +1,4 @@
-"""How figures look: drawn without a screen, one hue for what is measured, grey for guides."""
+"""The style of figures: drawn without a screen, one colour for measurements, grey for guides."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ LINE, GUIDE, ACCENT = "#2458a6", "#9a9a9a", "#c4501b"
 
 
 def clean(axes: Any) -> None:
+    """Hides the top and right borders of a plot."""
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def save(figure: Any, path: pathlib.Path) -> None:
+    """Writes a figure as an image file, creates its folder, and closes the figure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()
     figure.savefig(path, dpi=130)

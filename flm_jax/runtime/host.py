@@ -1,4 +1,4 @@
-"""What a process asks of its host before JAX does anything: memory and compilation."""
+"""Settings of the host process, made before JAX starts: memory and compilation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
 def keep_freed() -> None:
     """Keeps freed arrays in the process, with glibc. Call it before JAX does anything.
 
-    For where the host is the accelerator.
+    This helps when JAX computes on the CPU.
     By default glibc gives every large array back to the kernel, and the next step faults it in
     again page by page, which costs more than most elementwise operations on it.
     """
@@ -30,10 +30,10 @@ def keep_freed() -> None:
 
 
 def compile_quickly() -> None:
-    """On a CPU: less optimised programs, sooner. For runs of seconds and tiny models.
+    """Makes XLA compile faster on a CPU, to slower programs. For short runs and tiny models.
 
-    Without LLVM's optimisation, and with XLA's older way to write fused loops, which compiles in
-    half the time of its newer one (jaxlib 0.10).
+    Turns off LLVM's optimisation and uses XLA's older emitter of fused loops, which compiles in
+    half the time of the newer one (jaxlib 0.10).
     """
     flags = ["--xla_backend_optimization_level=0"]
     # XLA ends the process at a flag that it does not know, and this one is there for a transition.

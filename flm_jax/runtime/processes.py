@@ -44,8 +44,8 @@ class Group:
     process: int | None = None  # this one's index
     processes: int | None = None  # how many there are
     distributed: bool = False  # a TPU pod, Slurm, Open MPI or Kubernetes tells all three
-    join_within: int = 300  # seconds in which all must have come
-    lost_after: int = 60  # seconds without a sign of life
+    join_within: int = 300  # seconds within which all processes must connect
+    lost_after: int = 60  # seconds without a heartbeat after which a process counts as lost
 
     def __post_init__(self) -> None:
         given = {
@@ -97,9 +97,9 @@ class Group:
 def joined(group: Group) -> Iterator[None]:
     """Runs the block as one of the group's processes. Call it before JAX does anything.
 
-    A process that is lost ends all the others, each with one line and status 1: at once where a
-    connection breaks, else `lost_after` seconds after its last sign of life. An error that all
-    raise together is raised to the caller.
+    A process that is lost ends all the others, each with one line and status 1: immediately if a
+    connection breaks, otherwise `lost_after` seconds after its last heartbeat. An error that all
+    processes raise together is raised to the caller.
 
     Raises:
       UserError: process 0 cannot listen, or does not answer.
@@ -146,7 +146,7 @@ def joined(group: Group) -> Iterator[None]:
 
 
 class _LastWords:
-    """One line, and the exit status, for when JAX ends this process.
+    """Prints one line and sets the exit status when JAX aborts this process.
 
     JAX aborts a process whose group is broken, from a thread of its own in C++ and after pages of
     C++ log: no Python handler of an exception or a signal would run. This one is called by abort().
@@ -237,7 +237,7 @@ def check_same(what: str, value: str) -> None:
 
 
 def _from_first(message: bytes) -> bytes:
-    """The first process's message."""
+    """Returns the first process's message in every process."""
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(message))))
     padded = np.zeros(-(-size // _CHUNK) * _CHUNK, np.uint8)
     if first():
@@ -247,7 +247,10 @@ def _from_first(message: bytes) -> bytes:
 
 
 def largest(value: int) -> jax.Array:
-    """The largest of all processes' values; int32. Read it later, and no process waits now."""
+    """Returns the largest of all processes' values, an int32 scalar.
+
+    The call does not wait: reading the result does.
+    """
     if jax.process_count() == 1:
         return jnp.asarray(value, jnp.int32)
     everywhere, maximum = _maximum()

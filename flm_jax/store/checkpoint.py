@@ -58,9 +58,9 @@ class Checkpoints:
 
     @property
     def best(self) -> int | None:
-        """The step with the lowest loss, the later one of equals; without losses the newest."""
+        """The step with the lowest loss (ties: the later one); without losses, the latest."""
         measured = [c for c in self._checkpointer.checkpoints if c.metrics is not None]
-        # Ranked as orbax ranks them: the result is a checkpoint that was kept.
+        # The same order as orbax's, so the result is a checkpoint that orbax kept.
         ranked = sorted(measured, key=lambda c: _goodness(c.metrics))
         return ranked[-1].step if ranked else self.latest
 
@@ -82,7 +82,7 @@ class Checkpoints:
         """Reads a state onto the shardings of `like`.
 
         Args:
-          step: of a checkpoint.
+          step: the checkpoint's step.
           like: a tree of `ShapeDtypeStruct`s with shardings, as `train_step.abstract_state` gives.
 
         Returns:

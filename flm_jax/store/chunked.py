@@ -26,7 +26,7 @@ import tensorstore as ts
 from flm_jax.errors import UserError
 from flm_jax.store.checkpoint import CHUNK_BYTES, STATE, describe, shapes, write_skeleton
 
-# What is read or written of a leaf: for each dimension a slice, or the indices of its entries.
+# The part of a leaf to read or write: for each dimension a slice, or the indices of its entries.
 Slices = Sequence[slice | np.ndarray]
 
 
@@ -36,9 +36,9 @@ def chunk_shape(
     """Cuts an array into consecutive pieces of bounded size, as even as possible.
 
     Args:
-      shape: of the array.
+      shape: the array's shape.
       itemsize: bytes of one entry.
-      limit: bytes of one piece, at most.
+      limit: largest size of one piece, in bytes.
       whole: dimensions that are not cut. The pieces are then not consecutive, and may be larger
         than the limit.
 
@@ -116,7 +116,7 @@ class CheckpointReader:
         self._arrays = {name: _open(state, name, driver=driver, open=True) for name in self.leaves}
 
     def read(self, name: str, slices: Slices | None = None) -> np.ndarray:
-        """The leaf's entries at `slices`, combined as by `np.ix_`; None: all.
+        """Reads the leaf's entries at `slices`, combined as by `np.ix_`; None: all.
 
         Raises UserError if the disk fails.
         """
@@ -125,7 +125,7 @@ class CheckpointReader:
             return (array if slices is None else array.oindex[tuple(slices)]).read().result()
 
     def chunk(self, name: str) -> tuple[int, ...]:
-        """The shape of the smallest piece of the leaf that can be read without its neighbours."""
+        """Returns the shape of the smallest piece of the leaf that can be read alone."""
         sizes = self._arrays[name].chunk_layout.read_chunk.shape or ()
         return tuple(int(size or 1) for size in sizes)
 

@@ -1,7 +1,7 @@
-"""A run's folder: its files, what they say, and whether they belong to a config.
+"""A run's folder: its files, their contents, and the check that they belong to a config.
 
-Every file is written atomically. With several processes the first one writes: a run calls what
-writes here through `processes.once`, except for the metrics, which no process waits for.
+Every file is written atomically. With several processes only the first one writes: a run calls
+these functions through `processes.once`, except for the metrics, which no process waits for.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def pick_stage(entries: Sequence[dict[str, Any]], stage: str, path: pathlib.Path
     """Picks one finished stage.
 
     Args:
-      entries: of lineage.json.
+      entries: the stages' entries in lineage.json.
       stage: the index or name of a stage; "": the last one.
       path: the run's folder, for errors.
 

@@ -1,7 +1,7 @@
-"""Results that are computed once: one JSON object a line, found again by what identifies them.
+"""Results that are computed once: one JSON object per line, found again by identifying fields.
 
-The one way in which results outlive a process where a result is a row: trials of a study, scores
-of a model, what a judge says. (Where a result is a whole run, the run folder is what resumes.)
+All results that are single rows are stored this way: trials of a study, scores of a model, a
+judge's answers. (A whole run resumes from its run folder instead.)
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ Row = dict[str, Any]
 class Trials:
     """A JSONL file of finished results.
 
-    A result is on disk before `result` returns, so that a kill loses at most what is being
-    computed. A line that is not a JSON object (the kill came while it was written) is ignored, and
-    its result is computed again. Threads may share an instance; processes may not share a file.
+    A result is on disk before `result` returns, so a kill loses at most the result that
+    is being computed. A line that is not a JSON object (the process was killed while it wrote it)
+    is ignored, and its result is computed again. Threads may share an instance; processes may not
+    share a file.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -35,27 +36,28 @@ class Trials:
             self._torn = bool(text) and not text.endswith("\n")
 
     def find(self, identity: Mapping[str, Any]) -> Row | None:
-        """The result with these values, or None.
+        """Returns the result with these values, or None.
 
         Args:
           identity: fields that tell the result from all others, as JSON values. One of them is a
-            digest of everything that decides the result (`mapping.digest`).
+            digest of everything that affects the result (`mapping.digest`).
         """
         for row in self._rows:
-            # A failure is on record, and is tried again.
+            # A failure is stored, but computed again.
             if "failure" not in row and all(row.get(k) == v for k, v in identity.items()):
                 return row
         return None
 
     def result(self, identity: Mapping[str, Any], compute: Callable[[], Mapping[str, Any]]) -> Row:
-        """The stored result with this identity; computes and stores it if there is none.
+        """Returns the stored result with this identity; computes and stores it if there is none.
 
         Args:
           identity: see `find`.
           compute: returns the result's other fields, as JSON values. A result with a field
             `failure` is stored too, but computed again at the next call.
 
-        Returns: the row, with the fields of `identity` and of the result.
+        Returns:
+          The row, with the fields of `identity` and of the result.
         """
         if (found := self.find(identity)) is not None:
             return found
