@@ -322,7 +322,7 @@ GRID = less_is_more.LessIsMoreConfig(
         ),
         (
             lambda: MupStudyConfig("mup_study"),
-            "MupStudyConfig.experiment is 'mup_study'; it must be a group of ExperimentConfig's",
+            "MupStudyConfig.experiment is of type str; it must be a ExperimentConfig, or a group",
         ),
         (
             lambda: less_is_more.MixConfig("even", more="lists"),
