@@ -68,13 +68,18 @@ def read(folder: pathlib.Path) -> Described:
     path = folder / "config.json"
     if not path.exists():
         raise UserError(f"{path}: missing; give a folder with a Hugging Face model")
+    return _described(read_object(path), path)
+
+
+def read_object(file: pathlib.Path) -> dict[str, Any]:
+    """Reads a file with one JSON object. Raises UserError, naming the file, if it has none."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); fetch it again") from None
+        raise UserError(f"{file}: not JSON ({error}); fetch it again") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path}: no JSON object; fetch it again")
-    return _described(values, path)
+        raise UserError(f"{file}: no JSON object; fetch it again")
+    return values
 
 
 def _described(values: dict[str, Any], path: pathlib.Path) -> Described:

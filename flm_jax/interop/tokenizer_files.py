@@ -10,6 +10,7 @@ from typing import Any
 
 from flm_jax.data.tokenizer import byte_alphabet, open_tokenizer
 from flm_jax.errors import UserError
+from flm_jax.interop.hf_config import read_object
 
 # Of a tokenizer and of what else text passes through.
 _TOKENIZER = ("tokenizer*", "tokenization_*.py", "special_tokens_map.json", "added_tokens.json",
@@ -43,7 +44,7 @@ class Vocabulary:
         elif (file := self._folder / "tokenizer.model").exists():
             ids.append(_sentencepiece(file).vocab_size() - 1)
         if (file := self._folder / "added_tokens.json").exists():
-            ids += _json(file).values()
+            ids += read_object(file).values()
         return max(ids) + 1 or None
 
     def special_tokens(self) -> dict[str, Any]:
@@ -60,7 +61,7 @@ class Vocabulary:
     def values(self) -> dict[str, Any]:
         """config.json of the model that the files came with; {} if there is none."""
         file = (self._folder or pathlib.Path()) / "config.json"
-        return _json(file) if self._folder and file.is_file() else {}
+        return read_object(file) if self._folder and file.is_file() else {}
 
     def copy(self, target: pathlib.Path, code: bool = False) -> None:
         """Copies the files into a folder; with `code` the model's own Python files too."""
@@ -81,7 +82,7 @@ def write_config(folder: pathlib.Path, values: Mapping[str, Any]) -> None:
     """config.json, and generation_config.json made to match it."""
     _write(folder / "config.json", values)
     file = folder / _GENERATION
-    generation = _json(file) if file.exists() else {}
+    generation = read_object(file) if file.exists() else {}
     generation = {k: v for k, v in generation.items() if k != "transformers_version"}
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if values.get(key) is not None:
@@ -94,16 +95,6 @@ def write_config(folder: pathlib.Path, values: Mapping[str, Any]) -> None:
 
 def _write(file: pathlib.Path, values: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def _json(file: pathlib.Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file}: not JSON ({error}); fetch it again") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{file}: no JSON object; fetch it again")
-    return values
 
 
 def _write_byte_tokenizer(folder: pathlib.Path) -> None:

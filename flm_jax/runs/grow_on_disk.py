@@ -94,8 +94,9 @@ def grow(
       memory: bytes to work with at once, in addition to what the process itself takes.
 
     Returns:
-      The stage's name, source and checkpoint as paths, `bytes` of the grown state, and, unless it
-      was there already, `bytes_written`, `seconds`, `bytes_per_s`, `plan_digest`, `exactness`.
+      The stage's name, source and checkpoint as paths, and `bytes` of the grown state. If the
+      checkpoint was there already, `bytes` is 0; else there are also `bytes_written`,
+      `seconds`, `bytes_per_s`, `plan_digest` and `exactness`.
 
     Raises:
       UserError: config, source or target do not fit, the plan needs whole leaves, or the disk
