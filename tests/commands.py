@@ -1,4 +1,4 @@
-"""Calls the commands: in this process, or in one of their own where the process matters."""
+"""Calls the commands: in this process, or in a separate one where the process matters."""
 
 import contextlib
 import io
@@ -25,14 +25,14 @@ def call(*args: str) -> tuple[int, str, str]:
         contextlib.chdir(ROOT),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
-        mock.patch.dict(os.environ),  # a quick compilation is asked for in XLA_FLAGS
+        mock.patch.dict(os.environ),  # a command may set XLA_FLAGS to compile quickly
     ):
         status = front.run(args)
     return status, out.getvalue(), err.getvalue()
 
 
 def start(*args: str, devices: int = 1) -> subprocess.Popen:
-    """`flm ARGS...` in a process of its own, on fake devices and as optimised as users run it."""
+    """`flm ARGS...` in a separate process, on fake devices, with the compiler flags of users."""
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     return subprocess.Popen(
         [sys.executable, "-m", "flm_jax.commands", *args],
@@ -45,7 +45,7 @@ def start(*args: str, devices: int = 1) -> subprocess.Popen:
 
 
 def run(*args: str) -> tuple[int, str, str]:
-    """As `call`, in a process of its own, with one device."""
+    """As `call`, in a separate process with one device."""
     process = start(*args)
     out, err = process.communicate(timeout=400)
     return process.returncode, out, err
@@ -60,7 +60,7 @@ def json_of(*args: str, by=call) -> dict:
 
 
 def mistake(*args: str, by=call) -> str:
-    """The one line that a user's mistake gives."""
+    """The one-line error of a command that fails because of a user's mistake."""
     status, out, err = by(*args)
     assert status == 2, err
     assert "Traceback" not in err
@@ -71,7 +71,7 @@ def mistake(*args: str, by=call) -> str:
 
 
 def wait_for(pattern, workdir, process, timeout=120):
-    """Until a file of that pattern is there; fails if the process ends before."""
+    """Waits until a file matches the pattern; fails if the process ends first."""
     end = time.monotonic() + timeout
     while time.monotonic() < end:
         if list(workdir.glob(pattern)):
@@ -83,7 +83,7 @@ def wait_for(pattern, workdir, process, timeout=120):
 
 
 def peak_memory(*args: str) -> int:
-    """Bytes that a command, run in a process of its own, held at most."""
+    """Peak memory of a command in a separate process, in bytes."""
     # VmHWM, since a child's ru_maxrss counts the memory of the process that it was forked from.
     code = (
         "import sys\n"

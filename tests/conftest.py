@@ -1,6 +1,6 @@
-"""Eight fake CPU devices; strict about dtypes and ranks, so that nothing is promoted silently.
+"""Eight fake CPU devices; strict dtypes and ranks, so that nothing is promoted silently.
 
-Tests compile many tiny models, and run each a few times: compiled quickly, they end sooner.
+Tests compile many tiny models and run each a few times, so quick compilation saves time.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""What the tests of weights in and out share: a small model, its logits, and comparisons."""
+"""Shared by the interop tests: a small model, its logits, and comparisons."""
 
 import dataclasses
 
@@ -38,7 +38,7 @@ def ours(params, config, masks=None):
 
 
 def distance(a, b):
-    """On real tokens: the largest difference over the root mean square."""
+    """Largest difference on real tokens, divided by the root mean square of `a`."""
     a, b = a[SEGMENTS > 0], b[SEGMENTS > 0]
     return np.abs(a - b).max() / np.sqrt(np.mean(a**2))
 
@@ -49,7 +49,7 @@ def equal(one, two):
 
 
 def check_a_run_comes_and_goes_bit_equal(folder, tmp_path):
-    """Of a folder in the format "granite"."""
+    """Checks that weights survive the way into a run and back; `folder` has the format granite."""
     params, config = interop.load_hf(folder)
     done = interop.convert(str(folder), str(tmp_path / "run"), "flm", memory=1 << 16)
     assert done["params"] == sum(x.size for _, x in trees.flatten(params))

@@ -1,5 +1,6 @@
-"""The commands' front, and what needs no training: describe, configs, mistakes."""
+"""The front of the commands, and what needs no training: describe, configs, mistakes."""
 
+import ast
 import pathlib
 import runpy
 import subprocess
@@ -143,7 +144,7 @@ def test_flag_and_value_may_be_two_words():
 
 
 def test_json_keeps_standard_output_to_itself():
-    """Even from what other programs and C++ write to the process's standard output."""
+    """Output of other programs and of C++ libraries goes to standard error."""
     code = (
         "import os, sys, types\n"
         "from flm_jax.commands import front\n"
@@ -158,6 +159,68 @@ def test_json_keeps_standard_output_to_itself():
     )
     assert done.stdout == '{"a": 1}\n'
     assert done.stderr.count("noise") == 2
+
+
+def test_help_is_quick_and_does_not_import_jax():
+    """In fresh processes, as a user calls it; the best of 3 does not measure other programs."""
+    code = (
+        "import sys\n"
+        "from flm_jax.commands import front\n"
+        "status = front.run(['--help'])\n"
+        "print([m for m in ('jax', 'tensorflow', 'numpy') if m in sys.modules], file=sys.stderr)\n"
+        "sys.exit(status)"
+    )
+    seconds = []
+    for _ in range(3):
+        start = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+        )
+        seconds.append(time.monotonic() - start)
+        assert "growth checkpoint" in done.stdout
+        assert done.stderr.strip() == "[]"
+    assert min(seconds) < 1.5
+
+
+def command_modules():
+    """The module of each command, as a name and a path."""
+    for name in front.COMMANDS:
+        yield (
+            f"flm_jax.commands.{name.replace(' ', '.')}",
+            (ROOT / "flm_jax/commands" / f"{name.replace(' ', '/')}.py"),
+        )
+
+
+def imports_of(text):
+    """Every absolute name that Python source imports, inside functions too."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "a relative import"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def imported_commands(text):
+    return sorted({module for module, _ in command_modules()} & set(imports_of(text)))
+
+
+@pytest.mark.parametrize("path", [path for _, path in command_modules()], ids=lambda p: p.stem)
+def test_no_command_imports_another(path):
+    """Flags that several commands share are in `model_flags`, which is no command."""
+    assert imported_commands(path.read_text()) == []
+
+
+def test_an_imported_command_is_noticed():
+    """Negative control."""
+    for line in (
+        "from flm_jax.commands.generate import Flags",
+        "from flm_jax.commands import generate",
+        "def main():\n    import flm_jax.commands.generate",
+    ):
+        assert imported_commands(line) == ["flm_jax.commands.generate"]
+    assert imported_commands("from flm_jax.commands.model_flags import ModelFlags") == []
 
 
 def test_help_shows_an_example_and_the_flags():
@@ -218,7 +281,7 @@ def test_benchmark_without_a_subcommand_is_the_old_benchmark(monkeypatch, capsys
 
 
 def test_calls_share_nothing():
-    """A flag or an override of one call is not there in the next, nor in another command."""
+    """A flag or an override of one call affects neither the next call nor another command."""
     override = (DEMO, "--config.stages[0].model.d_ff=400", "--mup")
     one = json_of("describe", *override)
     assert "parameters" in one["stages"][0]

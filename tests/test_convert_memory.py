@@ -1,4 +1,4 @@
-"""A conversion of gigabytes, in a process of its own, and the memory that it takes."""
+"""Peak memory of a conversion of gigabytes, measured in a separate process."""
 
 import json
 import shutil

@@ -1,6 +1,6 @@
-"""The examples in docstrings give what they say.
+"""The examples in docstrings give the printed results.
 
-A module is imported only if it has examples, so that TensorFlow stays out.
+Only modules with examples are imported, which avoids TensorFlow.
 """
 
 import ast
@@ -31,9 +31,9 @@ MODULES = [
 
 @pytest.mark.parametrize("name", MODULES)
 def test_examples(name):
-    found = doctest.testmod(importlib.import_module(name))
-    assert found.attempted > 0
-    assert found.failed == 0, "see the captured output"
+    results = doctest.testmod(importlib.import_module(name))
+    assert results.attempted > 0
+    assert results.failed == 0, "see the captured output"
 
 
 def test_a_wrong_example_is_noticed(capsys):

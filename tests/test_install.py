@@ -35,7 +35,7 @@ def site(tmp_path_factory):
 
 
 def flm(site, folder, *args):
-    """What the installed console command prints, called in that folder."""
+    """Standard output of the installed console command, called in `folder`."""
     environment = {**os.environ, "PYTHONPATH": str(site), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [site / "bin" / "flm", *args], cwd=folder, env=environment, capture_output=True, text=True

@@ -81,7 +81,7 @@ def test_dtypes_are_widened_and_rounded_once(folder, tmp_path):
             got = dict(trees.flatten(half))[path]
             assert got.dtype == np.float32
             np.testing.assert_array_equal(got, x.astype(np_dtype).astype(np.float32))
-        # Without another wish the source's dtype stays, and nothing is lost a second time.
+        # Without `dtype` the source's dtype is kept, and nothing is rounded a second time.
         done = interop.convert(str(tmp_path / dtype), str(tmp_path / f"{dtype}2"), "llama")
         assert done["dtype"] == dtype and not any("rounded" in note for note in done["notes"])
         assert equal(half, interop.load_hf(tmp_path / f"{dtype}2")[0])
@@ -92,7 +92,7 @@ def test_dtypes_are_widened_and_rounded_once(folder, tmp_path):
 
 
 def test_files_are_those_of_the_library(folder, tmp_path):
-    """safetensors reads what is written here, and the reverse, whole and in parts."""
+    """The safetensors library reads our files and we read its files, whole and in parts."""
     rng = np.random.default_rng(0)
     shapes = {"a": (7, 3), "b": (5,), "c": (4, 2, 3)}
     arrays = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
@@ -138,7 +138,7 @@ def test_a_vocabulary_is_padded_and_cut(folder, tmp_path):
     logits = ours(padded, larger)
     assert distance(ours(params, config), logits[..., :VOCAB]) < 1e-6
     assert not logits[..., VOCAB:].any()
-    # Zero rows are padding; with a tokenizer what it does not know is.
+    # Zero rows are padding. With a tokenizer, rows beyond its tokens are padding.
     interop.convert(str(tmp_path / "more"), str(tmp_path / "less"), "llama", vocab_size=VOCAB)
     assert equal(params, interop.load_hf(tmp_path / "less")[0])
     with pytest.raises(UserError, match=r"vocab_size is 40, but .* not zero"):
@@ -171,7 +171,7 @@ def _first_shard(folder):
 
 
 def _rewrite(folder, change):
-    """One file of all tensors, changed."""
+    """Merges all tensors into one file and applies `change` to them."""
     tensors = {}
     for file in folder.glob("*.safetensors"):
         tensors |= safetensors.numpy.load_file(file)
@@ -240,7 +240,7 @@ MISTAKES = {
     ),
     "no config": (lambda f: (f / "config.json").unlink(), "holds no model"),
     "a torn config": (lambda f: (f / "config.json").write_text("{"), "config.json: not JSON"),
-}  # fmt: skip  # fmt: skip
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

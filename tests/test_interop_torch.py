@@ -38,7 +38,7 @@ transformers = pytest.importorskip("transformers", reason="extra [hf]")
 transformers.utils.logging.disable_progress_bar()
 
 _SIZES = {"vocab_size": VOCAB, "num_hidden_layers": 2, "rms_norm_eps": 1e-3,
-          "max_position_embeddings": CONTEXT, "initializer_range": 0.2}  # fmt: skip  # fmt: skip
+          "max_position_embeddings": CONTEXT, "initializer_range": 0.2}  # fmt: skip
 _WIDE = {
     "hidden_size": 24,
     "intermediate_size": 40,
@@ -59,11 +59,11 @@ MODELS = {
          "residual_multiplier": 0.7, "attention_multiplier": 0.4},
     ),
     "teleflm": (transformers.LlamaConfig, _NARROW),
-}  # fmt: skip  # fmt: skip
+}  # fmt: skip
 
 
-def make(kind, folder, **how):
-    """A random model of transformers, saved; its logits by a function of tokens and so on."""
+def make(kind, folder, **save_options):
+    """A random transformers model, saved to a folder."""
     cls, sizes = MODELS[kind]
     torch.manual_seed(len(kind))
     model = transformers.AutoModelForCausalLM.from_config(cls(**_SIZES, **sizes)).eval()
@@ -71,7 +71,7 @@ def make(kind, folder, **how):
         for name, weight in model.named_parameters():
             if "norm" in name:  # ones hide bugs
                 weight.uniform_(0.5, 1.5)
-    model.save_pretrained(folder, **how)
+    model.save_pretrained(folder, **save_options)
     if kind == "teleflm":
         file = folder / "config.json"
         values = {**json.loads(file.read_text()), **MULTIPLIERS, "model_type": "TeleFLM"}
@@ -81,7 +81,7 @@ def make(kind, folder, **how):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Each kind's model and folder, made once; files are small shards."""
+    """Opens the model and folder of a kind; each is made once, in small shards."""
     made = {}
 
     def get(kind):
@@ -94,7 +94,7 @@ def saved(tmp_path_factory):
 
 
 def theirs(model, multipliers=None):
-    """TeleFLM's oracle is Llama and its two multipliers."""
+    """Logits of the transformers model; with `multipliers`, the oracle of TeleFLM."""
     m = {"input_mult": 1, "output_mult": 1, "mup_scale_factor": 1} | (multipliers or {})
     with torch.no_grad():
         x = model.get_input_embeddings()(torch.tensor(TOKENS)) * m["input_mult"]
@@ -114,7 +114,7 @@ def test_an_imported_model_has_the_same_logits(kind, saved):
 
 
 def test_mistakes_in_an_import_change_the_logits(saved, monkeypatch):
-    """Heads merged in the other order, a matrix not transposed, no multipliers: other logits."""
+    """Negative control: other orders of heads, untransposed matrices, no multipliers."""
     model, folder = saved("grouped")
     oracle = theirs(model)
     for path, layout in {
@@ -129,7 +129,7 @@ def test_mistakes_in_an_import_change_the_logits(saved, monkeypatch):
     params, config = interop.load_hf(folder)
     plain = dataclasses.replace(config, input_mult=1.0)
     assert distance(theirs(model), ours(params, plain)) > 1e-2
-    with monkeypatch.context() as patch:  # what the config cannot say is multiplied in
+    with monkeypatch.context() as patch:  # multipliers that the config has no field for
         patch.setattr("flm_jax.interop.opening.scaled", lambda weights, *_: weights)
         assert distance(theirs(model), ours(*interop.load_hf(folder))) > 1e-2
 

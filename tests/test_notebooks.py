@@ -15,7 +15,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook_runs(path):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the Jupyter machinery, in its own process
+        warnings.simplefilter("ignore")  # warnings of Jupyter itself
         from nbclient import NotebookClient
 
         notebook = nbformat.read(path, as_version=4)
