@@ -1,4 +1,4 @@
-"""What a command is: flags as a frozen dataclass, and a function from a call to a result.
+"""A command: its flags as a frozen dataclass, and a function from a call to a result.
 
 Every call parses into a new `absl.flags.FlagValues`, so commands share no state: two can be
 imported in one process, and one can be called many times.
@@ -49,13 +49,20 @@ def flag(
       lower, upper: bounds of a number, inclusive.
       choices: the allowed values of a string.
       comma: values of a `tuple[str, ...]` are separated by commas; otherwise the flag is repeated.
-      required: for a flag that must be given: the advice in the error if it is missing.
+      required: what to do if the flag is missing, for the error; "" if the flag may be left out.
+
+    Returns:
+      A dataclass field, whose metadata hold the arguments.
     """
-    about = {
-        "help": help, "lower": lower, "upper": upper, "choices": choices, "comma": comma,
+    metadata = {
+        "help": help,
+        "lower": lower,
+        "upper": upper,
+        "choices": choices,
+        "comma": comma,
         "required": required,
-    }  # fmt: skip
-    return dataclasses.field(default=default, metadata=about)
+    }
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,9 +85,9 @@ class Call(Generic[F]):
     arguments: tuple[str, ...]
     argv: tuple[str, ...]
 
-    def console(self, **how: Any) -> rich.console.Console:
+    def console(self, **options: Any) -> rich.console.Console:
         """The console for results: standard output, or standard error with --json."""
-        return rich.console.Console(stderr=self.json, **how)
+        return rich.console.Console(stderr=self.json, **options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,10 +123,14 @@ class Command(Generic[F]):
     gate: Gate | None = None
 
     def parse(self, name: str, argv: Sequence[str]) -> Call[F]:
-        """The call that `argv` (without the command's name) describes.
+        """Parses a command line.
+
+        Args:
+          name: the command's name, for error messages.
+          argv: the arguments after the command's name.
 
         Raises:
-          UserError: anything wrong with the command line or the config file; in one line.
+          UserError: the command line or the config file has a mistake; the message is one line.
         """
         values, rest, config = self._flag_values(), list(argv), ConfigDict()
         if self.config != "none":
@@ -141,7 +152,7 @@ class Command(Generic[F]):
         return Call(own, config, workdir, bool(values["json"].value), tuple(arguments), tuple(argv))
 
     def line(self, error: UserError) -> str:
-        """The error's message, with the command's flag where the library names an argument."""
+        """The error's message; an argument that is a flag of the command is named as the flag."""
         own = {field.name for field, _ in _fields(self.flags)}
         if self.workdir != "none":
             own.add("workdir")
@@ -177,7 +188,7 @@ class Command(Generic[F]):
         return values
 
     def _check(self, name: str, own: F, arguments: Sequence[str], workdir: str) -> None:
-        """Raises UserError for what is missing or too much."""
+        """Raises UserError if an argument is missing or unexpected, or a needed flag is missing."""
         wanted = len(self.positional)
         if len(arguments) > wanted and not wanted:
             raise UserError(f"unexpected argument {arguments[0]!r}; {self.unexpected}")
@@ -202,7 +213,7 @@ def _is_tuple(hint: Any) -> bool:
 
 
 def _value(flag: absl_flags.Flag[Any], hint: Any) -> Any:
-    """The flag's value, of the type that the field's annotation says."""
+    """The flag's value, converted to the type in the field's annotation."""
     if _is_tuple(hint):
         return tuple(flag.value or ())
     return "" if hint is str and flag.value is None else flag.value
@@ -212,20 +223,20 @@ def _define(values: absl_flags.FlagValues, field: dataclasses.Field[Any], hint: 
     """Defines the field's flag."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):  # X | None
         hint = typing.get_args(hint)[0]
-    about, default = field.metadata, typing.cast(Any, field.default)
-    given: tuple[str, Any, str] = (field.name, default, about["help"])
+    metadata, default = field.metadata, typing.cast(Any, field.default)
+    given: tuple[str, Any, str] = (field.name, default, metadata["help"])
     if hint is bool:
         absl_flags.DEFINE_bool(*given, flag_values=values)
     elif hint is int:
-        absl_flags.DEFINE_integer(*given, about["lower"], about["upper"], flag_values=values)
+        absl_flags.DEFINE_integer(*given, metadata["lower"], metadata["upper"], flag_values=values)
     elif hint is float:
-        absl_flags.DEFINE_float(*given, about["lower"], about["upper"], flag_values=values)
+        absl_flags.DEFINE_float(*given, metadata["lower"], metadata["upper"], flag_values=values)
     elif _is_tuple(hint):
-        define = absl_flags.DEFINE_list if about["comma"] else absl_flags.DEFINE_multi_string
-        define(field.name, list(default), about["help"], flag_values=values)
-    elif about["choices"]:
+        define = absl_flags.DEFINE_list if metadata["comma"] else absl_flags.DEFINE_multi_string
+        define(field.name, list(default), metadata["help"], flag_values=values)
+    elif metadata["choices"]:
         name, _, help = given
-        absl_flags.DEFINE_enum(name, default or None, about["choices"], help, flag_values=values)
+        absl_flags.DEFINE_enum(name, default or None, metadata["choices"], help, flag_values=values)
     else:
         absl_flags.DEFINE_string(*given, flag_values=values)
 
@@ -241,16 +252,21 @@ def _parse(values: absl_flags.FlagValues, argv: list[str], config: ConfigDict) -
     except absl_flags.IllegalFlagValueError as error:
         for name, value in _flags_given(argv[1:]):
             if name.startswith("config.") and str(error).startswith(f"flag --{name}={value}:"):
-                now = config_path.get_value(name.removeprefix("config."), config)
-                wanted = type(now).__name__
-                raise UserError(f"--{name}={value}: it must be {wanted}, as {now!r} is") from error
+                current = config_path.get_value(name.removeprefix("config."), config)
+                expected = type(current).__name__
+                raise UserError(
+                    f"--{name}={value}: give a value of type {expected}, as {current!r}"
+                ) from error
         raise UserError(str(error)) from error
     except absl_flags.Error as error:
         raise UserError(str(error)) from error
 
 
 def _flags_given(arguments: Sequence[str]) -> Iterator[tuple[str, str | None]]:
-    """Name and value of `--name=value` and `--name value`; for a switch the value is no value."""
+    """Yields the name and value of `--name=value` and `--name value`.
+
+    After a switch, such as `--json`, the value is the next argument and has no meaning.
+    """
     for argument, following in itertools.zip_longest(arguments, arguments[1:]):
         if argument == "--":
             return

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import rich.console
 import rich.table
@@ -30,6 +30,9 @@ from flm_jax.sft.chat_model import ChatModel, open_chat_model, retention
 from flm_jax.sft.chats import Sample
 from flm_jax.store.files import write_atomically, write_json
 from flm_jax.studies import reported
+
+if TYPE_CHECKING:
+    from flm_jax.data.pipeline import Corpus
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,15 +52,15 @@ class Flags:
 
 
 def _samples(flags: Flags) -> tuple[list[Sample], int]:
-    """Those with an assistant turn to compare with, and how many have none."""
+    """Returns the samples that have an assistant turn, and the number of those without."""
     if not flags.samples:
         return synthetic.make(flags.seed, flags.per_category, "evaluation"), 0
     samples = chats.read(flags.samples)
     answered = [s for s in samples if any(m.role == "assistant" for m in s.messages)]
     if not answered:
         raise UserError(
-            f"--samples: {len(samples)} conversations, none with an assistant turn; give some to "
-            "compare with"
+            f"--samples: {len(samples)} conversations, none with an assistant turn; give "
+            "samples with answers"
         )
     return answered, len(samples) - len(answered)
 
@@ -67,11 +70,19 @@ def _open(given: str, flags: Flags) -> tuple[ChatModel, Any]:
     return dataclasses.replace(model, max_new_tokens=flags.max_new_tokens), corpus
 
 
-def _table(found: comparison.Comparison, names: list[str]) -> rich.table.Table:
+def _same_text(corpus: Corpus, other: Corpus) -> Corpus:
+    """Returns the text of `corpus` in the vocabulary of `other`: both models get the same text."""
+    vocabulary = other.config.vocabulary
+    if vocabulary == corpus.config.vocabulary:
+        return corpus
+    return data.open_corpus(dataclasses.replace(corpus.config, vocabulary=vocabulary))
+
+
+def _table(compared: comparison.Comparison, names: list[str]) -> rich.table.Table:
     table = rich.table.Table(box=None, header_style="bold")
     for column in ("category", "metric", *names, "difference", "95%", "n"):
         table.add_column(column, no_wrap=column not in names, overflow="fold")
-    for category, metrics in found.items():
+    for category, metrics in compared.items():
         for metric, row in metrics.items():
             interval = "" if row["low"] is None else f"{row['low']:+.4f} to {row['high']:+.4f}"
             table.add_row(
@@ -105,21 +116,21 @@ def _scored(model: ChatModel, samples: list[Sample], all_answers: bool) -> list[
     if not all_answers:
         return scoring.score(samples, model.losses, model.answer)
     answers = dict(zip(samples, model.answer(samples), strict=True))
-    scored = scoring.score(samples, model.losses, lambda asked: [answers[s] for s in asked])
+    scored = scoring.score(samples, model.losses, lambda checked: [answers[s] for s in checked])
     return [dataclasses.replace(s, answer=answers[s.sample]) for s in scored]
 
 
-def _print_verdicts(found: dict[str, Any], console: rich.console.Console) -> None:
+def _print_verdicts(report: dict[str, Any], console: rich.console.Console) -> None:
     table = rich.table.Table("category", "win rate of the first", "failed", box=None)
-    for category, row in found["categories"].items():
+    for category, row in report["categories"].items():
         rate = row["win_rate"]
-        text = "" if rate is None else (
-            f"{rate:.3f}, 95% {row['win_rate_low']:.3f} to {row['win_rate_high']:.3f}"
-        )  # fmt: skip
+        text = ""
+        if rate is not None:
+            text = f"{rate:.3f}, 95% {row['win_rate_low']:.3f} to {row['win_rate_high']:.3f}"
         table.add_row(category, text, f"{row['failed']} of {row['asked']}")
     console.print(table)
-    if "overall_a" in found:
-        ours = f"{found['overall_a']:.2f} and {found['overall_b']:.2f}"
+    if "overall_a" in report:
+        ours = f"{report['overall_a']:.2f} and {report['overall_b']:.2f}"
         rows = {b.name: b.scores for b in reported.benchmarks() if b.group == "AlignBench"}
         known = ", ".join(f"{name} {score}" for name, score in rows["Overall"].items())
         console.print(f"overall, by AlignBench's rule: {ours} (reported: {known})")
@@ -128,9 +139,9 @@ def _print_verdicts(found: dict[str, Any], console: rich.console.Console) -> Non
 def main(call: Call[Flags]) -> dict[str, Any]:
     flags, arguments = call.flags, list(call.arguments)
     gates = [comparison.Gate.parse(text) for text in flags.fail_if]
-    asked = judge.Judge(flags.judge, flags.judge_timeout) if flags.judge else None
+    answer_judge = judge.Judge(flags.judge, flags.judge_timeout) if flags.judge else None
     folder = pathlib.Path(flags.output) if flags.output else None
-    if asked and not folder:
+    if answer_judge and not folder:
         raise UserError("--judge is given without --output; give a folder for its verdicts")
     samples, unanswered = _samples(flags)
     checked = {s.category: False for s in samples} | {s.category: True for s in samples if s.check}
@@ -139,37 +150,34 @@ def main(call: Call[Flags]) -> dict[str, Any]:
 
     console = call.console()
     (one, corpus), (two, other) = (_open(given, flags) for given in arguments)
-    if other.config.vocabulary != corpus.config.vocabulary:
-        # The same text for both: the first model's.
-        vocabulary = other.config.vocabulary
-        other = data.open_corpus(dataclasses.replace(corpus.config, vocabulary=vocabulary))
-    else:
-        other = corpus
+    other = _same_text(corpus, other)
     scored = [
-        _score(name, model, samples, asked is not None)
+        _score(name, model, samples, answer_judge is not None)
         for name, model in zip(arguments, (one, two), strict=True)
     ]
-    kept = [retention(m, c, flags.retention_sequences) for m, c in ((one, corpus), (two, other))]
-    found = comparison.compare(scored[0], scored[1], flags.seed)
-    found[comparison.RETENTION] = {"bpb": comparison.retained(*kept)}
-    console.print(_table(found, arguments))
+    retained = [
+        retention(m, c, flags.retention_sequences) for m, c in ((one, corpus), (two, other))
+    ]
+    compared = comparison.compare(scored[0], scored[1], flags.seed)
+    compared[comparison.RETENTION] = {"bpb": comparison.retained(*retained)}
+    console.print(_table(compared, arguments))
     if unanswered:
         console.print(f"{unanswered} conversations without an assistant turn were left out")
     result: dict[str, Any] = {
         "samples": {"scored": len(samples), "without_answer": unanswered},
         "a": {"model": arguments[0], "scores": scoring.flat(scoring.summarise(scored[0]))},
         "b": {"model": arguments[1], "scores": scoring.flat(scoring.summarise(scored[1]))},
-        "difference": found,
-        "retention": {"bpb_a": kept[0], "bpb_b": kept[1]},
-        "failed": [text for gate in gates if (text := gate.failure(found))],
+        "difference": compared,
+        "retention": {"bpb_a": retained[0], "bpb_b": retained[1]},
+        "failed": [text for gate in gates if (text := gate.failure(compared))],
     }
     if folder:
         write_atomically(folder / "answers.jsonl", _answers(*scored))
-    if asked and folder:
+    if answer_judge and folder:
         first, second = ([s.answer for s in side] for side in scored)
         path = folder / "verdicts.jsonl"
         with Progress("judge", unit="samples") as progress:
-            verdicts = asked.verdicts(samples, first, second, path, progress.count)
+            verdicts = answer_judge.verdicts(samples, first, second, path, progress.count)
         result["judge"] = judge.report(verdicts, flags.seed)
         _print_verdicts(result["judge"], console)
     if folder:

@@ -1,11 +1,12 @@
-"""Compiles a stage for a TPU pod or GPU cluster that is not here: does it fit?
+"""Compiles a stage for a TPU pod or GPU cluster without having one: does it fit?
 
   flm compile --config=configs/tele_flm_1t_chain.py \
       --topology=v5p:8x8x8 --mesh=fsdp=32,tensor=16 --batch=32 --what=train_masked
 
-Says what memory the stage needs and what it communicates. TPUs need the extra `[tpu]`, GPU clusters
-`[gpu-aot]`. `--search` tries the meshes of the topology and prints those that fit, best first.
-Without `--topology` every layout that the config holds is compiled, each in a process of its own:
+Prints the memory that the stage needs, and its communication. TPUs need the extra `[tpu]`, GPU
+clusters `[gpu-aot]`. `--search` tries the meshes of the topology and prints those that fit, best
+first.
+Without `--topology` every layout that the config holds is compiled, each in a separate process:
 the step, the masked step and the growth, unless `--what` chooses one.
 """
 
@@ -73,9 +74,10 @@ def _programs(flags: Flags, chain: ExperimentConfig, layout: LayoutConfig) -> li
 def _apart(
     argv: tuple[str, ...], chain: ExperimentConfig, layout: LayoutConfig, program: str
 ) -> dict[str, Any]:
-    """The report of a layout's program, compiled in a process of its own.
+    """Compiles a layout's program in a separate process; returns its report.
 
-    TPU and GPU compilers read their settings once in a process, and peak memory is a process's.
+    TPU and GPU compilers read their settings once in a process, and peak memory is measured for a
+    whole process.
     """
     names = [stage.name for stage in chain.stages]
     flags_of_layout = {
@@ -83,7 +85,7 @@ def _apart(
         "mesh": f"data={layout.data},fsdp={layout.fsdp},tensor={layout.tensor}",
         "batch": layout.batch_size,
     }  # fmt: skip
-    # Of a flag that is given twice, the last value counts.
+    # If a flag is given twice, the last value counts.
     command = [sys.executable, "-m", "flm_jax.commands", "compile", *argv, "--json"]
     command += [f"--{name}={value}" for name, value in flags_of_layout.items()]
     done = subprocess.run(command, capture_output=True, text=True)

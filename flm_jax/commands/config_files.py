@@ -35,10 +35,10 @@ T = TypeVar("T")
 
 
 def to_config_dict(config: Any) -> ConfigDict:
-    """A config dataclass as a ConfigDict, with the type of every field.
+    """Converts a config dataclass to a ConfigDict, which knows the type of every field.
 
-    So overrides on the command line are checked. Stages are a tuple of ConfigDicts:
-    `--config.stages[0].steps=5`.
+    Overrides on the command line are checked against these types. Stages become a tuple of
+    ConfigDicts: `--config.stages[0].steps=5`.
     """
 
     def with_types(value: Any) -> Any:
@@ -50,7 +50,7 @@ def to_config_dict(config: Any) -> ConfigDict:
 
 
 def single(config: config_lib.ExperimentConfig) -> ConfigDict:
-    """A chain of one stage, laid out as `model` and `stage`: `--config.model.vocab_size=80384`."""
+    """Converts a chain of one stage to `model` and `stage`: `--config.model.vocab_size=80384`."""
     values = mapping.to_dict(config)
     (stage,) = values.pop("stages")
     model = stage.pop("model")
@@ -63,7 +63,7 @@ def unknown_variant(variant: str, known: tuple[str, ...]) -> UserError:
 
 
 def no_variant(variant: str) -> None:
-    """Raises UserError if a variant is asked of a config that has none."""
+    """Raises UserError if `variant` is given; for a config file without variants."""
     if variant:
         raise UserError(f"config variant {variant!r} is unknown; this config has none")
 
@@ -78,9 +78,9 @@ def load(path: pathlib.Path) -> types.ModuleType:
     name = f"config file {path}"
     loader = importlib.machinery.SourceFileLoader(name, str(path))
     spec = importlib.util.spec_from_loader(name, loader)
-    assert spec  # only None for a loader that says so itself
+    assert spec  # None only if the loader refuses
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # where dataclasses look up a class's annotations
+    sys.modules[name] = module  # dataclasses look up annotations there
     loader.exec_module(module)
     return module
 
@@ -94,7 +94,7 @@ def experiment(config: ConfigDict) -> config_lib.ExperimentConfig:
 
 
 def stage_index(config: config_lib.ExperimentConfig, given: int) -> int:
-    """The index of a stage, which may be given as a negative one from the end.
+    """Resolves a stage's index; a negative one counts from the end.
 
     Raises:
       UserError: the chain has no such stage.
@@ -146,25 +146,25 @@ def find(given: str) -> pathlib.Path:
 
 def split(argv: Sequence[str]) -> tuple[str, list[str]]:
     """The last value of --config ("" if there is none), and the other arguments."""
-    found, items = "", iter(argv)
+    config, items = "", iter(argv)
     rest: list[str] = []
     for item in items:
         if item == "--":
-            return found, [*rest, item, *items]
+            return config, [*rest, item, *items]
         if item in ("--config", "-config"):
-            found = next(items, "")
+            config = next(items, "")
         elif item.startswith(("--config=", "-config=")):
-            found = item.partition("=")[2]
+            config = item.partition("=")[2]
         else:
             rest.append(item)
-    return found, rest
+    return config, rest
 
 
 def load_config(given: str) -> ConfigDict:
     """The config of FILE.py or FILE.py:variant, before overrides.
 
     Raises:
-      UserError: no such file, or any error in it, in one line that says where.
+      UserError: the file does not exist, or has an error; the message says in which line.
     """
     name, colon, variant = given.partition(":")
     path = find(name)
@@ -199,10 +199,11 @@ def check_field(config: ConfigDict, flag: str) -> None:
             where += f".{part}"
         elif isinstance(node, tuple):
             if part not in range(len(node)):
-                raise UserError(f"--{flag}: {where} has entries 0 to {len(node) - 1}, no {part!r}")
+                raise UserError(f"--{flag}: {where} has entries 0 to {len(node) - 1}, not {part!r}")
             where += f"[{part}]"
         else:
             raise UserError(f"--{flag}: {where} is {node!r} and has no fields")
         node = node[part]
-    if isinstance(node[0] if isinstance(node, tuple) and node else node, ConfigDict):
+    first = node[0] if isinstance(node, tuple) and node else node
+    if isinstance(first, ConfigDict):
         raise UserError(f"--{flag}: {where} is a group; set its fields one by one")

@@ -32,11 +32,11 @@ def _mup(chain: ExperimentConfig, json: bool) -> dict[str, Any]:
     for stage in chain.stages:
         parameters = mup.summary(stage, chain.optimizer)
         model = stage.model
-        about = {"base_width": model.mup_base_width or model.d_model, "width": model.d_model}
-        stages.append({"name": stage.name, **about, "parameters": parameters})
+        widths = {"base_width": model.mup_base_width or model.d_model, "width": model.d_model}
+        stages.append({"name": stage.name, **widths, "parameters": parameters})
         table = rich.table.Table("parameter", "kind", "init std", "learning rate", "weight decay",
                                  "multiplier", title=f"{stage.name}: {model.parametrisation}, "
-                                 f"width {about['base_width']} -> {about['width']}")  # fmt: skip
+                                 f"width {widths['base_width']} -> {widths['width']}")  # fmt: skip
         for path, row in parameters.items():
             pairs = ((row["base"][key], row["target"][key]) for key in row["base"])
             table.add_row(path, row["kind"], *(
@@ -64,8 +64,8 @@ def main(call: Call[Flags]) -> dict[str, Any]:
         elif key != "name":
             table.add_row(key, *(f"{d[key]:,}" for d in described))
     if not call.json:
-        said = " and ".join(f"{length:,}" for length in dict.fromkeys(lengths))
-        rich.console.Console().print(table, f"FLOPs at sequences of {said} tokens")
+        shown_lengths = " and ".join(f"{length:,}" for length in dict.fromkeys(lengths))
+        rich.console.Console().print(table, f"FLOPs at sequences of {shown_lengths} tokens")
     if "model" in call.config:
         return {key: value for key, value in described[0].items() if key != "name"}
     return {"stages": described}

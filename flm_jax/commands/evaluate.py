@@ -26,7 +26,7 @@ from flm_jax.errors import UserError
 from flm_jax.inference import evaluation
 from flm_jax.params import sharding
 
-# Of weights whose files allow more than a machine of any size can take at once.
+# Some files allow longer contexts than a machine can hold.
 LONGEST_DEFAULT = 4096
 
 
@@ -49,9 +49,9 @@ def main(call: Call[Flags]) -> dict[str, Any]:
     if bool(flags.data) == bool(flags.task):
         raise UserError("give either --data=FILE or --task=NAME")
     model = flags.open()
-    own = model.data or DataConfig(vocabulary=str(model.path))
+    base = model.data or DataConfig(vocabulary=str(model.path))
     length = flags.sequence_length or min(model.context or LONGEST_DEFAULT, LONGEST_DEFAULT)
-    config = dataclasses.replace(own, sequence_length=length, window_length=0)
+    config = dataclasses.replace(base, sequence_length=length, window_length=0)
     if flags.data:
         rows = pathlib.Path(flags.data).suffix == ".jsonl"
         config = dataclasses.replace(
@@ -70,24 +70,25 @@ def main(call: Call[Flags]) -> dict[str, Any]:
             f"vocab_size {model.config.vocab_size}; give the model's own tokenizer"
         )
     if corpus.num_bytes.get(split) == 0:
-        raise UserError(f"--data={flags.data} holds no text; give a file with some")
+        raise UserError(f"--data={flags.data} holds no text; give a file with text")
     mesh = sharding.one_device()
     with jax.set_mesh(mesh):
-        found = evaluation.score(
+        score = evaluation.score(
             model.params, model.config, corpus.sequences(split, flags.batch_size),
             corpus.token_bytes, mesh,
         )  # fmt: skip
-    # A tokenizer may change text a little; what is compared between models is the text's own size.
-    found = dataclasses.replace(found, bytes=corpus.num_bytes.get(split, found.bytes))
+    # A tokenizer may change the text a little. Bits per byte divide by the size of the text itself,
+    # so that models with different tokenizers can be compared.
+    score = dataclasses.replace(score, bytes=corpus.num_bytes.get(split, score.bytes))
     call.console().print(
-        f"{found.bits_per_byte:.4f} bits per byte  ({found.loss:.4f} nats per token, "
-        f"{found.tokens:,} tokens, {found.bytes:,} bytes, sequences of {length})"
+        f"{score.bits_per_byte:.4f} bits per byte  ({score.loss:.4f} nats per token, "
+        f"{score.tokens:,} tokens, {score.bytes:,} bytes, sequences of {length})"
     )
     return {
-        "bits_per_byte": found.bits_per_byte,
-        "loss": found.loss,
-        "tokens": found.tokens,
-        "bytes": found.bytes,
+        "bits_per_byte": score.bits_per_byte,
+        "loss": score.loss,
+        "tokens": score.tokens,
+        "bytes": score.bytes,
         "sequence_length": length,
         "checkpoint": str(model.path),
     }

@@ -66,7 +66,8 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _run_command(name: str, argv: Sequence[str]) -> int:
-    # Here, so that help and mistakes in the name are quick: it imports ml_collections and rich.
+    # Imported here because it loads ml_collections and rich: `flm --help` and the error for a
+    # wrong name stay quick.
     from flm_jax.commands.command import Command
 
     module = importlib.import_module(f"flm_jax.commands.{name.replace(' ', '.')}")
@@ -89,7 +90,7 @@ def _run_command(name: str, argv: Sequence[str]) -> int:
 
 
 def _name(argv: Sequence[str]) -> str:
-    """The command that the first one or two words name."""
+    """Returns the command's name: the first word, or the first two."""
     if not argv:
         raise UserError("give a command; flm --help lists them")
     first, second = argv[0], argv[1] if len(argv) > 1 else ""
@@ -139,13 +140,13 @@ def _failed(name: str, status: int, message: str) -> int:
 
 @contextlib.contextmanager
 def _only_on_stderr() -> Iterator[None]:
-    """Sends what anyone prints to standard error, libraries written in C++ included."""
+    """Redirects standard output to standard error, for libraries written in C++ too."""
     sys.stdout.flush()
-    kept = os.dup(1)
+    saved_stdout = os.dup(1)
     os.dup2(2, 1)
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield
     finally:
-        os.dup2(kept, 1)
-        os.close(kept)
+        os.dup2(saved_stdout, 1)
+        os.close(saved_stdout)

@@ -5,7 +5,7 @@ r"""Continues text with a model, and shows it as it is generated.
 
 A model is a run, one of its checkpoints, or a folder of Hugging Face files.
 
---prompts reads a file with one prompt a line: a JSON string, a JSON object with `prompt`, or else
+--prompts reads a file with one prompt per line: a JSON string, a JSON object with `prompt`, or else
 the line as it is. Several prompts are generated as one batch. With --chat a prompt is what the user
 says, and is put into the chat format of Tele-FLM's instruct model.
 
@@ -34,7 +34,7 @@ class Flags(ModelFlags):
     """The command's own flags."""
 
     prompt: tuple[str, ...] = flag((), "Text to continue; repeatable.")
-    prompts: str = flag("", "File with one prompt a line.")
+    prompts: str = flag("", "File with one prompt per line.")
     max_new_tokens: int = flag(128, "Most tokens to generate.")
     temperature: float = flag(0.0, "Sampling temperature; 0: always the likeliest token.")
     top_k: int = flag(0, "Only the k likeliest tokens; 0: all.")
@@ -94,17 +94,19 @@ def _show(text: str) -> None:
 
 
 def _read_prompts(path: str) -> list[str]:
+    """The prompts of a file, one per line; empty lines are skipped."""
     try:
         lines = pathlib.Path(path).expanduser().read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompts={path}: {error}; give a text file") from error
     prompts = [_prompt(line) for line in lines if line.strip()]
     if not prompts:
-        raise UserError(f"--prompts={path}: the file holds no prompt; write one a line")
+        raise UserError(f"--prompts={path}: the file holds no prompt; write one per line")
     return prompts
 
 
 def _prompt(line: str) -> str:
+    """The prompt on a line: a JSON string, `prompt` of a JSON object, or the line itself."""
     try:
         value = json.loads(line)
     except ValueError:

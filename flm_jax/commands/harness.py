@@ -18,7 +18,7 @@ from flm_jax.commands.command import Call, Command, flag
 from flm_jax.commands.model_flags import ModelFlags
 from flm_jax.errors import UserError
 
-DEFAULT_CONTEXT = 2048  # of weights whose files do not say
+DEFAULT_CONTEXT = 2048  # for weights whose files do not give one
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,6 +31,7 @@ class Flags:
 
 
 def _tree(folder: RunFolder, stages: Sequence[dict[str, Any]]) -> rich.tree.Tree:
+    """Each stage is a child of the stage that it grew from."""
     root = node = rich.tree.Tree(str(folder.path))
     for s in stages:
         text = (
@@ -41,9 +42,9 @@ def _tree(folder: RunFolder, stages: Sequence[dict[str, Any]]) -> rich.tree.Tree
         if receipt := s["receipt"]:
             change = receipt["max_abs_logit_diff"] / receipt["logit_scale"]
             grown = receipt["operator"] != "none"
-            how = f"grown by {receipt['operator']}" if grown else "not grown"
+            growth = f"grown by {receipt['operator']}" if grown else "not grown"
             node.add(
-                f"{how} ({receipt['exactness']}): logits moved by {change:.1e} of their scale, "
+                f"{growth} ({receipt['exactness']}): logits moved by {change:.1e} of their scale, "
                 f"plan {s['plan_digest'][:12]}"
             )
         node.add(f"{s['checkpoint']}  parameters {s['params_digest'][:12]}")
@@ -83,9 +84,9 @@ def main(call: Call[Flags]) -> dict[str, Any]:
     console.print(_tree(folder, stages))
     result: dict[str, Any] = {"stages": list(stages)}
     if picked:
-        found = _differences(folder, *picked)
-        console.print(_comparison(*picked), *found, sep="\n")
-        result["compare"] = {"stages": [s["index"] for s in picked], "config": found}
+        differences = _differences(folder, *picked)
+        console.print(_comparison(*picked), *differences, sep="\n")
+        result["compare"] = {"stages": [s["index"] for s in picked], "config": differences}
     return result
 
 

@@ -28,14 +28,16 @@ class Flags:
 
 
 def _read(path: str) -> dict[str, Any]:
+    """The results in a file with the output of `flm harness --json`."""
     try:
-        found = json.loads(pathlib.Path(path).expanduser().read_text(encoding="utf-8"))
-        return dict(found["results"])
+        output = json.loads(pathlib.Path(path).expanduser().read_text(encoding="utf-8"))
+        return dict(output["results"])
     except OSError as error:
         raise UserError(f"--results={path}: {error.strerror}; give a file") from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"--results={path} is not what flm harness --json prints ({error!r}); give that"
+            f"--results={path} is not what flm harness --json prints ({error!r}); "
+            "give a file with that output"
         ) from error
 
 

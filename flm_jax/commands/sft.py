@@ -23,10 +23,10 @@ def main(call: Call[NoFlags]) -> dict[str, Any]:
     settings = config_files.dataclass_of(SftConfig, call.config)
     name = pathlib.Path(settings.base).resolve().name
     workdir = call.workdir or f"runs/{name}-{settings.name}"
-    found = before_after.scores(settings, workdir, fine_tune.run(settings, workdir))
+    scores = before_after.scores(settings, workdir, fine_tune.run(settings, workdir))
     console = call.console()
-    console.print(before_after.table(found), *before_after.sentences(found), sep="\n")
-    return found
+    console.print(before_after.table(scores), *before_after.sentences(scores), sep="\n")
+    return scores
 
 
 COMMAND = Command(main, NoFlags, workdir="optional")

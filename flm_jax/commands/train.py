@@ -1,4 +1,4 @@
-"""Trains a chain of stages, each grown out of the one before.
+"""Trains a chain of stages, each grown from the one before.
 
   flm train --config=configs/demo.py --workdir=runs/demo
 
@@ -59,9 +59,9 @@ def main(call: Call[Flags]) -> dict[str, Any]:
 
 
 def _show(
-    folder: RunFolder, stages: list[dict[str, Any]], already: bool, console: rich.console.Console
+    folder: RunFolder, stages: list[dict[str, Any]], complete: bool, console: rich.console.Console
 ) -> None:
-    if already:
+    if complete:
         console.print(f"{folder.path}: the run is complete")
     path = report.write(folder)
     console.print(report.table(stages), f"report: {path}", sep="\n")

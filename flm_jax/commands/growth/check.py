@@ -65,7 +65,7 @@ def main(call: Call[Flags]) -> dict[str, Any]:
     if call.flags.list:
         print(operators.markdown())
         return {"operators": []}
-    # Dozens of tiny programs, each run a few times: compiling is all the time there is.
+    # Dozens of tiny programs, each run a few times: compilation takes nearly all of the time.
     host.compile_quickly()
     from flm_jax.studies import check_operators
 
@@ -74,11 +74,13 @@ def main(call: Call[Flags]) -> dict[str, Any]:
         if call.flags.run
         else check_operators.random_source()
     )
-    how: dict[str, Any] = {
-        "moments": call.flags.moments, "rates": call.flags.rates, "noise_db": call.flags.noise_db
-    }  # fmt: skip
+    chosen: dict[str, Any] = {
+        "moments": call.flags.moments,
+        "rates": call.flags.rates,
+        "noise_db": call.flags.noise_db,
+    }
     cases: tuple[tuple[str, str, dict[str, Any]], ...] = (
-        (call.flags.operator, call.flags.operator, how),
+        (call.flags.operator, call.flags.operator, chosen),
     )
     if call.flags.operator == "all":
         cases = check_operators.ALL

@@ -5,7 +5,7 @@
 
 SOURCE is a run whose last finished stage (or --stage) grows into the next one of the config; TARGET
 becomes a run that `flm train` with the same config continues. Stopped anywhere and called again, it
-does what is missing.
+resumes.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main(call: Call[Flags]) -> dict[str, Any]:
     console = call.console(soft_wrap=True)
     if result["bytes"]:
         console.print(
-            f"{result['checkpoint']}: {decimal(result['bytes'])}, of which "
+            f"{result['checkpoint']}: {decimal(result['bytes'])}; "
             f"{decimal(result['bytes_written'])} were written in {result['seconds']:.1f} s, "
             f"{decimal(int(result['bytes_per_s']))}/s"
         )

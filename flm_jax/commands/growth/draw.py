@@ -34,8 +34,6 @@ PANELS = (
 
 
 def main(call: Call[Flags]) -> dict[str, Any]:
-    import dataclasses
-
     import jax
     import jax.numpy as jnp
     import matplotlib
@@ -64,8 +62,9 @@ def main(call: Call[Flags]) -> dict[str, Any]:
         value = np.array(grow_value(x, path, plan, jax.random.key(0))[0])
         gradient = np.array(grow_moment(x, path, dual, power=1)[0])
         new = any_slot(param, plan.by_axis, lambda e, role: e.new)
-        fresh = np.zeros(value.shape, bool) if new is None else np.array(jnp.broadcast_to(
-            new[0], value.shape)) & (value != 0)  # fmt: skip
+        fresh = np.zeros(value.shape, bool)
+        if new is not None:
+            fresh = np.array(jnp.broadcast_to(new[0], value.shape)) & (value != 0)
         names = (f"{recipe}\nvalue", "gradient")
         for panel, matrix, name in zip(column, (value, gradient), names, strict=True):
             shown = np.ma.masked_where(matrix == 0, matrix)

@@ -26,16 +26,16 @@ def main(call: Call[NoFlags]) -> dict[str, Any]:
     folder = pathlib.Path(call.workdir)
     console = rich.console.Console(stderr=True)
     trials = study.Study(settings.experiment, folder / "trials.jsonl")
-    found = mup.check_coordinates(trials, settings, console.print)
-    write_json(folder / "report" / "coordinates.json", found)
+    coordinates = mup.check_coordinates(trials, settings, console.print)
+    write_json(folder / "report" / "coordinates.json", coordinates)
     path = folder / "report" / "coordinates.png"
-    mup_figures.draw_coordinates(found, path)
-    table = rich.table.Table("change of", *found)
-    for name in found["mup"]["slopes"]:
-        table.add_row(name, *(f"{found[p]['slopes'][name]:+.2f}" for p in found))
-    table.add_row("steepest", *(f"{found[p]['max_slope']:+.2f}" for p in found))
+    mup_figures.draw_coordinates(coordinates, path)
+    table = rich.table.Table("change of", *coordinates)
+    for name in coordinates["mup"]["slopes"]:
+        table.add_row(name, *(f"{coordinates[p]['slopes'][name]:+.2f}" for p in coordinates))
+    table.add_row("steepest", *(f"{coordinates[p]['max_slope']:+.2f}" for p in coordinates))
     call.console().print(table, f"figure: {path}")
-    return found
+    return coordinates
 
 
 COMMAND = Command(main, NoFlags, workdir="required")

@@ -25,16 +25,16 @@ def main(call: Call[NoFlags]) -> dict[str, Any]:
     settings = config_files.dataclass_of(MupStudyConfig, call.config)
     folder = pathlib.Path(call.workdir)
     trials = study.Study(settings.experiment, folder / "trials.jsonl")
-    found = mup.through_growth(trials, settings, rich.console.Console(stderr=True).print)
-    write_json(folder / "report" / "mup_growth.json", found)
+    updates = mup.through_growth(trials, settings, rich.console.Console(stderr=True).print)
+    write_json(folder / "report" / "mup_growth.json", updates)
     path = folder / "report" / "mup_growth.png"
-    mup_figures.draw_growth(found, path)
-    roles = list(next(iter(found["arms"].values()))["ratios"])
-    table = rich.table.Table("updates over the reference's, after the ramp", *found["arms"])
+    mup_figures.draw_growth(updates, path)
+    roles = list(next(iter(updates["arms"].values()))["ratios"])
+    table = rich.table.Table("updates over the reference's, after the ramp", *updates["arms"])
     for role in roles:
-        table.add_row(role, *(f"{arm['ratios'][role]:.2f}" for arm in found["arms"].values()))
+        table.add_row(role, *(f"{arm['ratios'][role]:.2f}" for arm in updates["arms"].values()))
     call.console().print(table, f"figure: {path}")
-    return found
+    return updates
 
 
 COMMAND = Command(main, NoFlags, workdir="required")

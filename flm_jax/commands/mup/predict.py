@@ -63,7 +63,7 @@ def _columns(path: str) -> dict[str, list[float]]:
     try:
         return {name: [float(row[name]) for row in rows] for name in rows[0]}
     except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: a row is not made of numbers: {error}; fix it") from error
+        raise UserError(f"{path}: a value is not a number ({error}); fix the file") from error
 
 
 def _from_file(flags: Flags) -> dict[str, Any]:
@@ -77,9 +77,9 @@ def _from_file(flags: Flags) -> dict[str, Any]:
         ]
         return {**dataclasses.asdict(two), "predictions": values}
     x = columns["params" if "params" in columns else "flops"]
-    at = [_numbers(text, 1)[0] for text in flags.predict]
+    sizes = [_numbers(text, 1)[0] for text in flags.predict]
     law = predict.fit(x, columns["loss"])
-    values = predict.predictions(x, columns["loss"], at) if at else []
+    values = predict.predictions(x, columns["loss"], sizes) if sizes else []
     if flags.figure:
         figure = pathlib.Path(flags.figure)
         predict.draw(x, columns["loss"], law, values, [], figure)
@@ -116,7 +116,7 @@ def _from_family(call: Call[Flags]) -> dict[str, Any]:
     wide = float(counts.params(settings.family[-1].model))
     law, values = predict.fit(x, losses), predict.predictions(x, losses, [wide])
     result = {**dataclasses.asdict(law), "points": narrow, "predictions": values}
-    # On disk before the run that it is about.
+    # Written before the predicted model is trained.
     write_json(folder / "report" / "prediction.json", result)
     console.print(f"predicted at {wide:,.0f} parameters: {values[0]['predicted']:.4f}")
     _, measured = trained(len(settings.family) - 1)

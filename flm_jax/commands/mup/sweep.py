@@ -2,8 +2,8 @@
 
   flm mup sweep --config=configs/mup_study.py --workdir=runs/mup
 
-Swept: learning rate, initial std and multipliers. Every trial is kept in DIR/trials.jsonl; a
-command that is stopped and called again runs the rest. Figure: DIR/report/sweep.png.
+Swept: learning rate, initial std and multipliers. Every trial is saved in DIR/trials.jsonl;
+stopped anywhere and called again, the command resumes. Figure: DIR/report/sweep.png.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ def main(call: Call[NoFlags]) -> dict[str, Any]:
     console = rich.console.Console(stderr=True)
     trials = study.Study(settings.experiment, folder / "trials.jsonl")
     rows = mup.sweep(trials, settings, lambda text: console.print(text, highlight=False))
-    found = mup.summarise_sweep(rows)
-    write_json(folder / "report" / "sweep.json", found)
+    summary = mup.summarise_sweep(rows)
+    write_json(folder / "report" / "sweep.json", summary)
     path = folder / "report" / "sweep.png"
-    mup_figures.draw_sweep(found, path)
+    mup_figures.draw_sweep(summary, path)
     table = rich.table.Table("", "swept", "best value at each width", "moves by, in grid steps")
-    for parametrisation, names in found.items():
+    for parametrisation, names in summary.items():
         for name, result in names.items():
             best = ", ".join(f"{width}: x{value:g}" for width, value in result["best"].items())
             table.add_row(parametrisation, name, best, str(result["shift"]))
     call.console().print(table, f"figure: {path}")
-    return {"sweep": found, "trials": len(rows)}
+    return {"sweep": summary, "trials": len(rows)}
 
 
 COMMAND = Command(main, NoFlags, workdir="required")

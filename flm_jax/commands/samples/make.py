@@ -5,8 +5,8 @@
   flm samples make --output=pile.jsonl --per_category=500 --defects=0.2
 
 Nothing is downloaded. No problem is in both splits. --defects adds copies, and wrong, cut and noisy
-answers: each as that share of the samples; ids say which. `flm samples select` chooses from such a
-set.
+answers; each kind is that share of the samples, and ids name the kind. `flm samples select` chooses
+from such a set.
 """
 
 from __future__ import annotations

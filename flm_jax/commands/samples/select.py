@@ -6,7 +6,7 @@
 
 Writes OUTPUT, OUTPUT.report.json and OUTPUT.report.md. With --checkpoint (a run's folder, with
 :STAGE if not the last; or a folder of Hugging Face files with --vocabulary) quality is judged by
-the model's losses and clusters are of its embeddings; without, clusters are of letters' TF-IDF.
+the model's losses, and its embeddings are clustered; without, TF-IDF vectors of letters are.
 docs/selection.md describes the steps.
 """
 
@@ -85,8 +85,10 @@ def main(call: Call[Flags]) -> dict[str, Any]:
     if flags.checkpoint:
         judge, _ = open_chat_model(flags.checkpoint, flags.vocabulary or "")
         model = {
-            "losses": judge.losses, "unprompted": judge.unprompted, "embed": judge.embeddings
-        }  # fmt: skip
+            "losses": judge.losses,
+            "unprompted": judge.unprompted,
+            "embed": judge.embeddings,
+        }
     chosen = selection.select(samples, config, evaluation, **model)
     report = {**chosen.report, "judge": flags.checkpoint}
     path = pathlib.Path(flags.output)
