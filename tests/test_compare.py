@@ -1,4 +1,4 @@
-"""Two models side by side: differences, gates, exit statuses."""
+"""Comparing two models: differences, gates, exit statuses."""
 
 import dataclasses
 import json
@@ -37,9 +37,9 @@ def scored(right, nats, category="c"):
 
 def test_differences_are_paired():
     rng = np.random.default_rng(0)
-    hardness = rng.uniform(1, 20, 80)  # of samples, the same for both models
-    one = scored([True] * 40 + [False] * 40, hardness)
-    two = scored([True] * 36 + [False] * 44, hardness + rng.uniform(0.1, 0.2, 80))
+    difficulty = rng.uniform(1, 20, 80)  # of the samples, the same for both models
+    one = scored([True] * 40 + [False] * 40, difficulty)
+    two = scored([True] * 36 + [False] * 44, difficulty + rng.uniform(0.1, 0.2, 80))
     found = comparison.compare(one, two)["all"]
     assert found["accuracy"]["difference"] == pytest.approx(-0.05)
     assert found["accuracy"]["low"] <= -0.05 <= found["accuracy"]["high"]
@@ -47,7 +47,7 @@ def test_differences_are_paired():
     alone = scoring.summarise(one)["all"]["loss"]
     assert alone.high - alone.low > 1 and found["loss"]["low"] > 0
     assert found["loss"]["high"] - found["loss"]["low"] < 0.05
-    # Negative control: unpaired, it would not be.
+    # Negative control: without pairs the rise is not certain.
     shuffled = [dataclasses.replace(s, sample=o.sample) for s, o in
                 zip(rng.permutation(np.array(two, dtype=object)), one, strict=True)]  # fmt: skip
     assert comparison.compare(one, shuffled)["all"]["loss"]["low"] < 0
@@ -65,20 +65,20 @@ def test_gates_know_which_way_is_worse():
         return Gate.parse(text).failure(found)
 
     assert failure("c/accuracy:0.05") == (
-        "c/accuracy went from 1.0000 to 0.9000, worse by 0.1000, and the margin is 0.05"
+        "c/accuracy went from 1.0000 to 0.9000, worse by 0.1000; the margin is 0.05"
     )
     assert failure("c/accuracy:0.2") == ""
     assert "worse by 0.5000" in failure("all/loss:0.4") and not failure("all/loss:0.5")
     assert failure("retention/bpb:0.01") and not failure("retention/bpb:0.03")
-    # The other way round everything is better.
+    # In the other direction everything is better.
     better = comparison.compare(scored([False] * 2, [2, 2]), scored([True] * 2, [1, 1]))
     assert not any(Gate("all", m, 0.0).failure(better) for m in comparison.METRICS)
-    # What is no number does not pass.
+    # NaN does not pass.
     broken = comparison.compare(scored([None], [1]), scored([None], [float("nan")]))
     assert Gate("all", "loss", 5.0).failure(broken)
 
 
-def test_gates_that_would_stand_open_are_refused():
+def test_gates_that_would_always_pass_are_refused():
     for text in ("accuracy:0.1", "c/accuracy", "c/f1:0.1", "c/accuracy:-1", "c/accuracy:nan"):
         with pytest.raises(UserError, match="write category/metric:margin"):
             Gate.parse(text)
@@ -87,13 +87,13 @@ def test_gates_that_would_stand_open_are_refused():
     for text in ("lists/accuracy:0", "all/accuracy:0", "describe/bpb:0", "retention/bpb:0"):
         Gate.parse(text).check(available)
     for text in ("describe/accuracy:0", "poems/bpb:0", "retention/accuracy:0"):
-        with pytest.raises(UserError, match="not measured here; there are lists/accuracy"):
+        with pytest.raises(UserError, match="not measured here; choose one of lists/accuracy"):
             Gate.parse(text).check(available)
 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """A run of two stages, `one` and, worse, `two`; not trained; over a text of its own."""
+    """A run of two untrained stages on its own text: `one`, and `two`, which is worse."""
     folder = tmp_path_factory.mktemp("run")
     text = folder / "text"
     text.mkdir()
@@ -110,7 +110,7 @@ def workdir(tmp_path_factory):
         write_json(of_stage.config, identity(experiment, index, "none"))
         checkpoints = Checkpoints(of_stage.checkpoints)
         params = random_params(model, 0)
-        params["head"] = params["head"] * (1 + 4 * index)  # `two` is surer of what it guesses
+        params["head"] = params["head"] * (1 + 4 * index)  # `two` is more confident in its guesses
         checkpoints.save(1, TrainState(jnp.zeros((), jnp.int32), params, ()), {})
         checkpoints.wait()
         checkpoints.close()
@@ -135,7 +135,7 @@ def test_the_command_gates_a_release(workdir, tmp_path):
         f"--judge={judge}", f"--output={out_path}",
         "--fail_if=all/loss:0.5", "--fail_if=all/accuracy:0.5",
     )  # fmt: skip
-    # Of the two gates one fails, and says so in one line; the object is printed all the same.
+    # One of the two gates fails, with one line; the JSON object is printed anyway.
     assert status == 3
     lines = [line for line in err.splitlines() if line.startswith("flm compare: ")]
     assert len(lines) == 1 and "all/loss went from" in lines[0] and "accuracy" not in lines[0]

@@ -1,1 +1,1 @@
-"""Supervised fine-tuning: chat samples, their choice, training on them, and scores."""
+"""Supervised fine-tuning: chat samples, selection, training, and scores."""

@@ -1,4 +1,4 @@
-"""What fine-tuning changed: scores by category, before and after, and the knowledge retained."""
+"""Effects of fine-tuning: scores by category, before and after, and the retained knowledge."""
 
 from __future__ import annotations
 
@@ -22,9 +22,14 @@ from flm_jax.store.trials import Trials
 
 
 def samples_to_score(config: SftConfig, tuned: Tuned) -> list[Sample]:
-    """At most `score_samples` of each category, none of them trained on.
+    """Chooses at most `score_samples` conversations per category; none was trained on.
 
-    Of conversations made on the machine their evaluation side; of files what was held out.
+    They are the held-out conversations of the config's files; without files, the evaluation split
+    of the synthetic conversations.
+
+    Args:
+      config: the fine-tuning's config.
+      tuned: its result.
     """
     if not config.paths:
         return synthetic.make(config.seed, config.score_samples, split="evaluation")
@@ -46,7 +51,16 @@ def few_of_each(samples: Sequence[Sample], most: int) -> list[Sample]:
 def of_model(
     model: OpenedModel, config: SftConfig, samples: list[Sample]
 ) -> dict[str, dict[str, float]]:
-    """Scores by category and metric, with intervals: see `scoring.flat`."""
+    """Scores a model on samples.
+
+    Args:
+      model: an opened model.
+      config: gives the template and the longest answer.
+      samples: what to score.
+
+    Returns:
+      category -> metric -> value, with intervals, as `scoring.flat` gives them.
+    """
     chat = ChatModel(model, config.template, config.max_new_tokens)
     return scoring.flat(scoring.summarise(scoring.score(samples, chat.losses, chat.answer)))
 
@@ -57,12 +71,16 @@ def scores(config: SftConfig, workdir: str, tuned: Tuned) -> dict[str, Any]:
     Finished scores are rows of the stage's scores.jsonl.
 
     Args:
-      config: what was done.
+      config: the fine-tuning's config.
       workdir: the run's folder.
-      tuned: the result.
+      tuned: the fine-tuning's result.
 
     Returns:
-      before, after, retention, stage and conversations, as `flm sft --json` prints them.
+      A JSON-able dict:
+        before, after: the models' scores, as `of_model` gives them.
+        retention: bpb_before and bpb_after, bits per byte of the base's text.
+        stage: the stage's entry of lineage.json.
+        conversations: "train" and "held_out" -> the fields of `packing.Counts`.
     """
     stage, samples = tuned.stage, samples_to_score(config, tuned)
     folder = RunFolder(workdir).stage(stage["index"], stage["name"])
@@ -88,13 +106,13 @@ def scores(config: SftConfig, workdir: str, tuned: Tuned) -> dict[str, Any]:
     }
 
 
-def table(found: dict[str, Any]) -> rich.table.Table:
-    """Before -> after, by category."""
+def table(results: dict[str, Any]) -> rich.table.Table:
+    """Draws "before -> after" of every metric, by category. Args: `results` is from `scores`."""
     drawn = rich.table.Table(box=rich.box.SIMPLE)
     for name in ("category", "response loss", "bits per byte", "right"):
         drawn.add_column(name, no_wrap=True)
-    for category, before in found["before"].items():
-        after, cells = found["after"][category], []
+    for category, before in results["before"].items():
+        after, cells = results["after"][category], []
         for metric, form in (("loss", ".3f"), ("bpb", ".3f"), ("accuracy", ".0%")):
             values = [format(s[metric], form) for s in (before, after) if metric in s]
             cells.append(" -> ".join(values))
@@ -102,10 +120,10 @@ def table(found: dict[str, Any]) -> rich.table.Table:
     return drawn
 
 
-def sentences(found: dict[str, Any]) -> list[str]:
-    """Sentences about what the table does not show."""
-    stage, kept = found["stage"], found["retention"]
-    lines = [f"{side}: {Counts(**c)}" for side, c in found["conversations"].items()]
+def sentences(results: dict[str, Any]) -> list[str]:
+    """Sentences about what the table does not show. Args: `results` is from `scores`."""
+    stage, kept = results["stage"], results["retention"]
+    lines = [f"{side}: {Counts(**c)}" for side, c in results["conversations"].items()]
     return [
         *lines,
         f"held-out response loss {stage['eval']['response_loss_start']:.3f} -> "

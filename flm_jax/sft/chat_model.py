@@ -1,4 +1,4 @@
-"""A model as functions of chat samples: its answers, its losses on theirs, what it makes of them.
+"""A model as functions of chat samples: its answers, response losses and embeddings.
 
 Letters: B samples, T tokens, D embed, V vocab, L layers.
 """
@@ -44,9 +44,9 @@ class ChatModel:
     Attributes:
       model: the opened model; its tokenizer and its start-token rule apply to all prompts.
       template: how conversations are written.
-      max_new_tokens: longest answer.
-      batch_size: samples computed side by side.
-      note: called with the number of samples that are done, and of all.
+      max_new_tokens: longest answer, in tokens.
+      batch_size: samples in one batch.
+      note: called with two numbers, of finished samples and of all samples.
     """
 
     model: OpenedModel
@@ -68,7 +68,14 @@ class ChatModel:
         return self.model.tokenizer
 
     def answer(self, samples: Sequence[Sample]) -> list[str]:
-        """The likeliest answer to each conversation without its last assistant message."""
+        """Answers each sample's last question greedily.
+
+        Args:
+          samples: conversations. The last assistant message of each is left out of the prompt.
+
+        Returns:
+          The answers' texts, in the samples' order.
+        """
         sampling = Sampling(self.max_new_tokens, stop_tokens=(self.tokenizer.eos_id,))
 
         def prompt(sample: Sample) -> list[int]:
@@ -86,7 +93,11 @@ class ChatModel:
         return self._by_length([prompt(s) for s in samples], len, answers)
 
     def losses(self, samples: Sequence[Sample]) -> list[ResponseLoss]:
-        """Losses of all assistant messages, each given the messages before it."""
+        """Computes the loss of all assistant messages, each given the messages before it.
+
+        Returns:
+          One loss per sample, in the samples' order.
+        """
         encoded = [encode(s.messages, self.tokenizer, self.template) for s in samples]
 
         def nats(rows: list[Encoded]) -> list[float]:
@@ -101,17 +112,20 @@ class ChatModel:
         ]
 
     def unprompted(self, samples: Sequence[Sample]) -> list[ResponseLoss]:
-        """Losses as `losses` gives them, but without the other roles' messages."""
-        alone = [
-            dataclasses.replace(
-                s, messages=tuple(m for m in s.messages if m.role == "assistant")
-            )
-            for s in samples
-        ]  # fmt: skip
-        return self.losses(alone)
+        """Computes the losses as `losses` does, but without the other roles' messages."""
+
+        def answers_of(sample: Sample) -> Sample:
+            answers = tuple(m for m in sample.messages if m.role == "assistant")
+            return dataclasses.replace(sample, messages=answers)
+
+        return self.losses([answers_of(sample) for sample in samples])
 
     def embeddings(self, samples: Sequence[Sample]) -> np.ndarray:
-        """float32 [samples, D]: the last layer's output, mean over the conversation's tokens."""
+        """Embeds conversations: the last layer's output, averaged over a conversation's tokens.
+
+        Returns:
+          [samples, D], float32 (float64 for a float64 model).
+        """
         encoded = [encode(s.messages, self.tokenizer, self.template) for s in samples]
 
         def means(rows: list[Encoded]) -> list[Any]:
@@ -122,6 +136,7 @@ class ChatModel:
         return np.stack(self._by_length(encoded, _tokens, means))
 
     def _batch(self, rows: list[Encoded]) -> Batch:
+        """One conversation to a row, filled up to `batch_size` rows."""
         length = bucket(max(_tokens(e) for e in rows))
         packed = [[e] for e in rows] + [[]] * (self.batch_size - len(rows))
         return {
@@ -132,44 +147,55 @@ class ChatModel:
     def _by_length(
         self, items: Sequence[Any], length: Callable[[Any], int], compute: Callable[[Any], list[T]]
     ) -> list[T]:
-        """`compute` over batches of items of similar length; the results in the items' order."""
+        """Applies `compute` to batches of items of similar length; keeps the items' order."""
         order = sorted(range(len(items)), key=lambda i: length(items[i]))
-        found: dict[int, T] = {}
+        results: dict[int, T] = {}
         for chosen in _batches(order, self.batch_size):
-            found |= zip(chosen, compute([items[i] for i in chosen]), strict=True)
-            self.note(len(found), len(items))
-        return [found[i] for i in range(len(items))]
+            results |= zip(chosen, compute([items[i] for i in chosen]), strict=True)
+            self.note(len(results), len(items))
+        return [results[i] for i in range(len(items))]
 
 
 def open_chat_model(
     given: str, vocabulary: str = "", template: TemplateConfig = TELE_FLM
 ) -> tuple[ChatModel, Any]:
-    """A model, and the `data.Corpus` of its run.
+    """Opens a model and the data of its run.
 
     Args:
-      given: PATH or PATH:STAGE, as `open_model` reads them.
-      vocabulary: of a model that has no run (see `DataConfig.vocabulary`); its corpus is then the
-        default one. "": the run's.
+      given: PATH or PATH:STAGE; see `open_model`.
+      vocabulary: the vocabulary to use, as `DataConfig.vocabulary`; "": the run's. A model without
+        a run needs one; its data is then `DataConfig`'s default.
       template: how conversations are written.
+
+    Returns:
+      The model, and the `data.pipeline.Corpus` of its run.
 
     Raises:
       UserError: there is no such model, or its vocabulary is not known.
     """
     model = open_model(*split_stage(given))
-    about = model.data
-    if about is None and not vocabulary:
+    settings = model.data
+    if settings is None and not vocabulary:
         raise UserError(
             f"{given} has no run that names its vocabulary; give one", argument="vocabulary"
         )
-    about = about or DataConfig()
+    settings = settings or DataConfig()
     if vocabulary:
-        about = dataclasses.replace(about, vocabulary=vocabulary)
-    corpus = data.open_corpus(about)
-    return ChatModel(model.with_data(about), template), corpus
+        settings = dataclasses.replace(settings, vocabulary=vocabulary)
+    corpus = data.open_corpus(settings)
+    return ChatModel(model.with_data(settings), template), corpus
 
 
 def split_stage(given: str) -> tuple[str, str]:
-    """PATH or PATH:STAGE as path and stage; "" where there is no stage."""
+    """Splits PATH or PATH:STAGE into path and stage; the stage is "" if none is given.
+
+    A path that exists is not split, even if it has a colon.
+
+    >>> split_stage("runs/demo:small")
+    ('runs/demo', 'small')
+    >>> split_stage("runs/demo")
+    ('runs/demo', '')
+    """
     path, colon, stage = given.rpartition(":")
     if not colon or pathlib.Path(given).expanduser().exists():
         return given, ""
@@ -177,9 +203,14 @@ def split_stage(given: str) -> tuple[str, str]:
 
 
 def retention(model: ChatModel, corpus: Any, sequences: int) -> float:
-    """Validation bits per byte of the base's text: what fine-tuning should not raise.
+    """Measures the retained knowledge: validation bits per byte of the base's text.
 
-    Of a corpus' first `sequences` validation sequences, as the runner measures a stage.
+    Fine-tuning should not raise it. The training loop measures a stage in the same way.
+
+    Args:
+      model: the model to measure.
+      corpus: the base's `data.pipeline.Corpus`.
+      sequences: number of validation sequences.
     """
     batches = corpus.validation(_VALIDATION_BATCH, sequences)
     mesh = sharding.one_device()
@@ -200,13 +231,14 @@ def _batches(order: list[int], size: int) -> Iterator[list[int]]:
 
 @functools.partial(jax.jit, static_argnames="config")
 def _nats(params: Any, batch: Batch, config: TransformerConfig) -> jax.Array:
-    """[B]: summed over a row's learned tokens."""
+    """[B]: the loss in nats, summed over a row's learned tokens."""
     logits_BTV = logits_of(config, params, batch)
     return jax.vmap(cross_entropy)(logits_BTV, batch["targets"], batch["weights"])[0]
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def _means(params: Any, batch: Batch, config: TransformerConfig) -> jax.Array:
+    """[B, D]: the last layer's output, averaged over a row's tokens."""
     _, captured = Transformer(config).apply(
         {"params": params}, batch["tokens"], batch["segment_ids"], batch["positions"],
         capture_intermediates=True, mutable=["intermediates"],

@@ -1,9 +1,8 @@
 """Conversations in JSONL files: read, split by hash, and counted.
 
 A row is an object with `messages`, a list of {"role", "content"}; or with `instruction` and
-`response`, and perhaps `input` (appended to the instruction) and `system`. Both may have
-`category`, `id`, and `check` ({"kind", "expected"}, see `Check`). `write_jsonl` writes such
-files.
+`response`, optionally also `input` (appended to the instruction) and `system`. Both kinds may have
+`category`, `id`, and `check` ({"kind", "expected"}, see `Check`). `write_jsonl` writes such files.
 """
 
 from __future__ import annotations
@@ -23,17 +22,22 @@ ROLES = ("system", "user", "assistant")
 
 @dataclasses.dataclass(frozen=True)
 class Message:
+    """One turn of a conversation."""
+
     role: str  # one of ROLES
     content: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """How a program decides whether an answer is right (`scoring.py`).
+    """A rule that decides whether an answer is right; `scoring.py` applies it.
 
-    kind: "exact" (the answer is `expected`), "number" (the last number in it is), or "doctest"
-    (the answer, appended to `expected`, a module's source whose last function has a docstring and
-    no body, makes that docstring's examples pass).
+    Attributes:
+      kind: "exact": the answer equals `expected`, except for white space around it. "number": the
+        last numbers of both are equal. "doctest": `expected` is the source of a module whose last
+        function has a docstring and no body; with the answer as that body, the docstring's
+        examples pass.
+      expected: see `kind`.
     """
 
     kind: str
@@ -42,7 +46,7 @@ class Check:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One conversation: messages in turns, the assistant's being what is learned."""
+    """One conversation; training learns the assistant's messages."""
 
     messages: tuple[Message, ...]
     category: str = ""
@@ -51,23 +55,33 @@ class Sample:
 
 
 def to_row(sample: Sample) -> dict[str, Any]:
-    """The sample as one row of JSONL; fields that are empty are left out."""
+    """Converts a sample to one row of JSONL, without its empty fields.
+
+    >>> to_row(Sample((Message("user", "1 + 1?"),), category="sums"))
+    {'messages': [{'role': 'user', 'content': '1 + 1?'}], 'category': 'sums'}
+    """
     values = dataclasses.asdict(sample)
     values["messages"] = list(values["messages"])
     return {name: value for name, value in values.items() if value}
 
 
 def write_jsonl(path: pathlib.Path, samples: Iterable[Sample]) -> None:
-    """One row a line, UTF-8; the whole file or nothing."""
+    """Writes samples as JSONL, UTF-8, atomically."""
     lines = (json.dumps(to_row(sample), ensure_ascii=False) + "\n" for sample in samples)
     write_atomically(path, "".join(lines))
 
 
 def read(paths: Sequence[str]) -> list[Sample]:
-    """All rows of the files, and of the .jsonl files of folders, in order.
+    """Reads conversations.
+
+    Args:
+      paths: JSONL files, and folders whose .jsonl files are read.
+
+    Returns:
+      The samples of all files, in order.
 
     Raises:
-      UserError: nothing is there, or a row is malformed; with file and line.
+      UserError: a path has no such file, or a row is malformed; the error names file and line.
     """
     samples = []
     for path in (file for given in paths for file in _files(given)):
@@ -76,7 +90,7 @@ def read(paths: Sequence[str]) -> list[Sample]:
                 if line.strip():
                     try:
                         samples.append(sample(json.loads(line)))
-                    except ValueError as error:  # of JSON and of UTF-8 too
+                    except ValueError as error:  # JSON's and UTF-8's errors are ValueErrors
                         raise UserError(
                             f"{path}, line {number}: {error}; fix or remove the line"
                         ) from error
@@ -84,17 +98,20 @@ def read(paths: Sequence[str]) -> list[Sample]:
 
 
 def _files(given: str) -> list[pathlib.Path]:
+    """The file itself, or the sorted .jsonl files of a folder."""
     path = pathlib.Path(given).expanduser()
     if path.is_file():
         return [path]
     found = sorted(path.rglob("*.jsonl"))
     if not found:
-        raise UserError(f"{given} is no file, nor a folder with .jsonl files; give conversations")
+        raise UserError(
+            f"{given} is neither a file nor a folder with .jsonl files; give conversations"
+        )
     return found
 
 
 def sample(row: Any) -> Sample:
-    """A row as a sample. Raises ValueError, saying what is wrong."""
+    """Converts one parsed JSONL row to a sample. Raises ValueError if it is malformed."""
     if not isinstance(row, Mapping):
         raise ValueError("it is not a JSON object")
     if "messages" in row:
@@ -106,10 +123,10 @@ def sample(row: Any) -> Sample:
             if message.role not in ROLES:
                 raise ValueError(f"role is {message.role!r}; it must be one of {', '.join(ROLES)}")
     elif "instruction" in row and "response" in row:
-        asked = [_text(row, name) for name in ("instruction", "input") if row.get(name)]
+        question = [_text(row, name) for name in ("instruction", "input") if row.get(name)]
         system = [Message("system", _text(row, "system"))] if row.get("system") else []
         answer = Message("assistant", _text(row, "response"))
-        messages = (*system, Message("user", "\n".join(asked)), answer)
+        messages = (*system, Message("user", "\n".join(question)), answer)
     else:
         raise ValueError("it has neither messages, nor instruction and response")
     check = row.get("check")
@@ -124,6 +141,7 @@ def sample(row: Any) -> Sample:
 
 
 def _text(row: Mapping[str, Any], name: str, default: str | None = None) -> str:
+    """A field that must be text. Raises ValueError if it is not."""
     value = row.get(name, default)
     if not isinstance(value, str):
         raise ValueError(f"{name} is {value!r}; it must be text")
@@ -131,19 +149,26 @@ def _text(row: Mapping[str, Any], name: str, default: str | None = None) -> str:
 
 
 def content_hash(sample: Sample) -> str:
-    """SHA-256 of the messages alone: equal for a sample under another id or category."""
+    """SHA-256, hex, of the messages alone; id and category do not change it."""
     return hashlib.sha256(json.dumps(dataclasses.astuple(sample)[0]).encode()).hexdigest()
 
 
 def fingerprint(samples: Sequence[Sample]) -> str:
-    """SHA-256 of all samples, in order."""
+    """SHA-256, hex, of the messages of all samples, in order."""
     return hashlib.sha256(" ".join(content_hash(s) for s in samples).encode()).hexdigest()
 
 
 def split(samples: Sequence[Sample], held_out: float) -> tuple[list[Sample], list[Sample]]:
     """Splits samples into training and held out, by the hash of the messages: copies stay together.
 
-    Where no hash falls into the held-out share, the lowest one is held out.
+    If no hash falls into the held-out share, the sample with the lowest hash is held out.
+
+    Args:
+      samples: conversations.
+      held_out: share to hold out, between 0 and 1.
+
+    Returns:
+      The samples for training, and the held-out samples; each in the given order.
     """
     hashes = [content_hash(s) for s in samples]
     bound = max(f"{int(held_out * 16**8):08x}", min((h[:8] + "g" for h in hashes), default=""))

@@ -1,8 +1,8 @@
-"""Fine-tuning as a stage: a model of a run, or one from elsewhere, trained on conversations.
+"""Fine-tuning as a stage: trains the model of a run, or one without a run, on conversations.
 
 `run` builds the same value as a chain does, a `Stage`, and gives it to the same loop
-(`runs/loop.py`). In the run's folder the stage has a parent, a plan and a receipt, as every other
-stage: its plan adds nothing and resets Adam.
+(`runs/loop.py`). In the run's folder the stage has a parent, a plan and a receipt, as every grown
+stage has: its plan adds nothing and resets Adam.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ class Base:
 
     Attributes:
       model: on one device.
-      data: its vocabulary, and the text whose knowledge is to be retained.
-      stages: lineage.json up to the model's stage; empty for a model from elsewhere.
+      data: the vocabulary, and the text whose knowledge should be retained.
+      stages: the entries of lineage.json up to the model's stage; empty for a model without a run.
     """
 
     model: OpenedModel
@@ -76,7 +76,7 @@ class Base:
 
     @property
     def steps(self) -> int:
-        """Steps that the run did up to the model's stage."""
+        """Optimizer steps of the run up to the model's stage."""
         return sum(stage["steps"] for stage in self.stages)
 
 
@@ -85,24 +85,24 @@ def open_base(config: SftConfig) -> Base:
     folder, stages = RunFolder(config.base), []
     stage = config.base_stage
     if folder.lineage.exists():
-        # A base that was fine-tuned inside its own folder is the stage before that.
+        # If the base's own folder already has the fine-tuned stage, the base is before it.
         stages = [s for s in folder.stages() if s["name"] != config.name]
         if stages:
             entry = pick_stage(stages, stage, folder.path)
             stages, stage = stages[: entry["index"] + 1], entry["name"]
     elif not folder.path.exists():
         raise UserError(
-            f"SftConfig.base is {config.base!r}, but nothing is there; train it first (runs/demo: "
-            "make demo), or give another base"
+            f"SftConfig.base is {config.base!r}, which does not exist; train it first (for "
+            "runs/demo: make demo), or give another base"
         )
     model = open_model(config.base, stage)
-    about = config.data or model.data
-    if about is None:
+    settings = config.data or model.data
+    if settings is None:
         raise UserError(
-            f"SftConfig.base is {config.base!r}, a model without a run: set SftConfig.data, its "
-            "vocabulary and the text whose knowledge is to be retained"
+            f"SftConfig.base is {config.base!r}, a model without a run, and data is None; set "
+            "SftConfig.data to its vocabulary and the text whose knowledge should be retained"
         )
-    return Base(model.with_data(about), about, stages)
+    return Base(model.with_data(settings), settings, stages)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,11 +110,12 @@ class Conversations:
     """The conversations to train on and the held-out ones, as samples and as tokens.
 
     Attributes:
-      train, held_out: tokens.
-      held_out_samples: the held-out conversations.
-      counts: of both sides.
-      fingerprint: of all conversations.
-      start_id: the input at the start of a conversation.
+      train: encoded conversations to train on.
+      held_out: encoded held-out conversations.
+      held_out_samples: the held-out conversations as samples.
+      counts: "train" and "held_out" -> what happened to the conversations.
+      fingerprint: SHA-256 of all conversations.
+      start_id: the input token at the start of a conversation.
     """
 
     train: list[Encoded]
@@ -127,7 +128,15 @@ class Conversations:
     def batches(
         self, length: int, batch_size: int, index: int = 0, count: int = 1, *, seed: int
     ) -> ChatBatches:
-        """Opens the training stream: part `index` of `count` of each batch."""
+        """Opens the training stream of one process.
+
+        Args:
+          length: tokens in a row.
+          batch_size: rows in a global batch.
+          index: index of the process.
+          count: number of processes.
+          seed: of the order of the conversations.
+        """
         return ChatBatches(
             self.train, length, batch_size, seed, self.fingerprint, self.start_id, index, count
         )
@@ -136,11 +145,22 @@ class Conversations:
 def conversations(
     config: SftConfig, samples: Sequence[Sample], tokenizer: Tokenizer, length: int
 ) -> Conversations:
-    """Splits and encodes conversations. Raises UserError if none is left for one of the sides."""
+    """Splits and encodes conversations.
+
+    Args:
+      config: gives the held-out share, the template, and what to do with long conversations.
+      samples: the conversations.
+      tokenizer: the model's.
+      length: the longest conversation, in tokens.
+
+    Raises:
+      UserError: nothing is left for training, or nothing is held out.
+    """
     for_training, held_out = chats.split(samples, config.held_out)
     if not for_training:
         raise UserError(
-            f"{len(samples)} conversations are too few to hold out {config.held_out:.0%}; give more"
+            f"{len(samples)} conversations are too few to hold out {config.held_out:.0%} of them; "
+            "give more"
         )
     encoded = [
         encode_all(side, tokenizer, config.template, length, config.overlong)
@@ -157,7 +177,7 @@ def conversations(
 
 
 def samples_of(config: SftConfig) -> list[Sample]:
-    """Reads the conversations of the config's files, and makes the synthetic ones."""
+    """Reads the conversations of the config's files and adds the synthetic ones."""
     samples = chats.read(config.paths)
     if config.made:
         samples += synthetic.make(config.seed, config.made)
@@ -170,7 +190,7 @@ def sequence_length(config: SftConfig, base: Base) -> int:
 
 
 def steps_of(config: SftConfig, talk: Conversations, length: int) -> int:
-    """Computes the steps that see every row `epochs` times, rounded up to a whole batch."""
+    """Computes the number of steps in which every row is seen `epochs` times, rounded up."""
     rows = len(talk.batches(length, 1, seed=config.seed).rows)
     return math.ceil(config.epochs * rows / config.batch_size)
 
@@ -211,14 +231,16 @@ def experiment_of(config: SftConfig, base: Base, steps: int) -> ExperimentConfig
 def stage_of(
     config: SftConfig, base: Base, corpus: Corpus, talk: Conversations, layout: Layout
 ) -> Stage:
-    """Builds the stage: it trains on conversations, and is measured on held-out ones and on text.
+    """Builds the stage that trains on conversations.
+
+    It is evaluated on held-out conversations and on the base's text.
 
     Args:
-      config: what to do.
+      config: the fine-tuning's config.
       base: the model to fine-tune.
-      corpus: the base's data, open.
+      corpus: the base's data, opened.
       talk: the conversations.
-      layout: where the train state lies.
+      layout: the train state's mesh and sharding.
     """
     length, model = sequence_length(config, base), base.model.config
     experiment = experiment_of(config, base, config.steps or steps_of(config, talk, length))
@@ -248,15 +270,16 @@ def stage_of(
 def _identity(
     config: SftConfig, base: Base, experiment: ExperimentConfig, data_parts: str
 ) -> dict[str, Any]:
-    about = mapping.to_dict(config)
+    """Settings that affect the stage's results; they are compared on resume."""
+    settings = mapping.to_dict(config)
     for name in _NOT_IDENTITY:
-        del about[name]
-    about |= {
+        del settings[name]
+    settings |= {
         "base": base.model.name,
         "base_params_digest": params_digest(base.model.params),
     }
     fingerprint = hashlib.sha256(data_parts.encode()).hexdigest()
-    return {**identity(experiment, 0, fingerprint), "sft": about}
+    return {**identity(experiment, 0, fingerprint), "sft": settings}
 
 
 def _start(
@@ -276,7 +299,7 @@ def _start(
 
 @dataclasses.dataclass(frozen=True)
 class Measures:
-    """Measures a fine-tuned model: bits per byte of text, nats per learned token of responses."""
+    """Evaluates a fine-tuned model: bits per byte of text, nats per learned token of responses."""
 
     model: TransformerConfig
     layout: Layout
@@ -297,15 +320,15 @@ class Measures:
     def __call__(
         self, params: Any, masks_at: MasksAt | None, mask_value: float | None
     ) -> dict[str, float]:
-        def found(batches: list[dict[str, np.ndarray]]) -> Score:
+        def measure(batches: list[dict[str, np.ndarray]]) -> Score:
             return score(
                 params, self.model, batches, self.corpus.token_bytes, self.layout.mesh, masks_at,
                 mask_value,
             )  # fmt: skip
 
         return {
-            "bpb": found(self.text).bits_per_byte,
-            "response_loss": found(self.responses).loss,
+            "bpb": measure(self.text).bits_per_byte,
+            "response_loss": measure(self.responses).loss,
         }
 
 
@@ -325,18 +348,21 @@ def run(
     corpus: Corpus | None = None,
     compiled: pathlib.Path | None = None,
 ) -> Tuned:
-    """Fine-tunes a model, or continues to.
+    """Fine-tunes a model, or resumes an unfinished fine-tuning.
 
     Args:
-      config: what to do.
+      config: the fine-tuning's config.
       workdir: a new run folder, which gets the base's stages and the new one; or the base's own.
       samples: conversations to use instead of the config's.
       corpus: the base's data, if it is open already.
-      compiled: see `RunFolder`.
+      compiled: folder of compiled programs; see `RunFolder`.
+
+    Returns:
+      The finished stage.
 
     Raises:
-      UserError: base, data, config or folder do not fit; nothing is overwritten.
-      RunStopped: after SIGINT or SIGTERM; a checkpoint was written.
+      UserError: base, data, config or folder do not fit together; nothing is overwritten.
+      RunStopped: SIGINT or SIGTERM stopped it; a checkpoint was written, and the same call resumes.
     """
     host.keep_freed()
     if config.quick_compile:
@@ -348,8 +374,8 @@ def run(
     if corpus.vocab_size > model.vocab_size:
         raise UserError(
             f"the base has vocab_size {model.vocab_size}, but vocabulary "
-            f"{base.data.vocabulary!r} has {corpus.vocab_size} tokens; set data.vocabulary to the "
-            "base's own"
+            f"{base.data.vocabulary!r} has {corpus.vocab_size} tokens; set "
+            "SftConfig.data.vocabulary to the base's own"
         )
     talk = conversations(config, samples, base.model.tokenizer, sequence_length(config, base))
     layout = sharding.make_layout(config.mesh)
@@ -365,7 +391,7 @@ def run(
 
 
 def _finished(stage: Stage, base: Base, folder: RunFolder) -> bool:
-    """Says whether the stage is done. Raises UserError if the folder has another lineage."""
+    """Whether the stage is finished. Raises UserError if the folder has another lineage."""
     have = folder.stages()
     wanted = [*(s["name"] for s in base.stages), stage.name]
     digests = [s["params_digest"] for s in base.stages]
@@ -375,8 +401,8 @@ def _finished(stage: Stage, base: Base, folder: RunFolder) -> bool:
         or [s["params_digest"] for s in have[: len(digests)]] != digests
     ):
         raise UserError(
-            f"{folder.lineage}: the run has stages {', '.join(names)}, and with the fine-tuned one "
-            f"they would be {' -> '.join(wanted)}; give another workdir",
+            f"{folder.lineage}: the run has stages {', '.join(names)}, but this fine-tuning needs "
+            f"{' -> '.join(wanted)}; give another workdir",
             argument="workdir",
         )
     if len(have) < len(wanted):

@@ -1,14 +1,14 @@
-"""Win rates of one model's answers against another's, judged by a command of the user's.
+"""Win rates of one model's answers against another's, judged by a command that the user gives.
 
-The command gets one JSON object on standard input: `messages` (the conversation up to the
-question), `category`, `id`, `answer_a`, `answer_b`; and writes one: `winner` ("a", "b" or "tie"),
-or `score_a` and `score_b` (numbers, higher is better), or both. It is asked twice, with the answers
-exchanged, so that a preference for the first answer cancels out; equal answers make both orders the
-same question, which is asked once. What it says is stored at once: an interrupted judgement
-resumes, and only questions that failed are asked again.
+The command reads one JSON object from standard input: `messages` (the conversation up to the
+question), `category`, `id`, `answer_a`, `answer_b`. It writes one JSON object: `winner` ("a", "b"
+or "tie"), or `score_a` and `score_b` (numbers, higher is better), or both. It is asked twice, the
+second time with the answers exchanged, so that a preference for the first answer cancels out. If
+both answers are equal, both questions are the same, and it is asked once. Every reply is stored at
+once: an interrupted judgement resumes, and only failed questions are asked again.
 
-Scores are summed up by the rule of AlignBench (arXiv 2311.18743), which has 683 Chinese questions,
-whose answers a judge rates from 1 to 10.
+Scores are combined by the rule of AlignBench (arXiv 2311.18743): 683 Chinese questions, whose
+answers a judge rates from 1 to 10.
 """
 
 from __future__ import annotations
@@ -47,12 +47,21 @@ CATEGORIES = (*REASONING, *LANGUAGE)
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """Both orders together. `points` are model A's: 1 won, 0.5 undecided, 0 lost; None: failed."""
+    """The judge's replies to both orders of the answers, combined.
+
+    Attributes:
+      sample: the question.
+      points: model A's mean over both orders: 1 per win, 0.5 per tie; None: the judge failed.
+      agreed: whether both orders have the same winner.
+      score_a: answer A's mean score over both orders; None: the judge gives no scores.
+      score_b: answer B's.
+      failures: why the judge failed, once per order.
+    """
 
     sample: Sample
     points: float | None
-    agreed: bool = False  # both orders said the same
-    score_a: float | None = None  # mean of both orders, where the judge gives scores
+    agreed: bool = False
+    score_a: float | None = None
     score_b: float | None = None
     failures: tuple[str, ...] = ()
 
@@ -62,9 +71,11 @@ class Judge:
     """A command that compares two answers.
 
     Attributes:
-      command: as in a shell, but none runs it.
+      command: program and arguments, quoted as in a shell; no shell runs it.
       timeout: seconds for one question.
-      workers: questions asked side by side.
+      workers: questions asked in parallel.
+
+    Raises UserError if there is no such program.
     """
 
     command: str
@@ -74,7 +85,10 @@ class Judge:
     def __post_init__(self) -> None:
         words = shlex.split(self.command)
         if not words or not shutil.which(words[0]):
-            raise UserError(f"judge {self.command!r}: no such command; give one that can be run")
+            raise UserError(
+                f"judge {self.command!r}: no such command; give a program that exists",
+                argument="judge",
+            )
 
     def verdicts(
         self,
@@ -84,28 +98,28 @@ class Judge:
         path: pathlib.Path,
         note: Callable[[int, int], None] = lambda done, of: None,
     ) -> list[Verdict]:
-        """Asks about every sample, unless that is done already.
+        """Asks about every sample whose replies are not stored yet.
 
         Args:
-          samples: whose answers to compare.
-          answers_a: one model's answers.
-          answers_b: the other model's.
-          path: JSONL file that stores what the command says.
-          note: called with the number of samples done, and of all.
+          samples: the questions.
+          answers_a: model A's answers, one per sample.
+          answers_b: model B's.
+          path: JSONL file that stores the command's replies.
+          note: called with two numbers, of finished samples and of all samples.
 
         Returns:
-          One verdict for each sample.
+          One verdict per sample.
         """
-        said, done, lock = Trials(path), itertools.count(1), threading.Lock()
+        replies, done, lock = Trials(path), itertools.count(1), threading.Lock()
 
-        def asked(sample: Sample, question: dict[str, Any]) -> dict[str, Any]:
+        def reply(sample: Sample, question: dict[str, Any]) -> dict[str, Any]:
             text = f"{self.command} {json.dumps(question)}"
             identity = {"question": hashlib.sha256(text.encode()).hexdigest()}
-            return said.result(identity, lambda: {"id": sample.id, **self._ask(question)})
+            return replies.result(identity, lambda: {"id": sample.id, **self._ask(question)})
 
         def verdict(sample: Sample, answer_a: str, answer_b: str) -> Verdict:
             orders = [
-                asked(sample, question_of(sample, answer_a, answer_b, exchanged))
+                reply(sample, question_of(sample, answer_a, answer_b, exchanged))
                 for exchanged in (False, True)
             ]
             with lock:
@@ -116,7 +130,7 @@ class Judge:
             return list(workers.map(verdict, samples, answers_a, answers_b))
 
     def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        """Parses and checks the command's answer; {"failure": why} if it does not fit."""
+        """Runs the command once; returns its checked reply, or {"failure": why}."""
         with subprocess.Popen(
             shlex.split(self.command),
             stdin=subprocess.PIPE,
@@ -129,45 +143,56 @@ class Judge:
                 out, err = process.communicate(json.dumps(question), timeout=self.timeout)
             except BaseException as error:
                 with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)  # its children too
+                    os.killpg(process.pid, signal.SIGKILL)  # includes its children
                 if isinstance(error, subprocess.TimeoutExpired):
                     return {"failure": f"no verdict within {self.timeout:g} s"}
                 raise
         if process.returncode:
-            last = (err.strip().splitlines() or ["it said nothing"])[-1]
+            last = (err.strip().splitlines() or ["nothing on standard error"])[-1]
             return {"failure": f"exit status {process.returncode}: {last[-200:]}"}
-        return _said(out)
+        return _parse(out)
 
 
 def question_of(sample: Sample, answer_a: str, answer_b: str, exchanged: bool) -> dict[str, Any]:
-    """The question for the command: the conversation so far, and both answers.
+    """Builds the question for the command: the conversation so far, and both answers.
 
-    The sample's own answer and its check are left out. With `exchanged` the answers change places.
+    Args:
+      sample: its last assistant message and its check are left out.
+      answer_a: model A's answer.
+      answer_b: model B's.
+      exchanged: give model B's answer as `answer_a`, and model A's as `answer_b`.
     """
     last = max(n for n, m in enumerate(sample.messages) if m.role == "assistant")
-    asked = to_row(dataclasses.replace(sample, messages=sample.messages[:last], check=None))
+    row = to_row(dataclasses.replace(sample, messages=sample.messages[:last], check=None))
     first, second = (answer_b, answer_a) if exchanged else (answer_a, answer_b)
-    return {**asked, "answer_a": first, "answer_b": second}
+    return {**row, "answer_a": first, "answer_b": second}
 
 
-def _said(out: str) -> dict[str, Any]:
+def _parse(out: str) -> dict[str, Any]:
+    """The command's output as winner and scores, or {"failure": why}."""
     try:
         value = json.loads(out)
-        found = {k: value[k] for k in ("winner", "score_a", "score_b") if k in value}
+        reply = {k: value[k] for k in ("winner", "score_a", "score_b") if k in value}
     except (ValueError, TypeError):
-        return {"failure": f"said {out[:80]!r}, which is not a JSON object"}
-    scores = [found[k] for k in ("score_a", "score_b") if k in found]
+        return {"failure": f"wrote {out[:80]!r}, which is not a JSON object"}
+    scores = [reply[k] for k in ("score_a", "score_b") if k in reply]
     if not all(type(s) in (int, float) and math.isfinite(s) for s in scores) or len(scores) == 1:
-        return {"failure": f"said {out[:80]!r}; score_a and score_b must be two numbers"}
-    if scores and "winner" not in found:
-        a, b = scores
-        found["winner"] = "a" if a > b else "b" if b > a else "tie"
-    if found.get("winner") not in WINNERS:
-        return {"failure": f"said {out[:80]!r}; winner must be one of {', '.join(WINNERS)}"}
-    return found
+        return {"failure": f"wrote {out[:80]!r}; score_a and score_b must be two numbers"}
+    if scores and "winner" not in reply:
+        reply["winner"] = _winner(*scores)
+    if reply.get("winner") not in WINNERS:
+        return {"failure": f"wrote {out[:80]!r}; winner must be one of {', '.join(WINNERS)}"}
+    return reply
+
+
+def _winner(score_a: float, score_b: float) -> str:
+    if score_a == score_b:
+        return "tie"
+    return "a" if score_a > score_b else "b"
 
 
 def _verdict(sample: Sample, orders: Sequence[dict[str, Any]]) -> Verdict:
+    """Combines the replies to the original and the exchanged order."""
     failures = tuple(row["failure"] for row in orders if "failure" in row)
     if failures:
         return Verdict(sample, None, failures=failures)
@@ -183,54 +208,68 @@ def _verdict(sample: Sample, orders: Sequence[dict[str, Any]]) -> Verdict:
 
 
 def report(verdicts: Sequence[Verdict], seed: int = 0) -> dict[str, Any]:
-    """Per category and for "all": A's win rate (ties half) with its interval, scores, failures.
+    """Summarises verdicts.
 
-    `overall_a` and `overall_b` are AlignBench's, where its categories are all there.
+    Args:
+      verdicts: from `Judge.verdicts`.
+      seed: of the bootstrap.
+
+    Returns:
+      A JSON-able dict:
+        categories: category (or "all") -> asked, failed, failures (up to 5 texts) and win_rate
+          (model A's, a tie counts half; None if all failed); with a win rate also win_rate_low and
+          win_rate_high (95% interval), agreement, and, if the judge gives scores, score_a and
+          score_b (means).
+        overall_a, overall_b: AlignBench's overall scores, if all its categories are there.
     """
     groups: dict[str, list[Verdict]] = {}
     for v in verdicts:
         groups.setdefault(v.sample.category, []).append(v)
-    found = {
+    categories = {
         c: _of_category(vs, seed) for c, vs in [*sorted(groups.items()), (ALL, list(verdicts))]
     }
-    result: dict[str, Any] = {"categories": found}
+    result: dict[str, Any] = {"categories": categories}
     for which in ("a", "b"):
-        scores = {c: v[f"score_{which}"] for c, v in found.items() if f"score_{which}" in v}
+        scores = {c: v[f"score_{which}"] for c, v in categories.items() if f"score_{which}" in v}
         if (overall := overall_score(scores)) is not None:
             result[f"overall_{which}"] = overall
     return result
 
 
 def _of_category(verdicts: Sequence[Verdict], seed: int) -> dict[str, Any]:
+    """One category's part of `report`."""
     decided = [v for v in verdicts if v.points is not None]
     failures = [text for v in verdicts for text in v.failures]
-    found: dict[str, Any] = {
+    summary: dict[str, Any] = {
         "asked": len(verdicts),
         "failed": len(verdicts) - len(decided),
         "failures": sorted(set(failures))[:5],
         "win_rate": None,
     }
     if not decided:
-        return found
+        return summary
     points = np.array([v.points for v in decided], float)
     rate: Estimate = scoring.ratio(points, np.ones_like(points), seed)
-    found |= {"win_rate": rate.value, "win_rate_low": rate.low, "win_rate_high": rate.high}
-    found["agreement"] = sum(v.agreed for v in decided) / len(decided)
+    summary |= {"win_rate": rate.value, "win_rate_low": rate.low, "win_rate_high": rate.high}
+    summary["agreement"] = sum(v.agreed for v in decided) / len(decided)
     for which in ("score_a", "score_b"):
         scores = [s for v in decided if (s := getattr(v, which)) is not None]
         if scores:
-            found[which] = sum(scores) / len(scores)
-    return found
+            summary[which] = sum(scores) / len(scores)
+    return summary
 
 
 def overall_score(scores: Mapping[str, float]) -> float | None:
-    """AlignBench's overall score: reasoning and language weigh the same.
+    """Computes AlignBench's overall score: reasoning and language have equal weight.
 
     Args:
       scores: by category.
 
     Returns:
-      The mean of the mean of REASONING and the mean of LANGUAGE; None if a category is missing.
+      The mean of two means, over REASONING and over LANGUAGE; None if a category is missing.
+
+    >>> overall_score(dict.fromkeys(REASONING, 4.0) | dict.fromkeys(LANGUAGE, 8.0))
+    6.0
     """
     if not set(CATEGORIES) <= set(scores):
         return None

@@ -1,8 +1,8 @@
 """Conversations packed into rows, and a resumable stream of their batches.
 
 Letters in array names: B rows of a batch, T tokens of a row. Features are those of
-`data.BatchIterator`: conversations in a row are segments that do not see each other, each at
-positions from 0, and `weights` are 1 on learned targets alone.
+`data.pipeline.BatchIterator`: the conversations in a row are segments that do not see each other,
+each with positions from 0; `weights` are 1 on learned targets and 0 elsewhere.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from flm_jax.sft.chats import Sample
 from flm_jax.sft.config import TemplateConfig
 from flm_jax.sft.template import Encoded, encode
 
-OPEN_ROWS = 256  # that a conversation may still go into
+OPEN_ROWS = 256  # number of latest rows that can still receive a conversation
 
 
 @dataclasses.dataclass
@@ -53,9 +53,20 @@ def encode_all(
     length: int,
     overlong: str,
 ) -> tuple[list[Encoded], Counts]:
-    """The conversations that can be learned from, none longer than `length` tokens.
+    """Encodes conversations; leaves out those that nothing can be learned from.
 
-    Raises UserError if none is left.
+    Args:
+      samples: the conversations.
+      tokenizer: the model's.
+      template: how conversations are written.
+      length: the longest conversation, in tokens.
+      overlong: what to do with a longer one: "drop" or "truncate".
+
+    Returns:
+      The encoded conversations, and counts of what happened to all.
+
+    Raises:
+      UserError: no conversation is left.
     """
     kept, counts = [], Counts(read=len(samples))
     for sample in samples:
@@ -78,14 +89,27 @@ def encode_all(
     counts.used = len(kept)
     if not kept:
         raise UserError(
-            f"no conversation is left to learn from: {counts}; the context is {length} tokens "
-            f"and overlong is {overlong!r}: give other data, or change these"
+            f"no conversation is left to learn from: {counts}; sequence_length is {length} and "
+            f"overlong is {overlong!r}: give other data, or change these"
         )
     return kept, counts
 
 
 def first_fit(lengths: Iterable[int], capacity: int) -> list[list[int]]:
-    """Indices by row: each goes into the first of the open rows with room, else into a new one."""
+    """Packs items into rows: each goes into the first open row with room, else into a new row.
+
+    Only the latest OPEN_ROWS rows are open.
+
+    Args:
+      lengths: the items' lengths; none is above `capacity`.
+      capacity: a row's length.
+
+    Returns:
+      The items' indices, row by row.
+
+    >>> first_fit([3, 4, 2, 1], capacity=5)
+    [[0, 2], [1, 3]]
+    """
     rows: list[list[int]] = []
     room: list[int] = []
     for index, length in enumerate(lengths):
@@ -102,9 +126,15 @@ def first_fit(lengths: Iterable[int], capacity: int) -> list[list[int]]:
 
 
 def features(rows: Sequence[Sequence[Encoded]], length: int, start_id: int) -> Batch:
-    """The model's features of packed rows, all [B, T]; rest of a row: padding, weight 0.
+    """Computes the model's features of packed rows.
 
-    `start_id` is what the model reads where a conversation begins.
+    Args:
+      rows: conversations, row by row.
+      length: T, tokens in a row; the rest of a row is padding with weight 0.
+      start_id: the input token at the start of a conversation.
+
+    Returns:
+      tokens, targets, segment_ids and positions, int32; weights, float32; all [B, T].
     """
     shape = (len(rows), length)
     batch = {
@@ -128,10 +158,20 @@ def features(rows: Sequence[Sequence[Encoded]], length: int, start_id: int) -> B
 def in_order(
     conversations: Sequence[Encoded], length: int, batch_size: int, start_id: int
 ) -> list[Batch]:
-    """Every conversation once, packed, in batches of equal size; the last has empty rows."""
+    """Packs every conversation once, in order.
+
+    Args:
+      conversations: encoded conversations.
+      length: tokens in a row.
+      batch_size: rows of every batch; the last batch is filled up with empty rows.
+      start_id: the input token at the start of a conversation.
+
+    Returns:
+      Batches as `features` gives them.
+    """
     packed = first_fit((len(c.tokens) for c in conversations), length)
     rows = [[conversations[i] for i in row] for row in packed]
-    rows += [[]] * (-len(rows) % batch_size)
+    rows += [[] for _ in range(-len(rows) % batch_size)]
     return [
         features(rows[n : n + batch_size], length, start_id)
         for n in range(0, len(rows), batch_size)
@@ -141,8 +181,12 @@ def in_order(
 class ChatBatches(BatchStream):
     """An endless stream of packed conversations, epoch after epoch.
 
-    Conversations are packed once, in an order drawn by the seed; each epoch has all rows, in an
-    order of its own. A batch may hold the last rows of one epoch and the first of the next.
+    Conversations are packed once, in a random order that the seed determines. Each epoch has all
+    rows, in a new random order. A batch may hold the last rows of one epoch and the first rows of
+    the next.
+
+    Attributes:
+      rows: the packed conversations.
     """
 
     def __init__(
@@ -155,7 +199,19 @@ class ChatBatches(BatchStream):
         start_id: int,
         host_index: int = 0,
         host_count: int = 1,
-    ):
+    ) -> None:
+        """Packs the conversations.
+
+        Args:
+          conversations: encoded conversations.
+          length: tokens in a row.
+          batch_size: rows in a global batch.
+          seed: of all orders.
+          fingerprint: of the conversations; a saved position is valid only for the same.
+          start_id: the input token at the start of a conversation.
+          host_index: index of this process.
+          host_count: number of processes.
+        """
         order = np.random.default_rng((seed, 0)).permutation(len(conversations))
         shuffled = [conversations[i] for i in order]
         packed = first_fit((len(c.tokens) for c in shuffled), length)
@@ -163,7 +219,7 @@ class ChatBatches(BatchStream):
         identity = {"seed": seed, "fingerprint": fingerprint, "rows": len(self.rows)}
         super().__init__(batch_size, identity, host_index, host_count)
         self._length, self._seed, self._start_id = length, seed, start_id
-        self._place = 0  # rows returned, of all epochs
+        self._place = 0  # rows returned so far, in all epochs
 
     def __next__(self) -> Batch:
         places = range(self._place, self._place + self.batch_size)[self.host_rows]

@@ -1,16 +1,16 @@
-"""Runs code that a model wrote, in a process of its own that can do little.
+"""Runs code that a model wrote in a separate process with few permissions.
 
-The child is a Python in isolated mode, without site packages, with an empty environment and an
-empty folder. Before it runs anything it gives up, for good: CPU time and memory beyond a limit,
-bytes written to files, further processes (as root it first becomes `nobody`, who can be denied
-them); where the kernel permits (Linux, user namespaces) the network; where it permits (Linux,
-Landlock) every change of the file system. An audit hook refuses all but a few harmless events; it
-is a second fence, and the only one for what the kernel does not permit. Reading files is not
-prevented. The parent kills the process group at the wall-clock limit and reads at most
-`output_bytes` of what it says.
+The child is Python in isolated mode, without site packages, with an empty environment and an empty
+folder. Before it runs the code it permanently gives up: CPU time and memory above a limit, writing
+to files, and starting processes (as root it first becomes `nobody`, because root cannot be denied
+processes). Where the kernel supports it, the child also gives up the network (Linux, user
+namespaces) and every change of the file system (Linux, Landlock). An audit hook refuses all but a
+few harmless events. It is a second barrier, and the only one where the kernel lacks support. The
+child can still read files. The parent kills the process group at the wall-clock limit and reads at
+most `output_bytes` of output.
 
-The child never learns what its outputs should be: they are compared in the parent, so that exit
-codes, monkeypatching and early exits gain nothing.
+The child never learns the expected outputs: the parent compares them. Exit codes, monkeypatching
+and early exits therefore gain nothing.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from collections.abc import Sequence
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
+    """What the child may use."""
+
     cpu_seconds: int = 2
     wall_seconds: float = 10.0
     memory_bytes: int = 512 << 20  # of address space
@@ -44,14 +46,20 @@ class Outcome:
 
 
 def run_examples(source: str, examples: Sequence[str], limits: Limits = Limits()) -> Outcome:
-    """Executes a module's source, then each example as typed at the interpreter's prompt.
+    """Executes a module's source, then each example as if typed at the interpreter's prompt.
 
-    Returns each example's output, as doctest shows it: what was printed, then the value's repr, or
-    a traceback's last line after doctest's header.
+    Args:
+      source: the module's source.
+      examples: statements or expressions, each with a final newline.
+      limits: what the child may use.
+
+    Returns:
+      Each example's output as doctest shows it: the printed text, then the value's repr; or
+      doctest's traceback header and the traceback's last line.
     """
     task = {"source": source, "examples": list(examples), **dataclasses.asdict(limits)}
     with tempfile.TemporaryDirectory() as folder:
-        os.chmod(folder, 0o755)  # `nobody` stands in it
+        os.chmod(folder, 0o755)  # `nobody` must be able to enter it
         process = subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", CHILD],
             stdin=subprocess.PIPE,
@@ -62,40 +70,40 @@ def run_examples(source: str, examples: Sequence[str], limits: Limits = Limits()
             start_new_session=True,
         )
         assert process.stdin and process.stdout
-        late = threading.Event()
+        timed_out = threading.Event()
 
         def kill() -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
 
-        def too_late() -> None:
-            late.set()
+        def time_out() -> None:
+            timed_out.set()
             kill()
 
-        timer = threading.Timer(limits.wall_seconds, too_late)
+        timer = threading.Timer(limits.wall_seconds, time_out)
         timer.start()
         try:
             with contextlib.suppress(BrokenPipeError):
                 process.stdin.write(json.dumps(task).encode())
                 process.stdin.close()
-            said = process.stdout.read(limits.output_bytes + 1)
+            output = process.stdout.read(limits.output_bytes + 1)
         finally:
             timer.cancel()
             kill()
             process.stdout.close()
             process.wait()
-    if late.is_set():
+    if timed_out.is_set():
         return Outcome(failure=f"ran for more than {limits.wall_seconds:g} s")
-    if len(said) > limits.output_bytes:
-        return Outcome(failure=f"said more than {limits.output_bytes} bytes")
+    if len(output) > limits.output_bytes:
+        return Outcome(failure=f"wrote more than {limits.output_bytes} bytes")
     try:
-        result = json.loads(said)
+        result = json.loads(output)
         return Outcome(tuple(map(str, result["outputs"])), str(result["failure"]))
     except (ValueError, TypeError, KeyError):
-        return Outcome(failure="ended without a result (a limit, or an exit)")
+        return Outcome(failure="ended without a result (it reached a limit, or exited)")
 
 
-# The child's program. It confines itself before it runs anything.
+# The child's program. It restricts itself before it runs any code.
 CHILD = r"""
 import contextlib, ctypes, io, json, os, resource, sys, traceback
 # Imported now: as nobody, a Python in a private folder can no longer be read.

@@ -1,8 +1,8 @@
 """Scores of a model on chat samples: response loss, and answers that a program can check.
 
-Nothing here knows the model: `losses` and `answer` are functions of samples (`chat_model.py` makes
-them). Intervals are at 95%: Wilson's for accuracies, a bootstrap over samples for losses. Both are
-scipy's.
+Nothing here depends on the model: `losses` and `answer` are functions of samples, which
+`chat_model.py` provides. Intervals are at 95%: Wilson's for accuracies, a bootstrap over samples
+for losses, both from scipy.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from flm_jax.sft.chats import Check, Sample
 ALL = "all"  # the category of all samples together
 CONFIDENCE = 0.95
 BOOTSTRAPS = 1000
-_ENTRIES = 1 << 22  # drawn at once by a bootstrap
-# A minus is a sign unless it stands between numbers.
+_ENTRIES = 1 << 22  # array entries that a bootstrap draws at once
+# A minus is a sign, except directly after a letter, digit or point.
 _NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?|\d+(?:\.\d+)?")
 
 
@@ -36,9 +36,9 @@ _NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?|\d+(?:\.\d+)?")
 class ResponseLoss:
     """Loss of all assistant messages of a sample, given the messages before them."""
 
-    nats: float  # summed over tokens, the end tokens included
-    tokens: int
-    bytes: int  # of the text, UTF-8
+    nats: float  # summed over tokens, including end tokens
+    tokens: int  # including end tokens
+    bytes: int  # UTF-8 bytes of the text
 
 
 Losses = Callable[[Sequence[Sample]], Sequence[ResponseLoss]]
@@ -47,13 +47,21 @@ Answer = Callable[[Sequence[Sample]], Sequence[str]]  # to each sample's last qu
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """One sample's results. `right` is None where the sample has no check."""
+    """One sample's results.
+
+    Attributes:
+      sample: the sample.
+      loss: of all its assistant messages.
+      answer: the model's answer to the last question; "" if the sample has no check.
+      right: whether the answer passes the check; None if there is none.
+      why: the reason, if the answer is wrong.
+    """
 
     sample: Sample
     loss: ResponseLoss
     answer: str = ""
     right: bool | None = None
-    why: str = ""  # it is not right
+    why: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,38 +78,67 @@ Scores = dict[str, dict[str, Estimate]]  # category -> metric
 
 
 def score(samples: Sequence[Sample], losses: Losses, answer: Answer) -> list[Scored]:
-    """Every sample's response loss, and whether the answers that can be checked are right.
+    """Computes the loss of every sample, and checks the answers to those that have a check.
 
-    Raises UserError where there is nothing to score, or a check is malformed.
+    Args:
+      samples: what to score.
+      losses: the model's response losses.
+      answer: the model's answers; called with the samples that have a check.
+
+    Returns:
+      One result per sample, in order.
+
+    Raises:
+      UserError: there are no samples, or a check is malformed.
     """
     if not samples:
-        raise UserError("there are no samples to score; give some, as make_samples writes them")
+        raise UserError("there are no samples to score; give some (`flm samples make` writes them)")
     checked = [s for s in samples if s.check]
     answers = answer(checked) if checked else []
-    verdicts = iter(check_all(checked, answers))
-    given = iter(answers)
-    return [
-        Scored(s, loss, next(given), *next(verdicts)) if s.check else Scored(s, loss)
-        for s, loss in zip(samples, losses(samples), strict=True)
-    ]
+    verdicts = zip(answers, check_all(checked, answers), strict=True)
+    results = []
+    for sample, loss in zip(samples, losses(samples), strict=True):
+        if sample.check:
+            text, (right, why) = next(verdicts)
+            results.append(Scored(sample, loss, text, right, why))
+        else:
+            results.append(Scored(sample, loss))
+    return results
 
 
 def summarise(scored: Sequence[Scored], seed: int = 0) -> Scores:
-    """Per category, and for "all" together: loss (nats per token), bpb and accuracy."""
+    """Averages results by category.
+
+    Args:
+      scored: from `score`.
+      seed: of the bootstrap.
+
+    Returns:
+      category (or "all") -> metric -> estimate. The metrics are loss (nats per token), bpb (bits
+      per byte) and, if a sample has a check, accuracy.
+    """
     groups: dict[str, list[Scored]] = {}
     for s in scored:
         groups.setdefault(s.sample.category, []).append(s)
-    found: Scores = {}
+    scores: Scores = {}
     for category, rows in [*sorted(groups.items()), (ALL, list(scored))]:
-        found[category] = {name: ratio(*parts(rows, name), seed) for name in ("loss", "bpb")}
+        scores[category] = {name: ratio(*parts(rows, name), seed) for name in ("loss", "bpb")}
         right = [s.right for s in rows if s.right is not None]
         if right:
-            found[category]["accuracy"] = wilson(sum(right), len(right))
-    return found
+            scores[category]["accuracy"] = wilson(sum(right), len(right))
+    return scores
 
 
 def parts(scored: Iterable[Scored], metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """Numerators and denominators of each sample, float64: their sums' ratio is the metric."""
+    """Returns each sample's numerator and denominator; the ratio of their sums is the metric.
+
+    Args:
+      scored: from `score`.
+      metric: "accuracy" (only samples with a check count), "bpb" or "loss".
+
+    Returns:
+      Numerators and denominators, float64 [samples].
+    """
     if metric == "accuracy":
         pairs = [(float(s.right), 1.0) for s in scored if s.right is not None]
     elif metric == "bpb":
@@ -113,7 +150,7 @@ def parts(scored: Iterable[Scored], metric: str) -> tuple[np.ndarray, np.ndarray
 
 
 def ratio(above: np.ndarray, below: np.ndarray, seed: int = 0) -> Estimate:
-    """Ratio of two sums over samples, with a bootstrap over the samples.
+    """Estimates the ratio of two sums over samples, with a bootstrap interval over the samples.
 
     Args:
       above: numerators [samples].
@@ -131,36 +168,51 @@ def ratio(above: np.ndarray, below: np.ndarray, seed: int = 0) -> Estimate:
 def bootstrap(
     statistic: Callable[..., np.ndarray], parts: Sequence[np.ndarray], seed: int
 ) -> tuple[float, float]:
-    """95% percentile interval of a statistic over samples, which are resampled together.
+    """Computes the 95% percentile interval of a statistic by resampling samples.
 
     Args:
       statistic: called as `statistic(*parts, axis)`.
-      parts: arrays [samples], one or more numbers of each sample.
+      parts: arrays [samples]; one draw takes the same samples of all arrays.
       seed: the same seed draws the same samples.
 
     Returns:
-      Its two ends; of a single sample twice the statistic.
+      The interval's ends. With a single sample, both are the statistic.
     """
     count = len(parts[0])
-    if count == 1:  # refused by scipy
+    if count == 1:  # scipy refuses it
         value = float(statistic(*parts, axis=0))
         return value, value
-    found = stats.bootstrap(
+    interval = stats.bootstrap(
         parts, statistic, paired=True, vectorized=True, n_resamples=BOOTSTRAPS,
         batch=max(_ENTRIES // count, 1), confidence_level=CONFIDENCE, method="percentile",
         rng=np.random.default_rng(seed),
     ).confidence_interval  # fmt: skip
-    return float(found.low), float(found.high)
+    return float(interval.low), float(interval.high)
 
 
 def wilson(right: int, count: int) -> Estimate:
-    """Wilson's score interval of a proportion: it holds for few samples and near 0 and 1."""
-    found = stats.binomtest(right, count).proportion_ci(CONFIDENCE, "wilson")
-    return Estimate(right / count, float(found.low), float(found.high), count)
+    """Estimates a proportion with Wilson's score interval.
+
+    The interval is also valid for few samples and near 0 and 1.
+
+    Args:
+      right: number of right answers.
+      count: number of answers.
+
+    >>> estimate = wilson(3, 3)
+    >>> estimate.value, round(estimate.low, 3), estimate.high
+    (1.0, 0.439, 1.0)
+    """
+    interval = stats.binomtest(right, count).proportion_ci(CONFIDENCE, "wilson")
+    return Estimate(right / count, float(interval.low), float(interval.high), count)
 
 
 def flat(scores: Scores) -> dict[str, dict[str, float]]:
-    """Scores as plain numbers: metric, metric_low, metric_high and metric_n of every category."""
+    """Flattens estimates into numbers: metric, metric_low, metric_high and metric_n.
+
+    >>> flat({"lists": {"loss": Estimate(2.0, 1.5, 2.5, 9)}})
+    {'lists': {'loss': 2.0, 'loss_low': 1.5, 'loss_high': 2.5, 'loss_n': 9}}
+    """
     return {
         category: {
             f"{name}{suffix}": value
@@ -172,7 +224,18 @@ def flat(scores: Scores) -> dict[str, dict[str, float]]:
 
 
 def check_all(samples: Sequence[Sample], answers: Sequence[str]) -> list[tuple[bool, str]]:
-    """Checks each answer; returns whether it passes and, if not, why. Doctests run in parallel."""
+    """Checks one answer per sample, in parallel.
+
+    Args:
+      samples: samples with a check.
+      answers: one per sample.
+
+    Returns:
+      For each answer whether it is right, and the reason if it is not.
+
+    Raises:
+      UserError: a check is malformed; the error names the sample.
+    """
 
     def one(pair: tuple[Sample, str]) -> tuple[bool, str]:
         sample, answer = pair
@@ -187,9 +250,18 @@ def check_all(samples: Sequence[Sample], answers: Sequence[str]) -> list[tuple[b
 
 
 def check_answer(check: Check, answer: str) -> tuple[bool, str]:
-    """Checks an answer; returns whether it passes and, if not, why.
+    """Checks one answer.
 
-    Raises UserError: the check itself is malformed.
+    Returns:
+      Whether it is right, and the reason if it is not.
+
+    Raises:
+      UserError: the check is malformed.
+
+    >>> check_answer(Check("number", "7"), "3 + 4 = 7")
+    (True, '')
+    >>> check_answer(Check("number", "7"), "It is 8.")
+    (False, 'another number')
     """
     if check.kind == "exact":
         right = answer.strip() == check.expected.strip()
@@ -197,21 +269,27 @@ def check_answer(check: Check, answer: str) -> tuple[bool, str]:
     if check.kind == "number":
         if (wanted := last_number(check.expected)) is None:
             raise UserError(f"its check expects {check.expected!r}, which holds no number")
-        found = last_number(answer)
-        right = found == wanted
-        return right, "" if right else "no number" if found is None else "another number"
+        given = last_number(answer)
+        if given == wanted:
+            return True, ""
+        return False, "no number" if given is None else "another number"
     if check.kind == "doctest":
         return _check_doctest(check.expected, answer)
     raise UserError(f"its check is of kind {check.kind!r}; choose exact, number or doctest")
 
 
 def last_number(text: str) -> float | None:
-    """The last number in a text; commas between digits belong to it."""
-    found = _NUMBER.findall(re.sub(r"(?<=\d),(?=\d{3})", "", text))
-    return float(found[-1]) if found else None
+    """Finds the last number in a text; a comma before three digits separates thousands.
+
+    >>> last_number("5-2 makes 3, not 1,200")
+    1200.0
+    """
+    numbers = _NUMBER.findall(re.sub(r"(?<=\d),(?=\d{3})", "", text))
+    return float(numbers[-1]) if numbers else None
 
 
 def _check_doctest(expected: str, answer: str) -> tuple[bool, str]:
+    """Runs the docstring's examples with the answer as the function's body, in the sandbox."""
     try:
         module = ast.parse(expected)
         function = module.body[-1]
@@ -222,7 +300,7 @@ def _check_doctest(expected: str, answer: str) -> tuple[bool, str]:
         raise UserError(
             "its check must be source whose last function has a docstring with examples and no body"
         ) from error
-    # What the examples should give stays here: the answer cannot read it.
+    # The expected outputs stay in this process, so that the answer cannot read them.
     function.body = [ast.Expr(ast.Constant("Completed below."))]
     body = textwrap.indent(textwrap.dedent(answer.strip("\n")), "    ")
     outcome = sandbox.run_examples(f"{ast.unparse(module)}\n{body}\n", [e.source for e in examples])

@@ -1,4 +1,4 @@
-"""Chat templates: conversations to tokens, and which of these are learned."""
+"""Chat templates: conversations as tokens, and which tokens are learned."""
 
 from __future__ import annotations
 
@@ -19,24 +19,38 @@ GENERIC = TemplateConfig(
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """Text that is encoded on its own, so that a token never spans a border of learning."""
+    """A text that is encoded separately: no token is partly learned.
+
+    Attributes:
+      text: the text.
+      markup: part of the template, where names of special tokens are encoded as these tokens.
+      learned: its tokens are targets of training.
+      ends: the end token follows.
+    """
 
     text: str
-    markup: bool = True  # the template's: names of special tokens are those tokens
+    markup: bool = True
     learned: bool = False
-    ends: bool = False  # followed by the end token
+    ends: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """Tokens, and of each whether its prediction is learned."""
+    """Tokens, and for each whether its prediction is learned."""
 
     tokens: tuple[int, ...]
     learned: tuple[bool, ...]
 
 
 def pieces(messages: Sequence[Message], template: TemplateConfig = TELE_FLM) -> Iterator[Piece]:
-    """A conversation in pieces: what the assistant said, and what follows it, is learned."""
+    """Splits a conversation into pieces.
+
+    The assistant's text and the template's text after it are learned, and nothing else.
+
+    Args:
+      messages: the conversation.
+      template: how messages are written. A role without a pattern is left out.
+    """
     for message in messages:
         pattern = getattr(template, message.role)
         if not pattern:
@@ -51,36 +65,54 @@ def pieces(messages: Sequence[Message], template: TemplateConfig = TELE_FLM) -> 
 
 
 def _to_answer(messages: Sequence[Message], template: TemplateConfig) -> Iterator[Piece]:
-    """The conversation up to where the assistant's next answer begins."""
+    """Yields the conversation and the template's text before the assistant's next answer."""
     yield from pieces(messages, template)
     yield Piece(template.assistant.partition(TEXT)[0])
 
 
 def prompt(messages: Sequence[Message], template: TemplateConfig = TELE_FLM) -> str:
-    """The text that an answer follows. End tokens are no text: `encode_prompt` has them."""
+    """Returns the prompt as text, without end tokens; `encode_prompt` includes them.
+
+    >>> prompt([Message("user", "1 + 1?")])
+    '<_user>1 + 1?<_bot>'
+    """
     return "".join(piece.text for piece in _to_answer(messages, template))
 
 
 def encode(
     messages: Sequence[Message], tokenizer: Tokenizer, template: TemplateConfig = TELE_FLM
 ) -> Encoded:
-    """The tokens of a whole conversation, without the model's start token."""
+    """Encodes a whole conversation, without the model's start token.
+
+    Args:
+      messages: the conversation.
+      tokenizer: the model's.
+      template: how messages are written.
+    """
     return _encode(pieces(messages, template), tokenizer)
 
 
 def encode_prompt(
     messages: Sequence[Message], tokenizer: Tokenizer, template: TemplateConfig = TELE_FLM
 ) -> tuple[int, ...]:
-    """The tokens that an answer follows, as in training; without the model's start token."""
+    """Encodes a prompt exactly as training saw it, without the model's start token.
+
+    Args:
+      messages: the conversation so far.
+      tokenizer: the model's.
+      template: how messages are written.
+    """
     return _encode(_to_answer(messages, template), tokenizer).tokens
 
 
-def _encode(of: Iterator[Piece], tokenizer: Tokenizer) -> Encoded:
+def _encode(parts: Iterator[Piece], tokenizer: Tokenizer) -> Encoded:
+    """Encodes the pieces one by one and joins them."""
     tokens: list[int] = []
     learned: list[bool] = []
-    for piece in of:
+    for piece in parts:
         ids = tokenizer.encode(piece.text, special=piece.markup) if piece.text else []
-        ids += [tokenizer.eos_id] * piece.ends
+        if piece.ends:
+            ids = [*ids, tokenizer.eos_id]
         tokens += ids
         learned += [piece.learned] * len(ids)
     return Encoded(tuple(tokens), tuple(learned))
