@@ -1,6 +1,6 @@
-"""Weights in and out: Hugging Face's Llama, TeleFLM and Granite, and the runs of this library.
+"""Reads and writes weights: Hugging Face's Llama, TeleFLM and Granite, and this library's runs.
 
-Neither torch nor transformers is needed, except torch for older .bin files.
+It does not need transformers. It needs torch only for older .bin files.
 """
 
 from __future__ import annotations
@@ -30,11 +30,16 @@ __all__ = [
 def load_hf(path: str | os.PathLike[str]) -> tuple[dict[str, Any], TransformerConfig]:
     """Reads a folder of Hugging Face files: config.json, and safetensors or .bin.
 
+    Args:
+      path: the folder.
+
     Returns:
-      Parameters as numpy arrays, float32 (float64 where stored so), and their config.
+      The parameters, as nested dicts of numpy arrays in float32 (float64 if the files are in
+      float64), and their config.
 
     Raises:
-      UserError: naming file, tensor or key: missing or damaged files, another architecture.
+      UserError: a file is missing or damaged, or the architecture is another one. The message
+        names the file, tensor or key.
     """
     if not isinstance(path, str | os.PathLike):
         raise UserError(f"path is {path!r} of type {type(path).__name__}; give a folder's path")
@@ -55,20 +60,21 @@ def save_hf(
     """Writes a folder that transformers opens.
 
     Args:
-      path: a folder that does not exist.
-      params: nested dicts as the axis table names them; arrays of jax or numpy.
+      path: a folder that does not exist yet.
+      params: nested dicts with the paths of the axis table; jax or numpy arrays.
       config: the config of these parameters.
-      format: "llama" (multipliers are multiplied into embedding and head), "teleflm" or "granite".
-      dtype: of the files: float32, bfloat16 or float16.
-      vocabulary: a folder whose tokenizer files and config.json keys come along, a SentencePiece
-        model, "bytes", or "": none.
-      context: the longest sequence, where that config.json does not say; 0: 2048.
+      format: "llama" (multipliers are folded into embedding and head), "teleflm" or "granite".
+      dtype: dtype of the files: float32, bfloat16 or float16.
+      vocabulary: a folder whose tokenizer files and other config.json keys are copied, a
+        SentencePiece model, "bytes", or "" for none.
+      context: the longest sequence in tokens, used if that config.json does not give one; 0 means
+        2048.
 
     Returns:
-      Notes on what was changed.
+      One note for each change to the parameters.
 
     Raises:
-      UserError: the format has no such model; the path exists or cannot be written.
+      UserError: the format cannot express this model, or the path exists or cannot be written.
     """
     _, notes = write_hf(
         pathlib.Path(path), Tree(params, config), format, dtype, Vocabulary(vocabulary),

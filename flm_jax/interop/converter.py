@@ -1,4 +1,4 @@
-"""Writes a model in another format, block by block, so that memory is bounded by a setting."""
+"""Writes a model in another format, block by block, within a memory limit."""
 
 from __future__ import annotations
 
@@ -48,15 +48,18 @@ _IMPORTED = "imported"
 
 @contextlib.contextmanager
 def appearing(target: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A folder beside `target` that becomes it at the end; after an error nothing is left.
+    """Yields a folder beside `target` and renames it to `target` at the end.
 
-    Raises UserError if the target exists and is not empty, or the disk refuses.
+    After an error it removes the folder.
+
+    Raises:
+      UserError: the target exists and is not empty, or it cannot be written.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists and is not empty; give another target, or remove it")
     partial = target.absolute().with_name(f".{target.name}.converting")
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # of a killed process
+        shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
         partial.mkdir(parents=True)
         yield partial
         partial.replace(target.absolute())
@@ -80,22 +83,25 @@ def convert(
     vocab_size: int = 0,
     memory: int = MEMORY,
 ) -> dict[str, Any]:
-    """Reads a model and writes it in a format.
+    """Reads a model and writes it in another format.
 
     Args:
-      source, stage, step: what `open_stored_model` opens.
-      target: a folder that does not exist.
-      format: of `FORMATS`.
-      dtype: of the written parameters, of `DTYPES`; "": the source's. "flm" is float32.
-      vocab_size: rows of embedding and head: padded with zeros, or cut where they are no tokens;
-        0: the source's.
-      memory: bytes that this may take beyond what is loaded; a bound as long as the rows of one
-        key/value head, of one layer, take less than an eighth of it.
+      source, stage, step: the model, as `open_stored_model` takes them.
+      target: a folder that does not exist yet.
+      format: one of `FORMATS`.
+      dtype: dtype of the written parameters, one of `DTYPES`; "" keeps the source's. "flm" is
+        always float32.
+      vocab_size: number of rows of embedding and head. New rows are zero; only rows that belong to
+        no token can be removed. 0 keeps the source's.
+      memory: working memory in bytes, beyond what is already loaded. The limit holds if the rows
+        of one key/value head in one layer take less than an eighth of it.
 
-    Returns: what was written: sizes, seconds, GB/s, dtype, and notes on what is not the same.
+    Returns:
+      A report with source, target, format, dtype, number of parameters, bytes, seconds, GB/s and
+      notes on every difference from the source.
 
     Raises:
-      UserError: in one line, what does not fit; the target does not appear.
+      UserError: the model cannot be read, or does not fit the format. No target is written.
     """
     opened = open_stored_model(source, stage, step)
     weights = opened.weights
@@ -106,7 +112,7 @@ def convert(
         weights = with_vocab_size(opened, weights, vocab_size, memory)
     check_vocabulary(opened, weights.config)
     if opened.vocabulary.num_tokens() is None:
-        notes.append(f"no tokenizer comes along: no files at {opened.vocabulary.path!r}")
+        notes.append(f"no tokenizer is written: no files at {opened.vocabulary.path!r}")
     began = time.monotonic()
     if format == "flm":
         if dtype not in ("", "float32"):
@@ -148,14 +154,24 @@ def write_hf(
     context: int = 0,
     shard_bytes: int = SHARD_BYTES,
 ) -> tuple[int, list[str]]:
-    """Writes a folder that transformers opens; returns its parameters' bytes, and notes.
+    """Writes a folder that transformers opens.
 
     Args:
-      vocabulary: whose files come along, with the other keys of the config.json beside them.
-      context: the longest sequence, where that config.json does not say; 0: 2048.
+      target: a folder that does not exist yet.
+      weights: the parameters.
+      format: one of `hf_config.FORMATS`.
+      dtype: dtype of the files, one of `DTYPES`.
+      vocabulary: its files are copied, and the other keys of the config.json beside them.
+      memory: working memory in bytes.
+      context: the longest sequence in tokens, used if that config.json does not give one; 0 means
+        2048.
+      shard_bytes: largest size of one file, unless a single tensor is larger.
+
+    Returns:
+      The size of the written parameters in bytes, and one note for each change to them.
 
     Raises:
-      UserError: the format has no such model; the target exists or cannot be written.
+      UserError: the format cannot express this model, or the target exists or cannot be written.
     """
     if format not in hf_config.FORMATS:
         raise UserError(f"format is {format!r}; choose one of {', '.join(FORMATS)}")
@@ -195,7 +211,7 @@ def write_hf(
 def _in_threads(
     write: Callable[[str, Index], int], blocks: Iterable[tuple[str, Index]], name: str, total: int
 ) -> None:
-    """Calls `write`, which returns a number of bytes, for every block; shows how far it is."""
+    """Calls `write` for every block, in threads; its results, in bytes, advance a progress bar."""
     with (
         Progress(name, 0, total, "bytes") as progress,
         concurrent.futures.ThreadPoolExecutor(_THREADS) as pool,
@@ -207,9 +223,19 @@ def _in_threads(
 def write_run(
     target: pathlib.Path, weights: Weights, source: StoredModel, memory: int = MEMORY
 ) -> int:
-    """Writes a run's folder of one finished stage, not trained; returns its parameters' bytes.
+    """Writes a run's folder with one finished stage that was not trained.
 
-    Raises UserError if the target exists or cannot be written.
+    Args:
+      target: a folder that does not exist yet.
+      weights: the parameters.
+      source: the model that they come from; its tokenizer files are copied.
+      memory: working memory in bytes.
+
+    Returns:
+      The size of the written parameters in bytes.
+
+    Raises:
+      UserError: the target exists or cannot be written.
     """
     with appearing(target) as folder:
         run = RunFolder(folder)
@@ -222,8 +248,8 @@ def write_run(
             if values := source.vocabulary.values():
                 write_json(files / "config.json", values)
             vocabulary = str(target.absolute() / files.relative_to(run.path))
-        about = _imported(weights.config, source, vocabulary)
-        saved = identity(about, 0, "")
+        experiment = _imported(weights.config, source, vocabulary)
+        saved = identity(experiment, 0, "")
         write_json(stage.config, saved)
         path = stage.checkpoints / "0"
         num_bytes = _write_checkpoint(path, weights, memory)
@@ -251,7 +277,7 @@ def write_run(
 
 
 def _imported(model: TransformerConfig, source: StoredModel, vocabulary: str) -> ExperimentConfig:
-    """The config of the stage: a run's own, else one whose rates and batch say nothing."""
+    """The config of the stage: the run's, or else one with placeholder rates and batch size."""
     if source.config is not None:
         stage, data = source.config.stages[0], source.config.data_of(0)
     else:
@@ -266,13 +292,13 @@ def _imported(model: TransformerConfig, source: StoredModel, vocabulary: str) ->
 
 
 def _write_checkpoint(path: pathlib.Path, weights: Weights, memory: int) -> int:
-    """A checkpoint that holds parameters alone."""
+    """Writes a checkpoint of the parameters alone; returns their size in bytes."""
     config = weights.config
     table, sizes = axes.table(config), axes.axis_sizes(config)
     like = {
         leaf: jax.ShapeDtypeStruct(param.shape(sizes), np.float32) for leaf, param in table.items()
     }
-    # Chunks are what can be read in one piece of the other formats.
+    # A chunk has the shape of a block that the other formats read in one piece.
     chunks: dict[str, tuple[int, ...]] = {}
     for leaf, index in names.blocks(table, sizes, min(CHUNK_BYTES, memory // _COPIES)):
         chunks.setdefault(f"params/{leaf}", tuple(cut.stop - cut.start for cut in index))
@@ -292,7 +318,7 @@ def _write_checkpoint(path: pathlib.Path, weights: Weights, memory: int) -> int:
 
 
 def _digest(reader: CheckpointReader, paths: Iterable[str], memory: int) -> str:
-    """`params_digest` of a checkpoint, read back from the disk."""
+    """Computes `params_digest` from a checkpoint on disk."""
     total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in reader.leaves.values())
     with Progress("reading back", 0, total, "bytes") as progress:
 
@@ -311,9 +337,16 @@ def _digest(reader: CheckpointReader, paths: Iterable[str], memory: int) -> str:
 
 
 def with_vocab_size(source: StoredModel, weights: Weights, vocab_size: int, memory: int) -> Weights:
-    """Zero rows after the last token, or rows cut off that are no token's.
+    """Adds zero rows to embedding and head, or removes rows that belong to no token.
 
-    Raises UserError if a token would be cut off, or if it cannot be known.
+    Args:
+      source: the model on disk; its tokenizer says how many rows are tokens.
+      weights: the parameters to resize.
+      vocab_size: the new number of rows.
+      memory: working memory in bytes.
+
+    Raises:
+      UserError: a token would be removed, or the number of tokens is not known.
     """
     have, tokens = weights.config.vocab_size, source.vocabulary.num_tokens()
     if tokens is not None and vocab_size < tokens:
@@ -323,15 +356,15 @@ def with_vocab_size(source: StoredModel, weights: Weights, vocab_size: int, memo
         )
     if tokens is None and vocab_size < have and not _padding(weights, vocab_size, memory):
         raise UserError(
-            f"vocab_size is {vocab_size}, but {source.path} has {have} rows, which are not zero "
-            "after it, and no tokenizer that says how many are tokens; give "
+            f"vocab_size is {vocab_size}, but {source.path} has {have} rows, the removed ones are "
+            "not zero, and no tokenizer says how many rows are tokens; give "
             f"{have} or more, or put the tokenizer's files beside the weights"
         )
     return Resized(weights, dataclasses.replace(weights.config, vocab_size=vocab_size))
 
 
 def _padding(weights: Weights, start: int, memory: int) -> bool:
-    """Whether the embedding's rows from `start` on are zero."""
+    """Says whether the embedding's rows from `start` on are zero."""
     rows = (
         (path, index)
         for path, index in names.blocks(
@@ -346,7 +379,7 @@ def _padding(weights: Weights, start: int, memory: int) -> bool:
 
 
 def check_vocabulary(source: StoredModel, config: TransformerConfig) -> None:
-    """Raises UserError if the tokenizer has tokens without a row."""
+    """Raises UserError if the tokenizer has more tokens than `config.vocab_size`."""
     tokens = source.vocabulary.num_tokens()
     if tokens is not None and tokens > config.vocab_size:
         raise UserError(

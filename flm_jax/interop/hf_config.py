@@ -1,13 +1,13 @@
-"""config.json of Llama, TeleFLM and Granite <-> `TransformerConfig` and factors of parameters.
+"""Converts config.json of Llama, TeleFLM and Granite to `TransformerConfig`, and back.
 
-All three are this decoder. They differ in their scalars:
+All three are the architecture of this decoder. They differ in their scalar multipliers:
 
     llama     none
     teleflm   embedding times input_mult, logits times output_mult / mup_scale_factor (if use_mup)
     granite   embedding times embedding_multiplier, logits over logits_scaling, attention scores
               times attention_multiplier, branches times residual_multiplier
 
-What a format cannot say is multiplied into the parameters (`Scales`).
+A multiplier that the target has no field for is folded into the parameters (`Scales`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FORMATS = {
 }
 _BY_MODEL_TYPE = {model_type.lower(): name for name, (model_type, _) in FORMATS.items()}
 
-# Keys with the only values that this decoder can be. Absent is fine.
+# Keys with the only values that this decoder supports. A missing key is fine.
 _ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False, None),
@@ -43,7 +43,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 _SCALARS = ("use_mup", "input_mult", "output_mult", "mup_scale_factor", "embedding_multiplier",
             "logits_scaling", "attention_multiplier", "residual_multiplier")  # fmt: skip
 
-Scales = Mapping[str, float]  # path -> what the parameter is multiplied by
+Scales = Mapping[str, float]  # path -> factor that the parameter is multiplied by
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,10 +51,10 @@ class Described:
     """The contents of a config.json.
 
     Attributes:
-      config: the model's.
-      scales: what its parameters are multiplied by for `config` to be right.
-      tied: the head is the embedding.
-      values: all of the file.
+      config: config of the model after `scales` are applied.
+      scales: factors for the parameters in the files.
+      tied: whether the head is the embedding.
+      values: every key of the file.
     """
 
     config: TransformerConfig
@@ -64,7 +64,12 @@ class Described:
 
 
 def read(folder: pathlib.Path) -> Described:
-    """Raises UserError naming the file and key if it is missing or of another architecture."""
+    """Reads config.json.
+
+    Raises:
+      UserError: the file is missing or not JSON, or its architecture is another one; the message
+        names the file and key.
+    """
     path = folder / "config.json"
     if not path.exists():
         raise UserError(f"{path}: missing; give a folder with a Hugging Face model")
@@ -185,9 +190,16 @@ def _rope_theta(values: Mapping[str, Any], path: pathlib.Path) -> float:
 
 
 def folded(config: TransformerConfig, format: str) -> tuple[TransformerConfig, Scales]:
-    """The config as the format can say it, and what the parameters are multiplied by for it.
+    """Folds the multipliers that a format has no field for into the parameters.
 
-    Llama has no multipliers: its embedding takes `input_mult`, its head `logit_mult`.
+    Llama has no multipliers: `input_mult` is folded into the embedding, `logit_mult` into the head.
+
+    Args:
+      config: config of the model.
+      format: one of `FORMATS`.
+
+    Returns:
+      The config to write, and the factors for the parameters.
     """
     if format != "llama":
         return config, {}
@@ -199,17 +211,17 @@ def folded(config: TransformerConfig, format: str) -> tuple[TransformerConfig, S
 def write(
     config: TransformerConfig, format: str, dtype: str, carried: Mapping[str, Any], context: int
 ) -> dict[str, Any]:
-    """config.json of a model.
+    """Returns the values of config.json for a model.
 
     Args:
-      config: the model's; for "llama" without multipliers.
-      format: of `FORMATS`.
-      dtype: of the files: float32, bfloat16 or float16.
-      carried: another config.json, whose other keys come along.
-      context: the longest sequence, where `carried` does not say.
+      config: config of the model; for "llama", one without multipliers (see `folded`).
+      format: one of `FORMATS`.
+      dtype: dtype of the files: float32, bfloat16 or float16.
+      carried: another config.json, whose other keys are copied.
+      context: the longest sequence in tokens, used if `carried` does not give one.
 
     Raises:
-      UserError: the format has no such model.
+      UserError: the format cannot express this model.
     """
     model_type, architecture = FORMATS[format]
     if config.d_model % config.num_heads:
@@ -240,7 +252,7 @@ def write(
         "num_key_value_heads": config.kv_heads,
         "head_dim": config.head_dim,
         "rms_norm_eps": config.rms_norm_eps,
-        # Under both names: of transformers 4 (and vLLM), and of 5.
+        # Both names are written: transformers 4 and vLLM read the first, transformers 5 the second.
         "rope_theta": config.rope_theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "hidden_act": "silu",

@@ -1,7 +1,7 @@
-"""The name map: every parameter of the axis table as a tensor of Llama's state dict, both ways.
+"""The name map between parameters of the axis table and tensors of Llama's state dict.
 
-Hugging Face's linear layers hold [outputs, inputs], one tensor a layer, heads merged. Tele-FLM and
-Granite use Llama's names. Nothing here knows a parameter's size: shapes come from the axis table.
+Hugging Face's linear layers have the shape [outputs, inputs], one tensor per layer, with merged
+heads. Tele-FLM and Granite use Llama's names. Shapes come from the axis table.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ Index = tuple[slice, ...]  # a block of a parameter: one slice per axis, with a 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A parameter's name and layout there.
+    """A parameter's Hugging Face name and layout.
 
-    name: with {layer} where it has one tensor a layer.
-    layout: for each dimension the axes merged into it, slowest first.
+    Attributes:
+      name: contains {layer} if there is one tensor per layer.
+      layout: for each dimension, the axes merged into it, slowest first.
     """
 
     name: str
@@ -30,25 +31,25 @@ class Tensor:
 
     @property
     def rows(self) -> str:
-        """The axis that blocks of the tensor are cut along: rows of it are one piece of a file."""
+        """The axis along which the tensor is cut: consecutive rows are contiguous in the file."""
         return self.layout[0][0]
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         return tuple(math.prod(sizes[axis] for axis in merged) for merged in self.layout)
 
     def row_size(self, sizes: Mapping[str, int]) -> int:
-        """Rows of the tensor for one slot of the axis `rows`."""
+        """Number of rows of the tensor for one slot of the axis `rows`."""
         return math.prod(sizes[axis] for axis in self.layout[0][1:])
 
 
 def _tensor(name: str, layout: str) -> Tensor:
-    """`_tensor("lm_head.weight", "vocab embed")`."""
+    """Parses a layout: a space separates dimensions, a dot the axes merged into one."""
     return Tensor(name, tuple(tuple(merged.split(".")) for merged in layout.split()))
 
 
 _LAYER = "model.layers.{layer}."
 
-# In the order of the files. Query heads are grouped: those of one key/value head are neighbours.
+# In file order. The query heads of one key/value head are next to each other.
 TENSORS: dict[str, Tensor] = {
     "embedding": _tensor("model.embed_tokens.weight", "vocab embed"),
     "layers/attention/norm": _tensor(_LAYER + "input_layernorm.weight", "embed"),
@@ -77,19 +78,19 @@ def own_axes(param: Param) -> tuple[str, ...]:
 
 
 def shapes(table: Table, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-    """Tensor name -> shape, for all tensors of a model, in the order of the files."""
-    found = {}
+    """Returns the shape of each tensor of a model by name, in file order."""
+    shape_of = {}
     for path, layer in _in_file_order(table, sizes):
         tensor = TENSORS[path]
-        found[tensor.name.format(layer=layer)] = tensor.shape(sizes)
-    return found
+        shape_of[tensor.name.format(layer=layer)] = tensor.shape(sizes)
+    return shape_of
 
 
 def blocks(table: Table, sizes: Mapping[str, int], most_bytes: int) -> Iterator[tuple[str, Index]]:
     """Cuts all parameters into blocks of at most `most_bytes` of float32, in file order.
 
-    A block lies in one layer and is whole on all axes but the one that is the tensor's rows.
-    A single row of that axis may be larger than `most_bytes`.
+    A block lies in one layer and is cut only along the axis `Tensor.rows`. A block of one slot on
+    that axis may be larger than `most_bytes`.
     """
     for path, layer in _in_file_order(table, sizes):
         names, rows = own_axes(table[path]), TENSORS[path].rows
@@ -103,7 +104,7 @@ def blocks(table: Table, sizes: Mapping[str, int], most_bytes: int) -> Iterator[
 
 
 def _in_file_order(table: Table, sizes: Mapping[str, int]) -> Iterator[tuple[str, int]]:
-    """(path, layer), the layers' parameters layer by layer; layer is 0 where there is none."""
+    """Yields (path, layer) in file order, layer by layer; layer is 0 if there is no layer axis."""
     paths = list(TENSORS)
     layered = [path for path in paths if table[path].stacked]
     first = paths.index(layered[0])
@@ -113,7 +114,10 @@ def _in_file_order(table: Table, sizes: Mapping[str, int]) -> Iterator[tuple[str
 
 
 def to_rows(x: np.ndarray, param: Param, tensor: Tensor) -> np.ndarray:
-    """A block of one layer, in the table's axes, as rows of the tensor: a view where possible."""
+    """Turns a block of one layer, in the table's axes, into rows of the tensor.
+
+    The result is a view where numpy can make one.
+    """
     names = own_axes(param)
     layout = tensor.layout
     x = x.transpose([names.index(axis) for merged in layout for axis in merged])
@@ -124,7 +128,7 @@ def to_rows(x: np.ndarray, param: Param, tensor: Tensor) -> np.ndarray:
 def from_rows(
     rows: np.ndarray, param: Param, tensor: Tensor, sizes: Mapping[str, int]
 ) -> np.ndarray:
-    """The inverse of `to_rows`; `sizes` are those of the block."""
+    """Inverts `to_rows`; `sizes` are the axis sizes of the block."""
     order = [axis for merged in tensor.layout for axis in merged]
     x = rows.reshape([sizes[axis] for axis in order])
     return x.transpose([order.index(axis) for axis in own_axes(param)])

@@ -1,7 +1,7 @@
-"""Every way to open what is on disk: a run, one of its checkpoints, or Hugging Face files.
+"""Opens models on disk: a run, one of its checkpoints, or Hugging Face files.
 
-`open_model` gives a model on one device, `open_state` a finished stage's whole train state. Both
-rest on `open_stored_model`, which finds a model and reads no parameter yet.
+`open_model` returns a model on one device, `open_state` the whole train state of a finished stage.
+`open_stored_model` finds a model on disk and does not read its parameters yet.
 """
 
 from __future__ import annotations
@@ -42,14 +42,13 @@ class OpenedModel:
     """A model on one device.
 
     Attributes:
-      params: nested dicts as the axis table names them.
-      config: the model's.
-      data: what a run was trained on, in the stage's sequence length; None for weights from
-        elsewhere.
-      name: the stage's or the folder's.
-      path: what was opened: a checkpoint of a run, or a folder of Hugging Face files.
-      context: number of tokens that the model was trained to read at once; 0: not known.
-      trained: by this library, where a start token precedes every document.
+      params: nested dicts with the paths of the axis table.
+      config: config of the model.
+      data: the run's training data, at the stage's sequence length; None for Hugging Face files.
+      name: name of the stage or the folder.
+      path: the opened checkpoint of a run, or the folder of Hugging Face files.
+      context: the sequence length of the training, in tokens; 0: not known.
+      trained: whether this library trained it, so that a start token precedes every document.
     """
 
     params: Any
@@ -62,28 +61,32 @@ class OpenedModel:
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer. Raises UserError if it is missing or does not fit."""
-        found = open_tokenizer(self.data.vocabulary if self.data else str(self.path))
-        if found.vocab_size > self.config.vocab_size:
+        """The model's tokenizer.
+
+        Raises:
+          UserError: the tokenizer is missing, or has more tokens than the model.
+        """
+        tokenizer = open_tokenizer(self.data.vocabulary if self.data else str(self.path))
+        if tokenizer.vocab_size > self.config.vocab_size:
             raise UserError(
-                f"{found.name} has {found.vocab_size} tokens, but the model {self.path} has "
-                f"vocab_size {self.config.vocab_size}; give the tokenizer of this model"
+                f"{tokenizer.name} has {tokenizer.vocab_size} tokens, but the model {self.path} "
+                f"has vocab_size {self.config.vocab_size}; give the tokenizer of this model"
             )
-        return found
+        return tokenizer
 
     def prompt(self, text: str) -> list[int]:
-        """Encodes a text as the beginning of a document."""
+        """Encodes a text as the beginning of a document, with the start token where needed."""
         return self.with_start(self.tokenizer.encode(text))
 
     def with_data(self, data: DataConfig) -> OpenedModel:
-        """Returns the model with other data, and so with the tokenizer of that data."""
+        """Returns the model with other data, and therefore with that data's tokenizer."""
         return dataclasses.replace(self, data=data)
 
     def with_start(self, ids: Sequence[int]) -> list[int]:
         """Puts the start token before a document's tokens, as in the model's training.
 
-        A model from elsewhere whose tokenizer adds no start token gets none, unless there is no
-        other token. This is the only place that decides.
+        A model that this library did not train gets none if its tokenizer adds none, unless `ids`
+        is empty. All callers rely on this rule.
 
         Args:
           ids: tokens without a start token.
@@ -96,14 +99,14 @@ class OpenedModel:
 
 
 def open_model(path: str, stage: str = "") -> OpenedModel:
-    """Reads a model onto one device: of a run, a checkpoint, or Hugging Face files.
+    """Reads a model onto one device: a run, a checkpoint, or Hugging Face files.
 
     Args:
       path: a run's folder, a checkpoint's folder inside one, or a folder of Hugging Face files.
-      stage: of a run's folder: the index or name of a finished stage; "": the last one.
+      stage: for a run's folder, the index or name of a finished stage; "": the last one.
 
     Returns:
-      The plain model: run-time masks are folded into its parameters.
+      The model without run-time masks: they are folded into its parameters.
 
     Raises:
       UserError: there is no such model, or it does not match its config.
@@ -129,7 +132,7 @@ class OpenedState:
     """The end of a finished stage.
 
     Attributes:
-      config: the run's, with this stage alone.
+      config: config of the run, with this stage alone.
       state: the train state of the stage's checkpoint, on one device.
       data: the position in the training data.
     """
@@ -174,15 +177,15 @@ class StoredModel:
     """A model on disk.
 
     Attributes:
-      path: what was opened: a checkpoint, or a folder of Hugging Face files.
-      name: the stage's or the folder's.
-      weights: the parameters of the plain model: masks are folded in.
-      vocabulary: its tokenizer's files.
-      config: the run's, with this stage alone; None for Hugging Face files.
-      dtype: of the parameters on disk.
+      path: the opened checkpoint, or the folder of Hugging Face files.
+      name: name of the stage or the folder.
+      weights: the parameters, with run-time masks folded in.
+      vocabulary: files of its tokenizer.
+      config: config of the run, with this stage alone; None for Hugging Face files.
+      dtype: dtype of the parameters on disk.
       num_bytes: size of the parameters on disk.
       context: the longest sequence, in tokens; 0: not known.
-      masks: the value of the run-time masks that were folded in; None: there were none.
+      masks: value of the run-time masks that were folded in; None if there were none.
     """
 
     path: pathlib.Path
@@ -197,12 +200,12 @@ class StoredModel:
 
 
 def open_stored_model(path: str, stage: str = "", step: int | None = None) -> StoredModel:
-    """Opens a model on disk; reads no parameter yet.
+    """Opens a model on disk; does not read its parameters yet.
 
     Args:
       path: a run's folder, a checkpoint's folder inside one, or a folder of Hugging Face files.
-      stage: of a run: the index or name of a finished stage; "": the last one.
-      step: of a run: the step of one of this stage's checkpoints; None: the stage's result.
+      stage: for a run, the index or name of a finished stage; "": the last one.
+      step: for a run, the step of one of this stage's checkpoints; None: the stage's result.
 
     Raises:
       UserError: there is no such model, or it does not match its config.
@@ -216,7 +219,7 @@ def open_stored_model(path: str, stage: str = "", step: int | None = None) -> St
         checkpoint = run.path / entry["checkpoint"]
         return _checkpoint(checkpoint if step is None else checkpoint.with_name(str(step)))
     if stage or step is not None:
-        raise UserError(f"{path} is no run's folder (no lineage.json): leave stage and step out")
+        raise UserError(f"{path} is no run's folder (no lineage.json); leave stage and step out")
     if folder.parent.name == "checkpoints":
         return _checkpoint(folder)
     if _is_huggingface(folder):
@@ -231,12 +234,11 @@ def open_stage_source(stage: StageConfig) -> StoredModel:
     """Opens the model that `stage.source` names.
 
     Raises:
-      UserError: there is none, or it computes another function than the stage's model.
+      UserError: there is no such model, or its function differs from the stage's model.
     """
     stored = open_stored_model(stage.source)
-    found = stored.weights.config
     for name in _FUNCTION:
-        have, want = getattr(found, name), getattr(stage.model, name)
+        have, want = getattr(stored.weights.config, name), getattr(stage.model, name)
         if not math.isclose(have, want, rel_tol=1e-12):
             raise UserError(
                 f"stage {stage.name}: model.{name} is {want}, but source {stage.source} has "
@@ -246,10 +248,10 @@ def open_stage_source(stage: StageConfig) -> StoredModel:
 
 
 def open_huggingface(folder: pathlib.Path) -> StoredModel:
-    """Opens a folder of Hugging Face files; reads no parameter yet.
+    """Opens a folder of Hugging Face files; does not read the parameters yet.
 
     Raises:
-      UserError: naming the file, tensor or key that is missing, damaged or unknown.
+      UserError: a file, tensor or key is missing, damaged or unknown; the message names it.
     """
     files = HuggingFace(folder)
     tensors = files.tensors
@@ -267,18 +269,19 @@ def open_huggingface(folder: pathlib.Path) -> StoredModel:
 
 
 def _is_huggingface(folder: pathlib.Path) -> bool:
-    """Says whether the folder has a config.json that is not a stage's."""
+    """Says whether the folder has a config.json that does not belong to a stage."""
     file = folder / "config.json"
     if not file.is_file():
         return False
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
-        return True  # `open_huggingface` says what is wrong
+        return True  # `open_huggingface` reports the error
     return not (isinstance(values, dict) and "stage" in values)
 
 
 def _checkpoint(path: pathlib.Path) -> StoredModel:
+    """Opens a checkpoint of a run; folds masks that are below 1."""
     folder = StageFolder.of_checkpoint(path)
     reader = CheckpointReader(path)
     config = folder.experiment()
@@ -303,7 +306,7 @@ def _checkpoint(path: pathlib.Path) -> StoredModel:
 
 
 def _mask(folder: StageFolder, stage: StageConfig, step: int) -> float | None:
-    """The masks' value after that step; None: there are none, or they are at 1."""
+    """Returns the masks' value after that step; None if there are none, or if they are at 1."""
     if not folder.plan.exists() or not Plan.from_json(folder.plan.read_text()).masked:
         return None
     return stage.growth.mask_at(step - folder.start())

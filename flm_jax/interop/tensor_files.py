@@ -1,12 +1,12 @@
-"""Files of named tensors, read and written row by row: safetensors, and PyTorch's older .bin.
+"""Reads and writes files of named tensors by rows: safetensors, and PyTorch's older .bin.
 
-The safetensors format (8 bytes length, a JSON header, raw bytes) is read and written here rather
-than by its library (0.8). The library cannot write a tensor in parts. It reads parts of one through
-a mapping of the file, whose pages stay in the process's memory. Measured on files of 1 GB, float32
-and bfloat16 alike, read in rows of 16 MiB: a peak of 986 MiB above the start, against 32 MiB here,
-and 0.15 s against 0.12 s. Opening the file for every read bounds the peak (66 MiB), but parses
-the header each time: 3.2 s for 2000 small tensors, against 0.02 s. And its errors name no tensor.
-The tests compare files of both.
+This module reads and writes the safetensors format (8 bytes length, a JSON header, raw bytes)
+without its library (0.8). The library cannot write a tensor in parts. It reads parts of a tensor
+through a mapping of the file, whose pages stay in the process's memory. Measured on files of 1 GB,
+float32 and bfloat16 alike, read in rows of 16 MiB: a peak of 986 MiB above the start, against 32
+MiB here, and 0.15 s against 0.12 s. Opening the file for every read bounds the peak (66 MiB), but
+parses the header each time: 3.2 s for 2000 small tensors, against 0.02 s. And its errors name no
+tensor. The tests compare the files of both.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ DTYPES: dict[str, np.dtype] = {
 }
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 WEIGHTS, BIN = "model.safetensors", "pytorch_model.bin"
-_LONGEST_HEADER = 100 << 20  # the library's own bound
+_LONGEST_HEADER = 100 << 20  # bytes; the same limit as in the safetensors library
 _TORCH_NAMES = {"torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16",
                 "torch.bfloat16": "BF16"}  # fmt: skip
 
@@ -42,7 +42,8 @@ class TensorFile(Protocol):
     """One file of tensors.
 
     Attributes:
-      shapes, dtypes: by name.
+      path: the file.
+      shapes, dtypes: shape and dtype of each tensor by name.
     """
 
     path: pathlib.Path
@@ -50,26 +51,31 @@ class TensorFile(Protocol):
     dtypes: dict[str, np.dtype]
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Rows start to stop of a tensor, in its own dtype."""
+        """Reads rows `start` to `stop` of a tensor, in its own dtype."""
 
 
 class SafetensorsFile:
-    """Raises UserError if the file is missing, truncated, or holds what is not a float."""
+    """A safetensors file, read by rows."""
 
     def __init__(self, path: pathlib.Path):
+        """Reads the header.
+
+        Raises:
+          UserError: the file is truncated or damaged, or has a tensor that is not of floats.
+        """
         self.path = path
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, np.dtype] = {}
         self._offsets: dict[str, int] = {}
         header, data = self._header()
         end = data
-        for name, about in header.items():
+        for name, entry in header.items():
             if name == "__metadata__":
                 continue
             try:
-                code, shape, (start, stop) = about["dtype"], about["shape"], about["data_offsets"]
+                code, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
             except (KeyError, TypeError, ValueError):
-                raise self._torn(f"its header says {about!r} of {name}") from None
+                raise self._torn(f"its header has {entry!r} for {name}") from None
             if code not in DTYPES:
                 raise UserError(
                     f"{path}: {name} has dtype {code}; convert it to one of {', '.join(DTYPES)}"
@@ -84,11 +90,12 @@ class SafetensorsFile:
         if end != self._size:
             raise self._torn(f"its tensors end at byte {end:,} of {self._size:,}")
 
-    def _torn(self, what: str) -> UserError:
-        return UserError(f"{self.path}: truncated or damaged: {what}; fetch the file again")
+    def _torn(self, reason: str) -> UserError:
+        """The error for a truncated or damaged file."""
+        return UserError(f"{self.path}: truncated or damaged: {reason}; fetch the file again")
 
     def _header(self) -> tuple[Any, int]:
-        """The header, and where the data begins."""
+        """Reads the header; returns it and the offset of the data in bytes."""
         self._size = self.path.stat().st_size
         with open(self.path, "rb") as file:
             start = file.read(8)
@@ -119,10 +126,14 @@ class SafetensorsFile:
 
 
 class BinFile:
-    """PyTorch's format, by its loader for tensors alone: no code of the file is run."""
+    """PyTorch's format, read with `weights_only=True`, which runs no code from the file."""
 
     def __init__(self, path: pathlib.Path):
-        """Raises UserError without torch, or if the file is damaged or holds other objects."""
+        """Maps the file.
+
+        Raises:
+          UserError: torch is not installed, or the file is damaged or holds other objects.
+        """
         try:
             import torch
         except ImportError:
@@ -133,7 +144,7 @@ class BinFile:
         self.path = path
         try:
             self._tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        except Exception as error:  # torch raises many kinds
+        except Exception as error:  # torch raises many types
             reason = str(error).strip().splitlines()[0]
             raise UserError(
                 f"{path}: torch's loader for weights alone refuses it ({reason}); fetch the file "
@@ -150,20 +161,20 @@ class BinFile:
         import torch
 
         rows = self._tensors[name][start:stop].contiguous()
-        if rows.dtype == torch.bfloat16:  # unknown to numpy
+        if rows.dtype == torch.bfloat16:  # torch cannot convert it to numpy
             return np.asarray(rows.view(torch.int16).numpy()).view(DTYPES["BF16"])
         return np.asarray(rows.numpy())
 
 
 class Tensors:
-    """All tensors of a folder, over its shards."""
+    """All tensors of a folder, across its shards."""
 
     def __init__(self, folder: pathlib.Path):
-        """Reads headers alone.
+        """Reads the headers, not the tensors.
 
         Raises:
-          UserError: no weights; an index that is malformed or names a missing file; a tensor that
-            is not in the file that the index names, or in none of the index.
+          UserError: the folder has no weights, the index is malformed or names a missing file, or
+            index and files disagree about a tensor.
         """
         self.folder = folder
         self.files: dict[str, TensorFile] = {}
@@ -183,8 +194,8 @@ class Tensors:
 
     def _read_index(self, index: pathlib.Path, kind: type[SafetensorsFile] | type[BinFile]) -> None:
         try:
-            where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            names = {name: pathlib.PurePath(file).name for name, file in where.items()}
+            file_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            names = {name: pathlib.PurePath(file).name for name, file in file_of.items()}
         except (ValueError, KeyError, AttributeError, TypeError):
             raise UserError(f"{index}: no JSON object with a weight_map; fetch it again") from None
         by_file = collections.defaultdict(set)
@@ -211,7 +222,15 @@ class Tensors:
             self.files |= dict.fromkeys(expected, shard)
 
     def check(self, expected: Mapping[str, tuple[int, ...]], optional: frozenset[str]) -> None:
-        """Raises UserError, naming file and tensor, unless these are the tensors and shapes."""
+        """Checks names and shapes of the tensors.
+
+        Args:
+          expected: shape of each tensor that must be there.
+          optional: names of further tensors that are allowed.
+
+        Raises:
+          UserError: a tensor is missing, unexpected or of another shape; the message names it.
+        """
         for name, shape in expected.items():
             if name not in self.files:
                 raise UserError(
@@ -231,7 +250,7 @@ class Tensors:
 
     @property
     def num_bytes(self) -> int:
-        """On disk."""
+        """The size of all tensors on disk."""
         return sum(
             math.prod(file.shapes[name]) * file.dtypes[name].itemsize
             for name, file in self.files.items()
@@ -239,12 +258,12 @@ class Tensors:
 
     @property
     def dtype(self) -> np.dtype:
-        """The widest that any tensor has."""
+        """The widest dtype of any tensor."""
         dtypes = {file.dtypes[name] for name, file in self.files.items()}
         return max(dtypes, key=lambda dtype: (dtype.itemsize, dtype.name))
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Rows of a tensor, in its own dtype."""
+        """Reads rows `start` to `stop` of a tensor, in its own dtype."""
         return self.files[name].read(name, start, stop)
 
 
@@ -253,7 +272,7 @@ def _more(names: set[str]) -> str:
 
 
 class TensorsWriter:
-    """A folder of safetensors files in the making, each laid out at once and filled row by row."""
+    """Writes a folder of safetensors files: creates each at its full size, then fills in rows."""
 
     def __init__(
         self,
@@ -262,9 +281,16 @@ class TensorsWriter:
         dtype: np.dtype,
         shard_bytes: int,
     ):
-        """Args: `shard_bytes`: a file is closed when the next tensor would make it larger."""
+        """Creates the files.
+
+        Args:
+          folder: an existing folder.
+          shapes: shape of each tensor by name, in file order.
+          dtype: dtype of all tensors.
+          shard_bytes: a new file is started if the next tensor would make one larger than this.
+        """
         self._dtype, self._shapes = dtype, shapes
-        shards: list[dict[str, int]] = [{}]  # tensor -> where its bytes begin
+        shards: list[dict[str, int]] = [{}]  # tensor -> its offset in the data, in bytes
         size = 0
         for name, shape in shapes.items():
             need = math.prod(shape) * dtype.itemsize
@@ -294,8 +320,8 @@ class TensorsWriter:
         return sum(math.prod(shape) for shape in self._shapes.values()) * self._dtype.itemsize
 
     def _lay_out(self, path: pathlib.Path, shard: Mapping[str, int]) -> int:
-        """Writes the header of a file; returns where its data begins."""
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+        """Creates a file and writes its header; returns the offset of its data in bytes."""
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers requires it
         end = 0
         for name, start in shard.items():
             shape = self._shapes[name]
@@ -310,9 +336,10 @@ class TensorsWriter:
         return 8 + len(text)
 
     def write(self, name: str, start: int, rows: np.ndarray) -> None:
-        """Writes rows from `start` on, rounded to the files' dtype.
+        """Writes rows of a tensor from row `start` on, rounded to the files' dtype.
 
-        Raises UserError if an entry is too large for it.
+        Raises:
+          UserError: an entry is too large for that dtype.
         """
         path, begin = self._place[name]
         row_bytes = math.prod(self._shapes[name][1:]) * self._dtype.itemsize
@@ -330,7 +357,7 @@ class TensorsWriter:
                 view = view[file.write(view) :]
 
     def sync(self) -> None:
-        """All bytes are on the disk when this returns."""
+        """Waits until all bytes are on the disk."""
         for path in {path for path, _ in self._place.values()}:
             with open(path, "rb") as file:
                 os.fsync(file.fileno())

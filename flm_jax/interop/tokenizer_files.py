@@ -1,4 +1,4 @@
-"""What comes along with the weights: tokenizer files, generation_config.json, other keys."""
+"""Copies what belongs to a model beside its weights: tokenizer files and generation settings."""
 
 from __future__ import annotations
 
@@ -12,17 +12,21 @@ from flm_jax.data.tokenizer import byte_alphabet, open_tokenizer
 from flm_jax.errors import UserError
 from flm_jax.interop.hf_config import read_object
 
-# Of a tokenizer and of what else text passes through.
+# Files that define how text becomes tokens, chat templates included.
 _TOKENIZER = ("tokenizer*", "tokenization_*.py", "special_tokens_map.json", "added_tokens.json",
               "vocab.json", "merges.txt", "chat_template*")  # fmt: skip
 _GENERATION = "generation_config.json"
-_MODEL_CODE = ("configuration_*.py", "modeling_*.py")  # of a model that stock tools do not know
-BYTES = "bytes"  # seqio's byte vocabulary: these three, then the bytes
+_MODEL_CODE = ("configuration_*.py", "modeling_*.py")  # for models not in transformers
+BYTES = "bytes"  # seqio's byte vocabulary: three special tokens, then the bytes
 _BYTES_SPECIAL = ("<pad>", "</s>", "<unk>")
 
 
 class Vocabulary:
-    """The tokenizer's files: `path` is a folder, a SentencePiece model, "bytes", or "" for none."""
+    """The files of a tokenizer.
+
+    Attributes:
+      path: a folder, a SentencePiece model, "bytes", or "" for none.
+    """
 
     def __init__(self, path: str):
         self.path = path
@@ -31,7 +35,7 @@ class Vocabulary:
             self._folder = self._folder.parent
 
     def num_tokens(self) -> int | None:
-        """One more than the largest token id; None if there are no files that say it."""
+        """Returns the largest token id plus 1, or None if no file lists the tokens."""
         if self.path == BYTES:
             return len(_BYTES_SPECIAL) + 256
         if self._folder is None:
@@ -48,7 +52,7 @@ class Vocabulary:
         return max(ids) + 1 or None
 
     def special_tokens(self) -> dict[str, Any]:
-        """The ids that config.json shall name, where no config.json beside the files says them."""
+        """Returns the special token ids for config.json; {} if one beside the files has them."""
         if not self.path or self.values():
             return {}
         tokenizer = open_tokenizer(self.path)
@@ -59,12 +63,12 @@ class Vocabulary:
         }
 
     def values(self) -> dict[str, Any]:
-        """config.json of the model that the files came with; {} if there is none."""
+        """Returns the values of the config.json beside the files; {} if there is none."""
         file = (self._folder or pathlib.Path()) / "config.json"
         return read_object(file) if self._folder and file.is_file() else {}
 
     def copy(self, target: pathlib.Path, code: bool = False) -> None:
-        """Copies the files into a folder; with `code` the model's own Python files too."""
+        """Copies the files into a folder; with `code`, also the model's own Python files."""
         if self.path == BYTES:
             _write_byte_tokenizer(target)
         elif self._folder is None:
@@ -79,7 +83,7 @@ class Vocabulary:
 
 
 def write_config(folder: pathlib.Path, values: Mapping[str, Any]) -> None:
-    """config.json, and generation_config.json made to match it."""
+    """Writes config.json, and a generation_config.json that matches it."""
     _write(folder / "config.json", values)
     file = folder / _GENERATION
     generation = read_object(file) if file.exists() else {}
@@ -98,7 +102,7 @@ def _write(file: pathlib.Path, values: Mapping[str, Any]) -> None:
 
 
 def _write_byte_tokenizer(folder: pathlib.Path) -> None:
-    """The byte vocabulary as a byte-level tokenizer.json without merges."""
+    """Writes the byte vocabulary as a byte-level tokenizer.json without merges."""
     import tokenizers
 
     tokens = [*_BYTES_SPECIAL, *byte_alphabet()]
@@ -112,9 +116,9 @@ def _write_byte_tokenizer(folder: pathlib.Path) -> None:
     made.add_special_tokens(list(_BYTES_SPECIAL))
     made.save(str(folder / "tokenizer.json"))
     pad, eos, unknown = _BYTES_SPECIAL
-    about = {"pad_token": pad, "eos_token": eos, "unk_token": unknown}
+    special = {"pad_token": pad, "eos_token": eos, "unk_token": unknown}
     _write(
-        folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **about}
+        folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **special}
     )
 
 
@@ -134,5 +138,5 @@ def _tokenizer_json(file: pathlib.Path) -> Any:
 
     try:
         return tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises no narrower kind
+    except Exception as error:  # the library raises no narrower type
         raise UserError(f"{file}: no tokenizer ({error}); fetch it again") from None

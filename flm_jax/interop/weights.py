@@ -1,7 +1,7 @@
-"""A model's parameters wherever they lie, read block by block: one interface, and what changes it.
+"""One interface to a model's parameters, read block by block from disk or memory.
 
-Everything that goes in or out is a `Weights`: a Hugging Face folder, a checkpoint, a tree in
-memory, or one of these with a change: masks folded in, multipliers folded in, another vocabulary.
+A `Weights` is a Hugging Face folder, a checkpoint, or a tree in memory, or a wrapper that changes
+one of these: it folds in masks or multipliers, or changes the size of the vocabulary.
 """
 
 from __future__ import annotations
@@ -33,11 +33,19 @@ class Weights(Protocol):
         """Config of these parameters."""
 
     def read(self, path: str, index: Index) -> np.ndarray:
-        """A block of a parameter in the axis table's layout, float32 (float64 where stored so)."""
+        """Reads a block of a parameter.
+
+        Args:
+          path: path of the parameter in the axis table.
+          index: one slice per axis, with a step of 1.
+
+        Returns:
+          The block in the axis table's layout, in float32 (float64 if it is stored in float64).
+        """
 
 
 def whole(path: str, config: TransformerConfig) -> Index:
-    """The index of all of a parameter."""
+    """Returns the index that covers a whole parameter."""
     return tuple(slice(0, size) for size in mup.spec(config).shape(path))
 
 
@@ -52,11 +60,11 @@ def place(weights: Weights, shardings: Any) -> dict[str, Any]:
     """Reads all parameters onto devices; every process reads only its own part.
 
     Args:
-      weights: what to read.
+      weights: the parameters.
       shardings: nested dicts with a sharding for each parameter.
 
     Returns:
-      Arrays in the same nested dicts.
+      Nested dicts of arrays, with the structure of `shardings`.
     """
     config = weights.config
     spec = mup.spec(config)
@@ -79,17 +87,17 @@ class HuggingFace:
     """A folder with config.json and safetensors or .bin files.
 
     Attributes:
-      described: its config.json.
-      tensors: its files.
-      config: the model's.
+      described: contents of its config.json.
+      tensors: its weight files.
+      config: config of the model after `described.scales` are applied.
     """
 
     def __init__(self, folder: pathlib.Path):
         """Reads config.json and the files' headers.
 
         Raises:
-          UserError: naming file and tensor, if a file is missing or damaged, or the tensors are
-            not those of the architecture.
+          UserError: a file is missing or damaged, or the tensors are not those of the
+            architecture. The message names file and tensor.
         """
         self.described = hf_config.read(folder)
         self.config = self.described.config
@@ -98,7 +106,7 @@ class HuggingFace:
         expected = names.shapes(self._table, self._sizes)
         head = TENSORS["head"].name
         if self.described.tied:
-            del expected[head]  # some files hold it nevertheless
+            del expected[head]  # some files have it nevertheless
         buffers = (f"model.layers.{i}.self_attn.rotary_emb.inv_freq"
                    for i in range(self.config.num_layers))  # fmt: skip
         self.tensors.check(expected, frozenset({head, *buffers}))
@@ -111,7 +119,7 @@ class HuggingFace:
         return self._read(path, 0, index)
 
     def _read(self, path: str, layer: int, index: Index) -> np.ndarray:
-        """Rows of the tensor, cut on the other axes once they are read."""
+        """Reads the rows of one tensor that `index` needs, then cuts its other axes."""
         tensor = TENSORS["embedding" if path == "head" and self.described.tied else path]
         param = self._table[path]
         own = names.own_axes(param)
@@ -128,13 +136,13 @@ class HuggingFace:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """The parameters of a checkpoint of this library; nothing else in it is read."""
+    """The parameters in a checkpoint of this library, without its optimizer state."""
 
     reader: CheckpointReader
     config: TransformerConfig
 
     def __post_init__(self) -> None:
-        """Raises UserError if its parameters are not the config's."""
+        """Raises UserError if the checkpoint's parameters do not match the config."""
         spec = mup.spec(self.config)
         for path in spec.table:
             leaf = self.reader.leaves.get(f"params/{path}")
@@ -157,7 +165,7 @@ class Tree:
     config: TransformerConfig
 
     def __post_init__(self) -> None:
-        """Raises UserError if they are not the config's."""
+        """Raises UserError if the parameters do not match the config."""
         leaves, spec = dict(trees.flatten(self.params)), mup.spec(self.config)
         for path in dict.fromkeys([*spec.table, *leaves]):
             have = leaves[path].shape if path in leaves else "missing"
@@ -174,7 +182,7 @@ class Tree:
 
 @dataclasses.dataclass(frozen=True)
 class Changed:
-    """Weights whose blocks are changed one by one; shapes stay."""
+    """Weights with a function applied to each block; shapes do not change."""
 
     inner: Weights
     config: TransformerConfig
@@ -185,7 +193,13 @@ class Changed:
 
 
 def scaled(weights: Weights, config: TransformerConfig, scales: Mapping[str, float]) -> Weights:
-    """Parameters times a number of their own, which makes them those of `config`."""
+    """Multiplies parameters by a factor each.
+
+    Args:
+      weights: the parameters.
+      config: config of the result.
+      scales: the factor for each path; a path that is not in it keeps its values.
+    """
 
     def change(x: np.ndarray, path: str, index: Index) -> np.ndarray:
         return x * np.asarray(scales[path], x.dtype) if path in scales else x
@@ -194,7 +208,7 @@ def scaled(weights: Weights, config: TransformerConfig, scales: Mapping[str, flo
 
 
 def folded(weights: Weights, masks: Masks) -> Weights:
-    """A masked model as a plain one: see `growth/fold.py`."""
+    """Folds run-time masks into the parameters; see `growth/folding.py`."""
     table = axes.table(weights.config)
     return Changed(
         weights,
@@ -205,19 +219,19 @@ def folded(weights: Weights, masks: Masks) -> Weights:
 
 @dataclasses.dataclass(frozen=True)
 class Resized:
-    """Another number of tokens: zero rows after the old ones, or rows cut off."""
+    """Weights with another vocabulary size: zero rows are added at the end, or rows removed."""
 
     inner: Weights
     config: TransformerConfig
 
     def read(self, path: str, index: Index) -> np.ndarray:
-        names_of = axes.table(self.config)[path].axes
-        if "vocab" not in names_of:
+        axis_names = axes.table(self.config)[path].axes
+        if "vocab" not in axis_names:
             return self.inner.read(path, index)
-        dim, have = names_of.index("vocab"), self.inner.config.vocab_size
+        dim, have = axis_names.index("vocab"), self.inner.config.vocab_size
         wanted = index[dim]
         kept = slice(min(wanted.start, have), min(wanted.stop, have))
         x = self.inner.read(path, (*index[:dim], kept, *index[dim + 1 :]))
-        more = [(0, 0)] * x.ndim
-        more[dim] = (0, (wanted.stop - wanted.start) - (kept.stop - kept.start))
-        return np.pad(x, more)
+        padding = [(0, 0)] * x.ndim
+        padding[dim] = (0, (wanted.stop - wanted.start) - (kept.stop - kept.start))
+        return np.pad(x, padding)
