@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flm_jax import growth
-from flm_jax.config import MeshConfig, OptimizerConfig, StageConfig, TransformerConfig
+from flm_jax.config import GrowthConfig, MeshConfig, OptimizerConfig, StageConfig, TransformerConfig
 from flm_jax.params import axes, mup, sharding, trees
 from flm_jax.params.dtypes import wide
 from flm_jax.train import optim, schedules, train_step
@@ -128,11 +128,14 @@ def numpy_logits(config: TransformerConfig, params, tokens, segments, positions)
     return logits
 
 
-def trained(model, state, batches):
+def trained(model, state, batches, growth=None, grown_at=None):
     """The state after one step per batch, with decay but without clipping; None: a fresh state."""
-    stage = StageConfig("a", model, 1, 1, learning_rate=0.01, matrix_learning_rate=0.02)
+    stage = StageConfig(
+        "a", model, 100, 1, learning_rate=0.01, matrix_learning_rate=0.02,
+        growth=growth or GrowthConfig(),
+    )  # fmt: skip
     settings = OptimizerConfig(clip_norm=1e9, eps=1e-3, weight_decay=0.1)
-    tx = optim.optimizer(stage, settings, schedules.steady)
+    tx = optim.optimizer(stage, settings, schedules.steady, grown_at)
     if state is None:
         params = random_params(model, 5)
         state = TrainState(jnp.int32(0), params, tx.init(params))

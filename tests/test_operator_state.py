@@ -86,9 +86,10 @@ def test_mup_and_carried_rates_agree_when_all_widths_tile_equally():
         state = TrainState(jnp.int32(0), params, (tx.init(params),))
         plan = growth.plan(small, big, "tile", rates="carry")
         adam = grow(state, plan, KEY).opt_state[0]
-        for path, scale in zip(TABLE, adam.step_scale, strict=True):
-            for axis, role in zip(TABLE[path].axes, TABLE[path].roles, strict=True):
-                scale = scale * (adam.share[axis][0] if role is axes.Role.IN else 1)
+        for path, scale in zip(TABLE, adam.step_scale[0], strict=True):
+            for kind, dims in TABLE[path].slots.items():
+                if TABLE[path].roles[dims[0]] is axes.Role.IN:
+                    scale = scale * adam.share[kind][0, 0]
             assert float(scale) == pytest.approx(1), path
 
 

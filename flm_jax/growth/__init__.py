@@ -1,17 +1,28 @@
 """Growth: plans as data, and pure functions that apply them to parameters and train states."""
 
-from flm_jax.growth._plan import LockedCopiesWarning, Plan, norm_eps, plan
+from flm_jax.growth._plan import (
+    LockedCopiesWarning,
+    Plan,
+    UnfinishedRampWarning,
+    UselessNoiseWarning,
+    norm_eps,
+    plan,
+)
 from flm_jax.growth.apply import grow
 from flm_jax.growth.folding import fold
 from flm_jax.growth.mesh import grow_on_mesh, growth_program
+from flm_jax.growth.moments import register_moments
 
 __all__ = [
     "LockedCopiesWarning",
     "Plan",
+    "UnfinishedRampWarning",
+    "UselessNoiseWarning",
     "fold",
     "grow",
     "grow_on_mesh",
     "growth_program",
     "norm_eps",
     "plan",
+    "register_moments",
 ]

@@ -21,9 +21,9 @@ import jax.numpy as jnp
 from flm_jax import mapping
 from flm_jax.config import MOMENTS, RATES, TransformerConfig
 from flm_jax.errors import UserError
-from flm_jax.growth import operators
+from flm_jax.growth import locks, operators
 from flm_jax.growth.expansion import Expansion
-from flm_jax.params import axes, mup, trees
+from flm_jax.params import mup, trees
 from flm_jax.params.axes import ModelSpec, Role, Table
 
 VERSION = 2
@@ -41,6 +41,14 @@ _KEPT = {
 
 class LockedCopiesWarning(UserWarning):
     """Copies that will never diverge from their source."""
+
+
+class UnfinishedRampWarning(UserWarning):
+    """A growth of a state whose multipliers are still fading from an earlier growth."""
+
+
+class UselessNoiseWarning(UserWarning):
+    """Noise for copies, in a growth without copies that it could separate."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,21 +162,28 @@ class Plan:
             return tuple(self.by_axis["layers"].index.tolist())
         return tuple(range(self.small.sizes["layers"]))
 
-    @property
-    def lockable(self) -> tuple[Expansion, ...]:
-        """Expansions whose copies start with the same activations and weights as their source.
+    @functools.cached_property
+    def stacks(self) -> frozenset[str]:
+        """Axes that stack layers."""
+        return frozenset(
+            axis for param in self.table.values() for axis in param.axes
+            if param.has(Role.STACK, axis)
+        )  # fmt: skip
 
-        Only noise or different moments separate such copies. Other copies differ from the start:
-        layers by their place, repeated key/value heads by their queries, AKI's copies by their
-        inputs.
+    def locks(self, state: Any = None) -> dict[str, tuple[int, ...]]:
+        """Finds the copies that will never differ from an earlier slot of the same source.
+
+        Whether they can follows from the values, moments, ages and multipliers of all that reads
+        and writes them (`locks.py`).
+
+        Args:
+          state: the `TrainState`, or its optimizer state, before the growth. None: every slot is
+            taken to have a history. Parameters alone have none: a new optimizer treats all alike.
+
+        Returns:
+          axis -> positions of such copies on the grown axis; an axis without any is left out.
         """
-        return tuple(
-            e
-            for e in self.expansions
-            if e.axis in axes.WIDTHS
-            and not (e.silenced or e.splits or e.learned or e.ahead.any())
-            and e.even_copies.any()
-        )
+        return locks.locked(self, None if state is None else locks.history(state, self))
 
     def value_scale(self, path: str) -> float:
         """Factor on values that keeps `multiplier * parameter` when the multiplier changes."""
@@ -274,6 +289,7 @@ def plan(
 
     Warns:
       LockedCopiesWarning: copies would never diverge from their source.
+      UselessNoiseWarning: noise_db is set, but there are no copies that noise can separate.
 
     >>> from flm_jax import Param, grow
     >>> table = {"up": Param.of("embed:in mlp:out"), "down": Param.of("mlp:in embed:out")}
@@ -294,16 +310,23 @@ def plan(
         )
     expansions = operators.expansions(recipe, before.sizes, after.sizes, distances)
     big = _with_norm_eps(big, before.norm_eps, after.norm_eps, expansions, recipe)
-    if any(e.learned for e in expansions):
+    learned = [e.axis for e in expansions if e.learned]
+    if learned:
         moments = "reset"  # a dense map mixes the histories of slots
+        if rates != "target":
+            raise UserError(
+                f"growth.rates is {rates!r}, but axis {learned[0]!r} grows by a dense map, which "
+                "mixes the slots' steps, so that no factor keeps them; use rates 'target'"
+            )
     made = Plan(recipe, small, big, expansions, moments, rates, noise_db)
-    if made.lockable and not noise_db and moments != "asym":
-        names = ", ".join(f"{e.axis} ({e.operator})" for e in made.lockable)
+    if found := made.locks():
+        warnings.warn(locks.warning(made, found), LockedCopiesWarning, stacklevel=2)
+    if noise_db and all(locks.noised(made, param) is None for param in made.table.values()):
+        names = ", ".join(f"{e.axis} ({e.operator})" for e in expansions) or "none"
         warnings.warn(
-            f"recipe {recipe!r} with moments {moments!r}: copies on {names} never diverge from "
-            "their source; use moments 'asym', set noise_db (10 is usual), or use operator "
-            "'uneven' on the axes that it can grow",
-            LockedCopiesWarning,
+            f"growth.noise_db is {noise_db} without effect: noise separates copies that share an "
+            f"activation, and the growing axes ({names}) have none; set noise_db to 0",
+            UselessNoiseWarning,
             stacklevel=2,
         )
     return made

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flm_jax.errors import UserError
-from flm_jax.growth import moments
+from flm_jax.growth import locks, moments
 from flm_jax.growth._plan import Plan
 from flm_jax.growth.expansion import (
     DenseMaps,
@@ -132,8 +132,9 @@ def grow_value(
         if following is None:
             following = jnp.take(x, next_layer(np.arange(len(x)), len(x)), axis=0)
         grown = jnp.where(ahead, copies(following), grown)
-    if plan.noise_db:
-        grown = grown + _separating_noise(grown, param, plan, noise_key)
+    dim = locks.noised(plan, param)
+    if dim is not None:
+        grown = grown + _separating_noise(grown, param, dim, plan, noise_key)
     new = marked(lambda e, role: None if e.learned else e.new)
     if new is not None:
         shape = plan.big.shape(path)
@@ -186,25 +187,29 @@ def _with_mean_slots(x: jax.Array, param: Param, e: Expansion, key: jax.Array) -
     return jnp.moveaxis(jnp.concatenate([rows, new]), 0, dim)
 
 
-def _separating_noise(grown: jax.Array, param: Param, plan: Plan, key: jax.Array) -> jax.Array:
-    """Noise for readers of copies. It sums to zero over a slot's copies, so the function stays.
+def _separating_noise(
+    grown: jax.Array, param: Param, dim: int, plan: Plan, key: jax.Array
+) -> jax.Array:
+    """Noise for a reader of copies. It sums to zero over a slot's copies, so the function stays.
 
     With two copies it is +N and -N (HyperCloning, arXiv 2409.12903, section 3). Its power is
     `plan.noise_db` below that of the parameter.
     """
-    for dim, e, role in grown_dims(param, plan.by_axis):
-        if role is not Role.IN or e not in plan.lockable:
-            continue
-        rms = jnp.sqrt(jnp.mean(jnp.square(grown)))
-        noise = jnp.moveaxis(draws.unit_normal(key, grown.shape, grown.dtype), dim, 0)
-        count = np.bincount(e.index[~e.new], minlength=e.source)[e.index] * ~e.new
-        bucket = np.where(e.new, e.source, e.index)
-        sums = jax.ops.segment_sum(noise, jnp.asarray(bucket), num_segments=e.source + 1)
-        shape = (-1,) + (1,) * (grown.ndim - 1)
-        mean = sums[bucket] / np.maximum(count, 1).astype(grown.dtype).reshape(shape)
-        # Subtracting the mean leaves (c - 1) / c of the variance. Slots without copies get none.
-        kept = np.sqrt(count / np.maximum(count - 1, 1)) * (count > 1)
-        centred = (noise - mean) * kept.astype(grown.dtype).reshape(shape)
-        level = jnp.asarray(10 ** (-plan.noise_db / 20), grown.dtype)
-        return jnp.moveaxis(centred, 0, dim) * rms * level
-    return jnp.zeros((), grown.dtype)
+    e = plan.by_axis[param.axes[dim]]
+    noise = jnp.moveaxis(draws.unit_normal(key, grown.shape, grown.dtype), dim, 0)
+    shape = (-1,) + (1,) * (grown.ndim - 1)
+    # Summed copy by copy: a segment sum along an axis that a mesh does not divide is wrong (XLA),
+    # and its order of additions is not defined.
+    total = jnp.zeros((e.source, *noise.shape[1:]), grown.dtype)
+    for slots, there in e.occurrences:
+        part = jnp.take(noise, slots, axis=0)
+        total = total + jnp.where(there.reshape(shape), part, jnp.zeros((), grown.dtype))
+    count = e.copies * ~e.new
+    source = np.maximum(e.index, 0)
+    mean = jnp.take(total, source, axis=0) / np.maximum(count, 1).astype(grown.dtype).reshape(shape)
+    # Subtracting the mean leaves (c - 1) / c of the variance. Slots without copies get none.
+    kept = np.sqrt(count / np.maximum(count - 1, 1)) * (count > 1)
+    centred = (noise - mean) * kept.astype(grown.dtype).reshape(shape)
+    rms = jnp.sqrt(jnp.mean(jnp.square(grown)))
+    level = jnp.asarray(10 ** (-plan.noise_db / 20), grown.dtype)
+    return jnp.moveaxis(centred, 0, dim) * rms * level

@@ -194,16 +194,38 @@ class Expansion:
         return first
 
     @property
-    def even_copies(self) -> np.ndarray:
-        """bool [target]: a copy with the same weight as the old slot."""
-        own = np.append(self.weight[self.first], np.nan)  # NEW (-1) picks the last
-        even: np.ndarray = self.added & (self.weight == own[self.index])
-        return even
+    def copies(self) -> np.ndarray:
+        """int64 [target]: number of slots with the same source; for new slots arbitrary."""
+        counts: np.ndarray = np.bincount(self.index[~self.new], minlength=self.source)[self.index]
+        return counts
+
+    @property
+    def occurrences(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The n-th slot with each source, for n = 0, 1, ..: slots [source], whether it exists."""
+        where: list[list[int]] = [[] for _ in range(self.source)]
+        for slot, source in enumerate(self.index.tolist()):
+            if source != NEW:
+                where[source].append(slot)
+        most = max((len(slots) for slots in where), default=0)
+        padded = np.array([[*s, *[-1] * (most - len(s))] for s in where], int).reshape(-1, most)
+        return [(np.maximum(slots, 0), slots >= 0) for slots in padded.T]
 
     @property
     def silenced(self) -> bool:
         """Whether its copies are hidden by masks or zeros, and therefore have no weights."""
         return self.masked or Role.STACK.value in self.zero
+
+    def keeps_history(self, moments: str) -> np.ndarray:
+        """Marks the slots that keep their optimizer history: bool [target].
+
+        Args:
+          moments: "dual", "asym" or "reset" (`Plan`).
+        """
+        if moments == "reset":
+            return np.zeros(self.target, bool)
+        if moments == "asym" or self.silenced or self.ahead.any():
+            return ~self.added
+        return ~self.new
 
     @property
     def identity(self) -> bool:
@@ -288,11 +310,27 @@ def _continues(run: Run, slot: int, weight: float) -> bool:
 Expansions = Mapping[str, Expansion]
 
 
+def divides(param: Param, e: Expansion) -> bool:
+    """Whether the parameter has the axis that e divides among its copies.
+
+    Its entries are then only laid out differently: none is weighted, and none is added.
+    """
+    return e.splits in param.axes
+
+
 def grown_dims(param: Param, expansions: Expansions) -> Iterator[tuple[int, Expansion, Role]]:
-    """Yields the dimensions of a parameter that grow, with expansion and role."""
+    """Yields the dimensions of a parameter in which it gets entries, with expansion and role."""
     for dim, (axis, role) in enumerate(zip(param.axes, param.roles, strict=True)):
-        if axis in expansions:
-            yield dim, expansions[axis], role
+        e = expansions.get(axis)
+        if e is not None and not divides(param, e):
+            yield dim, e, role
+
+
+def split(x: jax.Array, dim: int, parts: int) -> jax.Array:
+    """Divides dimension dim + 1 among copies: [.., k, g, ..] -> [.., k parts, g / parts, ..]."""
+    shape = list(x.shape)
+    shape[dim : dim + 2] = [shape[dim] * parts, shape[dim + 1] // parts]
+    return x.reshape(shape)
 
 
 def gather(
@@ -315,6 +353,10 @@ def gather(
     Returns:
       x at the target's shape. New slots hold arbitrary entries.
     """
+    for dim, axis in enumerate(param.axes):
+        e = expansions.get(axis)
+        if e is not None and divides(param, e) and not (window and window[dim]):
+            x = split(x, dim, e.target // e.source)
     for dim, e, role in grown_dims(param, expansions):
         if window and window[dim]:
             continue
@@ -322,12 +364,6 @@ def gather(
             maps = e.learned.arrays(e.source) if dense is None else dense[e.axis]
             matrix = jnp.asarray(maps.matrix(role), x.dtype)
             x = jnp.moveaxis(jnp.tensordot(matrix, x, axes=(1, dim)), 0, dim)
-        elif e.splits in param.axes:
-            # [.., k, g, ..] -> [.., k r, g / r, ..]: each copy gets its part of the other axis.
-            parts = e.target // e.source
-            shape = list(x.shape)
-            shape[dim : dim + 2] = [shape[dim] * parts, shape[dim + 1] // parts]
-            x = x.reshape(shape)
         elif len(e.runs) <= _FEW_RUNS:
             # Slices and zeros move between neighbours on a mesh. A gather by index would bring the
             # whole axis to every device.
@@ -371,8 +407,6 @@ def weighted(
     """
     factor = jnp.asarray(scale**power, x.dtype)
     for dim, e, role in grown_dims(param, expansions):
-        if e.splits in param.axes:
-            continue
         on_axis = e.factor(role, dual=dual, carried=e.axis in param.carries)
         if on_axis is not None:
             here = slots_in(jnp.asarray(on_axis**power, x.dtype), window[dim] if window else None)

@@ -150,7 +150,9 @@ def first_steps(
     if not plan.expansions:
         return {"dead_slots": 0, "locked_copies": 0, "first_update_over_lr": 0.0}
     spec = mup.spec(stage.model)
-    adam = optim.scale_by_slot_adam(spec, settings.b1, settings.b2, settings.eps)
+    steps = int(slot_adam(state).steps)
+    growth = optim.since_growth(stage, steps)._replace(added_rate=1.0)
+    adam = optim.scale_by_slot_adam(spec, settings.b1, settings.b2, settings.eps, growth)
     rate = optim.scale_by_mup_learning_rate(
         spec, stage.learning_rate, stage.matrix_learning_rate, schedules.steady
     )

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from flm_jax.growth import moments
 from flm_jax.growth._plan import Plan
 from flm_jax.growth.apply import grow
 from flm_jax.params import sharding
@@ -54,6 +55,7 @@ def grow_on_mesh(
     Returns:
       The grown state.
     """
+    moments.check(state.opt_state, plan)
     mesh, rules = source
     same_order = Mesh(
         target.mesh.devices.reshape(mesh.devices.shape), mesh.axis_names, mesh.axis_types

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from flm_jax.growth._plan import Plan
-from flm_jax.growth.expansion import any_slot
-from flm_jax.growth.moments import carried, grow_moment
+from flm_jax.growth.expansion import NEW, Expansion, any_slot, grown_dims
+from flm_jax.growth.moments import grow_moment
 from flm_jax.params import trees
-from flm_jax.params.axes import Role
+from flm_jax.params.axes import Param, Role
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,10 +108,9 @@ def gradient_error(plan: Plan, source: Mapping[str, Any], target: Mapping[str, A
         trees.flatten(source), trees.flatten(target), strict=True
     ):
         param = plan.table[path]
-        splits = [e.splits for e in plan.expansions if e.splits and e.axis in param.axes]
-        if any(axis not in param.axes for axis in splits):
+        if any(e.splits for _, e, _ in grown_dims(param, plan.by_axis)):
             continue
-        restarted = any_slot(param, plan.by_axis, lambda e, role: ~carried(e, "dual"))
+        restarted = any_slot(param, plan.by_axis, lambda e, role: ~e.keeps_history("dual"))
         error = jnp.abs(grow_moment(before, path, dual, power=1) - after)
         error = error if restarted is None else jnp.where(restarted, 0, error)
         worst = jnp.maximum(worst, jnp.max(error))
@@ -160,22 +159,55 @@ def dead_slots(plan: Plan, grads: Mapping[str, Any]) -> jax.Array:
 
 
 def locked_copies(plan: Plan, params: Mapping[str, Any], grads: Mapping[str, Any]) -> jax.Array:
-    """Counts copies whose parameters and gradients all equal those of their source; int32.
+    """Counts copies that are still in proportion to an earlier slot of the same source; int32.
 
-    They count as equal within 1e-6 of their size. Kernels may sum the columns of one matrix in
-    different orders, so that equal copies differ in their last bits after a step.
+    Proportional means: their parameters and their gradients differ by the growth's own factors
+    alone (`Plan.locks` predicts the count). They count as equal within 1e-6 of their size. Kernels
+    may sum the columns of one matrix in different orders, so that equal copies differ in their last
+    bits after a step.
     """
-    locked = jnp.zeros((), jnp.int32)
+    total = jnp.zeros((), jnp.int32)
     for e in plan.expansions:
-        copies = np.flatnonzero(e.added & ~e.new)
-        if not len(copies):
-            continue
-        first = e.first[e.index[copies]]
-        same = jnp.ones(len(copies), bool)
-        for value, grad in zip(
-            _slices(plan, params, e.axis), _slices(plan, grads, e.axis), strict=True
-        ):
-            for x in (value, grad):
-                same &= _norm(x[copies] - x[first]) <= 1e-6 * _norm(x[first])
-        locked += jnp.sum(same, dtype=jnp.int32)
-    return locked
+        locked = jnp.zeros(e.target, bool)
+        for slots, earlier in _pairs(e):
+            same = jnp.ones(len(slots), bool)
+            for path, param in plan.table.items():
+                if e.axis not in param.axes or (e.axis == "vocab" and param.has(Role.IN, "vocab")):
+                    continue
+                for tree, dual in ((params, False), (grads, True)):
+                    same &= _proportional(tree, path, param, e, slots, earlier, dual)
+            locked = locked.at[slots].set(locked[slots] | same)
+        total += jnp.sum(locked, dtype=jnp.int32)
+    return total
+
+
+def _pairs(e: Expansion) -> list[tuple[np.ndarray, np.ndarray]]:
+    """All pairs of slots with one source: for each distance in their order (slots, earlier)."""
+    order = np.argsort(e.index, kind="stable")
+    order = order[e.index[order] != NEW]
+    source = e.index[order]
+    most = int(np.bincount(source).max()) if len(source) else 0
+    pairs = []
+    for distance in range(1, most):
+        equal = source[distance:] == source[:-distance]
+        pairs.append((order[distance:][equal], order[:-distance][equal]))
+    return pairs
+
+
+def _proportional(
+    tree: Mapping[str, Any],
+    path: str,
+    param: Param,
+    e: Expansion,
+    slots: np.ndarray,
+    earlier: np.ndarray,
+    dual: bool,
+) -> jax.Array:
+    """Whether a leaf at `slots` is in the growth's proportion to `earlier`; bool."""
+    dim = param.axes.index(e.axis)
+    leaf = jnp.moveaxis(jnp.asarray(dict(trees.flatten(tree))[path]), dim, 0)
+    factor = e.factor(param.roles[dim], dual=dual, carried=e.axis in param.carries)
+    ratio = np.ones(len(slots)) if factor is None else factor[slots] / factor[earlier]
+    shape = (-1,) + (1,) * (leaf.ndim - 1)
+    expected = leaf[earlier] * jnp.asarray(ratio, leaf.dtype).reshape(shape)
+    return _norm(leaf[slots] - expected) <= 1e-6 * _norm(expected)

@@ -23,9 +23,12 @@ from flm_jax.errors import UserError
 from flm_jax.growth._plan import Plan
 from flm_jax.growth.apply import grow_value, leaf_key, looks_ahead, next_layer
 from flm_jax.growth.expansion import NEW
+from flm_jax.growth.moments import check as check_state
 from flm_jax.growth.moments import grow_moment, grow_slots
 from flm_jax.params.axes import Table
+from flm_jax.store.checkpoint import by_name
 from flm_jax.store.chunked import chunk_shape
+from flm_jax.store.earlier import upgraded
 from flm_jax.train.optim import SlotAdamState
 from flm_jax.train.train_step import TrainState
 
@@ -284,24 +287,20 @@ def _grow_small(
     source: Source, target: Target, names: TrainState, large: Collection[str], plan: Plan
 ) -> int:
     """Grows all leaves that are not shaped like a parameter; returns the bytes written."""
-    written = 0
-
-    def copy(name: str, value: Any) -> None:
-        nonlocal written
-        if name not in large:
-            array = np.asarray(value)
-            target.write(name, None, array)
-            written += array.nbytes
+    state = jax.tree.map(lambda name: None if name in large else source.read(name), names)
 
     def is_adam(node: Any) -> bool:
         return isinstance(node, SlotAdamState)
 
-    for node in jax.tree.leaves(names, is_leaf=is_adam):
-        if is_adam(node):
-            slot_names = node._replace(mu={}, nu={})
-            values = jax.tree.map(source.read, slot_names)
-            grown = jax.jit(functools.partial(grow_slots, plan=plan))(values)
-            jax.tree.map(copy, slot_names, grown)
-        elif node not in large:
-            copy(node, source.read(node))
+    state = upgraded(state)
+    check_state(state.opt_state, plan)
+    slots = jax.jit(functools.partial(grow_slots, plan=plan))
+    grown = jax.tree.map(
+        lambda node: slots(node) if is_adam(node) else node, state, is_leaf=is_adam
+    )
+    written = 0
+    for name, value in by_name(grown).items():
+        array = np.asarray(value)
+        target.write(name, None, array)
+        written += array.nbytes
     return written

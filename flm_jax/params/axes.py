@@ -41,6 +41,10 @@ class Role(enum.StrEnum):
 # not widths.
 WIDTHS = frozenset({"embed", "mlp", "kv_heads", "q_per_kv"})
 
+# The slots of a parameter with both axes are query heads. An operator can divide the queries of a
+# key/value head among its copies (`repeat`), which changes neither their number nor their order.
+QUERY_HEADS = ("kv_heads", "q_per_kv")
+
 
 @dataclasses.dataclass(frozen=True)
 class Param:
@@ -98,6 +102,21 @@ class Param:
     def writes(self) -> frozenset[str]:
         """The axes that it writes."""
         return frozenset(a for a, r in zip(self.axes, self.roles, strict=True) if r is Role.OUT)
+
+    @property
+    def slots(self) -> dict[str, tuple[int, ...]]:
+        """Its kinds of slots: name -> dimensions. One for each axis, except "query_heads", for two.
+
+        >>> Param.of("embed:in kv_heads:out q_per_kv:out head_dim:out").slots
+        {'embed': (0,), 'query_heads': (1, 2), 'head_dim': (3,)}
+        """
+        kinds: dict[str, tuple[int, ...]] = {}
+        for dim, axis in enumerate(self.axes):
+            if self.axes[dim : dim + 2] == QUERY_HEADS:
+                kinds["query_heads"] = (dim, dim + 1)
+            elif self.axes[max(dim - 1, 0) : dim + 1] != QUERY_HEADS:
+                kinds[axis] = (dim,)
+        return kinds
 
     @property
     def stacked(self) -> bool:
@@ -207,6 +226,19 @@ class ModelSpec:
     def shape(self, path: str) -> tuple[int, ...]:
         """The shape of the parameter at `path`."""
         return self.table[path].shape(self.sizes)
+
+    @functools.cached_property
+    def slots(self) -> dict[str, tuple[str, ...]]:
+        """All kinds of slots (`Param.slots`) in sorted order: name -> axes."""
+        kinds: dict[str, tuple[str, ...]] = {}
+        for param in self.table.values():
+            for name, dims in param.slots.items():
+                kinds[name] = tuple(param.axes[dim] for dim in dims)
+        return dict(sorted(kinds.items()))
+
+    def count(self, kind: str) -> int:
+        """Number of slots of a kind."""
+        return math.prod(self.sizes[axis] for axis in self.slots[kind])
 
 
 @functools.lru_cache

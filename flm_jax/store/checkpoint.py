@@ -19,6 +19,7 @@ from orbax.checkpoint import v1 as ocp
 
 from flm_jax.errors import UserError
 from flm_jax.params import trees
+from flm_jax.store.earlier import as_stored, upgraded
 
 Tree = TypeVar("Tree")
 
@@ -92,8 +93,11 @@ class Checkpoints:
           UserError: the checkpoint has other leaves, shapes or dtypes; no value is made up.
         """
         metadata = self._checkpointer.metadata(step)
-        check_fits(self.path(step), shapes(metadata.metadata), shapes(like))
-        return self._checkpointer.load(step, like), dict(metadata.custom_metadata)
+        stored = shapes(metadata.metadata)
+        like = as_stored(like, stored)
+        check_fits(self.path(step), stored, shapes(like))
+        state = upgraded(self._checkpointer.load(step, like))
+        return state, dict(metadata.custom_metadata)
 
     def wait(self) -> None:
         """Waits until the current checkpoint is complete on disk."""

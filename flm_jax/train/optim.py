@@ -20,25 +20,27 @@ from flm_jax.config import OptimizerConfig, StageConfig, require_type
 from flm_jax.params import axes, mup, trees
 from flm_jax.params.axes import ModelSpec, Param, Role
 from flm_jax.params.dtypes import wide
-from flm_jax.params.trees import along
 from flm_jax.train.schedules import Schedule
 
 
 class SlotAdamState(NamedTuple):
     """Adam's state, with ages and multipliers that differ from slot to slot.
 
-    The multipliers are all 1 until a growth with rates "carry" or "ramp" (`growth/moments.py`).
-    Slots with `sourced` 0 are exempt from `step_scale` and `eps_scale`.
+    A slot is an index of an axis; parameters with query heads count these (`Param.slots`). The
+    multipliers are all 1 until a growth with rates "carry" or "ramp" (`growth/moments.py`). They
+    have one row for each growth: an entry takes the row of the growth that created its newest slot.
+    What is in force is the multiplier to the power `kept`.
     """
 
     steps: jax.Array  # int32: updates done
     mu: Any
     nu: Any
-    born: dict[str, jax.Array]  # axis -> int32 [size]: `steps` when the slot was added
-    share: dict[str, jax.Array]  # axis -> [size]: factor on readers' steps and writers' eps
-    sourced: dict[str, jax.Array]  # axis -> [size]: 1, or 0 for slots without a source
-    step_scale: jax.Array  # [parameters], in the table's order: factor on steps
-    eps_scale: jax.Array  # [parameters], in the table's order: factor on eps
+    born: dict[str, jax.Array]  # kind of slot -> int32 [size]: `steps` when the slot was added
+    created: dict[str, jax.Array]  # kind of slot -> int32 [size]: row of its multipliers
+    share: dict[str, jax.Array]  # kind -> [rows, size]: factor on readers' steps and writers' eps
+    step_scale: jax.Array  # [rows, parameters], in the table's order: factor on steps
+    eps_scale: jax.Array  # [rows, parameters], in the table's order: factor on eps
+    kept: jax.Array  # exponent of all multipliers: 1, or falling to 0 during a ramp
 
 
 class SinceGrowth(NamedTuple):
@@ -66,17 +68,18 @@ def _map(table: axes.Table, function: Callable[..., Any], *nested: Any) -> Any:
 
 
 def _combined(
+    spec: ModelSpec,
     param: Param,
     vectors: dict[str, jax.Array],
     combine: Callable[[jax.Array, jax.Array], jax.Array],
     applies: Callable[[Param, str, Role], bool] = lambda param, axis, role: True,
 ) -> jax.Array:
-    """Combines per-axis vectors by broadcasting, over the parameter's axes that `applies` picks."""
-    parts = [
-        along(vectors[axis], dim, len(param.axes))
-        for dim, (axis, role) in enumerate(zip(param.axes, param.roles, strict=True))
-        if applies(param, axis, role)
-    ]
+    """Combines per-slot vectors by broadcasting, over the slots that `applies` picks."""
+    parts = []
+    for kind, dims in param.slots.items():
+        if applies(param, param.axes[dims[0]], param.roles[dims[0]]):
+            shape = [spec.sizes[a] if d in dims else 1 for d, a in enumerate(param.axes)]
+            parts.append(vectors[kind].reshape(shape))
     one = jnp.ones((1,) * len(param.axes), jax.tree.leaves(vectors)[0].dtype)
     return functools.reduce(combine, parts) if parts else one
 
@@ -110,7 +113,7 @@ def scale_by_slot_adam(
     Returns:
       The transformation; its state is a `SlotAdamState`.
     """
-    table, sizes = spec.table, spec.sizes
+    table = spec.table
 
     def init(params: Any) -> SlotAdamState:
         dtype = jax.tree.leaves(params)[0].dtype
@@ -118,11 +121,12 @@ def scale_by_slot_adam(
             steps=jnp.zeros((), jnp.int32),
             mu=jax.tree.map(jnp.zeros_like, params),
             nu=jax.tree.map(jnp.zeros_like, params),
-            born={axis: jnp.zeros(size, jnp.int32) for axis, size in sizes.items()},
-            share={axis: jnp.ones(size, dtype) for axis, size in sizes.items()},
-            sourced={axis: jnp.ones(size, dtype) for axis, size in sizes.items()},
-            step_scale=jnp.ones(len(table), dtype),
-            eps_scale=jnp.ones(len(table), dtype),
+            born={kind: jnp.zeros(spec.count(kind), jnp.int32) for kind in spec.slots},
+            created={kind: jnp.zeros(spec.count(kind), jnp.int32) for kind in spec.slots},
+            share={kind: jnp.ones((1, spec.count(kind)), dtype) for kind in spec.slots},
+            step_scale=jnp.ones((1, len(table)), dtype),
+            eps_scale=jnp.ones((1, len(table)), dtype),
+            kept=jnp.ones((), dtype),
         )
 
     def update(grads: Any, state: SlotAdamState, params: Any = None) -> tuple[Any, SlotAdamState]:
@@ -130,39 +134,52 @@ def scale_by_slot_adam(
         steps = state.steps + 1
         # float64 states correct in float64; the power itself is taken on small vectors.
         dtype = wide(jax.tree.leaves(grads)[0].dtype)
-        age = {axis: (steps - born).astype(dtype) for axis, born in state.born.items()}
-        decay1 = {axis: jnp.asarray(b1, dtype) ** a for axis, a in age.items()}
-        decay2 = {axis: jnp.asarray(b2, dtype) ** a for axis, a in age.items()}
-        kept = jnp.ones((), dtype)  # exponent of the multipliers: 1 at first, 0 once they faded
+        age = {kind: (steps - born).astype(dtype) for kind, born in state.born.items()}
+        decay1 = {kind: jnp.asarray(b1, dtype) ** a for kind, a in age.items()}
+        decay2 = {kind: jnp.asarray(b2, dtype) ** a for kind, a in age.items()}
+        kept = state.kept
         if growth and growth.fade_steps:
-            kept = 1 - jnp.clip((steps - growth.start) / growth.fade_steps, 0, 1).astype(dtype)
-        share = {axis: x**kept for axis, x in state.share.items()}
+            done = (steps - growth.start) / growth.fade_steps
+            kept = 1 - jnp.clip(done, 0, 1).astype(kept.dtype)
+        share = {kind: x**kept for kind, x in state.share.items()}
         step_scale, eps_scale = state.step_scale**kept, state.eps_scale**kept
         boosted = {
-            axis: jnp.minimum(a / growth.added_rate_steps, 1)
-            * (state.born[axis] >= growth.start).astype(dtype)
-            for axis, a in age.items()
+            kind: jnp.minimum(a / growth.added_rate_steps, 1)
+            * (state.born[kind] >= growth.start).astype(dtype)
+            for kind, a in age.items()
             if growth and growth.added_rate != 1
         }
         mu = jax.tree.map(lambda g, m: b1 * m + (1 - b1) * g, grads, state.mu)
         nu = jax.tree.map(lambda g, v: b2 * v + (1 - b2) * jnp.square(g), grads, state.nu)
-        row = {path: n for n, path in enumerate(table)}
+        column = {path: n for n, path in enumerate(table)}
+        combined = functools.partial(_combined, spec)
+
+        def multiplier(
+            path: str, param: Param, scale: jax.Array, applies: Callable[[Param, str, Role], bool]
+        ) -> jax.Array:
+            """The multiplier in force on each entry: of the growth that created its newest slot."""
+            created = combined(param, state.created, jnp.maximum)
+            factor = None
+            for row in range(len(scale)):
+                in_row = {kind: x[row] for kind, x in share.items()}
+                here = scale[row, column[path]] * combined(param, in_row, jnp.multiply, applies)
+                factor = here if factor is None else jnp.where(created >= row, here, factor)
+            assert factor is not None
+            return factor
 
         def direction(path: str, param: Param, m: jax.Array, v: jax.Array) -> jax.Array:
             # The youngest slot has the largest beta^age.
-            m_hat = m / (1 - _combined(param, decay1, jnp.maximum).astype(m.dtype))
-            v_hat = v / (1 - _combined(param, decay2, jnp.maximum).astype(v.dtype))
-            sourced = _combined(param, state.sourced, jnp.multiply)
-            scale = 1 + sourced * (step_scale[row[path]] - 1)
-            scale = scale * _combined(param, share, jnp.multiply, _shares_out)
-            eps_here = 1 + sourced * (eps_scale[row[path]] - 1)
-            eps_here = eps * eps_here * _combined(param, share, jnp.multiply, _is_copied)
+            m_hat = m / (1 - combined(param, decay1, jnp.maximum).astype(m.dtype))
+            v_hat = v / (1 - combined(param, decay2, jnp.maximum).astype(v.dtype))
+            scale = multiplier(path, param, step_scale, _shares_out)
+            eps_here = eps * multiplier(path, param, eps_scale, _is_copied)
             if growth and boosted:
-                progress = _combined(param, boosted, jnp.maximum)
+                progress = combined(param, boosted, jnp.maximum)
                 scale = scale * (1 + (growth.added_rate - 1) * progress)
             return scale.astype(m.dtype) * m_hat / (jnp.sqrt(v_hat) + eps_here)
 
-        return _map(table, direction, mu, nu), state._replace(steps=steps, mu=mu, nu=nu)
+        updated = state._replace(steps=steps, mu=mu, nu=nu, kept=kept)
+        return _map(table, direction, mu, nu), updated
 
     return optax.GradientTransformation(init, update)
 
@@ -212,6 +229,13 @@ def scale_by_mup_learning_rate(
     return optax.GradientTransformation(init, update)
 
 
+def since_growth(stage: StageConfig, grown_at: int) -> SinceGrowth:
+    """How a stage's growth, at this global step, changes its optimizer."""
+    g = stage.growth
+    fade = g.ramp_steps if g.rates == "ramp" else 0
+    return SinceGrowth(grown_at, g.added_rate, g.added_rate_steps, fade)
+
+
 def optimizer(
     stage: StageConfig, settings: OptimizerConfig, shape: Schedule, grown_at: int | None = None
 ) -> optax.GradientTransformation:
@@ -228,11 +252,8 @@ def optimizer(
     """
     require_type(stage, StageConfig, "optimizer: stage")
     require_type(settings, OptimizerConfig, "optimizer: settings")
-    g, spec = stage.growth, mup.spec(stage.model)
-    growth = None
-    if grown_at is not None:
-        fade = g.ramp_steps if g.rates == "ramp" else 0
-        growth = SinceGrowth(grown_at, g.added_rate, g.added_rate_steps, fade)
+    spec = mup.spec(stage.model)
+    growth = None if grown_at is None else since_growth(stage, grown_at)
     return optax.chain(
         optax.clip_by_global_norm(settings.clip_norm),
         scale_by_slot_adam(spec, settings.b1, settings.b2, settings.eps, growth),

@@ -1,0 +1,165 @@
+"""Which copies can never differ: decided from a plan and an optimizer state, before any step.
+
+Two slots with the same source stay locked to each other if everything that reads and writes them
+is in proportion and stays so: their values, gradients, moments, ages and multipliers. With shares
+a and b, their readers are then a : b and their writers equal (docs/growth.md, "Locked copies").
+What ends a lock: unequal moments or ages, shares whose steps are not carried, noise, entries that
+are drawn afresh, and readers or writers from another layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+import optax
+
+from flm_jax.growth.expansion import Expansion, divides, grown_dims
+from flm_jax.params.axes import Param, Role
+from flm_jax.train.optim import SlotAdamState
+
+if TYPE_CHECKING:
+    from flm_jax.growth._plan import Plan
+
+History = Mapping[str, np.ndarray]  # kind of slot -> bool [size]: whether it was ever stepped
+
+
+def locked(plan: Plan, history: History | None = None) -> dict[str, tuple[int, ...]]:
+    """Finds the copies that never differ from an earlier slot of the same source.
+
+    Args:
+      plan: the growth.
+      history: which slots of the source have taken a step; None: all of them.
+
+    Returns:
+      Positions on each axis that has such copies.
+    """
+    found = {}
+    for e in plan.expansions:
+        params = {path: p for path, p in plan.table.items() if e.axis in p.axes}
+        if any(p.has(Role.STACK, e.axis) for p in params.values()):
+            continue  # layers differ by their place
+        if any(_separates(plan, path, e) for path in params):
+            continue
+        seen: set[Hashable] = set()
+        again = []
+        rows = zip(e.index.tolist(), *_traits(plan, e, history), strict=True)
+        for slot, traits in enumerate(rows):
+            if not e.new[slot] and traits in seen:
+                again.append(slot)
+            seen.add(traits)
+        if again:
+            found[e.axis] = tuple(again)
+    return found
+
+
+def warning(plan: Plan, found: Mapping[str, tuple[int, ...]]) -> str:
+    """The text of a warning about locked copies; names axes and what separates them."""
+    names = ", ".join(f"{axis} ({plan.by_axis[axis].operator})" for axis in found)
+    counts = ", ".join(str(len(slots)) for slots in found.values())
+    return (
+        f"recipe {plan.recipe!r} with moments {plan.moments!r} and rates {plan.rates!r}: copies on "
+        f"{names} never diverge from their source ({counts} of them); set noise_db (10 is usual), "
+        "or use moments 'asym' with a state that has been trained"
+    )
+
+
+def history(state: Any, plan: Plan) -> History | None:
+    """Which slots have taken a step, from an optimizer's state; None if it does not say."""
+
+    def is_adam(node: Any) -> bool:
+        return isinstance(node, SlotAdamState | optax.ScaleByAdamState)
+
+    for node in jax.tree.leaves(state, is_leaf=is_adam):
+        if isinstance(node, SlotAdamState):
+            steps = np.asarray(node.steps)
+            return {kind: np.asarray(born) < steps for kind, born in node.born.items()}
+        if isinstance(node, optax.ScaleByAdamState):
+            stepped = bool(np.asarray(node.count) > 0)
+            return {kind: np.full(plan.small.count(kind), stepped) for kind in plan.small.slots}
+    if isinstance(state, Mapping):
+        return {kind: np.zeros(plan.small.count(kind), bool) for kind in plan.small.slots}
+    return None
+
+
+def _separates(plan: Plan, path: str, e: Expansion) -> bool:
+    """Whether the parameter makes any two slots of e's axis differ."""
+    param = plan.table[path]
+    if e.masked or divides(param, e) or noised(plan, param) is not None:
+        return True
+    for _, other, role in grown_dims(param, plan.by_axis):
+        if other is e or not other.new.any() or other.fill == "mean":
+            continue
+        zero = role.value in other.zero and (role is not Role.STACK or param.residual_writer)
+        if not zero and plan.big.scale(path).std:
+            return True  # each slot has entries of its own there
+    return False
+
+
+def _traits(plan: Plan, e: Expansion, history: History | None) -> list[list[Any]]:
+    """Lists over the slots; slots that are equal in all of them are locked."""
+    kept = e.keeps_history(plan.moments) & _stepped(plan, e, history)
+    traits = [kept.tolist()]
+    if plan.rates != "carry":
+        traits.append(np.round(e.weight, 12).tolist())
+    if ahead_differs(plan, e):
+        traits.append(e.ahead.tolist())
+    if e.learned is not None:
+        dense = e.learned.arrays(e.source)
+        traits.append([row.tobytes() for row in np.concatenate([dense.reads, dense.writes], 1)])
+    return traits
+
+
+def _stepped(plan: Plan, e: Expansion, history: History | None) -> np.ndarray:
+    """bool [target]: whether some entry of the slot's source has taken a step."""
+    stepped = np.ones(e.source, bool)
+    if history is not None:
+        stepped[:] = False
+        for param in plan.table.values():
+            if e.axis in param.axes:
+                stepped |= _with_history(plan, param, e.axis, history)
+    padded: np.ndarray = np.append(stepped, False)[e.index]  # NEW (-1) picks the last
+    return padded
+
+
+def _with_history(plan: Plan, param: Param, axis: str, history: History) -> np.ndarray:
+    """bool [source]: whether the parameter has a stepped entry at each slot of the axis."""
+    here: np.ndarray = np.zeros(plan.small.sizes[axis], bool)
+    others = True
+    for kind, dims in param.slots.items():
+        axes = [param.axes[dim] for dim in dims]
+        slots = history[kind].reshape([plan.small.sizes[a] for a in axes])
+        if axis in axes:
+            rest = tuple(d for d, a in enumerate(axes) if a != axis)
+            here = np.asarray(slots.any(axis=rest))
+        else:
+            others = others and bool(slots.any())
+    return here & others
+
+
+def ahead_differs(plan: Plan, e: Expansion) -> bool:
+    """Whether copies that are written as in the next layer differ: not if there is no next one."""
+    writers = (p for p in plan.table.values() if p.stacked and p.has(Role.OUT, e.axis))
+    return bool(e.ahead.any()) and any(plan.small.sizes[p.axes[0]] > 1 for p in writers)
+
+
+def noised(plan: Plan, param: Param) -> int | None:
+    """The dimension along which a parameter gets noise that sums to zero over copies; None: none.
+
+    It is the first in which it reads copies of one activation.
+    """
+    if not plan.noise_db:
+        return None
+    for dim, e, role in grown_dims(param, plan.by_axis):
+        if role is Role.IN and takes_noise(plan, e):
+            return dim
+    return None
+
+
+def takes_noise(plan: Plan, e: Expansion) -> bool:
+    """Whether an axis has copies of one activation, which noise can separate."""
+    silent = e.silenced or e.splits or e.learned or ahead_differs(plan, e)
+    copies = e.added & ~e.new
+    return e.axis not in plan.stacks and not silent and bool(copies.any())
