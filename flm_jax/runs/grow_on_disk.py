@@ -1,8 +1,8 @@
-"""Grows a run's train state from disk to disk, into a run that continues from there.
+"""Grows a run's train state from disk to disk, into a run folder where training continues.
 
-The target gets, bit for bit, what training the same chain would have written: the finished stages,
-and the next stage's config, plan and first checkpoint. Only the receipt stays incomplete, because
-it needs the whole model in memory: `stage.begin` completes it before the stage trains.
+The target holds bit for bit the files that training the same chain would have written: the finished
+stages, and the next stage's config, plan and first checkpoint. Only the receipt stays incomplete,
+because it needs the whole model in memory: `stage.begin` completes it before the stage trains.
 """
 
 from __future__ import annotations
@@ -38,9 +38,10 @@ class _DiskGrowth:
 
     Attributes:
       config: the chain.
-      index: of the stage to grow into.
-      source, target: the run folders.
-      entries: of lineage.json, the stages before that one.
+      index: the index of the stage to grow into.
+      source: the run folder to read.
+      target: the run folder to write.
+      entries: the entries in lineage.json of the stages before that stage.
     """
 
     config: ExperimentConfig
@@ -63,13 +64,13 @@ class _DiskGrowth:
 
     @property
     def checkpoint(self) -> pathlib.Path:
-        """The checkpoint to write: its step is the global one at which the stage starts."""
+        """The checkpoint to write; its step is the global step at which the stage starts."""
         step = sum(stage.steps for stage in self.config.stages[: self.index])
         return self.folder.checkpoints / str(step)
 
     @property
     def fingerprint(self) -> str:
-        """Fingerprint of the data that the source was trained on."""
+        """The fingerprint of the source's training data."""
         return str(self.entries[-1]["data_fingerprint"])
 
     @property
@@ -91,16 +92,17 @@ def grow(
       source_dir: the source's run folder.
       target_dir: a run folder: new, or one that the same call started.
       stage: index or name of the finished stage to grow; "": the last one.
-      memory: bytes to work with at once, in addition to what the process itself takes.
+      memory: bytes for the arrays in memory at one time, without the process itself.
 
     Returns:
-      The stage's name, source and checkpoint as paths, and `bytes` of the grown state. If the
-      checkpoint was there already, `bytes` is 0; else there are also `bytes_written`,
-      `seconds`, `bytes_per_s`, `plan_digest` and `exactness`.
+      `stage` (the new stage's name), `source` and `checkpoint` (paths), and `bytes`, the size of
+      the grown state. If the checkpoint existed already, `bytes` is 0. Otherwise there are also
+      `bytes_written`, `seconds`, `bytes_per_s`, `plan_digest` and `exactness`.
 
     Raises:
-      UserError: config, source or target do not fit, the plan needs whole leaves, or the disk
-        fails. An incomplete checkpoint is never taken for a complete one; the same call continues.
+      UserError: config, source and target do not fit each other, the plan needs whole leaves, or
+        the disk fails. A checkpoint that is not complete has another path; the same call
+        continues it.
     """
     config = with_norm_eps(config)
     growing = _checked(config, RunFolder(source_dir), RunFolder(target_dir), stage)
@@ -131,7 +133,7 @@ def grow(
 def _checked(
     config: ExperimentConfig, source: RunFolder, target: RunFolder, stage: str
 ) -> _DiskGrowth:
-    """Raises UserError if config, source and target do not fit each other."""
+    """Describes the growth. Raises UserError if config, source and target do not fit each other."""
     if source.path.resolve() == target.path.resolve():
         raise UserError(f"source and target are both {source.path}; give another target")
     entry = source.finished_stage(stage)
@@ -146,22 +148,28 @@ def _checked(
     stream.check(plan_of(growing.small.model, growing.stage))
     started = target.stages()[:index]
     if started and started != entries:
-        raise UserError(f"{target.lineage}: its stages are not the source's; give another target")
+        raise UserError(
+            f"{target.lineage}: its stages are not those of {source.lineage}; give another target"
+        )
     target.check_stage(growing.folder, growing.identity)
     return growing
 
 
 def _write(
-    name: str, reader: CheckpointReader, writer: CheckpointWriter, names: Any, plan: growth.Plan,
+    name: str,
+    reader: CheckpointReader,
+    writer: CheckpointWriter,
+    names: Any,
+    plan: growth.Plan,
     key: jax.Array,
-) -> dict[str, Any]:  # fmt: skip
-    """Grows leaf by leaf from the reader to the writer; returns what was done, and how fast."""
+) -> dict[str, Any]:
+    """Grows leaf by leaf from the reader to the writer; returns checkpoint, sizes and speed."""
     total = sum(x.size * x.dtype.itemsize for x in writer.leaves.values())
-    began = time.monotonic()
+    start = time.monotonic()
     with Progress(f"growing {name}", writer.held_bytes(), total, "bytes") as shown:
         written = stream.grow(reader, writer, names, plan, key, shown.add)
     writer.finish()
-    seconds = time.monotonic() - began
+    seconds = time.monotonic() - start
     return {
         "checkpoint": str(writer.path),
         "plan_digest": plan.digest(),
@@ -176,7 +184,7 @@ def _write(
 def _prepare(
     growing: _DiskGrowth, plan: growth.Plan, distances: tuple[float, ...] | None, grown: TrainState
 ) -> None:
-    """Writes all that the target needs before its checkpoint."""
+    """Writes all files of the target except the checkpoint."""
     folder, target = growing.folder, growing.target
     if folder.plan.exists() and growth.Plan.from_json(folder.plan.read_text()) != plan:
         raise UserError(f"{folder.plan}: another growth was started here; give another target")
@@ -189,7 +197,7 @@ def _prepare(
 
 
 def _steps_on_disk(folder: StageFolder) -> list[int]:
-    """The steps of the stage's complete checkpoints."""
+    """Returns the steps of the stage's complete checkpoints."""
     if not folder.checkpoints.is_dir():
         return []
     return [int(p.name) for p in folder.checkpoints.iterdir() if p.name.isdigit()]
@@ -198,7 +206,7 @@ def _steps_on_disk(folder: StageFolder) -> list[int]:
 def _plan(
     growing: _DiskGrowth, reader: CheckpointReader
 ) -> tuple[growth.Plan, tuple[float, ...] | None]:
-    """Returns the plan, and the layers' distances from the identity if it depends on them."""
+    """Returns the plan, and the layers' distances from the identity if the plan uses them."""
     small, stage = growing.small.model, growing.stage
     if not uses_distances(stage.growth.recipe, small.num_layers, stage.model.num_layers):
         return plan_of(small, stage), None
@@ -208,8 +216,8 @@ def _plan(
             f"config.data: its fingerprint is {corpus.fingerprint}, the source was trained on "
             f"{growing.fingerprint}; restore the data"
         )
-    about = growing.config.data_of(growing.index)
-    batches = corpus.with_length(about).train(stage.growth.calibration_sequences)
+    data_config = growing.config.data_of(growing.index)
+    batches = corpus.with_length(data_config).train(stage.growth.calibration_sequences)
     batch = calibration_batch(batches, reader.progress["data"])
     distances = measure.layer_distances(
         lambda path, slices: reader.read(f"params/{path}", slices), batch, small
@@ -218,7 +226,7 @@ def _plan(
 
 
 def _check_space(root: pathlib.Path, folder: StageFolder, grown: TrainState) -> None:
-    """Raises UserError if the disk has no room for the grown state."""
+    """Raises UserError if the disk has no space for the grown state."""
     needed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(grown))
     held = sum(p.stat().st_size for p in folder.path.rglob("*") if p.is_file())
     free = shutil.disk_usage(root).free
