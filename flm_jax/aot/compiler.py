@@ -355,7 +355,7 @@ def _compile(lowered: Any, topology: str, chip: Chip, devices: int) -> _Compiled
             if memory_of is None:
                 raise UserError(f"{topology}: the compiler refused: {error}") from error
             needed, available = memory_of
-            fields = {
+            fields: dict[str, Any] = {
                 "fits": False,
                 "hbm_bytes": needed,
                 "hbm_limit_bytes": available,
