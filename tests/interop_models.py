@@ -48,7 +48,7 @@ def equal(one, two):
     return all(np.array_equal(leaves[0][p], leaves[1][p]) for p in TABLE)
 
 
-def check_a_run_comes_and_goes_bit_equal(folder, tmp_path):
+def check_round_trip_of_a_run(folder, tmp_path):
     """Checks that weights survive the way into a run and back; `folder` has the format granite."""
     params, config = interop.load_hf(folder)
     done = interop.convert(str(folder), str(tmp_path / "run"), "flm", memory=1 << 16)

@@ -47,7 +47,7 @@ ENTRY %main (a: f32[4,8]) -> f32[4,8] {
 """
 
 
-def test_collectives_are_counted_as_often_as_loops_run():
+def test_collectives_in_loops_count_once_per_iteration():
     """Bytes that a device sends by the ring algorithm, by hand."""
     assert hlo.collectives(hlo.moves(HLO, 8)) == {
         "all-gather": {"count": 7 + 1, "bytes": 7 * 4 * 8 * 4 / 2 + 8 * 4 * 4 * 7 / 8},
@@ -78,7 +78,7 @@ def test_groups_in_every_notation(written, group):
     assert hlo._group(line, 8) == group
 
 
-def test_a_ring_among_nodes_uses_every_card():
+def test_a_ring_between_nodes_uses_every_network_card():
     """One device a node: its card alone. Two a node: half the bytes each, all of them inside."""
     chip = dataclasses.replace(CHIPS["h100"], node=2, network=10.0, inside=1000.0)
 
@@ -91,7 +91,7 @@ def test_a_ring_among_nodes_uses_every_card():
     assert seconds_of(hlo.Move("all-gather", 3, 100.0, (0, 1)), CHIPS["v5p"]) == 300 / 600e9
 
 
-def test_a_refusal_for_memory_says_how_much():
+def test_an_out_of_memory_error_gives_needed_and_available_bytes():
     said = (
         "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
         "temporaries (144.92G) exceeds available HBM (95.74G)."
@@ -131,7 +131,7 @@ def test_a_mesh_must_match_its_topology():
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra [tpu]")
 @pytest.mark.parametrize("what", ["train", "train_masked", "growth"])
-def test_the_tpu_compiler_takes_a_small_chain(what):
+def test_the_tpu_compiler_compiles_a_small_chain(what):
     sizes = [
         f"--config.stages[{i}].model.{name}={value}"
         for i, layers, width in ((0, 2, 512), (1, 2, 512), (2, 3, 1024))

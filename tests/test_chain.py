@@ -58,7 +58,7 @@ def test_the_run_folder_keeps_its_contract(finished):
     assert list((finished / "tensorboard").iterdir())
 
 
-def test_a_second_call_says_complete_and_changes_nothing(finished):
+def test_a_second_call_reports_completion_and_changes_nothing(finished):
     before = (finished / "lineage.json").read_bytes()
     began = time.monotonic()
     status, out, _ = run(*SMOKE, f"--workdir={finished}")
@@ -68,7 +68,7 @@ def test_a_second_call_says_complete_and_changes_nothing(finished):
 
 
 @pytest.mark.slow
-def test_killed_and_stopped_anywhere_it_ends_in_the_same_bits(finished, tmp_path):
+def test_a_run_killed_and_stopped_anywhere_resumes_bit_identically(finished, tmp_path):
     workdir = tmp_path / "disturbed"
     (workdir / "stages").mkdir(parents=True)
     # The same compiled programs: what is tested is the state, and restarts become quick.
@@ -98,7 +98,7 @@ def test_killed_and_stopped_anywhere_it_ends_in_the_same_bits(finished, tmp_path
 
 
 @pytest.mark.slow
-def test_another_seed_ends_in_other_bits(finished, tmp_path):
+def test_another_seed_gives_another_digest(finished, tmp_path):
     """Negative control of the test above: the digest does see a difference."""
     args = ("--config.seed=1", "--config.stages[0].steps=20", f"--workdir={tmp_path / 'run'}")
     process = start(*SMOKE, *args)
@@ -141,7 +141,7 @@ def test_changed_data_is_refused_on_resume(tmp_path):
     assert "data_fingerprint" in line and "->" in line
 
 
-def test_mistakes_before_anything_is_written(tmp_path):
+def test_mistakes_are_refused_before_anything_is_written(tmp_path):
     new = tmp_path / "new"
     cases = [
         ({"stages[1].model.d_model": 16, "stages[1].model.mup_base_width": 16},
@@ -231,7 +231,7 @@ def test_benchmark_has_its_keys():
     assert 0 < result["utilisation"] < 1
 
 
-def test_metrics_are_rewound_and_a_torn_line_is_dropped(tmp_path):
+def test_metrics_are_rewound_and_an_incomplete_line_is_ignored(tmp_path):
     metrics = MetricsFile(tmp_path / "metrics.jsonl")
     for step in (10, 20, 30):
         metrics.append("train", step, loss=1.0)

@@ -69,7 +69,7 @@ def test_losses(model):
     assert abs(plain_nats(model, other) - found[0].nats) > 1e-6
 
 
-def test_unprompted_leaves_the_questions_out(model):
+def test_unprompted_losses_ignore_the_questions(model):
     with jax.enable_x64(True):
         alone, again = (model.unprompted([s])[0] for s in (sample("q", "cde"), sample("r", "cde")))
         given = model.losses([sample("q", "cde")])[0]
@@ -103,7 +103,7 @@ def test_answers_are_greedy(model):
     ("trained", "adds_start", "start"),
     [(True, False, [0]), (True, True, [0]), (False, True, [0]), (False, False, [])],
 )
-def test_answers_and_generate_prompt_alike(model, trained, adds_start, start, monkeypatch):
+def test_answers_and_generate_use_the_same_prompt(model, trained, adds_start, start, monkeypatch):
     """A model from elsewhere, whose tokenizer adds no start token, is prompted without one."""
     seen = []
 

@@ -143,7 +143,7 @@ def test_flag_and_value_may_be_two_words():
     assert described["params"] == 52_824_121_344
 
 
-def test_json_keeps_standard_output_to_itself():
+def test_json_is_alone_on_standard_output():
     """Output of other programs and of C++ libraries goes to standard error."""
     code = (
         "import os, sys, types\n"

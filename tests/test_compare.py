@@ -55,7 +55,7 @@ def test_differences_are_paired():
     assert all(row[k] == 0 for row in same.values() for k in ("difference", "low", "high"))
 
 
-def test_gates_know_which_way_is_worse():
+def test_gates_know_which_direction_is_worse():
     found = comparison.compare(
         scored([True] * 10, [1] * 10), scored([True] * 9 + [False], [2] * 10)
     )

@@ -428,7 +428,7 @@ def test_two_documents_are_enough(tmp_path):
     assert corpus.num_documents == {"train": 1, "validation": 1}
 
 
-def test_fingerprint_is_of_names_and_content(tmp_path):
+def test_the_fingerprint_depends_on_names_and_content(tmp_path):
     def fingerprint(folder, texts):
         path = write_folder(tmp_path / folder, texts)
         return data.open_corpus(DataConfig(task="text_files", path=path)).fingerprint

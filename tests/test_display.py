@@ -21,7 +21,7 @@ def shown(*how, unit="steps"):
     return Progress(*how, unit=unit, clock=clock, console=console), file, clock
 
 
-def test_training_says_loss_speed_masks_and_time_left():
+def test_training_shows_loss_speed_masks_and_time_left():
     progress, file, clock = shown("large", 10, 30)
     with progress:
         clock.seconds = PLAIN_SECONDS - 1
@@ -40,7 +40,7 @@ def test_training_says_loss_speed_masks_and_time_left():
     ]
 
 
-def test_bytes_have_sizes_and_a_speed():
+def test_bytes_are_shown_with_size_and_speed():
     progress, file, clock = shown("writing", 1_000_000, 9_000_000, unit="bytes")
     with progress:
         clock.seconds = PLAIN_SECONDS
@@ -52,7 +52,7 @@ def test_bytes_have_sizes_and_a_speed():
     ]
 
 
-def test_counts_come_with_their_total():
+def test_counts_are_shown_with_their_total():
     progress, file, clock = shown("judge", unit="samples")
     with progress:
         progress.count(1, 4)

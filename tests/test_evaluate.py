@@ -47,7 +47,7 @@ def test_a_model_is_opened_from_a_run_or_a_checkpoint(run):
         assert model.prompt("a") == [0, 100]
 
 
-def test_wrong_places_of_models_are_named(run, tmp_path):
+def test_wrong_paths_of_models_are_named(run, tmp_path):
     folder, _ = run
     for where, stage, message in (
         (str(tmp_path), "", "holds no model; give a run's folder"),
@@ -98,7 +98,7 @@ def test_a_file_is_scored_whole(tmp_path):
         assert abs(control.nats / want - 1) > 1e-6
 
 
-def test_log_likelihoods_are_those_of_single_forward_passes():
+def test_log_likelihoods_equal_single_forward_passes():
     with jax.enable_x64(True):
         config = changed(SMALL, vocab_size=40)
         params = random_params(config, 2)
@@ -125,7 +125,7 @@ def test_log_likelihoods_are_those_of_single_forward_passes():
             loglikelihoods(params, config, [([], [1])])
 
 
-def test_the_papers_averages_are_those_of_their_rows():
+def test_the_papers_averages_follow_from_their_rows():
     model = "Tele-FLM-52B"
 
     def average(group, count):
@@ -143,7 +143,7 @@ def test_every_reported_score_has_a_source():
     assert {b.source for b in reported.benchmarks()} == set(file["sources"])
 
 
-def test_own_scores_stand_beside_the_papers():
+def test_own_scores_are_listed_next_to_the_papers():
     results = {"arc_challenge": {"samples": 3, "acc,none": 0.2, "acc_norm,none": 0.25}}
     own = {b.name: reported.own_score(b, results) for b in reported.benchmarks()}
     assert own["ARC"] == 25.0

@@ -60,7 +60,7 @@ def cached_logits(params, config, rows, first, shift=0, padding_seen=False, slot
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2], ids=["multi-head", "grouped"])
-def test_cached_logits_are_those_of_the_full_forward_pass(kv_heads):
+def test_cached_logits_equal_the_full_forward_pass(kv_heads):
     with jax.enable_x64(True):
         config = changed(SMALL, num_kv_heads=kv_heads)
         params, rows = random_params(config, 1), ragged(config)
@@ -90,7 +90,7 @@ def greedy(params, config, prompt, count):
     return text[len(prompt) :]
 
 
-def test_greedy_is_the_likeliest_token_of_the_full_forward_pass():
+def test_greedy_decoding_equals_full_forward_passes():
     with jax.enable_x64(True):
         params, prompts = random_params(SMALL, 2), ragged(SMALL)
         seen = []
@@ -108,7 +108,7 @@ def test_greedy_is_the_likeliest_token_of_the_full_forward_pass():
         assert generate(params, SMALL, prompts, tiny, jax.random.key(1)) == got
 
 
-def test_a_stop_token_ends_its_row_alone_and_is_left_out():
+def test_a_stop_token_ends_only_its_row_and_is_not_returned():
     params, prompts = random_params(SMALL32, 3), ragged(SMALL)
     free = generate(params, SMALL32, prompts, Sampling(max_new_tokens=8), jax.random.key(0))
     stop = free[1][2]
@@ -118,7 +118,7 @@ def test_a_stop_token_ends_its_row_alone_and_is_left_out():
     assert len({len(t) for t in got}) > 1
 
 
-def test_rows_are_sampled_alike_whatever_stands_beside_them():
+def test_samples_of_a_row_do_not_depend_on_the_other_rows():
     params, prompts = random_params(SMALL32, 4), ragged(SMALL)
     sampling = Sampling(max_new_tokens=8, temperature=1.0, top_k=7, top_p=0.9)
     key = jax.random.key(5)
@@ -152,7 +152,7 @@ def test_sampling_has_the_distribution_that_it_states():
     close(draws(np.log(probs), count, top_k=2, top_p=0.5), np.array([0, 1, 0, 0, 0]))
 
 
-def test_one_program_serves_lengths_of_a_bucket_and_every_sampling():
+def test_one_program_serves_all_lengths_of_a_bucket_and_all_samplings():
     config = changed(SMALL32, rope_theta=11_000.0)  # nobody else's programs
     params, prompts = random_params(config, 6), ragged(config)
     with counted() as compiled:
@@ -185,7 +185,7 @@ def test_buckets_waste_at_most_half_and_keep_their_order():
     assert len(set(sizes)) < 15
 
 
-def test_text_is_shown_as_soon_as_it_is_sure_and_ends_at_a_stop_text():
+def test_text_is_shown_as_soon_as_it_is_final_and_ends_at_a_stop_text():
     tokenizer = open_tokenizer("bytes")
     shown = []
     stream = TextStream(tokenizer, ["\n\n", "END"], shown.append)
@@ -200,7 +200,7 @@ def test_text_is_shown_as_soon_as_it_is_sure_and_ends_at_a_stop_text():
     assert cut.end() == "aE\ufffd"
 
 
-def test_a_row_ends_where_on_token_says_so():
+def test_a_row_ends_when_on_token_returns_true():
     params, prompts = random_params(SMALL32, 9), ragged(SMALL)
     sampling = Sampling(max_new_tokens=8)
     free = generate(params, SMALL32, prompts, sampling, jax.random.key(0))

@@ -59,7 +59,7 @@ CONFIG = changed(SMALL, dtype="float32", mup_base_width=0)
 WIDER = two_stages(CONFIG, changed(CONFIG, d_ff=3000))
 
 
-def test_a_full_disk_in_the_middle_is_one_line_and_the_same_call_goes_on(tmp_path):
+def test_after_a_full_disk_the_same_call_continues(tmp_path):
     state = finished_run(WIDER, tmp_path / "run")
     grow = functools.partial(grow_on_disk.grow, WIDER, tmp_path / "run", tmp_path / "grown")
     with files_of_at_most(20_000), pytest.raises(UserError, match=r"cannot be written \(File too"):
@@ -138,7 +138,7 @@ def test_mistakes_are_refused_and_write_nothing(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("recipe", ["msg", "identity", "zero_pad", "stack", "middle", "fresh"])
 @pytest.mark.parametrize(("source", "layers"), [(1, 2), (2, 3), (2, 4), (3, 4), (3, 5), (3, 6)])
-def test_distances_are_asked_for_where_the_plan_depends_on_them(recipe, source, layers):
+def test_distances_are_used_exactly_where_the_plan_depends_on_them(recipe, source, layers):
     small, big = (changed(CONFIG, num_layers=n) for n in (source, layers))
     plans = [
         growth.plan(small, big, recipe, layer_distances=order)
@@ -177,7 +177,7 @@ def get_config():
 
 
 @pytest.mark.slow
-def test_the_runner_goes_on_as_if_it_had_grown_in_memory(tmp_path):
+def test_a_run_grown_on_disk_trains_as_if_grown_in_memory(tmp_path):
     (tmp_path / "chain.py").write_text(CHAIN)
     config = f"--config={tmp_path / 'chain.py'}"
     status, _, err = run("train", config, f"--workdir={tmp_path / 'run'}")
@@ -200,7 +200,7 @@ def test_the_runner_goes_on_as_if_it_had_grown_in_memory(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_state_larger_than_the_memory_it_grows_in(tmp_path):
+def test_a_state_grows_in_less_memory_than_its_size(tmp_path):
     """0.6 GB grow to 2.8 GB in a process of less than 1.5 GiB."""
     small = changed(
         CONFIG, vocab_size=8192, num_layers=4, d_model=768, num_heads=12, num_kv_heads=0,

@@ -90,7 +90,7 @@ def direct(model, context, continuation):
     return -nats[-len(model.tokenizer.encode(continuation)) :].sum()
 
 
-def test_tasks_run_end_to_end_with_the_numbers_of_a_direct_computation(run, results):
+def test_tasks_give_the_numbers_of_a_direct_computation(run, results):
     model, found = open_model(run), results["results"]
     assert results["context"] == CONTEXT
     assert all(found[task]["samples"] == len(SAMPLES) for task in found)
@@ -157,7 +157,7 @@ def test_mistakes(run):
     )
 
 
-def test_a_padded_model_is_served_too(tmp_path):
+def test_a_model_with_a_padded_vocabulary_is_scored(tmp_path):
     """More rows in the model than the tokenizer has tokens."""
     folder, _ = runs.save(tmp_path / "run", (changed(runs.BYTES, vocab_size=320),))
     assert open_model(folder).tokenizer.vocab_size == 259

@@ -44,7 +44,7 @@ def flm(site, folder, *args):
     return done.stdout
 
 
-def test_the_command_and_the_configs_are_there_from_any_folder(site, tmp_path):
+def test_the_command_and_the_configs_work_in_any_folder(site, tmp_path):
     assert flm(site, tmp_path, "--version") == f"flm {__version__}\n"
     assert (site / "flm_jax/py.typed").is_file() and (site / "flm_jax/runs").is_dir()
     for config in ("configs/tele_flm_1t.py", "tele_flm_1t"):

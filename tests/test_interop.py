@@ -28,7 +28,7 @@ from tests.interop_models import (
     SMALL,
     TARGETS,
     VOCAB,
-    check_a_run_comes_and_goes_bit_equal,
+    check_round_trip_of_a_run,
     distance,
     equal,
     ours,
@@ -52,15 +52,15 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("format", ["llama", "granite"])
-def test_weights_come_back_bit_equal(format, tmp_path):
+def test_weights_survive_a_round_trip_bit_identically(format, tmp_path):
     params, config = interop.load_hf(write(tmp_path / "out", SMALL, format))
     assert config == SMALL and equal(params, random_params(SMALL, 0))
     assert not equal(params, random_params(SMALL, 1))
 
 
-def test_a_run_comes_and_goes_bit_equal(tmp_path):
+def test_a_run_survives_a_round_trip_bit_identically(tmp_path):
     config = changed(SMALL, input_mult=3.0, output_mult=0.25)
-    check_a_run_comes_and_goes_bit_equal(write(tmp_path / "weights", config, "granite"), tmp_path)
+    check_round_trip_of_a_run(write(tmp_path / "weights", config, "granite"), tmp_path)
 
 
 def test_bin_files_need_torch(folder, tmp_path, monkeypatch):
@@ -91,7 +91,7 @@ def test_dtypes_are_widened_and_rounded_once(folder, tmp_path):
     assert not (tmp_path / "large").exists()
 
 
-def test_files_are_those_of_the_library(folder, tmp_path):
+def test_the_safetensors_library_reads_our_files_and_we_read_its_files(folder, tmp_path):
     """The safetensors library reads our files and we read its files, whole and in parts."""
     rng = np.random.default_rng(0)
     shapes = {"a": (7, 3), "b": (5,), "c": (4, 2, 3)}

@@ -26,7 +26,7 @@ from tests.interop_models import (
     TARGETS,
     TOKENS,
     VOCAB,
-    check_a_run_comes_and_goes_bit_equal,
+    check_round_trip_of_a_run,
     distance,
     equal,
     ours,
@@ -139,7 +139,7 @@ def test_mistakes_in_an_import_change_the_logits(saved, monkeypatch):
     [("llama", "granite"), ("grouped", "llama"), ("tied", "llama"), ("granite", "granite"),
      ("teleflm", "teleflm"), ("teleflm", "granite"), ("teleflm", "llama")],
 )  # fmt: skip
-def test_exports_have_the_same_logits_and_come_back_bit_equal(kind, format, saved, tmp_path):
+def test_exports_have_the_same_logits_and_import_bit_identically(kind, format, saved, tmp_path):
     _, folder = saved(kind)
     params, config = interop.load_hf(folder)
     _, notes = write_hf(
@@ -190,7 +190,7 @@ def test_a_grown_import_is_exported_with_the_same_logits(recipe, saved, tmp_path
     assert opened.config.hidden_size == TARGETS[recipe].d_model
 
 
-def test_bin_files_hold_the_same(saved, tmp_path):
+def test_bin_files_hold_the_same_weights(saved, tmp_path):
     model, folder = saved("grouped")
     shutil.copy(folder / "config.json", tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
@@ -229,7 +229,7 @@ def test_bin_files_run_no_code(saved, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_chain_goes_on_from_weights(tmp_path):
+def test_a_chain_starts_from_imported_weights(tmp_path):
     """The first stage's parameters come from a folder, are not trained, and grow."""
     config = config_files.experiment(config_files.shipped("demo").get_config("smoke"))
     model = config.stages[0].model
@@ -262,6 +262,6 @@ def test_a_chain_goes_on_from_weights(tmp_path):
     assert tokenizer.decode(tokenizer(text).input_ids) == text
 
 
-def test_a_run_comes_and_goes_bit_equal(saved, tmp_path):
+def test_a_run_survives_a_round_trip_bit_identically(saved, tmp_path):
     _, folder = saved("granite")
-    check_a_run_comes_and_goes_bit_equal(folder, tmp_path)
+    check_round_trip_of_a_run(folder, tmp_path)

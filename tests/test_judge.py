@@ -60,7 +60,7 @@ def test_win_rates(tmp_path):
     assert "check" not in asked  # the right answer is not given away
 
 
-def test_a_liking_for_the_first_cancels_out(tmp_path):
+def test_a_bias_for_the_first_answer_cancels_out(tmp_path):
     first = Judge(command("print(json.dumps({'winner': 'a', 'score_a': 9, 'score_b': 2}))"))
     verdicts = first.verdicts(SAMPLES, ["x"] * 4, ["y"] * 4, tmp_path / "said.jsonl")
     found = judge.report(verdicts)["categories"]["all"]
@@ -68,7 +68,7 @@ def test_a_liking_for_the_first_cancels_out(tmp_path):
     assert found["score_a"] == found["score_b"] == 5.5
 
 
-def test_scores_make_an_overall(tmp_path):
+def test_scores_are_combined_into_an_overall_score(tmp_path):
     samples = [Sample((Message("user", c), Message("assistant", "")), c) for c in judge.CATEGORIES]
     scores = reported_scores("FLM-2-52B-Instruct")
     body = f"s = {scores!r}[q['category']]\na = s if q['answer_a'] == 'ours' else 1\n"
@@ -101,7 +101,7 @@ def test_failures_are_counted(body, why, tmp_path):
     assert why in found["failures"][0]
 
 
-def test_nothing_is_lost_and_failures_are_asked_again(tmp_path):
+def test_no_verdict_is_lost_and_failures_are_retried(tmp_path):
     path, broken = tmp_path / "said.jsonl", tmp_path / "broken"
     calls = tmp_path / "calls"
     body = (

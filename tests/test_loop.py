@@ -106,7 +106,7 @@ def whole(tmp_path_factory):
     return run
 
 
-def test_what_is_evaluated_saved_and_written(whole):
+def test_the_loop_evaluates_saves_and_writes_its_entry(whole):
     run = whole
     assert evaluated(run) == [0, 3, 6, 7]
     assert saved(run) == [4, 7]

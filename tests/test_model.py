@@ -74,7 +74,7 @@ def test_attention_is_causal_and_stays_in_its_document():
 
 
 @pytest.mark.parametrize("options", [{"remat": "full"}, {"remat": "dots"}, {"scan_unroll": 2}])
-def test_how_it_is_computed_does_not_change_what(options):
+def test_implementation_options_do_not_change_the_result(options):
     with jax.enable_x64(True):
         params = random_params(SMALL, 3)
         batch = packed_batch(SMALL)
@@ -85,7 +85,7 @@ def test_how_it_is_computed_does_not_change_what(options):
             np.testing.assert_allclose(a, b, atol=1e-12, err_msg=path)
 
 
-def test_bfloat16_computes_logits_in_float32_near_the_exact_ones():
+def test_bfloat16_gives_float32_logits_near_the_exact_ones():
     config = changed(SMALL, dtype="bfloat16")
     params = random_params(config, 4)
     batch = packed_batch(config)
@@ -98,7 +98,7 @@ def test_bfloat16_computes_logits_in_float32_near_the_exact_ones():
     assert 2**-12 < error / scale < 2**-5  # a few dozen roundings, each of about 2^-9
 
 
-def test_accumulated_gradient_is_that_of_the_whole_batch():
+def test_the_accumulated_gradient_equals_that_of_the_whole_batch():
     """The rows have different numbers of targets, so a mean of means would be wrong."""
     with jax.enable_x64(True):
         params = random_params(SMALL, 5)
@@ -117,7 +117,7 @@ def test_accumulated_gradient_is_that_of_the_whole_batch():
 
 
 @pytest.mark.parametrize("heads", [(2, 1), (1, 2)], ids=["multi-head", "grouped"])
-def test_splash_attention_is_the_plain_one(heads):
+def test_splash_attention_equals_plain_attention(heads):
     """The TPU's kernel, in interpret mode: forward and gradients, on packed documents."""
     K, G = heads
     rng = np.random.default_rng(0)

@@ -11,7 +11,7 @@ from tests.commands import call, json_of, mistake, run
 PROBE = ("growth", "probe", "--config=configs/probe_growth.py:smoke")
 
 
-def test_a_lock_is_a_contradiction_and_a_wrong_recipe_a_mistake():
+def test_locked_copies_contradict_the_claim_and_a_wrong_recipe_is_refused():
     status, out, err = call("growth", "check", "--operator=mlp=tile", "--moments=dual", "--json")
     (row,) = json.loads(out)["operators"]
     assert status == 1 and row["locked_copies"] == 40 and not row["ok"]
@@ -24,7 +24,7 @@ def test_a_lock_is_a_contradiction_and_a_wrong_recipe_a_mistake():
     assert "no lineage.json" in mistake("growth", "check", "--run=runs/nowhere")
 
 
-def test_an_arms_name_is_that_of_a_folder():
+def test_an_arms_name_must_be_a_folder_name():
     assert ArmConfig("tile + stack, noise").name
     for name in ("heads/2", ""):
         with pytest.raises(UserError, match=rf"ArmConfig\.name is '{name}'"):

@@ -86,7 +86,7 @@ def start_on(mesh):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("turned", [False, True])
-def test_growth_from_mesh_to_mesh_gives_the_same_bits(turned):
+def test_growth_between_meshes_is_bit_identical(turned):
     """Also where the meshes order the devices differently."""
     plan = growth.plan(TINY, TINY_GROWN)
     old, target = (sharding.make_mesh(m) for m in (MeshConfig(2, 2, 2), MeshConfig(1, 8, 1)))
@@ -113,7 +113,7 @@ def test_the_digest_does_not_depend_on_the_mesh_or_on_its_pieces():
     assert params_digest(state.params, piece_bytes=200) == whole  # rows, and parts of rows
 
 
-def test_a_stages_mesh_is_no_part_of_its_identity():
+def test_a_stages_mesh_is_not_part_of_its_identity():
     stages = (stage_of(TINY), dataclasses.replace(stage_of(TINY_GROWN), name="b", steps=200))
     config = ExperimentConfig(stages=stages, mesh=MeshConfig(8))
     own = dataclasses.replace(stages[1], mesh=MeshConfig(1, 8))
@@ -142,7 +142,7 @@ def test_a_group_that_does_not_fit_is_refused(given, words):
     assert all(word in str(error.value) for word in words), error.value
 
 
-def test_alone_a_process_decides_alone():
+def test_a_single_process_decides_alone():
     with processes.joined(processes.Group()):
         assert processes.first()
         assert processes.once(lambda: {1: "kept as it is"}) == {1: "kept as it is"}
@@ -213,7 +213,7 @@ def alone(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_two_processes_killed_stopped_and_resumed_train_as_one(alone, tmp_path):
+def test_two_processes_killed_stopped_and_resumed_train_like_one(alone, tmp_path):
     """One killed ends the other; a signal to one stops both; what they train is the same."""
     workdir = tmp_path / "run"
     started = start_two(*CHAIN, f"--workdir={workdir}")
@@ -245,7 +245,7 @@ def test_two_processes_killed_stopped_and_resumed_train_as_one(alone, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_goes_on_in_another_layout(alone, tmp_path):
+def test_a_checkpoint_resumes_in_another_layout(alone, tmp_path):
     """From 8 devices to 4, over a growth onto another mesh, and to 2 processes x 4 on a third."""
     workdir = tmp_path / "run"
     shutil.copytree(alone / "stages" / "0-small", workdir / "stages" / "0-small")
@@ -273,7 +273,7 @@ def test_a_checkpoint_goes_on_in_another_layout(alone, tmp_path):
 
 
 @pytest.mark.slow
-def test_mistakes_of_a_group(tmp_path):
+def test_mistakes_of_a_group_are_refused_in_every_process(tmp_path):
     """One line and status 2, in every process, and nothing is written."""
     new = tmp_path / "new"
     port = free_port()

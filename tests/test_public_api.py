@@ -22,7 +22,7 @@ BIG = changed(SMALL, d_ff=40)
 KEY = jax.random.key(0)
 
 
-def test_the_import_is_quick_and_light():
+def test_the_import_is_fast_and_loads_few_modules():
     code = (
         "import sys, flm_jax\n"
         "print([m for m in ('jax', 'tensorflow', 'seqio', 'orbax') if m in sys.modules])"
@@ -36,7 +36,7 @@ def test_the_import_is_quick_and_light():
     assert min(seconds) < 0.6
 
 
-def test_every_name_is_there():
+def test_every_public_name_exists():
     for name in flm_jax.__all__:
         assert getattr(flm_jax, name) is not None, name
     assert set(flm_jax.__all__) <= set(dir(flm_jax))

@@ -68,7 +68,7 @@ def test_tricks_do_not_pass(trick):
     assert not right and why
 
 
-def test_a_trick_that_gives_the_outputs_is_an_answer():
+def test_the_channel_of_the_tricks_passes_with_right_outputs():
     """Negative control of the tricks above: the same channel, with the right outputs, passes."""
     said = r'{"outputs": ["6\\n", "-2\\n"], "failure": ""}'
     assert scoring.check_answer(DOUBLE, f"import os\nos.write(3, b'{said}')\nos._exit(0)")[0]
@@ -78,7 +78,7 @@ def outcome_of(body, **limits):
     return run_examples(f"def f():\n    {body}\n", ["f()\n"], Limits(**limits))
 
 
-def test_time_and_memory_end():
+def test_time_and_memory_are_limited():
     begin = time.monotonic()
     assert "ended without" in outcome_of("while True: pass", cpu_seconds=1).failure
     assert "more than 0.5 s" in outcome_of("import time; time.sleep(60)", wall_seconds=0.5).failure
@@ -107,7 +107,7 @@ def without_hook(monkeypatch):
 
 @pytest.mark.parametrize("hook", [True, False])
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_each_fence_alone(attack, hook, tmp_path, monkeypatch):
+def test_each_protection_works_alone(attack, hook, tmp_path, monkeypatch):
     """With the audit hook, and by the kernel's limits alone, where it has them."""
     path = tmp_path / "file"
     path.write_text("kept")
@@ -125,7 +125,7 @@ def test_each_fence_alone(attack, hook, tmp_path, monkeypatch):
     assert path.read_text() == "kept"
 
 
-def test_the_environment_is_empty_and_the_folder_its_own(monkeypatch, tmp_path):
+def test_the_environment_is_empty_and_the_folder_is_private(monkeypatch, tmp_path):
     monkeypatch.setenv("A_SECRET", "1")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").write_text("the caller's folder")

@@ -105,7 +105,7 @@ def test_contamination():
     assert reasons_of(samples, evaluation=short) == {"contamination": [1]}
 
 
-def test_made_sets_do_not_contaminate_each_other():
+def test_synthetic_sets_do_not_contaminate_each_other():
     samples = synthetic.make(0, 40, categories=["arithmetic_steps", "lists", "code", "strings"])
     held_out = synthetic.make(0, 40, "evaluation", ["arithmetic_steps", "lists", "code", "strings"])
     found = reasons_of(samples, evaluation=held_out).get("contamination", [])
@@ -115,7 +115,7 @@ def test_made_sets_do_not_contaminate_each_other():
         selection.select(held_out, LOOSE, held_out)
 
 
-def test_answers_that_fail_their_own_check():
+def test_answers_that_fail_their_own_check_are_dropped():
     samples = synthetic.make(0, 4)
     pile = synthetic.spoil(samples, 0, 0.5)
     found = selection.select(pile, LOOSE).dropped

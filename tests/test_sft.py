@@ -127,7 +127,7 @@ def test_a_malformed_line_is_named(tmp_path, line, words):
     assert str(caught.value).startswith(f"{path}, line 2: ")
 
 
-def test_bytes_that_are_no_text_are_named(tmp_path):
+def test_bytes_that_are_not_text_are_named(tmp_path):
     (tmp_path / "pool.jsonl").write_bytes(b'{"instruction": "\xe9"}\n')
     with pytest.raises(UserError, match=r"pool.jsonl, line 1: .*utf-8"):
         chats.read([str(tmp_path)])
@@ -146,7 +146,7 @@ def test_the_split_follows_content_alone():
     assert len(kept) == 2 and len(held) == 1
 
 
-def test_what_does_not_fit_is_counted():
+def test_conversations_that_are_too_long_are_counted():
     samples = [
         Sample((Message("user", "only"),)),
         talk("q", "a"),
@@ -281,7 +281,7 @@ def test_processes_share_a_batch():
 # The stage.
 
 
-def test_the_best_checkpoint_stays(tmp_path):
+def test_the_best_checkpoint_is_kept(tmp_path):
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
     state = {"w": jnp.zeros(3)}
     for step, loss in enumerate([3.0, 1.0, 2.0, 1.0, None, 4.0], start=1):
@@ -440,7 +440,7 @@ def tuned(base, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_stage_keeps_the_contract(base, tuned):
+def test_the_stage_keeps_the_run_folders_contract(base, tuned):
     workdir, printed = tuned
     first, stage = lineage(workdir)
     assert first == lineage(base)[0]
@@ -462,7 +462,7 @@ def test_the_stage_keeps_the_contract(base, tuned):
 
 
 @pytest.mark.slow
-def test_the_best_checkpoint_is_the_stage(tuned):
+def test_the_best_checkpoint_is_the_stages_result(tuned):
     workdir, printed = tuned
     stage = printed["stage"]
     rows = RunFolder(workdir).stage(1, "sft").metrics.rows("eval")
@@ -476,7 +476,7 @@ def test_the_best_checkpoint_is_the_stage(tuned):
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_it_ends_in_the_same_bits(base, tuned, tmp_path):
+def test_a_killed_stage_resumes_bit_identically(base, tuned, tmp_path):
     workdir, printed = tuned
     again = tmp_path / "again"
     (again / "stages").mkdir(parents=True)
@@ -521,7 +521,7 @@ def test_mistakes_are_one_line_and_leave_nothing(base, tmp_path):
 
 
 @pytest.mark.slow
-def test_inside_the_base_and_from_a_model_without_a_run(base, tmp_path):
+def test_fine_tuning_inside_the_bases_run_and_from_a_checkpoint(base, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(base, copy)
     config = SftConfig(
@@ -544,7 +544,7 @@ def test_inside_the_base_and_from_a_model_without_a_run(base, tmp_path):
 
 
 @pytest.mark.slow
-def test_less_is_more_is_resumable_and_decides_by_its_rule(base, tmp_path):
+def test_less_is_more_resumes_and_decides_by_its_rule(base, tmp_path):
     args = ("less_is_more", "--config=configs/less_is_more.py:smoke",
             f"--config.sft.base={base}", f"--workdir={tmp_path}")  # fmt: skip
     found = json_of(*args, by=run)

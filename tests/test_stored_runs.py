@@ -108,7 +108,7 @@ def test_the_stopped_run_opens_inside_its_ramp(stored):
     assert params_digest(open_model(str(folder.path)).params) == small["params_digest"]
 
 
-def test_an_earlier_config_and_its_data_are_the_same_today(stored, monkeypatch):
+def test_an_earlier_config_and_its_data_compare_equal_today(stored, monkeypatch):
     """What is compared when a run resumes: each stage's config.json and the data's fingerprint."""
     monkeypatch.chdir(ROOT)
     folder = RunFolder(stored / "run")
@@ -147,7 +147,7 @@ def test_an_earlier_model_has_its_validation_loss(stored, monkeypatch, name):
     assert got.bits_per_byte == pytest.approx(want, rel=1e-6)
 
 
-def test_an_earlier_export_is_the_stage_that_it_was_made_from(stored):
+def test_an_earlier_export_equals_its_stage(stored):
     params, config = interop.load_hf(stored / "export")
     opened = open_model(str(stored / "run"), "large")
     chex.assert_trees_all_equal(params, jax.device_get(opened.params))
@@ -161,7 +161,7 @@ def test_inspect_reads_an_earlier_run(stored):
     assert "config.stage.model.d_model: 4 -> 8" in found["compare"]["config"]
 
 
-def test_the_stopped_run_resumes_to_the_end_that_the_earlier_version_reached(stored, stopped):
+def test_the_stopped_run_resumes_to_the_recorded_end(stored, stopped):
     """Bit-identically where XLA rounds as it did then; else to float32's rounding.
 
     In a process of its own, with one device and the flags of the recording.

@@ -36,7 +36,7 @@ def shared(one, two):
     return {about(s) for s in one} & {about(s) for s in two}
 
 
-def test_no_problem_is_on_both_sides(samples, monkeypatch):
+def test_no_problem_is_in_both_splits(samples, monkeypatch):
     held_out = synthetic.make(7, 60, "evaluation")
     assert not shared(samples, held_out)
     # Negative control: a side drawn by the seed instead of by the problem.
@@ -44,7 +44,7 @@ def test_no_problem_is_on_both_sides(samples, monkeypatch):
     assert shared(samples, synthetic.make(7, 60, "evaluation"))
 
 
-def test_the_same_for_a_seed_and_different_within_a_set(samples):
+def test_a_seed_determines_the_samples_and_they_differ_within_a_set(samples):
     assert synthetic.make(0, 60) == samples
     assert synthetic.make(1, 60) != samples
     assert len({s.messages for s in samples}) == len({s.id for s in samples}) == len(samples)
@@ -105,7 +105,7 @@ def test_turns_alternate_and_texts_are_short(samples):
     assert max(len(s.messages) for s in dialogues) >= 6
 
 
-def test_a_pile_names_its_defects(samples):
+def test_spoiled_samples_name_their_defects(samples):
     pile = synthetic.spoil(samples, 0, 0.1)
     assert pile == synthetic.spoil(samples, 0, 0.1)
     defects = collections.Counter(s.id.partition("#")[2] for s in pile)
@@ -128,7 +128,7 @@ def test_mistakes_are_one_line():
         synthetic.make(0, 100_000, categories=["describe"])
 
 
-def test_rows_hold_what_is_there(samples, tmp_path):
+def test_rows_hold_only_the_fields_that_are_set(samples, tmp_path):
     path = tmp_path / "samples.jsonl"
     chats.write_jsonl(path, samples[:1])
     assert path.read_text(encoding="utf-8").count("\n") == 1

@@ -87,7 +87,7 @@ KINDS = ("bytes", "byte-level", "byte-level with start", "fallback", "sentencepi
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_decoding_gives_the_text_and_its_bytes_back(files, kind):
+def test_decoding_returns_the_text_and_its_bytes(files, kind):
     tokenizer = open_tokenizer(files[kind])
     for text in TEXTS:
         ids = tokenizer.encode(text)
@@ -103,7 +103,7 @@ def test_decoding_gives_the_text_and_its_bytes_back(files, kind):
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "fallback"])
-def test_pieces_are_what_the_library_decodes(files, kind):
+def test_token_bytes_equal_the_librarys_decoding(files, kind):
     """Compares with the decoder of `tokenizers`, token by token."""
     library = tokenizers.Tokenizer.from_file(files[kind])
     tokenizer = open_tokenizer(files[kind])
@@ -118,7 +118,7 @@ def test_pieces_are_what_the_library_decodes(files, kind):
     assert compared > 128
 
 
-def test_special_tokens_are_text_unless_asked_for(files):
+def test_special_tokens_are_text_unless_requested(files):
     tokenizer = open_tokenizer(files["byte-level"])
     assert tokenizer.eos_id not in tokenizer.encode("<|endoftext|>")
     assert tokenizer.encode("<|endoftext|>", special=True) == [tokenizer.eos_id]

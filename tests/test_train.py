@@ -107,7 +107,7 @@ def test_growth_to_1t_has_the_right_shapes(recipe):
     assert len(plan.to_json()) < 20_000
 
 
-def test_checkpoint_returns_the_same_bits_and_refuses_other_shapes(tmp_path):
+def test_a_checkpoint_restores_bit_identically_and_refuses_other_shapes(tmp_path):
     mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
     tx = optimizer(stage_of(TINY))
     state = init_state(TINY, tx, jax.random.key(0))

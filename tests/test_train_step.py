@@ -154,7 +154,7 @@ def oracle_steps(case, *, loss=mean_loss, frozen=False, **mistakes):
 @pytest.mark.parametrize("clip", CLIPS)
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("accumulate", [1, 4])
-def test_three_steps_are_those_of_clipped_adamw(accumulate, weight_decay, clip):
+def test_three_steps_equal_clipped_adamw(accumulate, weight_decay, clip):
     case = Case(accumulate, weight_decay, CLIPS[clip])
     with jax.enable_x64(True):
         got, want = library_steps(case), oracle_steps(case)
@@ -199,7 +199,7 @@ def test_microbatches_have_different_numbers_of_targets():
     assert len(set(counts.tolist())) == 4
 
 
-def test_a_masked_step_is_that_of_the_masked_model():
+def test_a_masked_step_equals_a_step_of_the_masked_model():
     """The masks affect loss and gradient; without them both differ."""
     with jax.enable_x64(True):
         plan = growth.plan(SMALL, changed(SMALL, d_model=18, d_ff=32))

@@ -26,7 +26,7 @@ def test_a_result_is_computed_once_and_found_by_its_identity(tmp_path):
 
 
 @pytest.mark.parametrize("left", range(1, 30, 4))
-def test_a_torn_last_line_is_computed_again_and_spoils_no_other(left, tmp_path):
+def test_an_incomplete_last_line_is_computed_again_and_spoils_no_other_line(left, tmp_path):
     path = tmp_path / "trials.jsonl"
     trials = Trials(path)
     one = trials.result({"key": "one"}, lambda: {"value": 1})
@@ -42,7 +42,7 @@ def test_a_torn_last_line_is_computed_again_and_spoils_no_other(left, tmp_path):
     assert [last.result({"key": k}, refuse) for k in ("one", "two", "three")] == [one, two, three]
 
 
-def test_a_failed_computation_leaves_nothing_and_a_recorded_failure_is_tried_again(tmp_path):
+def test_a_failed_computation_stores_nothing_and_a_recorded_failure_is_retried(tmp_path):
     path = tmp_path / "trials.jsonl"
     with pytest.raises(AssertionError):
         Trials(path).result({"key": "a"}, refuse)
