@@ -1,4 +1,4 @@
-"""Compiling ahead: what is read from the compiler, and the compiler where it is installed."""
+"""Ahead-of-time compilation: reading the compiler's reports, and the compiler if installed."""
 
 import dataclasses
 import importlib.util
@@ -48,7 +48,7 @@ ENTRY %main (a: f32[4,8]) -> f32[4,8] {
 
 
 def test_collectives_in_loops_count_once_per_iteration():
-    """Bytes that a device sends by the ring algorithm, by hand."""
+    """The expected bytes are those of the ring algorithm, computed by hand."""
     assert hlo.collectives(hlo.moves(HLO, 8)) == {
         "all-gather": {"count": 7 + 1, "bytes": 7 * 4 * 8 * 4 / 2 + 8 * 4 * 4 * 7 / 8},
         "all-reduce": {"count": 1, "bytes": 2 * 64 * 7 / 8},
@@ -79,7 +79,7 @@ def test_groups_in_every_notation(written, group):
 
 
 def test_a_ring_between_nodes_uses_every_network_card():
-    """One device a node: its card alone. Two a node: half the bytes each, all of them inside."""
+    """With one device in a node, its card sends all bytes; with two, each card sends half."""
     chip = dataclasses.replace(CHIPS["h100"], node=2, network=10.0, inside=1000.0)
 
     def seconds(*group):
@@ -92,11 +92,11 @@ def test_a_ring_between_nodes_uses_every_network_card():
 
 
 def test_an_out_of_memory_error_gives_needed_and_available_bytes():
-    said = (
+    message = (
         "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
         "temporaries (144.92G) exceeds available HBM (95.74G)."
     )
-    needed, available = compiler._out_of_memory(said)
+    needed, available = compiler._out_of_memory(message)
     assert (needed, available) == (int(144.92 * 2**30), int(95.74 * 2**30))
     assert compiler._out_of_memory("INTERNAL: something else") is None
 
@@ -145,7 +145,7 @@ def test_the_tpu_compiler_compiles_a_small_chain(what):
         f"--what={what}", by=run,
     )  # fmt: skip
     assert report["fits"] and report["devices"] == 4
-    assert {"hbm_bytes", "hbm_limit_bytes", "compile_s", "peak_host_bytes", "collectives",
-            "model_flops_per_device"} <= set(report)  # fmt: skip
+    keys = {"hbm_bytes", "hbm_limit_bytes", "compile_s", "peak_host_bytes", "collectives"}
+    assert keys | {"model_flops_per_device"} <= set(report)
     assert set(report["roofline"]) >= {"step_s", "bound", "utilisation"}
     assert json.dumps(report)

@@ -1,4 +1,4 @@
-"""Generation: the cache against the full forward pass, sampling, stops, and what is compiled."""
+"""Generation: the cache against the full forward pass, sampling, stop texts, compilation."""
 
 import functools
 
@@ -34,9 +34,9 @@ def ragged(config, seed=0):
 
 
 def cached_logits(params, config, rows, first, shift=0, padding_seen=False, slot=0):
-    """Logits [row][position, V] through a cache: `first` slots at once, then one by one.
+    """Returns logits [row][position, V] from a cache: `first` tokens at once, then one by one.
 
-    shift, padding_seen, slot: mistakes, for the negative controls.
+    `shift`, `padding_seen` and `slot` are mistakes, for the negative controls.
     """
     padding = np.array([WIDTH - len(row) for row in rows])
     tokens = np.zeros((len(rows), WIDTH), np.int32)
@@ -74,14 +74,14 @@ def test_cached_logits_equal_the_full_forward_pass(kv_heads):
 
         assert error(first=6) < 1e-13
         assert error(first=1) < 1e-13
-        # Negative controls, each with one mistake.
+        # Negative controls with one mistake each.
         assert error(first=6, shift=1) > 1e-3  # positions off by one from the second call on
         assert error(first=6, padding_seen=True) > 1e-3  # padding is attended
         assert error(first=6, slot=1) > 1e-3  # a slot is overwritten
 
 
 def greedy(params, config, prompt, count):
-    """Each token by a full forward pass."""
+    """Returns the most likely tokens, each by a full forward pass."""
     text = list(prompt)
     for _ in range(count):
         padded = np.zeros((1, WIDTH + count), np.int32)
@@ -101,7 +101,7 @@ def test_greedy_decoding_equals_full_forward_passes():
         assert got == [greedy(params, SMALL, p, 6) for p in prompts]
         for row, text in enumerate(got):
             assert [t for r, t in seen if r == row] == text
-        # Only the likeliest token is left, at any temperature.
+        # Only the most likely token is kept, so the temperature has no effect.
         one = Sampling(max_new_tokens=6, temperature=3.0, top_k=1)
         assert generate(params, SMALL, prompts, one, jax.random.key(1)) == got
         tiny = Sampling(max_new_tokens=6, temperature=3.0, top_p=1e-9)
@@ -145,15 +145,15 @@ def test_sampling_has_the_distribution_that_it_states():
     hot = probs**0.5 / (probs**0.5).sum()
     close(draws(np.log(probs), count, temperature=2.0), hot)
     close(draws(np.log(probs), count, top_k=2), np.array([0, 4, 0, 3, 0]) / 7)
-    # 0.4 + 0.3 is below 0.75: the token that reaches it is in.
+    # 0.4 + 0.3 is below 0.75, so the next token is kept too.
     close(draws(np.log(probs), count, top_p=0.75), np.array([0, 0.4, 0, 0.3, 0.15]) / 0.85)
     close(draws(np.log(probs), count, top_p=0.39), np.array([0, 1, 0, 0, 0]))
-    # Top-p counts what top-k left: 0.4/0.7 reaches 0.5.
+    # Top-p uses the probabilities after top-k: 0.4 / 0.7 reaches 0.5.
     close(draws(np.log(probs), count, top_k=2, top_p=0.5), np.array([0, 1, 0, 0, 0]))
 
 
 def test_one_program_serves_all_lengths_of_a_bucket_and_all_samplings():
-    config = changed(SMALL32, rope_theta=11_000.0)  # nobody else's programs
+    config = changed(SMALL32, rope_theta=11_000.0)  # a config that no other test compiles
     params, prompts = random_params(config, 6), ragged(config)
     with counted() as compiled:
         for lengths, temperature, top_k in (((1, 4, 9), 0.5, 0), ((30, 2, 3), 1.0, 5)):
@@ -164,7 +164,7 @@ def test_one_program_serves_all_lengths_of_a_bucket_and_all_samplings():
 
 
 def test_the_cache_is_updated_in_place():
-    """The decode step holds one cache: it takes it over and writes into it."""
+    """The decode step needs memory for one cache: the cache is donated, and updated in place."""
     config = changed(SMALL32, num_layers=6)
     params = random_params(config, 7)
     params, cache = by_layer(params, config), Cache.empty(config, 2, 1024)
@@ -189,10 +189,10 @@ def test_text_is_shown_as_soon_as_it_is_final_and_ends_at_a_stop_text():
     tokenizer = open_tokenizer("bytes")
     shown = []
     stream = TextStream(tokenizer, ["\n\n", "END"], shown.append)
-    told = [stream.add(token) for token in tokenizer.encode("µ1\n2E\nENx\n\nmore")[:-4]]
-    # Half a character is held back, and what may begin a stop text until it does not.
+    stopped = [stream.add(token) for token in tokenizer.encode("µ1\n2E\nENx\n\nmore")[:-4]]
+    # An incomplete character is held back, and so is a possible start of a stop text.
     assert shown == ["µ", "1", "\n2", "E", "\n", "ENx"]
-    assert told == [False] * (len(told) - 1) + [True]
+    assert stopped == [False] * (len(stopped) - 1) + [True]
     assert stream.end() == "µ1\n2E\nENx"
     cut = TextStream(tokenizer, ["END"], shown.append)
     for token in tokenizer.encode("aEN")[:-1] + tokenizer.encode("µ")[:1]:

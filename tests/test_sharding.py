@@ -1,4 +1,4 @@
-"""The sharding of every parameter: golden tables at the papers' sizes, rules, refusals."""
+"""The sharding of every parameter: golden tables at the papers' sizes, rules, errors."""
 
 import importlib
 import json
@@ -29,7 +29,7 @@ def abstract_mesh(devices):
 
 
 def shards(config, devices):
-    """The shape of each parameter on one device."""
+    """Returns the shape of each parameter on one device."""
     mesh = abstract_mesh(devices)
     sharding.check_divisible(config, mesh)
     return {
@@ -45,14 +45,14 @@ def shards(config, devices):
 @pytest.mark.parametrize("devices", MESHES)
 @pytest.mark.parametrize("name", SIZES)
 def test_golden_shards(name, devices):
-    """A golden table: if the rules change, it must be changed by hand."""
+    """If the sharding rules change, the golden table must be changed by hand."""
     assert shards(model_of(name), devices) == GOLDEN[f"{name}/{devices}"]
 
 
 @pytest.mark.parametrize("devices", MESHES)
 @pytest.mark.parametrize("name", SIZES)
 def test_no_parameter_is_replicated_by_accident(name, devices):
-    """Only the gains of norms are replicated."""
+    """Only the gains of the norms are replicated."""
     config = model_of(name)
     whole, parts = axes.param_sizes(config), shards(config, devices)
     for path, shape in parts.items():

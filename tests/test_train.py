@@ -1,4 +1,4 @@
-"""The train step on a mesh, without recompilation during a ramp; checkpoints; evaluation."""
+"""The train step on meshes, compilation during a ramp, checkpoints, evaluation."""
 
 import dataclasses
 import math
@@ -30,7 +30,7 @@ def data_parallel():
 def test_losses_do_not_depend_on_the_mesh(mesh, data_parallel):
     losses, state = losses_on(mesh, TINY)
     np.testing.assert_allclose(losses, data_parallel, rtol=2e-5)
-    # It learns the batch: each step lowers the loss by far more than the tolerance.
+    # The model learns: each step lowers the loss by much more than the tolerance.
     assert (np.diff(losses) < -0.05).all(), losses
     up = state.params["layers"]["mlp"]["up"]
     assert up.addressable_shards[0].data.size == up.size // (mesh.fsdp * mesh.tensor)

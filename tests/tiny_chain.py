@@ -1,4 +1,4 @@
-"""A chain of two stages that trains in seconds: for the tests of several processes.
+"""A chain of two stages that trains in seconds, for the tests of several processes.
 
 flm train --config=tests/tiny_chain.py --workdir=DIR
 """
@@ -29,7 +29,7 @@ def _stage(name: str, layers: int, heads: int, ffn: int) -> StageConfig:
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-    """Variant `relayout`: the second stage has a mesh of its own."""
+    """Returns the chain. In variant `relayout` the second stage has another mesh."""
     stages = (_stage("small", 1, 4, 24), _stage("large", 2, 8, 48))
     config = config_files.to_config_dict(
         ExperimentConfig(
