@@ -1,4 +1,4 @@
-"""Progress where no terminal is: plain lines, now and then."""
+"""Progress without a terminal: plain lines at intervals."""
 
 import io
 
@@ -14,11 +14,11 @@ class Clock:
         return self.seconds
 
 
-def shown(*how, unit="steps"):
-    """A display that writes into a file, the file, and its clock."""
+def shown(*arguments, unit="steps"):
+    """Returns a display that writes to a file, the file, and the display's clock."""
     file, clock = io.StringIO(), Clock()
     console = rich.console.Console(file=file, width=200)
-    return Progress(*how, unit=unit, clock=clock, console=console), file, clock
+    return Progress(*arguments, unit=unit, clock=clock, console=console), file, clock
 
 
 def test_training_shows_loss_speed_masks_and_time_left():
@@ -32,7 +32,7 @@ def test_training_shows_loss_speed_masks_and_time_left():
         progress.update(16, 3.25, 8000, 0.5)
         progress.note("a line of its own")
         clock.seconds = 2 * PLAIN_SECONDS - 1
-        progress.update(30, 2.0, 38000)  # the last is always shown
+        progress.update(30, 2.0, 38000)  # the last step is always shown
     assert file.getvalue().splitlines() == [
         "large  steps 15/30  loss 3.250  800 tokens/s  mask 0.50  30 s left",
         "a line of its own",

@@ -1,4 +1,4 @@
-"""Imports point one way, and heavy libraries stay where they belong."""
+"""Imports point one way, and only some modules import heavy libraries."""
 
 import ast
 import subprocess

@@ -1,4 +1,4 @@
-"""The installed package: built as a wheel, used from an empty folder."""
+"""The package, built and installed as a wheel, and used from an empty folder."""
 
 import json
 import os
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """A folder with the package as its wheel installs it, without its dependencies."""
+    """A folder in which the wheel is installed, without its dependencies."""
     folder = tmp_path_factory.mktemp("install")
     for name in ("flm_jax", "configs"):
         ignored = shutil.ignore_patterns("__pycache__")
@@ -35,7 +35,7 @@ def site(tmp_path_factory):
 
 
 def flm(site, folder, *args):
-    """Standard output of the installed console command, called in `folder`."""
+    """Returns the standard output of the installed command, called in `folder`."""
     environment = {**os.environ, "PYTHONPATH": str(site), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [site / "bin" / "flm", *args], cwd=folder, env=environment, capture_output=True, text=True

@@ -1,4 +1,4 @@
-"""Weights in and out, without torch: what is written comes back, and mistakes are refused."""
+"""Import and export of weights without torch: round trips, and mistakes are refused."""
 
 import dataclasses
 import json
@@ -37,7 +37,7 @@ from tests.models import TABLE, changed, random_params
 
 
 def write(folder, config, format):
-    """A folder of random weights, in small shards."""
+    """Writes a folder of random weights in small shards."""
     write_hf(
         folder, Tree(random_params(config, 0), config), format, "float32", Vocabulary(""),
         context=CONTEXT, shard_bytes=9000,
@@ -81,7 +81,7 @@ def test_dtypes_are_widened_and_rounded_once(folder, tmp_path):
             got = dict(trees.flatten(half))[path]
             assert got.dtype == np.float32
             np.testing.assert_array_equal(got, x.astype(np_dtype).astype(np.float32))
-        # Without `dtype` the source's dtype is kept, and nothing is rounded a second time.
+        # Without `dtype` the source's dtype is kept, so nothing is rounded again.
         done = interop.convert(str(tmp_path / dtype), str(tmp_path / f"{dtype}2"), "llama")
         assert done["dtype"] == dtype and not any("rounded" in note for note in done["notes"])
         assert equal(half, interop.load_hf(tmp_path / f"{dtype}2")[0])
@@ -122,7 +122,7 @@ def test_blocks_tile_every_parameter():
 
 
 def word_tokenizer(folder, tokens):
-    """A tokenizer.json with this number of tokens."""
+    """Writes a tokenizer.json with this number of tokens."""
     import tokenizers
 
     words = {f"w{i}": i for i in range(tokens)}
@@ -275,7 +275,7 @@ def test_mistakes_about_the_target(folder, tmp_path, monkeypatch):
 
 
 def test_a_ramp_is_folded_by_its_step(folder, tmp_path):
-    """A checkpoint inside a ramp: the stage's config, plan and step say how far the masks are."""
+    """The masks' value follows from the stage's config, its plan and the checkpoint's step."""
     interop.convert(str(folder), str(tmp_path / "run"), "flm")
     run = RunFolder(tmp_path / "run")
     experiment = run.stage(0, "imported").experiment()

@@ -1,4 +1,4 @@
-"""Weights in and out, against transformers' own models; equalities have negative controls."""
+"""Import and export of weights, against transformers' own models, with negative controls."""
 
 import dataclasses
 import json
@@ -63,13 +63,13 @@ MODELS = {
 
 
 def make(kind, folder, **save_options):
-    """A random transformers model, saved to a folder."""
+    """Makes a random transformers model and saves it to a folder."""
     cls, sizes = MODELS[kind]
     torch.manual_seed(len(kind))
     model = transformers.AutoModelForCausalLM.from_config(cls(**_SIZES, **sizes)).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if "norm" in name:  # ones hide bugs
+            if "norm" in name:  # gains of one would hide bugs
                 weight.uniform_(0.5, 1.5)
     model.save_pretrained(folder, **save_options)
     if kind == "teleflm":
@@ -81,20 +81,20 @@ def make(kind, folder, **save_options):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Opens the model and folder of a kind; each is made once, in small shards."""
-    made = {}
+    """A function: kind -> model and folder. Each kind is made once, in small shards."""
+    models = {}
 
     def get(kind):
-        if kind not in made:
+        if kind not in models:
             folder = tmp_path_factory.mktemp(kind)
-            made[kind] = make(kind, folder, max_shard_size="8KB"), folder
-        return made[kind]
+            models[kind] = make(kind, folder, max_shard_size="8KB"), folder
+        return models[kind]
 
     return get
 
 
 def theirs(model, multipliers=None):
-    """Logits of the transformers model; with `multipliers`, the oracle of TeleFLM."""
+    """Returns the logits of the transformers model; `multipliers` are TeleFLM's."""
     m = {"input_mult": 1, "output_mult": 1, "mup_scale_factor": 1} | (multipliers or {})
     with torch.no_grad():
         x = model.get_input_embeddings()(torch.tensor(TOKENS)) * m["input_mult"]
@@ -114,7 +114,7 @@ def test_an_imported_model_has_the_same_logits(kind, saved):
 
 
 def test_mistakes_in_an_import_change_the_logits(saved, monkeypatch):
-    """Negative control: other orders of heads, untransposed matrices, no multipliers."""
+    """Negative control: wrong orders of heads, a matrix without transposition, no multipliers."""
     model, folder = saved("grouped")
     oracle = theirs(model)
     for path, layout in {
@@ -129,7 +129,7 @@ def test_mistakes_in_an_import_change_the_logits(saved, monkeypatch):
     params, config = interop.load_hf(folder)
     plain = dataclasses.replace(config, input_mult=1.0)
     assert distance(theirs(model), ours(params, plain)) > 1e-2
-    with monkeypatch.context() as patch:  # multipliers that the config has no field for
+    with monkeypatch.context() as patch:  # multipliers for which the config has no field
         patch.setattr("flm_jax.interop.opening.scaled", lambda weights, *_: weights)
         assert distance(theirs(model), ours(*interop.load_hf(folder))) > 1e-2
 
@@ -153,7 +153,7 @@ def test_exports_have_the_same_logits_and_import_bit_identically(kind, format, s
     before = ours(params, config)
     if folds:
         assert distance(before, ours(again, config_again)) < 1e-5
-    if format != "teleflm":  # stock transformers opens it
+    if format != "teleflm":  # transformers itself can open it
         opened, info = transformers.AutoModelForCausalLM.from_pretrained(
             tmp_path / "out", output_loading_info=True
         )
@@ -182,7 +182,7 @@ def test_a_grown_import_is_exported_with_the_same_logits(recipe, saved, tmp_path
         interop.save_hf(tmp_path / "middle", plain, folded, "llama")
         opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "middle")
         assert distance(ours(grown, target, masks), theirs(opened)) < 1e-4
-        assert distance(ours(grown, target), theirs(opened)) > 1e-2  # masks matter
+        assert distance(ours(grown, target), theirs(opened)) > 1e-2  # negative control: no masks
         grown, target = growth.fold(grown, plan, 0.0)
     interop.save_hf(tmp_path / "grown", grown, target, "llama", vocabulary=str(folder))
     opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "grown")
@@ -199,14 +199,14 @@ def test_bin_files_hold_the_same_weights(saved, tmp_path):
     torch.save(half, tmp_path / "pytorch_model.bin")
     got = interop.load_hf(tmp_path)[0]["final_norm"]
     np.testing.assert_array_equal(got, half["model.norm.weight"].float().numpy())
-    # Two files with an index.
+    # Two files and an index.
     state = list(model.state_dict().items())
-    where = {}
+    file_of = {}
     for file, part in (("one.bin", state[:5]), ("two.bin", state[5:])):
         torch.save(dict(part), tmp_path / file)
-        where |= dict.fromkeys(dict(part), file)
+        file_of |= dict.fromkeys(dict(part), file)
     index = tmp_path / "pytorch_model.bin.index.json"
-    index.write_text(json.dumps({"weight_map": where}))
+    index.write_text(json.dumps({"weight_map": file_of}))
     assert equal(interop.load_hf(folder)[0], interop.load_hf(tmp_path)[0])
     (tmp_path / "two.bin").write_bytes((tmp_path / "two.bin").read_bytes()[:-2000])
     with pytest.raises(UserError, match=r"two.bin: torch's loader for weights alone refuses it"):
@@ -230,7 +230,7 @@ def test_bin_files_run_no_code(saved, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_chain_starts_from_imported_weights(tmp_path):
-    """The first stage's parameters come from a folder, are not trained, and grow."""
+    """The first stage reads its parameters from a folder, does not train, and is grown."""
     config = config_files.experiment(config_files.shipped("demo").get_config("smoke"))
     model = config.stages[0].model
     params = random_params(model, 0)
@@ -251,7 +251,7 @@ def test_a_chain_starts_from_imported_weights(tmp_path):
     assert first["steps"] == first["tokens"] == 0
     assert second["receipt"]["max_abs_logit_diff"] <= 1e-4 * second["receipt"]["logit_scale"]
     assert abs(first["eval"]["bpb_end"] - second["eval"]["bpb_start"]) < 1e-4
-    # A grown stage goes out, with the bytes' tokenizer.
+    # A grown stage is exported, with the tokenizer of vocabulary "bytes".
     json_of(
         "convert", f"--source={workdir}", f"--target={tmp_path / 'out'}",
         "--format=granite", "--stage=medium",

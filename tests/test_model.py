@@ -42,7 +42,7 @@ def test_logits_equal_the_numpy_model(kv_heads):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _token_gradients(config, params, positions, position, segment_ids):
-    """The norm of d(logits at one position) / d(embedding of each input position)."""
+    """Returns the norm of d(logits at one position) / d(embedding of each input position)."""
     length = positions.shape[1]
     # Distinct tokens, so that row i of the embedding's gradient belongs to position i alone.
     tokens = jnp.arange(length, dtype=jnp.int32)[None]
@@ -55,8 +55,7 @@ def _token_gradients(config, params, positions, position, segment_ids):
 
 
 def test_attention_is_causal_and_stays_in_its_document():
-    """There is no gradient from later tokens and none from other documents, but from all earlier
-    tokens of the same document."""
+    """Gradients come from all earlier tokens of the same document, and from no other token."""
     with jax.enable_x64(True):
         params = random_params(SMALL, 2)
         batch = packed_batch(SMALL, batch=1)

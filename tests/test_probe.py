@@ -37,7 +37,7 @@ def test_probe_ranks_resumes_and_refuses(tmp_path):
         *PROBE, f"--workdir={tmp_path}/no", "--config.arms[2].growth.recipe=tile,layers=magic"
     )
     assert "'magic'" in line and not (tmp_path / "no").exists()
-    # The context grows too: the target reads sequences of twice the length.
+    # The context grows too: the target reads sequences of double length.
     args = (*PROBE, f"--workdir={tmp_path}", "--config.experiment.stages[1].sequence_length=128")
     arms = json_of(*args, by=run)["arms"]
     assert sorted(a["name"] for a in arms) == ["msg", "not grown", "tile + stack"]

@@ -39,7 +39,7 @@ TABLE = {
     "up_bias": Param.of("layers:stack mlp:out"),
     "down": Param.of("layers:stack mlp:in embed:out"),
     "down_bias": Param.of("layers:stack embed:out"),
-    # The head is the embedding: what reads the last norm cannot share out copies, so the norm does.
+    # The head is the embedding, so it cannot divide by the copy counts. The last norm does it.
     "lnf_gain": Param.of("embed:gain", carries=("embed",)),
     "lnf_bias": Param.of("embed:gain", carries=("embed",)),
 }
@@ -115,7 +115,7 @@ def logits(model, params, seed=7):
 
 
 def change(made, params):
-    """The largest change of a logit at the growth."""
+    """Returns the largest change of a logit at the growth."""
     return moved(made, params, jax.jit(functools.partial(grow, plan=made))(params, key=KEY))
 
 
@@ -124,19 +124,19 @@ def moved(made, params, grown):
 
 
 def adam_state(model, params, seeds=(1, 2, 3)):
-    """Adam's state after gradients of three batches, all at the same parameters."""
+    """Returns Adam's state after gradients of three batches at the same parameters."""
 
     tx = optax.adam(1e-3)
     state = tx.init(params)
     for seed in seeds:
-        with jax.numpy_dtype_promotion("standard"):  # optax's own
+        with jax.numpy_dtype_promotion("standard"):  # optax promotes dtypes
             _, state = tx.update(gradient(model)(params, tokens(seed)), state)
     return state
 
 
 @pytest.fixture(autouse=True)
 def relaxed():
-    """float64; and Flax and optax promote as they are written."""
+    """Enables float64 and the dtype promotion of Flax and optax."""
     with (
         jax.enable_x64(True),
         jax.numpy_dtype_promotion("standard"),

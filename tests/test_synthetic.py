@@ -1,4 +1,4 @@
-"""Samples made on the machine: right answers, the same for a seed, no problem on both sides."""
+"""Synthetic samples: right answers, determined by the seed, and disjoint splits."""
 
 import ast
 import collections
@@ -16,8 +16,8 @@ def samples():
     return synthetic.make(0, 60)
 
 
-def about(sample):
-    """What a sample is about, read off its text: independent of the keys that `made` uses."""
+def problem_of(sample):
+    """Reads a sample's problem from its text, independently of the keys of `synthetic`."""
     first, answer = sample.messages[0].content, sample.messages[-1].content
     if sample.category.startswith("arithmetic"):
         terms = re.findall(r"([+-]?) ?(\d+)", first)
@@ -28,18 +28,19 @@ def about(sample):
         return "function", answer
     if found := re.search(r"\[[\d, ]*\]", first):
         return "list", found[0]
-    # The longest word of syllables; wordings have none but short ones.
+    # The longest word of syllables; the templates have only short ones.
     return "word", max(re.findall(r"\b(?:[bdfgklmnprstv][aeiou]){2,3}\b", first), key=len)
 
 
 def shared(one, two):
-    return {about(s) for s in one} & {about(s) for s in two}
+    """Returns the problems that two sets have in common."""
+    return {problem_of(s) for s in one} & {problem_of(s) for s in two}
 
 
 def test_no_problem_is_in_both_splits(samples, monkeypatch):
     held_out = synthetic.make(7, 60, "evaluation")
     assert not shared(samples, held_out)
-    # Negative control: a side drawn by the seed instead of by the problem.
+    # Negative control: the split does not depend on the problem.
     monkeypatch.setattr(synthetic, "side", lambda key: "evaluation")
     assert shared(samples, synthetic.make(7, 60, "evaluation"))
 
@@ -91,7 +92,7 @@ def test_functions_pass_their_doctests(samples):
         found = doctest.DocTestFinder().find(namespace["f"], "f", globs=namespace)
         outcome = doctest.DocTestRunner(verbose=False).run(found[0], out=lambda text: None)
         assert outcome.attempted == 4 and outcome.failed == 0
-        # The prompt shows one example of the four.
+        # The prompt shows one of the four examples.
         assert s.messages[0].content.count(">>>") == 1
 
 

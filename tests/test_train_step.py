@@ -31,7 +31,7 @@ CLIPS = {"clipped": 0.05, "not clipped": 100.0}
 
 
 def ragged_batch(model, seed):
-    """A packed batch; its rows, and so its microbatches, have different numbers of targets."""
+    """Returns a packed batch; rows and microbatches have different numbers of targets."""
     batch = packed_batch(model, seed, batch=ROWS)
     length = batch["tokens"].shape[1]
     kept = jnp.arange(length)[None] < jnp.arange(length, length - ROWS, -1)[:, None]
@@ -52,7 +52,7 @@ class Case:
 
     @property
     def settings(self):
-        # eps is as large as the gradient; else Adam would hide a wrong scale of the gradient.
+        # eps is as large as the gradient, because Adam would otherwise hide a wrong scale of it.
         return OptimizerConfig(eps=1e-3, weight_decay=self.weight_decay, clip_norm=self.clip_norm)
 
     @property
@@ -65,7 +65,7 @@ class Case:
 
 @functools.cache
 def library_steps(case):
-    """(parameters, metrics) after each step of `make_train_step`."""
+    """Returns (parameters, metrics) after each step of `make_train_step`."""
     factors = jnp.asarray(SCHEDULE)
     tx = optim.optimizer(case.stage, case.settings, lambda step: factors[step])
     params = random_params(SMALL, 5)
@@ -82,7 +82,7 @@ def library_steps(case):
 
 
 def mean_loss(params, batch, masks=None, model=SMALL):
-    """Nats per target token of a batch."""
+    """Returns a batch's loss in nats per target token."""
     logits_BTV = Transformer(model).apply(
         {"params": params}, batch["tokens"], batch["segment_ids"], batch["positions"], masks=masks
     )
@@ -91,7 +91,7 @@ def mean_loss(params, batch, masks=None, model=SMALL):
 
 
 def mean_of_microbatch_means(params, batch, parts=4):
-    """A mistake in accumulation: divides by each microbatch's own number of tokens."""
+    """A mistaken accumulation that divides by each microbatch's own number of tokens."""
     micro = [jax.tree.map(lambda x, i=i: jnp.split(x, parts)[i], batch) for i in range(parts)]
     return sum(mean_loss(params, part) for part in micro) / parts
 
@@ -133,7 +133,7 @@ def adamw(case, *, clip=True, decay=True, decayed_gains=False, swapped=False, mu
 
 
 def oracle_steps(case, *, loss=mean_loss, frozen=False, **mistakes):
-    """(parameters, metrics) after each step of optax's AdamW. `frozen` never moves a parameter."""
+    """Returns (parameters, metrics) after each step of optax's AdamW; `frozen`: without updates."""
     params = random_params(SMALL, 5)
     with jax.numpy_dtype_promotion("standard"):
         tx = adamw(case, **mistakes)

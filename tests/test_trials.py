@@ -1,4 +1,4 @@
-"""Results that are computed once: found again, after a kill too."""
+"""`Trials`: results are computed once and found again, also after a kill."""
 
 import json
 
@@ -15,7 +15,7 @@ def test_a_result_is_computed_once_and_found_by_its_identity(tmp_path):
     path = tmp_path / "new folder" / "trials.jsonl"
     trials = Trials(path)
     first = trials.result({"key": "a", "name": "x"}, lambda: {"loss": 1.5, "shape": (2, 3)})
-    assert first == {"key": "a", "name": "x", "loss": 1.5, "shape": [2, 3]}  # as it is on disk
+    assert first == {"key": "a", "name": "x", "loss": 1.5, "shape": [2, 3]}  # as JSON stores it
     for again in (trials, Trials(path)):
         assert again.result({"key": "a", "name": "x"}, refuse) == first
         assert again.find({"key": "a", "name": "y"}) is again.find({"key": "b"}) is None
@@ -33,7 +33,7 @@ def test_an_incomplete_last_line_is_computed_again_and_spoils_no_other_line(left
     trials.result({"key": "two"}, lambda: {"value": "µ"})
     text = path.read_text()
     second = text.index("\n") + 1
-    path.write_text(text[: second + min(left, len(text) - second - 2)])  # a kill came
+    path.write_text(text[: second + min(left, len(text) - second - 2)])  # a kill during the write
     again = Trials(path)
     assert again.result({"key": "one"}, refuse) == one
     two = again.result({"key": "two"}, lambda: {"value": 2})
