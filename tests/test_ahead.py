@@ -136,14 +136,23 @@ def test_the_tpu_compiler_compiles_a_small_chain(what):
         f"--config.stages[{i}].model.{name}={value}"
         for i, layers, width in ((0, 2, 512), (1, 2, 512), (2, 3, 1024))
         for name, value in (
-            ("num_layers", layers), ("d_model", width), ("num_heads", width // 128),
-            ("d_ff", 2 * width), ("vocab_size", 512),
+            ("num_layers", layers),
+            ("d_model", width),
+            ("num_heads", width // 128),
+            ("d_ff", 2 * width),
+            ("vocab_size", 512),
         )
-    ]  # fmt: skip
+    ]
     report = json_of(
-        *CHAIN, *sizes, "--topology=v5p:2x2x1", "--mesh=fsdp=2,tensor=2", "--batch=4", "--quick",
-        f"--what={what}", by=run,
-    )  # fmt: skip
+        *CHAIN,
+        *sizes,
+        "--topology=v5p:2x2x1",
+        "--mesh=fsdp=2,tensor=2",
+        "--batch=4",
+        "--quick",
+        f"--what={what}",
+        by=run,
+    )
     assert report["fits"] and report["devices"] == 4
     keys = {"hbm_bytes", "hbm_limit_bytes", "compile_s", "peak_host_bytes", "collectives"}
     assert keys | {"model_flops_per_device"} <= set(report)

@@ -53,8 +53,11 @@ def test_the_run_folder_keeps_its_contract(finished):
     ends = [s["eval"]["bpb_end"] for s in data["stages"]]
     assert ends == sorted(ends, reverse=True)
     assert {p.name for p in (finished / "report").iterdir()} == {
-        "report.md", "curve.png", "ramp.png", "distances.png",
-    }  # fmt: skip
+        "report.md",
+        "curve.png",
+        "ramp.png",
+        "distances.png",
+    }
     assert list((finished / "tensorboard").iterdir())
 
 
@@ -144,14 +147,18 @@ def test_changed_data_is_refused_on_resume(tmp_path):
 def test_mistakes_are_refused_before_anything_is_written(tmp_path):
     new = tmp_path / "new"
     cases = [
-        ({"stages[1].model.d_model": 16, "stages[1].model.mup_base_width": 16},
-         ("'embed' from 32 to 16",)),
-        ({"stages[1].model.num_heads": 5, "stages[1].model.num_kv_heads": 2},
-         ("num_heads is 5", "num_kv_heads 2")),
+        (
+            {"stages[1].model.d_model": 16, "stages[1].model.mup_base_width": 16},
+            ("'embed' from 32 to 16",),
+        ),
+        (
+            {"stages[1].model.num_heads": 5, "stages[1].model.num_kv_heads": 2},
+            ("num_heads is 5", "num_kv_heads 2"),
+        ),
         ({"stages[1].growth.recipe": "magic"}, ("'magic'", "msg")),
         ({"stages[1].growth.ramp_steps": 999}, ("ramp_steps is 999", "steps 24")),
         ({"mesh.data": 3}, ("data 3", "devices")),
-    ]  # fmt: skip
+    ]
     for changes, words in cases:
         line = refusal(new, changes)
         assert all(word in line for word in words), line
@@ -224,9 +231,14 @@ def test_inspect_prints_and_compares(finished):
 def test_benchmark_has_its_keys():
     result = json_of("benchmark", "step", "--config=configs/demo.py:smoke", "--steps=2", by=run)
     keys = {
-        "tokens_per_s", "step_s", "compile_s", "model_flops_per_s", "matmul_peak_flops_per_s",
-        "utilisation", "peak_bytes",
-    }  # fmt: skip
+        "tokens_per_s",
+        "step_s",
+        "compile_s",
+        "model_flops_per_s",
+        "matmul_peak_flops_per_s",
+        "utilisation",
+        "peak_bytes",
+    }
     assert keys <= result.keys() and keys == result["masked"].keys()
     assert 0 < result["utilisation"] < 1
 

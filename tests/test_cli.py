@@ -90,8 +90,10 @@ def test_describe_allocates_nothing_at_1t():
 def test_describe_lists_a_chain():
     stages = json_of("describe", "--config=configs/tele_flm_1t_chain.py")["stages"]
     assert [s["params"] for s in stages] == [
-        52_817_829_888, 102_198_487_040, 1_083_735_265_280,
-    ]  # fmt: skip
+        52_817_829_888,
+        102_198_487_040,
+        1_083_735_265_280,
+    ]
 
 
 def test_flops_by_hand():
@@ -117,15 +119,21 @@ def test_flops_by_hand():
         (("--config=README.md",), ("README.md", "SyntaxError")),
         (("--config=configs/common.py",), ("configs/common.py", "get_config")),
         ((DEMO, "--config.modle.vocab_size=1"), ("modle",)),
-        ((DEMO, "--config.stages[0].model.num_heads=3", "--config.stages[0].model.num_kv_heads=2"),
-         ("num_heads is 3", "num_kv_heads 2")),
+        (
+            (
+                DEMO,
+                "--config.stages[0].model.num_heads=3",
+                "--config.stages[0].model.num_kv_heads=2",
+            ),
+            ("num_heads is 3", "num_kv_heads 2"),
+        ),
         (("--config=configs/nope.py",), ("configs/nope.py", "no such file")),
         (("--config=configs/demo.py:nope",), ("variant 'nope'", "smoke")),
         ((), ("--config is missing",)),
         ((DEMO, "--jsn"), ("jsn",)),
         ((DEMO, "extra"), ("'extra'",)),
     ],
-)  # fmt: skip
+)
 def test_a_mistake_is_one_line(args, words):
     line = mistake("describe", *args)
     assert all(word in line for word in words), line
@@ -138,8 +146,9 @@ def test_an_error_in_a_config_file_says_where(tmp_path):
 
 
 def test_flag_and_value_may_be_two_words():
-    described = json_of("describe", "--config", "configs/tele_flm_52b.py",
-                        "--config.model.vocab_size", "80384")  # fmt: skip
+    described = json_of(
+        "describe", "--config", "configs/tele_flm_52b.py", "--config.model.vocab_size", "80384"
+    )
     assert described["params"] == 52_824_121_344
 
 

@@ -25,10 +25,14 @@ from tests.models import SMALL, changed, random_params
 
 def scored(right, nats, category="c"):
     samples = [
-        Sample((Message("user", str(n)), Message("assistant", "x")), category, str(n),
-               None if r is None else Check("exact", "x"))
+        Sample(
+            (Message("user", str(n)), Message("assistant", "x")),
+            category,
+            str(n),
+            None if r is None else Check("exact", "x"),
+        )
         for n, r in enumerate(right)
-    ]  # fmt: skip
+    ]
     return [
         Scored(s, ResponseLoss(float(n), 2, 1), "x", r)
         for s, r, n in zip(samples, right, nats, strict=True)
@@ -131,18 +135,27 @@ def test_the_command_gates_a_release(workdir, tmp_path):
     code = "import json; print(json.dumps({'winner': 'tie'}))"
     judge = shlex.join([sys.executable, "-I", "-S", "-c", code])
     status, out, err = call(
-        *COMMAND, f"{workdir}:one", f"{workdir}:two", f"--samples={path}", "--json",
-        f"--judge={judge}", f"--output={out_path}",
-        "--fail_if=all/loss:0.5", "--fail_if=all/accuracy:0.5",
-    )  # fmt: skip
+        *COMMAND,
+        f"{workdir}:one",
+        f"{workdir}:two",
+        f"--samples={path}",
+        "--json",
+        f"--judge={judge}",
+        f"--output={out_path}",
+        "--fail_if=all/loss:0.5",
+        "--fail_if=all/accuracy:0.5",
+    )
     # One of the two gates fails and prints one line; the JSON object is printed too.
     assert status == 3
     lines = [line for line in err.splitlines() if line.startswith("flm compare: ")]
     assert len(lines) == 1 and "all/loss went from" in lines[0] and "accuracy" not in lines[0]
     result = json.loads(out)
     assert len(result["failed"]) == 1 and set(result["difference"]) == {
-        "lists", "describe", "all", "retention",
-    }  # fmt: skip
+        "lists",
+        "describe",
+        "all",
+        "retention",
+    }
     assert result["a"]["scores"]["lists"]["accuracy_n"] == 2
     assert result["samples"] == {"scored": 4, "without_answer": 1}
     assert 5 < result["retention"]["bpb_a"] < result["retention"]["bpb_b"]

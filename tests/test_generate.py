@@ -95,9 +95,13 @@ def test_greedy_decoding_equals_full_forward_passes():
         params, prompts = random_params(SMALL, 2), ragged(SMALL)
         seen = []
         got = generate(
-            params, SMALL, prompts, Sampling(max_new_tokens=6), jax.random.key(0),
+            params,
+            SMALL,
+            prompts,
+            Sampling(max_new_tokens=6),
+            jax.random.key(0),
             on_token=lambda row, token: seen.append((row, token)),
-        )  # fmt: skip
+        )
         assert got == [greedy(params, SMALL, p, 6) for p in prompts]
         for row, text in enumerate(got):
             assert [t for r, t in seen if r == row] == text

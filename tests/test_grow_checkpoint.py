@@ -183,8 +183,14 @@ def test_a_run_grown_on_disk_trains_as_if_grown_in_memory(tmp_path):
     status, _, err = run("train", config, f"--workdir={tmp_path / 'run'}")
     assert status == 0, err
     target = tmp_path / "grown"
-    args = ("growth", "checkpoint", config, f"--source={tmp_path / 'run'}",
-            f"--target={target}", "--stage=small")  # fmt: skip
+    args = (
+        "growth",
+        "checkpoint",
+        config,
+        f"--source={tmp_path / 'run'}",
+        f"--target={target}",
+        "--stage=small",
+    )
     process = start(*args)
     wait_for("stages/1-medium/checkpoints/12.partial", target, process)
     process.send_signal(signal.SIGKILL)
@@ -203,9 +209,15 @@ def test_a_run_grown_on_disk_trains_as_if_grown_in_memory(tmp_path):
 def test_a_state_grows_in_less_memory_than_its_size(tmp_path):
     """A state of 0.6 GB grows to 2.8 GB in a process with less than 1.5 GiB."""
     small = changed(
-        CONFIG, vocab_size=8192, num_layers=4, d_model=768, num_heads=12, num_kv_heads=0,
-        head_dim=64, d_ff=3072,
-    )  # fmt: skip
+        CONFIG,
+        vocab_size=8192,
+        num_layers=4,
+        d_model=768,
+        num_heads=12,
+        num_kv_heads=0,
+        head_dim=64,
+        d_ff=3072,
+    )
     big = changed(small, num_layers=8, d_model=1280, num_heads=20, d_ff=5120)
     config = two_stages(small, big)
     finished_run(config, tmp_path / "run")
@@ -215,9 +227,12 @@ def test_a_state_grows_in_less_memory_than_its_size(tmp_path):
         "def get_config():\n    return config_files.to_config_dict(config.experiment(VALUES))\n"
     )
     peak = peak_memory(
-        "growth", "checkpoint", f"--config={tmp_path / 'chain.py'}",
-        f"--source={tmp_path / 'run'}", f"--target={tmp_path / 'grown'}",
-    )  # fmt: skip
+        "growth",
+        "checkpoint",
+        f"--config={tmp_path / 'chain.py'}",
+        f"--source={tmp_path / 'run'}",
+        f"--target={tmp_path / 'grown'}",
+    )
     reader = CheckpointReader(tmp_path / "grown/stages/1-big/checkpoints/4")
     assert sum(4 * x.size for x in reader.leaves.values()) > 2e9
     shutil.rmtree(tmp_path)

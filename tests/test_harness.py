@@ -73,11 +73,22 @@ def results(run, tasks, tmp_path_factory):
         "JAX_PLATFORMS": "cpu",
     }
     done = subprocess.run(
-        [sys.executable, "-c", OFFLINE, "harness", f"--checkpoint={run}",
-         "--tasks=flm_choice,flm_rolling,flm_generate", f"--include_path={tasks}",
-         "--batch_size=4", "--json"],
-        cwd=ROOT, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-c",
+            OFFLINE,
+            "harness",
+            f"--checkpoint={run}",
+            "--tasks=flm_choice,flm_rolling,flm_generate",
+            f"--include_path={tasks}",
+            "--batch_size=4",
+            "--json",
+        ],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") == 1
     return json.loads(done.stdout)

@@ -25,9 +25,17 @@ def site(tmp_path_factory):
         shutil.copy(ROOT / name, folder / "source")
     pip = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
     subprocess.run(
-        [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder / "dist",
-         folder / "source"], check=True,
-    )  # fmt: skip
+        [
+            *pip,
+            "wheel",
+            "--no-deps",
+            "--no-build-isolation",
+            "--wheel-dir",
+            folder / "dist",
+            folder / "source",
+        ],
+        check=True,
+    )
     (wheel,) = (folder / "dist").glob("*.whl")
     subprocess.run([*pip, "install", "--no-deps", "--target", folder / "site", wheel], check=True)
     shutil.rmtree(folder / "source")

@@ -32,16 +32,21 @@ from tests.interop_models import (
     distance,
     equal,
     ours,
-)  # fmt: skip
+)
 from tests.models import TABLE, changed, random_params
 
 
 def write(folder, config, format):
     """Writes a folder of random weights in small shards."""
     write_hf(
-        folder, Tree(random_params(config, 0), config), format, "float32", Vocabulary(""),
-        context=CONTEXT, shard_bytes=9000,
-    )  # fmt: skip
+        folder,
+        Tree(random_params(config, 0), config),
+        format,
+        "float32",
+        Vocabulary(""),
+        context=CONTEXT,
+        shard_bytes=9000,
+    )
     assert len(list(folder.glob("*.safetensors"))) > 2
     return folder
 
@@ -215,7 +220,8 @@ MISTAKES = {
     "an index that is none": (lambda f: index_of(f).write_text("{}"), "no JSON object with a w"),
     "no weights": (lambda f: [x.unlink() for x in f.glob("model*")], "no weights"),
     "a missing tensor": (
-        lambda f: _rewrite(f, _no_tensor), r"tensor model.layers.1.mlp.up_proj.weight \[.*missing"
+        lambda f: _rewrite(f, _no_tensor),
+        r"tensor model.layers.1.mlp.up_proj.weight \[.*missing",
     ),
     "an extra tensor": (
         lambda f: _rewrite(f, _more_tensors),
@@ -226,7 +232,8 @@ MISTAKES = {
         r"model.safetensors: model.embed_tokens.weight is \[49, 24\], config.json says \[50, 24\]",
     ),
     "an unknown architecture": (
-        lambda f: _edit(f / "config.json", model_type="gpt2"), "config.json: model_type is 'gpt2'"
+        lambda f: _edit(f / "config.json", model_type="gpt2"),
+        "config.json: model_type is 'gpt2'",
     ),
     "rope scaling": (
         lambda f: _edit(f / "config.json", rope_parameters={"rope_type": "yarn", "factor": 2}),
@@ -236,11 +243,12 @@ MISTAKES = {
     "another activation": (lambda f: _edit(f / "config.json", hidden_act="gelu"), "hidden_act"),
     "no size": (lambda f: _edit(f / "config.json", hidden_size=None), "hidden_size is None"),
     "heads that do not divide": (
-        lambda f: _edit(f / "config.json", num_key_value_heads=4), "not a multiple of num_kv_heads"
+        lambda f: _edit(f / "config.json", num_key_value_heads=4),
+        "not a multiple of num_kv_heads",
     ),
     "no config": (lambda f: (f / "config.json").unlink(), "holds no model"),
     "a torn config": (lambda f: (f / "config.json").write_text("{"), "config.json: not JSON"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -281,9 +289,13 @@ def test_a_ramp_is_folded_by_its_step(folder, tmp_path):
     experiment = run.stage(0, "imported").experiment()
     plan = growth.plan(SMALL, TARGETS["msg"], "msg")
     grown = dataclasses.replace(
-        experiment.stages[0], name="grown", model=plan.target, steps=100, source="",
+        experiment.stages[0],
+        name="grown",
+        model=plan.target,
+        steps=100,
+        source="",
         growth=dataclasses.replace(experiment.stages[0].growth, ramp_steps=10),
-    )  # fmt: skip
+    )
     chain = dataclasses.replace(experiment, stages=(*experiment.stages, grown))
     stage = run.stage(1, "grown")
     write_json(stage.config, identity(chain, 1, ""))

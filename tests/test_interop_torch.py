@@ -30,15 +30,20 @@ from tests.interop_models import (
     distance,
     equal,
     ours,
-)  # fmt: skip
+)
 from tests.models import grow, random_params
 
 torch = pytest.importorskip("torch", reason="the oracles are transformers' models: extra [hf]")
 transformers = pytest.importorskip("transformers", reason="extra [hf]")
 transformers.utils.logging.disable_progress_bar()
 
-_SIZES = {"vocab_size": VOCAB, "num_hidden_layers": 2, "rms_norm_eps": 1e-3,
-          "max_position_embeddings": CONTEXT, "initializer_range": 0.2}  # fmt: skip
+_SIZES = {
+    "vocab_size": VOCAB,
+    "num_hidden_layers": 2,
+    "rms_norm_eps": 1e-3,
+    "max_position_embeddings": CONTEXT,
+    "initializer_range": 0.2,
+}
 _WIDE = {
     "hidden_size": 24,
     "intermediate_size": 40,
@@ -55,11 +60,17 @@ MODELS = {
     "tied": (transformers.LlamaConfig, {**_NARROW, "tie_word_embeddings": True}),
     "granite": (
         transformers.GraniteConfig,
-        {**_NARROW, "num_key_value_heads": 1, "embedding_multiplier": 3.0, "logits_scaling": 4.0,
-         "residual_multiplier": 0.7, "attention_multiplier": 0.4},
+        {
+            **_NARROW,
+            "num_key_value_heads": 1,
+            "embedding_multiplier": 3.0,
+            "logits_scaling": 4.0,
+            "residual_multiplier": 0.7,
+            "attention_multiplier": 0.4,
+        },
     ),
     "teleflm": (transformers.LlamaConfig, _NARROW),
-}  # fmt: skip
+}
 
 
 def make(kind, folder, **save_options):
@@ -99,9 +110,10 @@ def theirs(model, multipliers=None):
     with torch.no_grad():
         x = model.get_input_embeddings()(torch.tensor(TOKENS)) * m["input_mult"]
         out = model(
-            inputs_embeds=x, attention_mask=torch.tensor(SEGMENTS),
+            inputs_embeds=x,
+            attention_mask=torch.tensor(SEGMENTS),
             position_ids=torch.tensor(POSITIONS),
-        )  # fmt: skip
+        )
     return (out.logits * (m["output_mult"] / m["mup_scale_factor"])).numpy()
 
 
@@ -136,16 +148,27 @@ def test_mistakes_in_an_import_change_the_logits(saved, monkeypatch):
 
 @pytest.mark.parametrize(
     ("kind", "format"),
-    [("llama", "granite"), ("grouped", "llama"), ("tied", "llama"), ("granite", "granite"),
-     ("teleflm", "teleflm"), ("teleflm", "granite"), ("teleflm", "llama")],
-)  # fmt: skip
+    [
+        ("llama", "granite"),
+        ("grouped", "llama"),
+        ("tied", "llama"),
+        ("granite", "granite"),
+        ("teleflm", "teleflm"),
+        ("teleflm", "granite"),
+        ("teleflm", "llama"),
+    ],
+)
 def test_exports_have_the_same_logits_and_import_bit_identically(kind, format, saved, tmp_path):
     _, folder = saved(kind)
     params, config = interop.load_hf(folder)
     _, notes = write_hf(
-        tmp_path / "out", Tree(params, config), format, "float32",
-        interop.Vocabulary(str(folder)), shard_bytes=9000,
-    )  # fmt: skip
+        tmp_path / "out",
+        Tree(params, config),
+        format,
+        "float32",
+        interop.Vocabulary(str(folder)),
+        shard_bytes=9000,
+    )
     again, config_again = interop.load_hf(tmp_path / "out")
     folds = (kind, format) == ("teleflm", "llama")
     assert len(notes) == (2 if folds else 0)
@@ -237,10 +260,14 @@ def test_a_chain_starts_from_imported_weights(tmp_path):
     interop.save_hf(tmp_path / "hf", params, model, "teleflm", vocabulary="bytes")
     workdir = tmp_path / "run"
     command = (
-        "train", "--config=configs/demo.py:smoke", f"--workdir={workdir}",
-        f"--config.stages[0].source={tmp_path / 'hf'}", "--config.stages[0].steps=0",
-        "--config.stages[1].steps=8", "--config.stages[2].steps=8",
-    )  # fmt: skip
+        "train",
+        "--config=configs/demo.py:smoke",
+        f"--workdir={workdir}",
+        f"--config.stages[0].source={tmp_path / 'hf'}",
+        "--config.stages[0].steps=0",
+        "--config.stages[1].steps=8",
+        "--config.stages[2].steps=8",
+    )
     wrong = mistake(*command, "--config.stages[0].model.d_ff=88", by=run)
     assert f"model.d_ff is 88, but source {tmp_path / 'hf'} has 84" in wrong
     assert "does not exist" not in wrong and not any(workdir.iterdir())
@@ -253,9 +280,12 @@ def test_a_chain_starts_from_imported_weights(tmp_path):
     assert abs(first["eval"]["bpb_end"] - second["eval"]["bpb_start"]) < 1e-4
     # A grown stage is exported, with the tokenizer of vocabulary "bytes".
     json_of(
-        "convert", f"--source={workdir}", f"--target={tmp_path / 'out'}",
-        "--format=granite", "--stage=medium",
-    )  # fmt: skip
+        "convert",
+        f"--source={workdir}",
+        f"--target={tmp_path / 'out'}",
+        "--format=granite",
+        "--stage=medium",
+    )
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     text = "def f(x):\n\treturn 'é\x00\x7f\xad漢'"
     assert tokenizer(text).input_ids == [byte + 3 for byte in text.encode()]

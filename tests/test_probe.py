@@ -16,9 +16,19 @@ def test_locked_copies_contradict_the_claim_and_a_wrong_recipe_is_refused():
     (row,) = json.loads(out)["operators"]
     assert status == 1 and row["locked_copies"] == 40 and not row["ok"]
     assert "a measurement contradicts the claim of mlp=tile" in err.splitlines()[-1]
-    assert {"name", "axes", "claimed", "measured", "max_abs_logit_diff_f64", "dead_slots",
-            "max_abs_logit_diff_f32", "max_abs_logit_diff_bf16", "locked_copies",
-            "first_update_over_lr", "ok"} <= set(row)  # fmt: skip
+    assert {
+        "name",
+        "axes",
+        "claimed",
+        "measured",
+        "max_abs_logit_diff_f64",
+        "dead_slots",
+        "max_abs_logit_diff_f32",
+        "max_abs_logit_diff_bf16",
+        "locked_copies",
+        "first_update_over_lr",
+        "ok",
+    } <= set(row)
     assert row["claimed"] == "EXACT" == row["measured"]
     assert "no operator 'magic'" in mistake("growth", "check", "--operator=magic")
     assert "no lineage.json" in mistake("growth", "check", "--run=runs/nowhere")

@@ -56,13 +56,13 @@ def test_examples_that_raise_and_their_options():
         "class Equal:\n    def __eq__(self, other): return True\nreturn Equal()",
         "import sys\nsys.modules['__main__'].json.dumps = lambda x: 'x'",
         # Writes a result itself: with the wanted outputs it would be right, without it cannot be.
-        "import os\nos.write(3, b'{\"outputs\": [\"7\", \"7\"], \"failure\": \"\"}')\nos._exit(0)",
-        "import os\nos.write(3, b'{\"outputs\": [], \"failure\": \"\"}')\nos._exit(0)",
+        'import os\nos.write(3, b\'{"outputs": ["7", "7"], "failure": ""}\')\nos._exit(0)',
+        'import os\nos.write(3, b\'{"outputs": [], "failure": ""}\')\nos._exit(0)',
         "import os\nos.write(3, b'[]')\nos._exit(0)",
         # Reads the expected output from its own docstring.
         "return int(f.__doc__.split('\\n')[-2])",
     ],
-)  # fmt: skip
+)
 def test_tricks_do_not_pass(trick):
     right, why = scoring.check_answer(DOUBLE, trick)
     assert not right and why

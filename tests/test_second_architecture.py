@@ -18,8 +18,14 @@ from flax import linen as nn
 from flm_jax import ModelSpec, Param, Plan, Scale, TrainState, UserError, grow, plan
 
 SIZES = {
-    "vocab": 17, "positions": 11, "embed": 6, "mlp": 10, "kv_heads": 2, "head_dim": 4, "layers": 2,
-}  # fmt: skip
+    "vocab": 17,
+    "positions": 11,
+    "embed": 6,
+    "mlp": 10,
+    "kv_heads": 2,
+    "head_dim": 4,
+    "layers": 2,
+}
 WRITES_HEADS = "layers:stack embed:in kv_heads:out head_dim:out"
 TABLE = {
     "wte": Param.of("vocab:in embed:out"),

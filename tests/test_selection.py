@@ -122,9 +122,12 @@ def test_answers_that_fail_their_own_check_are_dropped():
     failed = {d.id for d in dropped if d.step == "check"}
     assert failed and all(name.partition("#")[2] in ("wrong", "cut", "noise") for name in failed)
     wrong = {
-        s.id for s in pile if s.check and s.id.partition("#")[2] in ("wrong", "noise")
+        s.id
+        for s in pile
+        if s.check
+        and s.id.partition("#")[2] in ("wrong", "noise")
         and not scoring.check_answer(s.check, s.messages[-1].content)[0]
-    }  # fmt: skip
+    }
     assert len(wrong) >= 20 and wrong <= {d.id for d in dropped}
     # Negative control: without the step they are kept.
     lenient = selection.select(pile, dataclasses.replace(LOOSE, verify=False)).chosen
@@ -183,9 +186,11 @@ def test_the_same_seed_gives_the_same_set():
     # Every sample is either chosen or dropped for a reason.
     assert len(one.chosen) == 60 and len(one.chosen) + len(one.dropped) == len(pile)
     assert sorted(one.report["dropped_by_step"].items()) == sorted(
-        {**dict.fromkeys(one.report["dropped_by_step"], 0),
-         **collections.Counter(d.step for d in one.dropped)}.items()
-    )  # fmt: skip
+        {
+            **dict.fromkeys(one.report["dropped_by_step"], 0),
+            **collections.Counter(d.step for d in one.dropped),
+        }.items()
+    )
     assert all(d.reason for d in one.dropped)
     defects = {d.id.partition("#")[2] for d in one.dropped if d.step == "duplicate"}
     assert "duplicate" in defects

@@ -377,14 +377,18 @@ def verdict(gains, metric="loss"):
         config,
         [
             {
-                "name": f"{size}-{seed}", "size": size, "selection": "random", "mix": "even",
-                "budget": "steps", "seed": seed,
+                "name": f"{size}-{seed}",
+                "size": size,
+                "selection": "random",
+                "mix": "even",
+                "budget": "steps",
+                "seed": seed,
                 "scores": {"a": {metric: 3 + seed + ahead * sign * gain}},
             }
             for size, ahead in ((8, 0), (16, 1))
             for seed, gain in enumerate(gains)
         ],
-    )  # fmt: skip
+    )
     worse, better = (claims.Side((size, "random", "even", "steps"), ("a",)) for size in (8, 16))
     return claims.decide(claims.Claim("it helps", better, worse, metric), rows)
 
@@ -453,8 +457,9 @@ def test_the_stage_keeps_the_run_folders_contract(base, tuned):
     assert stage["plan_digest"] and (workdir / "stages/1-sft/plan.json").is_file()
     assert stage["eval"]["response_loss_end"] < stage["eval"]["response_loss_start"]
     assert printed["retention"] == {
-        "bpb_before": stage["eval"]["bpb_start"], "bpb_after": stage["eval"]["bpb_end"]
-    }  # fmt: skip
+        "bpb_before": stage["eval"]["bpb_start"],
+        "bpb_after": stage["eval"]["bpb_end"],
+    }
     assert printed["before"].keys() == printed["after"].keys() > {"all", "arithmetic", "dialogue"}
     for scores in (printed["before"]["arithmetic"], printed["after"]["arithmetic"]):
         assert {"loss", "bpb", "accuracy", "accuracy_low", "accuracy_high"} <= scores.keys()
@@ -525,9 +530,14 @@ def test_fine_tuning_inside_the_bases_run_and_from_a_checkpoint(base, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(base, copy)
     config = SftConfig(
-        base=str(copy), made=2, steps=2, batch_size=8, sequence_length=256, quick_compile=True,
+        base=str(copy),
+        made=2,
+        steps=2,
+        batch_size=8,
+        sequence_length=256,
+        quick_compile=True,
         eval=EvalConfig(sequences=8, batch_size=8, every_steps=2),
-    )  # fmt: skip
+    )
     with jax.enable_x64(False):
         stage = fine_tune.run(config, str(copy)).stage
         assert lineage(copy) == [*lineage(base), stage]
@@ -547,8 +557,12 @@ def test_fine_tuning_inside_the_bases_run_and_from_a_checkpoint(base, tmp_path):
 
 @pytest.mark.slow
 def test_less_is_more_resumes_and_decides_by_its_rule(base, tmp_path):
-    args = ("less_is_more", "--config=configs/less_is_more.py:smoke",
-            f"--config.sft.base={base}", f"--workdir={tmp_path}")  # fmt: skip
+    args = (
+        "less_is_more",
+        "--config=configs/less_is_more.py:smoke",
+        f"--config.sft.base={base}",
+        f"--workdir={tmp_path}",
+    )
     printed = json_of(*args, by=run)
     names = [row["name"] for row in printed["arms"]]
     assert names[0] == "base" and len(names) == len(set(names)) == 1 + 4 + 2

@@ -66,9 +66,12 @@ def test_growth_is_the_same_on_a_mesh_and_abstractly(recipe):
     )
     if recipe == "tile":
         target = dataclasses.replace(
-            target, d_model=3 * TINY.d_model, d_ff=3 * TINY.d_ff, num_heads=2 * TINY.num_heads,
+            target,
+            d_model=3 * TINY.d_model,
+            d_ff=3 * TINY.d_ff,
+            num_heads=2 * TINY.num_heads,
             num_kv_heads=2 * TINY.kv_heads,
-        )  # fmt: skip
+        )
     eps = growth.norm_eps(TINY, target, recipe)
     plan = growth.plan(TINY, dataclasses.replace(target, rms_norm_eps=eps), recipe)
     tx = optimizer(stage_of(TINY))

@@ -58,9 +58,14 @@ class Case:
     @property
     def stage(self):
         return StageConfig(
-            "a", SMALL, STEPS, ROWS, learning_rate=1e-2, matrix_learning_rate=3e-2,
+            "a",
+            SMALL,
+            STEPS,
+            ROWS,
+            learning_rate=1e-2,
+            matrix_learning_rate=3e-2,
             accumulate=self.accumulate,
-        )  # fmt: skip
+        )
 
 
 @functools.cache

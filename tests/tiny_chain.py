@@ -21,9 +21,16 @@ from flm_jax.config import (
 
 def _stage(name: str, layers: int, heads: int, ffn: int) -> StageConfig:
     model = TransformerConfig(
-        vocab_size=260, num_layers=layers, d_model=4 * heads, num_heads=heads, head_dim=4,
-        d_ff=ffn, mup_base_width=16, matrix_init_std=0.1, vector_init_std=0.1,
-    )  # fmt: skip
+        vocab_size=260,
+        num_layers=layers,
+        d_model=4 * heads,
+        num_heads=heads,
+        head_dim=4,
+        d_ff=ffn,
+        mup_base_width=16,
+        matrix_init_std=0.1,
+        vector_init_std=0.1,
+    )
     growth = GrowthConfig(ramp_steps=4, rewarmup_steps=2, calibration_sequences=4)
     return StageConfig(name, model, 12, 8, 2e-2, 2e-2, growth=growth)
 
