@@ -448,8 +448,8 @@ def test_jsonl(tmp_path):
     corpus = data.open_corpus(
         DataConfig(task="jsonl_files", path=str(tmp_path), text_field="body", sequence_length=T)
     )
-    found = documents_of(corpus, "train") + documents_of(corpus, "validation")
-    assert sorted(found) == sorted(text.encode() for text in texts)
+    documents = documents_of(corpus, "train") + documents_of(corpus, "validation")
+    assert sorted(documents) == sorted(text.encode() for text in texts)
     assert_bytes(corpus)
 
 

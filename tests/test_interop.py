@@ -187,10 +187,10 @@ def _rewrite(folder, change):
 
 
 def _wrong_index(folder):
-    where = json.loads(index_of(folder).read_text())["weight_map"]
-    first, last = min(where.values()), max(where.values())
-    name = next(n for n, file in where.items() if file == last)
-    _edit(index_of(folder), weight_map={**where, name: first})
+    file_of = json.loads(index_of(folder).read_text())["weight_map"]
+    first, last = min(file_of.values()), max(file_of.values())
+    name = next(n for n, file in file_of.items() if file == last)
+    _edit(index_of(folder), weight_map={**file_of, name: first})
 
 
 def _no_tensor(tensors):

@@ -67,12 +67,12 @@ def test_wrong_types_are_one_clear_error():
         plan(SMALL, {})
     with pytest.raises(UserError, match="small is a TransformerConfig and big a ModelSpec"):
         plan(SMALL, ModelSpec({}, {}))
-    made = plan(SMALL, BIG)
+    growth_plan = plan(SMALL, BIG)
     with pytest.raises(UserError, match=r"plan is a TransformerConfig.*make it with flm_jax.plan"):
         grow(random_params(SMALL, 0), BIG, KEY)
     with pytest.raises(UserError, match=r"'layers/mlp/down' is .*the plan's source has"):
-        grow(random_params(changed(SMALL, d_ff=8), 0), made, KEY)
+        grow(random_params(changed(SMALL, d_ff=8), 0), growth_plan, KEY)
     params = random_params(SMALL, 0)
     foreign = TrainState(jnp.int32(0), params, optax.sgd(0.1, momentum=0.9).init(params))
     with pytest.raises(UserError, match=r"optimizer state at .*trace"):
-        grow(foreign, made, KEY)
+        grow(foreign, growth_plan, KEY)

@@ -70,8 +70,8 @@ def test_tricks_do_not_pass(trick):
 
 def test_the_channel_of_the_tricks_passes_with_right_outputs():
     """Negative control of the tricks above: right outputs in the same channel pass."""
-    said = r'{"outputs": ["6\\n", "-2\\n"], "failure": ""}'
-    assert scoring.check_answer(DOUBLE, f"import os\nos.write(3, b'{said}')\nos._exit(0)")[0]
+    message = r'{"outputs": ["6\\n", "-2\\n"], "failure": ""}'
+    assert scoring.check_answer(DOUBLE, f"import os\nos.write(3, b'{message}')\nos._exit(0)")[0]
 
 
 def outcome_of(body, **limits):

@@ -100,9 +100,9 @@ def test_jsonl_is_read_as_written(tmp_path):
     chats.write_jsonl(tmp_path / "a.jsonl", samples)
     row = {"instruction": "Add", "input": "1 2", "response": "3", "system": "s"}
     (tmp_path / "b.jsonl").write_text(json.dumps(row) + "\n\n")
-    found = chats.read([str(tmp_path)])
-    assert found[:2] == samples
-    roles = [(m.role, m.content) for m in found[2].messages]
+    loaded = chats.read([str(tmp_path)])
+    assert loaded[:2] == samples
+    roles = [(m.role, m.content) for m in loaded[2].messages]
     assert roles == [("system", "s"), ("user", "Add\n1 2"), ("assistant", "3")]
 
 

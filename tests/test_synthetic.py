@@ -26,8 +26,9 @@ def problem_of(sample):
         return "library", re.search(r"def (\w+)", first)[1]
     if sample.category == "code":
         return "function", answer
-    if found := re.search(r"\[[\d, ]*\]", first):
-        return "list", found[0]
+    listed = re.search(r"\[[\d, ]*\]", first)
+    if listed:
+        return "list", listed[0]
     # The longest word of syllables; the templates have only short ones.
     return "word", max(re.findall(r"\b(?:[bdfgklmnprstv][aeiou]){2,3}\b", first), key=len)
 
@@ -89,8 +90,8 @@ def test_functions_pass_their_doctests(samples):
     for s in (s for s in samples if s.category == "code"):
         namespace: dict = {}
         exec(s.check.expected + s.messages[-1].content, namespace)
-        found = doctest.DocTestFinder().find(namespace["f"], "f", globs=namespace)
-        outcome = doctest.DocTestRunner(verbose=False).run(found[0], out=lambda text: None)
+        examples = doctest.DocTestFinder().find(namespace["f"], "f", globs=namespace)
+        outcome = doctest.DocTestRunner(verbose=False).run(examples[0], out=lambda text: None)
         assert outcome.attempted == 4 and outcome.failed == 0
         # The prompt shows one of the four examples.
         assert s.messages[0].content.count(">>>") == 1

@@ -30,21 +30,21 @@ def save(tokenizer, folder, **config):
 
 def byte_level(bos=False):
     """Makes a tokenizer like those of GPT-2 and Llama 3."""
-    made = tokenizers.Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=400,
         special_tokens=["<|endoftext|>", "<|begin|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    made.train_from_iterator(TEXTS * 3, trainer)
+    tokenizer.train_from_iterator(TEXTS * 3, trainer)
     if bos:
-        made.post_processor = processors.TemplateProcessing(
+        tokenizer.post_processor = processors.TemplateProcessing(
             single="<|begin|> $A", special_tokens=[("<|begin|>", 1)]
         )
-    return made
+    return tokenizer
 
 
 def with_fallback():
@@ -52,15 +52,15 @@ def with_fallback():
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *"\u2581defrtuxnw"]
     merges = [("\u2581", "r"), ("d", "e"), ("de", "f")]
     vocab = {p: i for i, p in enumerate([*pieces, *(a + b for a, b in merges)])}
-    made = tokenizers.Tokenizer(
+    tokenizer = tokenizers.Tokenizer(
         models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
     )
-    made.normalizer = normalizers.Replace(" ", "\u2581")
-    made.decoder = decoders.Sequence(
+    tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
+    tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
-    made.add_special_tokens(["<s>", "</s>"])
-    return made
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    return tokenizer
 
 
 @pytest.fixture(scope="module")

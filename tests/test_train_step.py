@@ -76,14 +76,14 @@ def library_steps(case):
     params = random_params(SMALL, 5)
     state = TrainState(jnp.int32(0), params, tx.init(params))
     mesh = sharding.one_device()
-    found = []
+    results = []
     with jax.set_mesh(mesh):
         step = make_train_step(case.stage, tx, mesh)
         for seed in range(STEPS):
             state, metrics = step(state, ragged_batch(SMALL, seed))
-            found.append(jax.device_get((state.params, metrics)))
+            results.append(jax.device_get((state.params, metrics)))
         assert int(state.step) == STEPS
-    return found
+    return results
 
 
 def mean_loss(params, batch, masks=None, model=SMALL):
@@ -143,7 +143,7 @@ def oracle_steps(case, *, loss=mean_loss, frozen=False, **mistakes):
     with jax.numpy_dtype_promotion("standard"):
         tx = adamw(case, **mistakes)
         state, update = tx.init(params), jax.jit(tx.update)
-        found = []
+        results = []
         for seed in range(STEPS):
             batch = ragged_batch(SMALL, seed)
             nats, grads = LOSSES[loss](params, batch)
@@ -152,8 +152,8 @@ def oracle_steps(case, *, loss=mean_loss, frozen=False, **mistakes):
                 params = optax.apply_updates(params, updates)
             tokens = np.count_nonzero(batch["weights"])
             norm = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(grads)))
-            found.append((params, {"loss": nats, "grad_norm": norm, "tokens": tokens}))
-    return found
+            results.append((params, {"loss": nats, "grad_norm": norm, "tokens": tokens}))
+    return results
 
 
 @pytest.mark.parametrize("clip", CLIPS)

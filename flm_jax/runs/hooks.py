@@ -140,8 +140,8 @@ class Report:
 
     def _diverged(self, step: int, loss: float) -> UserError:
         good = self._checkpoints.last_saved
-        where = "none" if good is None else self._checkpoints.path(good)
+        path = "none" if good is None else self._checkpoints.path(good)
         return UserError(
             f"stage {self._stage.name}: loss is {loss} at step {step}; the last good checkpoint "
-            f"is {where}; lower learning_rate or raise warmup_steps, in a new workdir"
+            f"is {path}; lower learning_rate or raise warmup_steps, in a new workdir"
         )

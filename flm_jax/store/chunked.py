@@ -207,15 +207,15 @@ class CheckpointWriter:
 
     def _begin(self, like: Any, progress: dict[str, Any]) -> None:
         """Atomically creates the empty checkpoint: all arrays, no chunk."""
-        made = self._partial.with_name(self.path.name + ".begun")
-        self._clear(made)
+        created = self._partial.with_name(self.path.name + ".begun")
+        self._clear(created)
         try:
             with disk_refusals(f"{self.path} cannot be written"):
-                made.parent.mkdir(parents=True, exist_ok=True)
-                write_skeleton(made, like, progress)
+                created.parent.mkdir(parents=True, exist_ok=True)
+                write_skeleton(created, like, progress)
                 for name, x in self.leaves.items():
                     _open(
-                        made / STATE,
+                        created / STATE,
                         name,
                         driver="zarr",
                         spec={"metadata": {"compressor": None}},
@@ -225,15 +225,15 @@ class CheckpointWriter:
                         shape=x.shape,
                         chunk_layout=ts.ChunkLayout(chunk_shape=self.chunks[name]),
                     )
-                made.rename(self._partial)
+                created.rename(self._partial)
         except UserError:
-            self._clear(made)
+            self._clear(created)
             raise
 
     @staticmethod
-    def _clear(made: pathlib.Path) -> None:
-        """Removes the folder that a killed process left."""
-        for path in made.parent.glob(made.name + "*"):  # orbax adds a temporary suffix
+    def _clear(folder: pathlib.Path) -> None:
+        """Removes the incomplete folder of a killed or refused process."""
+        for path in folder.parent.glob(folder.name + "*"):  # orbax adds a temporary suffix
             shutil.rmtree(path)
 
     def _check(self, progress: dict[str, Any]) -> None:
