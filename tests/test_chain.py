@@ -22,7 +22,7 @@ SMOKE = ("train", "--config=configs/demo.py:smoke")
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A run that was not interrupted."""
-    workdir = tmp_path_factory.mktemp("run") / "undisturbed"
+    workdir = tmp_path_factory.mktemp("run") / "uninterrupted"
     status, _, err = run(*SMOKE, f"--workdir={workdir}")
     assert status == 0, err
     return workdir
@@ -72,7 +72,7 @@ def test_a_second_call_reports_completion_and_changes_nothing(finished):
 
 @pytest.mark.slow
 def test_a_run_killed_and_stopped_anywhere_resumes_bit_identically(finished, tmp_path):
-    workdir = tmp_path / "disturbed"
+    workdir = tmp_path / "interrupted"
     (workdir / "stages").mkdir(parents=True)
     # The compiled programs are copied, so restarts are fast. The test is about the state.
     shutil.copytree(finished / "compiled", workdir / "compiled")

@@ -247,7 +247,10 @@ MISTAKES = {
         "not a multiple of num_kv_heads",
     ),
     "no config": (lambda f: (f / "config.json").unlink(), "holds no model"),
-    "a torn config": (lambda f: (f / "config.json").write_text("{"), "config.json: not JSON"),
+    "an incomplete config": (
+        lambda f: (f / "config.json").write_text("{"),
+        "config.json: not JSON",
+    ),
 }
 
 

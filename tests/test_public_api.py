@@ -1,4 +1,4 @@
-"""The public API: light to import, complete, and clear about wrong types."""
+"""The public API: fast to import, complete, and with clear errors about wrong types."""
 
 import importlib.util
 import pathlib
@@ -29,9 +29,9 @@ def test_the_import_is_fast_and_loads_few_modules():
     )
     seconds = []
     for _ in range(3):
-        began = time.monotonic()
+        start = time.monotonic()
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        seconds.append(time.monotonic() - began)
+        seconds.append(time.monotonic() - start)
         assert done.stdout.strip() == "[]", done.stderr
     assert min(seconds) < 0.6
 
@@ -52,7 +52,7 @@ def test_no_module_has_the_name_of_a_public_function(package):
         name for name in package.__all__ if not hasattr(getattr(package, name), "__path__")
     }
     assert not modules & functions
-    # The contract's functions are functions, no matter what was imported before.
+    # `growth.plan` is a function, also after the import of module `growth._plan`.
     assert importlib.util.find_spec("flm_jax.growth._plan")
     assert callable(flm_jax.growth.plan) and callable(flm_jax.growth.grow)
 

@@ -1,4 +1,4 @@
-"""A model of one's own, by the public API alone: GPT-2's block with its own axis table.
+"""A user's own model, with the public API alone: GPT-2's block with its own axis table.
 
 LayerNorm with bias, learned positions, GELU, biases everywhere, and a head tied to the embedding.
 

@@ -150,8 +150,8 @@ def test_quality_drops_and_ranks():
     three = dataclasses.replace(config, size=3)
     hardest = selection.select(samples, three, **quality).chosen
     assert [s.messages[-1].content for s in hardest] == ["answer 5", "answer 6", "answer 7"]
-    likeliest = selection.select(samples, dataclasses.replace(three, rank="loss"), **quality).chosen
-    assert [s.messages[-1].content for s in likeliest] == ["answer 0", "answer 1", "answer 2"]
+    easiest = selection.select(samples, dataclasses.replace(three, rank="loss"), **quality).chosen
+    assert [s.messages[-1].content for s in easiest] == ["answer 0", "answer 1", "answer 2"]
 
 
 def test_quotas_and_clusters():

@@ -61,8 +61,8 @@ def chip_of(topology: str) -> Chip:
     kind = topology.split(":")[0]
     if kind not in CHIPS or ":" not in topology:
         raise UserError(
-            f"topology={topology}: give KIND:SIZES, as v5p:8x8x8 or h100:16x8 (nodes x GPUs); "
-            f"kinds: {', '.join(CHIPS)}",
+            f"topology={topology}: give KIND:SIZES, such as v5p:8x8x8 or h100:16x8 "
+            f"(nodes x GPUs); kinds: {', '.join(CHIPS)}",
             argument="topology",
         )
     return CHIPS[kind]

@@ -45,19 +45,23 @@ class Adapter(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
+        """The token that ends a text."""
         return self.model.tokenizer.eos_id
 
     @property
     def prefix_token_id(self) -> int:
+        """The token before the first one of a text."""
         return self.model.tokenizer.start_id
 
     @property
     def tokenizer_name(self) -> str:
+        """A name for the harness's cache; it identifies the tokenizer."""
         return self.model.tokenizer.digest
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
+        """Returns a text's tokens, as a prompt (`OpenedModel.prompt`) or without special tokens."""
         if add_special_tokens is False:
             return self.model.tokenizer.encode(string)
         return self.model.prompt(string)

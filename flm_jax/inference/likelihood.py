@@ -99,9 +99,9 @@ def _score(
     logits_BTV: jax.Array = Transformer(config).apply({"params": params}, tokens_BT, real_BT)  # type: ignore[assignment]
     target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
     nats_BT = target_BT - jax.nn.logsumexp(logits_BTV, axis=-1)
-    likeliest_BT = jnp.argmax(logits_BTV, axis=-1).astype(targets_BT.dtype) == targets_BT
+    most_likely_BT = jnp.argmax(logits_BTV, axis=-1).astype(targets_BT.dtype) == targets_BT
     counted_BT = counts_BT > 0
     return (
         jnp.sum(jnp.where(counted_BT, nats_BT, jnp.zeros_like(nats_BT)), axis=1),
-        jnp.all(likeliest_BT | ~counted_BT, axis=1),
+        jnp.all(most_likely_BT | ~counted_BT, axis=1),
     )

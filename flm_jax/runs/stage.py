@@ -61,9 +61,13 @@ class Position:
 class Batches(Iterator[dict[str, np.ndarray]], Protocol):
     """An endless training stream whose position can be saved."""
 
-    def get_state(self) -> dict[str, Any]: ...
+    def get_state(self) -> dict[str, Any]:
+        """Returns the position after the last returned batch, as JSON values."""
+        ...
 
-    def set_state(self, state: dict[str, Any]) -> None: ...
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Moves the stream to a position."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +120,7 @@ class Stage:
 
     @property
     def name(self) -> str:
+        """The stage's name."""
         return self.config.name
 
     @property
@@ -124,6 +129,7 @@ class Stage:
         return self.start + self.config.steps
 
     def folder(self, run: RunFolder) -> StageFolder:
+        """Returns the stage's folder in a run."""
         return run.stage(self.index, self.name)
 
 

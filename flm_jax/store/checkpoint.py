@@ -70,6 +70,7 @@ class Checkpoints:
         return ranked[-1].step if ranked else self.latest
 
     def path(self, step: int) -> pathlib.Path:
+        """Returns the folder of a checkpoint, which may not exist."""
         return self.directory / str(step)
 
     def save(
@@ -109,6 +110,7 @@ class Checkpoints:
         self._checkpointer.wait()
 
     def close(self) -> None:
+        """Waits until the current checkpoint is complete, and releases resources."""
         self._checkpointer.close()
 
 

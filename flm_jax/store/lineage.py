@@ -27,6 +27,13 @@ class StageFolder:
     """The folder of one stage: `RUN/stages/INDEX-NAME/`."""
 
     def __init__(self, run: RunFolder, index: int, name: str):
+        """Names the folder's files; creates nothing.
+
+        Args:
+          run: the run's folder.
+          index: the stage's index in lineage.json.
+          name: the stage's name.
+        """
         self.run, self.index = run, index
         self.path = run.path / "stages" / f"{index}-{name}"
         self.checkpoints = self.path / "checkpoints"
@@ -96,6 +103,7 @@ class RunFolder:
         self.compiled = compiled or self.path / "compiled"  # JAX's compilation cache
 
     def stage(self, index: int, name: str) -> StageFolder:
+        """Returns the folder of a stage, which may not exist."""
         return StageFolder(self, index, name)
 
     def open(self) -> None:

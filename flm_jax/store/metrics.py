@@ -33,4 +33,5 @@ class TensorBoard:
         self._writer.close()
 
     def write(self, step: int, **scalars: float) -> None:
+        """Writes values of a step, by the name of their curve."""
         self._writer.write_scalars(step, scalars)

@@ -29,11 +29,11 @@ class Trials:
         self.path = pathlib.Path(path)
         self._lock = threading.Lock()
         self._rows: list[Row] = []
-        self._torn = False  # the file ends in the middle of a line
+        self._incomplete = False  # the file ends in the middle of a line
         if self.path.exists():
             text = self.path.read_text(encoding="utf-8", errors="replace")
             self._rows = [row for line in text.split("\n") if (row := _parsed(line)) is not None]
-            self._torn = bool(text) and not text.endswith("\n")
+            self._incomplete = bool(text) and not text.endswith("\n")
 
     def find(self, identity: Mapping[str, Any]) -> Row | None:
         """Returns the result with these values, or None.
@@ -67,8 +67,8 @@ class Trials:
         with self._lock:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write(f"\n{line}\n" if self._torn else f"{line}\n")
-            self._torn = False
+                file.write(f"\n{line}\n" if self._incomplete else f"{line}\n")
+            self._incomplete = False
             self._rows.append(row)
         return row
 
