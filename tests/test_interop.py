@@ -96,8 +96,8 @@ def test_dtypes_are_widened_and_rounded_once(folder, tmp_path):
     assert not (tmp_path / "large").exists()
 
 
-def test_the_safetensors_library_reads_our_files_and_we_read_its_files(folder, tmp_path):
-    """The safetensors library reads our files and we read its files, whole and in parts."""
+def test_files_are_compatible_with_the_safetensors_library(folder, tmp_path):
+    """The library reads the written files, and its own files are read whole and in parts."""
     rng = np.random.default_rng(0)
     shapes = {"a": (7, 3), "b": (5,), "c": (4, 2, 3)}
     arrays = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}

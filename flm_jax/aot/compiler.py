@@ -351,10 +351,10 @@ def _compile(lowered: Any, topology: str, chip: Chip, devices: int) -> _Compiled
         try:
             compiled = lowered.compile(compiler_options={"xla_dump_to": dump})
         except jax.errors.JaxRuntimeError as error:
-            memory_of = _out_of_memory(str(error))
-            if memory_of is None:
+            sizes = _out_of_memory(str(error))
+            if sizes is None:
                 raise UserError(f"{topology}: the compiler refused: {error}") from error
-            needed, available = memory_of
+            needed, available = sizes
             fields: dict[str, Any] = {
                 "fits": False,
                 "hbm_bytes": needed,
