@@ -1,4 +1,4 @@
-"""Calls the commands: in this process, or in a separate one where the process matters."""
+"""Helpers that call the commands, in this process or in a separate one."""
 
 import contextlib
 import io
@@ -16,9 +16,9 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 def call(*args: str) -> tuple[int, str, str]:
-    """`flm ARGS...` in this process: status, standard output, standard error.
+    """Calls `flm ARGS...` in this process; returns status, standard output, standard error.
 
-    With the devices and the strict dtypes of the tests (tests/conftest.py).
+    It runs with the devices and the strict dtypes of the tests (tests/conftest.py).
     """
     out, err = io.StringIO(), io.StringIO()
     with (
@@ -32,7 +32,7 @@ def call(*args: str) -> tuple[int, str, str]:
 
 
 def start(*args: str, devices: int = 1) -> subprocess.Popen:
-    """`flm ARGS...` in a separate process, on fake devices, with the compiler flags of users."""
+    """Starts `flm ARGS...` in a separate process, on fake devices, with a user's compiler flags."""
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     return subprocess.Popen(
         [sys.executable, "-m", "flm_jax.commands", *args],
@@ -45,14 +45,14 @@ def start(*args: str, devices: int = 1) -> subprocess.Popen:
 
 
 def run(*args: str) -> tuple[int, str, str]:
-    """As `call`, in a separate process with one device."""
+    """Does the same as `call`, in a separate process with one device."""
     process = start(*args)
     out, err = process.communicate(timeout=400)
     return process.returncode, out, err
 
 
 def json_of(*args: str, by=call) -> dict:
-    """The one JSON object that a command prints with --json."""
+    """Returns the one JSON object that a command prints with --json."""
     status, out, err = by(*args, "--json")
     assert status == 0, err
     assert out.count("\n") == 1
@@ -60,7 +60,7 @@ def json_of(*args: str, by=call) -> dict:
 
 
 def mistake(*args: str, by=call) -> str:
-    """The one-line error of a command that fails because of a user's mistake."""
+    """Returns the one-line error of a command that refuses a user's mistake."""
     status, out, err = by(*args)
     assert status == 2, err
     assert "Traceback" not in err
@@ -83,8 +83,8 @@ def wait_for(pattern, workdir, process, timeout=120):
 
 
 def peak_memory(*args: str) -> int:
-    """Peak memory of a command in a separate process, in bytes."""
-    # VmHWM, since a child's ru_maxrss counts the memory of the process that it was forked from.
+    """Returns the peak memory of a command in a separate process, in bytes."""
+    # VmHWM, because a child's ru_maxrss includes the memory of the process that forked it.
     code = (
         "import sys\n"
         "from flm_jax.commands import front\n"

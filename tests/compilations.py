@@ -9,16 +9,16 @@ from jax import monitoring
 
 @contextlib.contextmanager
 def counted():
-    """Yields a Counter: name of a jitted function -> programs that were compiled for it inside."""
-    found = collections.Counter()
+    """Yields a Counter: name of a jitted function -> programs compiled for it in this context."""
+    programs = collections.Counter()
 
-    def listen(event, seconds, **about):
+    def listen(event, seconds, **details):
         del seconds
         if event == "/jax/core/compile/backend_compile_duration":
-            found[re.sub(r"^jit\((.*)\)$", r"\1", about["fun_name"])] += 1
+            programs[re.sub(r"^jit\((.*)\)$", r"\1", details["fun_name"])] += 1
 
     monitoring.register_event_duration_secs_listener(listen)
     try:
-        yield found
+        yield programs
     finally:
         monitoring.unregister_event_duration_listener(listen)

@@ -1,6 +1,7 @@
-"""Eight fake CPU devices; strict dtypes and ranks, so that nothing is promoted silently.
+"""Settings of all tests: eight fake CPU devices, and no silent promotion of dtypes or ranks.
 
-Tests compile many tiny models and run each a few times, so quick compilation saves time.
+Tests compile many tiny models and run each of them only a few times, so quick compilation saves
+time.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Shared by the interop tests: a small model, its logits, and comparisons."""
+"""Helpers of the interop tests: a small model, its logits, and comparisons."""
 
 import dataclasses
 
@@ -24,7 +24,7 @@ TARGETS = {
     "tile": dataclasses.replace(SMALL, d_model=48, num_heads=12, num_kv_heads=4, d_ff=80),
     "identity": dataclasses.replace(SMALL, num_layers=4),
 }
-# A full row, one padded on the right, one on the left.
+# A full row, a row padded on the right, and a row padded on the left.
 SEGMENTS = np.ones((3, 11), int)
 SEGMENTS[1, 7:] = SEGMENTS[2, :4] = 0
 POSITIONS = np.maximum(np.cumsum(SEGMENTS, 1) - 1, 0)
@@ -32,24 +32,26 @@ TOKENS = np.random.default_rng(0).integers(0, VOCAB, SEGMENTS.shape)
 
 
 def ours(params, config, masks=None):
+    """Returns this package's logits on the test tokens."""
     batch = {"tokens": TOKENS, "segment_ids": SEGMENTS, "positions": POSITIONS}
     batch = {name: jnp.asarray(x, jnp.int32) for name, x in batch.items()}
     return np.asarray(logits_of(config, params, batch, masks))
 
 
 def distance(a, b):
-    """Largest difference on real tokens, divided by the root mean square of `a`."""
+    """Returns the largest difference on real tokens, divided by the root mean square of `a`."""
     a, b = a[SEGMENTS > 0], b[SEGMENTS > 0]
     return np.abs(a - b).max() / np.sqrt(np.mean(a**2))
 
 
 def equal(one, two):
+    """Tells whether two parameter trees are equal."""
     leaves = [dict(trees.flatten(tree)) for tree in (one, two)]
     return all(np.array_equal(leaves[0][p], leaves[1][p]) for p in TABLE)
 
 
-def check_a_run_comes_and_goes_bit_equal(folder, tmp_path):
-    """Checks that weights survive the way into a run and back; `folder` has the format granite."""
+def check_round_trip_of_a_run(folder, tmp_path):
+    """Checks that weights in format granite survive a conversion to a run and back."""
     params, config = interop.load_hf(folder)
     done = interop.convert(str(folder), str(tmp_path / "run"), "flm", memory=1 << 16)
     assert done["params"] == sum(x.size for _, x in trees.flatten(params))

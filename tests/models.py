@@ -1,4 +1,4 @@
-"""Small configs, random parameters and an independent numpy model, for the tests."""
+"""Helpers of the tests: small configs, random parameters, and an independent numpy model."""
 
 import dataclasses
 
@@ -36,7 +36,7 @@ MUP = {
     "plain": {"mup_base_width": 0, "input_mult": 1.0, "output_mult": 1.0, "rms_norm_eps": 1e-5},
 }
 
-# A config that can be split over eight devices in several meshes, and its target.
+# A config that can be split over eight devices in several meshes, and the config it grows into.
 TINY = TransformerConfig(
     vocab_size=32, num_layers=2, d_model=16, num_heads=4, head_dim=4, d_ff=24, mup_base_width=8
 )
@@ -44,19 +44,20 @@ TINY_GROWN = dataclasses.replace(TINY, num_layers=3, d_model=32, num_heads=8, d_
 
 
 def changed(config: TransformerConfig, **values) -> TransformerConfig:
+    """Returns the config with other values of some fields."""
     return dataclasses.replace(config, **values)
 
 
-# Compiled once per config: without jit, small models spend their time in dispatch.
+# Compiled once per config: without jit, small models spend most of their time in dispatch.
 logits_of = jax.jit(train_step.logits_of, static_argnums=0)
 gradients = jax.jit(train_step.gradients, static_argnums=(2, 4))
 grow = jax.jit(growth.grow, static_argnums=1)
 
 
 def random_params(config: TransformerConfig, seed: int):
-    """Normal entries at the config's scales, and norm gains in [0.5, 1.5], since ones hide bugs.
+    """Draws normal entries at the config's scales, and norm gains in [0.5, 1.5].
 
-    They are drawn with numpy, which compiles nothing.
+    Gains of one would hide bugs. numpy draws them, because it compiles nothing.
     """
     rng = np.random.default_rng(seed)
     leaves, sizes = {}, axes.axis_sizes(config)
@@ -68,7 +69,7 @@ def random_params(config: TransformerConfig, seed: int):
 
 
 def packed_batch(config: TransformerConfig, seed: int = 0, batch: int = 2, length: int = 9):
-    """Random tokens; each row holds two documents and a padded end."""
+    """Returns random tokens; each row holds two documents and a padded end."""
     rng = np.random.default_rng(seed)
     first = length // 2
     segments = np.array([1] * first + [2] * (length - first - 1) + [0])
@@ -84,7 +85,7 @@ def packed_batch(config: TransformerConfig, seed: int = 0, batch: int = 2, lengt
 
 
 def numpy_logits(config: TransformerConfig, params, tokens, segments, positions):
-    """An independent model in plain numpy: one token, head and layer at a time."""
+    """Computes logits in plain numpy, independently: one token, head and layer at a time."""
     p = {path: np.asarray(v, np.float64) for path, v in trees.flatten(params)}
     half = config.head_dim // 2
     frequency = 1.0 / config.rope_theta ** (np.arange(half) * 2 / config.head_dim)
@@ -129,11 +130,11 @@ def numpy_logits(config: TransformerConfig, params, tokens, segments, positions)
 
 
 def trained(model, state, batches, growth=None, grown_at=None):
-    """The state after one step per batch, with decay but without clipping; None: a fresh state."""
-    stage = StageConfig(
-        "a", model, 100, 1, learning_rate=0.01, matrix_learning_rate=0.02,
-        growth=growth or GrowthConfig(),
-    )  # fmt: skip
+    """Returns the state after one step per batch, with decay and without clipping.
+
+    `state` None: starts from random parameters. `growth`: the settings of a growth at this step.
+    """
+    stage = StageConfig("a", model, 100, 1, 0.01, 0.02, growth=growth or GrowthConfig())
     settings = OptimizerConfig(clip_norm=1e9, eps=1e-3, weight_decay=0.1)
     tx = optim.optimizer(stage, settings, schedules.steady, grown_at)
     if state is None:
@@ -149,23 +150,23 @@ def trained(model, state, batches, growth=None, grown_at=None):
 
 
 def farthest(a, b):
-    """The largest absolute difference between two parameter trees."""
+    """Returns the largest absolute difference between two parameter trees."""
     pairs = zip(trees.flatten(a), trees.flatten(b), strict=True)
     return max(float(jnp.max(jnp.abs(x - y))) for (_, x), (_, y) in pairs)
 
 
 def stage_of(model):
-    """A stage of eight steps of eight sequences."""
+    """Returns a stage of eight steps with eight sequences each."""
     return StageConfig("a", model, 8, 8, learning_rate=1e-2, matrix_learning_rate=1e-2)
 
 
 def optimizer(stage):
-    """The stage's optimizer at a constant learning rate."""
+    """Returns the stage's optimizer at a constant learning rate."""
     return optim.optimizer(stage, OptimizerConfig(), schedules.steady)
 
 
 def losses_on(mesh_config: MeshConfig, model: TransformerConfig, steps: int = 4):
-    """Losses of a few steps on one batch from a fixed initial state, and the last state."""
+    """Trains a few steps on one batch from a fixed state; returns losses and the last state."""
     stage = stage_of(model)
     tx = optimizer(stage)
     mesh, rules = sharding.make_mesh(mesh_config), mesh_config.rules

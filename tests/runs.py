@@ -1,4 +1,4 @@
-"""A run's folder without training: what `open_model` reads. And full forward passes of a model."""
+"""Helpers of the tests: run folders without training, and full forward passes of a model."""
 
 import functools
 import json
@@ -14,32 +14,41 @@ from flm_jax.store.files import write_json
 from flm_jax.store.lineage import RunFolder, identity
 from tests.models import SMALL, changed, random_params
 
-# Bytes, and one token that no byte has.
+# The vocabulary "bytes" has 259 tokens; the model has one more.
 BYTES = changed(SMALL, vocab_size=260, dtype="float32")
-LONG = 64  # tokens to which a text is padded, so that all are one program
+LONG = 64  # tokens; every text is padded to it, so that one program is compiled
 
 
 def lineage(workdir):
-    """The finished stages of a run."""
+    """Returns the entries of a run's finished stages."""
     return json.loads((workdir / "lineage.json").read_text())["stages"]
 
 
 def save(path, models, data=None, seed=0):
-    """Stages `s0`, `s1`, .. with random parameters; returns the folder and the parameters."""
+    """Writes a run with stages `s0`, `s1`, .. of random parameters, which `open_model` can read.
+
+    Returns the folder and each stage's parameters.
+    """
     stages = tuple(
-        StageConfig(f"s{i}", model, steps=100, batch_size=1, learning_rate=1.0,
-                    matrix_learning_rate=1.0)
+        StageConfig(
+            f"s{i}",
+            model,
+            steps=100,
+            batch_size=1,
+            learning_rate=1.0,
+            matrix_learning_rate=1.0,
+        )
         for i, model in enumerate(models)
-    )  # fmt: skip
+    )
     config = ExperimentConfig(stages, data or DataConfig(sequence_length=32))
     folder, all_params = RunFolder(path), []
     for index, stage in enumerate(stages):
-        about = folder.stage(index, stage.name)
-        write_json(about.config, identity(config, index, "fingerprint"))
+        stage_folder = folder.stage(index, stage.name)
+        write_json(stage_folder.config, identity(config, index, "fingerprint"))
         params = random_params(stage.model, seed + index)
         all_params.append(params)
-        checkpoints = Checkpoints(about.checkpoints)
-        # A whole state in the first stage, parameters alone in the others.
+        checkpoints = Checkpoints(stage_folder.checkpoints)
+        # The first stage has a step beside its parameters, the others have only parameters.
         checkpoints.save(7, {"params": params, **({} if index else {"step": jnp.int32(7)})}, {})
         checkpoints.wait()
         checkpoints.close()
@@ -47,7 +56,7 @@ def save(path, models, data=None, seed=0):
             {
                 "index": index,
                 "name": stage.name,
-                "checkpoint": str((about.checkpoints / "7").relative_to(folder.path)),
+                "checkpoint": str((stage_folder.checkpoints / "7").relative_to(folder.path)),
             }
         )
     return str(folder.path), all_params
@@ -55,23 +64,26 @@ def save(path, models, data=None, seed=0):
 
 @functools.partial(jax.jit, static_argnames="config")
 def full_logits(params, tokens, config):
-    """Logits [B, T, V] of whole texts, without a cache."""
+    """Returns the logits [B, T, V] of whole texts, without a cache."""
     return Transformer(config).apply({"params": params}, tokens)
 
 
 def next_token(params, config, tokens):
-    """The likeliest token after a text."""
+    """Returns the most likely token after a text."""
     row = np.zeros((1, LONG), np.int32)
     row[0, : len(tokens)] = tokens
     return int(np.argmax(full_logits(params, row, config)[0, len(tokens) - 1]))
 
 
 def nats_of(params, config, tokens):
-    """-log P of tokens[1:], each given those before it, by full forward passes on one length."""
+    """Computes -log P of each of tokens[1:], given the tokens before it, by one forward pass.
+
+    Returns these, and whether each token is the most likely one.
+    """
     row = np.zeros((1, LONG), np.int32)
     row[0, : len(tokens)] = tokens
     logits = np.asarray(full_logits(params, row, config), np.float64)[0]
     logp = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
-    found = [logp[i, t] for i, t in enumerate(tokens[1:])]
+    logps = [logp[i, t] for i, t in enumerate(tokens[1:])]
     greedy = all(logits[i].argmax() == t for i, t in enumerate(tokens[1:]))
-    return -np.array(found), greedy
+    return -np.array(logps), greedy

@@ -1,4 +1,4 @@
-"""Random train states, a bit-exact comparison, and a limit on file sizes, for the tests."""
+"""Helpers of the tests: random train states, a bit-exact comparison, a limit on file sizes."""
 
 import contextlib
 import resource
@@ -13,7 +13,7 @@ from flm_jax.train import optim, schedules, train_step
 
 
 def random_state(config, seed=0):
-    """A train state in which every entry is random."""
+    """Returns a train state in which every entry is random."""
     stage = StageConfig("s", config, 9, 2, 1e-3, 1e-3)
     tx = optim.optimizer(stage, OptimizerConfig(), schedules.steady)
     like = train_step.abstract_state(config, tx)
@@ -28,6 +28,7 @@ def random_state(config, seed=0):
 
 
 def assert_same_bits(got, want):
+    """Checks that two trees have the same leaves, bit for bit."""
     got, want = by_name(got), by_name(want)
     assert got.keys() == want.keys()
     for name, x in want.items():
@@ -38,7 +39,7 @@ def assert_same_bits(got, want):
 
 @contextlib.contextmanager
 def files_of_at_most(size):
-    """A context in which writing a larger file fails."""
+    """Makes a context in which writing a file of more than `size` bytes fails."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:

@@ -1,4 +1,4 @@
-"""Compiling ahead: what is read from the compiler, and the compiler where it is installed."""
+"""Ahead-of-time compilation: reading the compiler's reports, and the compiler if installed."""
 
 import dataclasses
 import importlib.util
@@ -47,8 +47,8 @@ ENTRY %main (a: f32[4,8]) -> f32[4,8] {
 """
 
 
-def test_collectives_are_counted_as_often_as_loops_run():
-    """Bytes that a device sends by the ring algorithm, by hand."""
+def test_collectives_in_loops_count_once_per_iteration():
+    """The expected bytes are those of the ring algorithm, computed by hand."""
     assert hlo.collectives(hlo.moves(HLO, 8)) == {
         "all-gather": {"count": 7 + 1, "bytes": 7 * 4 * 8 * 4 / 2 + 8 * 4 * 4 * 7 / 8},
         "all-reduce": {"count": 1, "bytes": 2 * 64 * 7 / 8},
@@ -78,8 +78,8 @@ def test_groups_in_every_notation(written, group):
     assert hlo._group(line, 8) == group
 
 
-def test_a_ring_among_nodes_uses_every_card():
-    """One device a node: its card alone. Two a node: half the bytes each, all of them inside."""
+def test_a_ring_between_nodes_uses_every_network_card():
+    """With one device in a node, its card sends all bytes; with two, each card sends half."""
     chip = dataclasses.replace(CHIPS["h100"], node=2, network=10.0, inside=1000.0)
 
     def seconds(*group):
@@ -91,12 +91,12 @@ def test_a_ring_among_nodes_uses_every_card():
     assert seconds_of(hlo.Move("all-gather", 3, 100.0, (0, 1)), CHIPS["v5p"]) == 300 / 600e9
 
 
-def test_a_refusal_for_memory_says_how_much():
-    said = (
+def test_an_out_of_memory_error_gives_needed_and_available_bytes():
+    message = (
         "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
         "temporaries (144.92G) exceeds available HBM (95.74G)."
     )
-    needed, available = compiler._out_of_memory(said)
+    needed, available = compiler._out_of_memory(message)
     assert (needed, available) == (int(144.92 * 2**30), int(95.74 * 2**30))
     assert compiler._out_of_memory("INTERNAL: something else") is None
 
@@ -131,21 +131,30 @@ def test_a_mesh_must_match_its_topology():
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra [tpu]")
 @pytest.mark.parametrize("what", ["train", "train_masked", "growth"])
-def test_the_tpu_compiler_takes_a_small_chain(what):
+def test_the_tpu_compiler_compiles_a_small_chain(what):
     sizes = [
         f"--config.stages[{i}].model.{name}={value}"
         for i, layers, width in ((0, 2, 512), (1, 2, 512), (2, 3, 1024))
         for name, value in (
-            ("num_layers", layers), ("d_model", width), ("num_heads", width // 128),
-            ("d_ff", 2 * width), ("vocab_size", 512),
+            ("num_layers", layers),
+            ("d_model", width),
+            ("num_heads", width // 128),
+            ("d_ff", 2 * width),
+            ("vocab_size", 512),
         )
-    ]  # fmt: skip
+    ]
     report = json_of(
-        *CHAIN, *sizes, "--topology=v5p:2x2x1", "--mesh=fsdp=2,tensor=2", "--batch=4", "--quick",
-        f"--what={what}", by=run,
-    )  # fmt: skip
+        *CHAIN,
+        *sizes,
+        "--topology=v5p:2x2x1",
+        "--mesh=fsdp=2,tensor=2",
+        "--batch=4",
+        "--quick",
+        f"--what={what}",
+        by=run,
+    )
     assert report["fits"] and report["devices"] == 4
-    assert {"hbm_bytes", "hbm_limit_bytes", "compile_s", "peak_host_bytes", "collectives",
-            "model_flops_per_device"} <= set(report)  # fmt: skip
+    keys = {"hbm_bytes", "hbm_limit_bytes", "compile_s", "peak_host_bytes", "collectives"}
+    assert keys | {"model_flops_per_device"} <= set(report)
     assert set(report["roofline"]) >= {"step_s", "bound", "utilisation"}
     assert json.dumps(report)

@@ -1,4 +1,4 @@
-"""The whole run, as its users call it: stopped, killed and resumed bit-identically; mistakes."""
+"""Whole runs by the commands: stopped, killed, resumed bit-identically; mistakes are refused."""
 
 import json
 import pathlib
@@ -21,8 +21,8 @@ SMOKE = ("train", "--config=configs/demo.py:smoke")
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run that nothing disturbed."""
-    workdir = tmp_path_factory.mktemp("run") / "undisturbed"
+    """A run that was not interrupted."""
+    workdir = tmp_path_factory.mktemp("run") / "uninterrupted"
     status, _, err = run(*SMOKE, f"--workdir={workdir}")
     assert status == 0, err
     return workdir
@@ -53,34 +53,37 @@ def test_the_run_folder_keeps_its_contract(finished):
     ends = [s["eval"]["bpb_end"] for s in data["stages"]]
     assert ends == sorted(ends, reverse=True)
     assert {p.name for p in (finished / "report").iterdir()} == {
-        "report.md", "curve.png", "ramp.png", "distances.png",
-    }  # fmt: skip
+        "report.md",
+        "curve.png",
+        "ramp.png",
+        "distances.png",
+    }
     assert list((finished / "tensorboard").iterdir())
 
 
-def test_a_second_call_says_complete_and_changes_nothing(finished):
+def test_a_second_call_reports_completion_and_changes_nothing(finished):
     before = (finished / "lineage.json").read_bytes()
-    began = time.monotonic()
+    start_time = time.monotonic()
     status, out, _ = run(*SMOKE, f"--workdir={finished}")
     assert status == 0 and "the run is complete" in out
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - start_time < 60
     assert (finished / "lineage.json").read_bytes() == before
 
 
 @pytest.mark.slow
-def test_killed_and_stopped_anywhere_it_ends_in_the_same_bits(finished, tmp_path):
-    workdir = tmp_path / "disturbed"
+def test_a_run_killed_and_stopped_anywhere_resumes_bit_identically(finished, tmp_path):
+    workdir = tmp_path / "interrupted"
     (workdir / "stages").mkdir(parents=True)
-    # The same compiled programs: what is tested is the state, and restarts become quick.
+    # The compiled programs are copied, so restarts are fast. The test is about the state.
     shutil.copytree(finished / "compiled", workdir / "compiled")
-    disturbances = [
+    interruptions = [
         ("stages/0-small/checkpoints/20", signal.SIGKILL),  # in the middle of a stage
         ("stages/1-medium/plan.json", signal.SIGKILL),  # in the middle of a growth
-        ("stages/1-medium/checkpoints/50", signal.SIGTERM),  # asked to stop, during a ramp
+        ("stages/1-medium/checkpoints/50", signal.SIGTERM),  # a request to stop, during a ramp
         ("stages/2-large/metrics.jsonl", signal.SIGKILL),  # just after a growth
         ("stages/2-large/checkpoints/84*", signal.SIGKILL),  # while a checkpoint is written
     ]
-    for pattern, number in disturbances:
+    for pattern, number in interruptions:
         process = start(*SMOKE, f"--workdir={workdir}")
         wait_for(pattern, workdir, process)
         process.send_signal(number)
@@ -98,8 +101,8 @@ def test_killed_and_stopped_anywhere_it_ends_in_the_same_bits(finished, tmp_path
 
 
 @pytest.mark.slow
-def test_another_seed_ends_in_other_bits(finished, tmp_path):
-    """Negative control of the test above: the digest does see a difference."""
+def test_another_seed_gives_another_digest(finished, tmp_path):
+    """Negative control of the test above: the digest depends on the parameters."""
     args = ("--config.seed=1", "--config.stages[0].steps=20", f"--workdir={tmp_path / 'run'}")
     process = start(*SMOKE, *args)
     wait_for("lineage.json", tmp_path / "run", process)
@@ -141,17 +144,21 @@ def test_changed_data_is_refused_on_resume(tmp_path):
     assert "data_fingerprint" in line and "->" in line
 
 
-def test_mistakes_before_anything_is_written(tmp_path):
+def test_mistakes_are_refused_before_anything_is_written(tmp_path):
     new = tmp_path / "new"
     cases = [
-        ({"stages[1].model.d_model": 16, "stages[1].model.mup_base_width": 16},
-         ("'embed' from 32 to 16",)),
-        ({"stages[1].model.num_heads": 5, "stages[1].model.num_kv_heads": 2},
-         ("num_heads is 5", "num_kv_heads 2")),
+        (
+            {"stages[1].model.d_model": 16, "stages[1].model.mup_base_width": 16},
+            ("'embed' from 32 to 16",),
+        ),
+        (
+            {"stages[1].model.num_heads": 5, "stages[1].model.num_kv_heads": 2},
+            ("num_heads is 5", "num_kv_heads 2"),
+        ),
         ({"stages[1].growth.recipe": "magic"}, ("'magic'", "msg")),
         ({"stages[1].growth.ramp_steps": 999}, ("ramp_steps is 999", "steps 24")),
         ({"mesh.data": 3}, ("data 3", "devices")),
-    ]  # fmt: skip
+    ]
     for changes, words in cases:
         line = refusal(new, changes)
         assert all(word in line for word in words), line
@@ -177,11 +184,11 @@ def test_mistakes_before_anything_is_written(tmp_path):
 
 
 def refusal(workdir, changes=()):
-    """What a chain says of a mistake, in this process."""
+    """Returns the error of a chain with these changes, in this process."""
     config = config_files.shipped("demo").get_config("smoke")
-    config.quick_compile = False  # set for all tests
+    config.quick_compile = False  # the tests set it already (tests/conftest.py)
     for stage in config.stages:
-        stage.batch_size = 8  # as many as devices
+        stage.batch_size = 8  # the number of devices
     for field, value in dict(changes).items():
         config_path.set_value(field, config, value)
     with pytest.raises(UserError) as raised:
@@ -191,7 +198,7 @@ def refusal(workdir, changes=()):
 
 def test_a_mistake_is_one_line(tmp_path):
     assert "--workdir is missing" in mistake(*SMOKE)
-    eight = [f"--config.stages[{n}].batch_size=8" for n in range(3)]  # as many as devices
+    eight = [f"--config.stages[{n}].batch_size=8" for n in range(3)]  # the number of devices
     args = (f"--workdir={tmp_path / 'new'}", "--config.stages[1].growth.recipe=magic")
     assert "'magic'" in mistake(*SMOKE, *args, *eight)
     assert not (tmp_path / "new").exists()
@@ -214,8 +221,8 @@ def test_inspect_prints_and_compares(finished):
     status, out, _ = call("inspect", str(finished), "--compare=0,large")
     assert status == 0
     assert "grown by msg (EXACT)" in out and "config.stage.model.d_model: 32 -> 80" in out
-    found = json_of("inspect", str(finished))
-    assert [s["name"] for s in found["stages"]] == ["small", "medium", "large"]
+    printed = json_of("inspect", str(finished))
+    assert [s["name"] for s in printed["stages"]] == ["small", "medium", "large"]
     assert "no finished stage '7'" in mistake("inspect", str(finished), "--compare=0,7")
     assert "no lineage.json" in mistake("inspect", str(finished.parent))
 
@@ -224,14 +231,19 @@ def test_inspect_prints_and_compares(finished):
 def test_benchmark_has_its_keys():
     result = json_of("benchmark", "step", "--config=configs/demo.py:smoke", "--steps=2", by=run)
     keys = {
-        "tokens_per_s", "step_s", "compile_s", "model_flops_per_s", "matmul_peak_flops_per_s",
-        "utilisation", "peak_bytes",
-    }  # fmt: skip
+        "tokens_per_s",
+        "step_s",
+        "compile_s",
+        "model_flops_per_s",
+        "matmul_peak_flops_per_s",
+        "utilisation",
+        "peak_bytes",
+    }
     assert keys <= result.keys() and keys == result["masked"].keys()
     assert 0 < result["utilisation"] < 1
 
 
-def test_metrics_are_rewound_and_a_torn_line_is_dropped(tmp_path):
+def test_metrics_are_rewound_and_an_incomplete_line_is_ignored(tmp_path):
     metrics = MetricsFile(tmp_path / "metrics.jsonl")
     for step in (10, 20, 30):
         metrics.append("train", step, loss=1.0)

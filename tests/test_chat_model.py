@@ -1,4 +1,4 @@
-"""A model as functions of chat samples, against plain computations of one sample at a time."""
+"""`ChatModel` against plain computations of one sample at a time."""
 
 import dataclasses
 import math
@@ -20,8 +20,6 @@ from flm_jax.sft.template import encode, encode_prompt
 from tests.models import SMALL, changed, logits_of, numpy_logits, random_params
 
 CONFIG = changed(SMALL, vocab_size=259)
-
-
 BYTES = open_tokenizer("bytes")
 
 
@@ -31,7 +29,7 @@ def sample(*texts):
 
 
 def opened(config, params, trained=True):
-    """A model as `open_model` gives it."""
+    """Returns a model like one that `open_model` returns."""
     data = DataConfig(vocabulary="bytes")
     return OpenedModel(params, config, data, "model", pathlib.Path("."), 96, trained)
 
@@ -47,11 +45,11 @@ def model():
 
 
 def plain_nats(model, s):
-    """Written token by token, with the model of plain numpy."""
+    """Computes the loss token by token, with the numpy model."""
     encoded = encode(s.messages, BYTES)
     tokens = np.array([[0, *encoded.tokens[:-1]]])
-    logits = numpy_logits(CONFIG, model.params, tokens, np.ones_like(tokens),
-                          np.arange(tokens.shape[1])[None])[0]  # fmt: skip
+    positions = np.arange(tokens.shape[1])[None]
+    logits = numpy_logits(CONFIG, model.params, tokens, np.ones_like(tokens), positions)[0]
     log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     picked = [log_probs[n, t] for n, t in enumerate(encoded.tokens) if encoded.learned[n]]
     return -sum(picked)
@@ -59,17 +57,17 @@ def plain_nats(model, s):
 
 def test_losses(model):
     with jax.enable_x64(True):
-        found = model.losses(SAMPLES)
-    for s, loss in zip(SAMPLES, found, strict=True):
+        losses = model.losses(SAMPLES)
+    for s, loss in zip(SAMPLES, losses, strict=True):
         assert loss.nats == pytest.approx(plain_nats(model, s), rel=1e-10)
     # Two answers with two end tokens; é is two bytes.
-    assert (found[1].tokens, found[1].bytes) == (1 + 1 + 2 + 1, 3)
+    assert (losses[1].tokens, losses[1].bytes) == (1 + 1 + 2 + 1, 3)
     # Negative control: another question gives another loss.
     other = sample("aB", "cde")
-    assert abs(plain_nats(model, other) - found[0].nats) > 1e-6
+    assert abs(plain_nats(model, other) - losses[0].nats) > 1e-6
 
 
-def test_unprompted_leaves_the_questions_out(model):
+def test_unprompted_losses_ignore_the_questions(model):
     with jax.enable_x64(True):
         alone, again = (model.unprompted([s])[0] for s in (sample("q", "cde"), sample("r", "cde")))
         given = model.losses([sample("q", "cde")])[0]
@@ -78,7 +76,7 @@ def test_unprompted_leaves_the_questions_out(model):
 
 
 def next_token(params, tokens):
-    """Of one text, in a row of fixed length: one program for all."""
+    """Returns the most likely next token; rows have a fixed length, so one program is compiled."""
     n = len(tokens)
     batch = {
         "tokens": np.array([tokens + [0] * (96 - n)], np.int32),
@@ -103,8 +101,8 @@ def test_answers_are_greedy(model):
     ("trained", "adds_start", "start"),
     [(True, False, [0]), (True, True, [0]), (False, True, [0]), (False, False, [])],
 )
-def test_answers_and_generate_prompt_alike(model, trained, adds_start, start, monkeypatch):
-    """A model from elsewhere, whose tokenizer adds no start token, is prompted without one."""
+def test_answers_and_generate_use_the_same_prompt(model, trained, adds_start, start, monkeypatch):
+    """A foreign model whose tokenizer adds no start token is prompted without one."""
     seen = []
 
     def record(params, config, rows, *more):
@@ -118,14 +116,14 @@ def test_answers_and_generate_prompt_alike(model, trained, adds_start, start, mo
     model.answer(SAMPLES[:1])
     ids = [*encode_prompt(SAMPLES[0].messages[:-1], BYTES)]
     assert seen[0] == [*start, *ids]
-    assert seen[0] == model.model.with_start(ids)  # what flm generate --chat reads
+    assert seen[0] == model.model.with_start(ids)  # the prompt of `flm generate --chat`
 
 
 def test_embeddings_do_not_depend_on_the_batch(model):
     with jax.enable_x64(True):
         together = model.embeddings(SAMPLES)
-        alone = np.concatenate([dataclasses.replace(model, batch_size=1).embeddings([s])
-                                for s in SAMPLES[::-1]])[::-1]  # fmt: skip
+        single = dataclasses.replace(model, batch_size=1)
+        alone = np.concatenate([single.embeddings([s]) for s in SAMPLES[::-1]])[::-1]
     assert together.shape == (3, CONFIG.d_model)
     np.testing.assert_allclose(together, alone, rtol=1e-10)
     assert np.abs(together[0] - together[2]).max() > 1e-3  # negative control: samples differ
@@ -143,7 +141,7 @@ def test_stage_after_the_colon(tmp_path):
 
 
 def test_scores_of_a_uniform_model():
-    """All logits equal: log2(vocabulary) bits a token."""
+    """If all logits are equal, every token costs log2(vocabulary) bits."""
     params = jax.tree.map(np.zeros_like, random_params(changed(CONFIG, dtype="float32"), 0))
     uniform = ChatModel(opened(changed(CONFIG, dtype="float32"), params))
     loss = uniform.losses([sample("q", "abc")])[0]

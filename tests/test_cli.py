@@ -1,4 +1,4 @@
-"""The front of the commands, and what needs no training: describe, configs, mistakes."""
+"""The commands' front, and commands without training: describe, configs, mistakes."""
 
 import ast
 import pathlib
@@ -41,7 +41,7 @@ def test_every_config_resolves_and_opens_with_its_command(path):
     assert f"--config=configs/{path.name}" in doc
     with pytest.raises(UserError, match="variant 'nonsense'"):
         load(path, "nonsense")
-    if "base" in config or "sft" in config:  # fine-tuning: its model is the base's
+    if "base" in config or "sft" in config:  # fine-tuning: the base has the model
         kind = SftConfig if "base" in config else LessIsMoreConfig
         assert isinstance(config_files.dataclass_of(kind, config), kind)
         return
@@ -82,20 +82,22 @@ def test_describe_counts_the_papers_parameters(name, override, params):
 
 def test_describe_allocates_nothing_at_1t():
     args = ("describe", "--config=configs/tele_flm_1t.py", "--json")
-    began = time.monotonic()
+    start = time.monotonic()
     assert peak_memory(*args) < 5e8
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - start < 15
 
 
 def test_describe_lists_a_chain():
     stages = json_of("describe", "--config=configs/tele_flm_1t_chain.py")["stages"]
     assert [s["params"] for s in stages] == [
-        52_817_829_888, 102_198_487_040, 1_083_735_265_280,
-    ]  # fmt: skip
+        52_817_829_888,
+        102_198_487_040,
+        1_083_735_265_280,
+    ]
 
 
 def test_flops_by_hand():
-    """One layer of multi-head attention, written out product by product."""
+    """One layer of multi-head attention, counted product by product."""
     D, F, V, H, T = 8, 20, 11, 4, 16
     config = TransformerConfig(V, 1, D, 2, H, F)
     projections = 4 * 2 * D * (2 * H)
@@ -117,15 +119,21 @@ def test_flops_by_hand():
         (("--config=README.md",), ("README.md", "SyntaxError")),
         (("--config=configs/common.py",), ("configs/common.py", "get_config")),
         ((DEMO, "--config.modle.vocab_size=1"), ("modle",)),
-        ((DEMO, "--config.stages[0].model.num_heads=3", "--config.stages[0].model.num_kv_heads=2"),
-         ("num_heads is 3", "num_kv_heads 2")),
+        (
+            (
+                DEMO,
+                "--config.stages[0].model.num_heads=3",
+                "--config.stages[0].model.num_kv_heads=2",
+            ),
+            ("num_heads is 3", "num_kv_heads 2"),
+        ),
         (("--config=configs/nope.py",), ("configs/nope.py", "no such file")),
         (("--config=configs/demo.py:nope",), ("variant 'nope'", "smoke")),
         ((), ("--config is missing",)),
         ((DEMO, "--jsn"), ("jsn",)),
         ((DEMO, "extra"), ("'extra'",)),
     ],
-)  # fmt: skip
+)
 def test_a_mistake_is_one_line(args, words):
     line = mistake("describe", *args)
     assert all(word in line for word in words), line
@@ -138,13 +146,14 @@ def test_an_error_in_a_config_file_says_where(tmp_path):
 
 
 def test_flag_and_value_may_be_two_words():
-    described = json_of("describe", "--config", "configs/tele_flm_52b.py",
-                        "--config.model.vocab_size", "80384")  # fmt: skip
+    described = json_of(
+        "describe", "--config", "configs/tele_flm_52b.py", "--config.model.vocab_size", "80384"
+    )
     assert described["params"] == 52_824_121_344
 
 
-def test_json_keeps_standard_output_to_itself():
-    """Output of other programs and of C++ libraries goes to standard error."""
+def test_json_is_alone_on_standard_output():
+    """The output of other programs and of C++ libraries goes to standard error."""
     code = (
         "import os, sys, types\n"
         "from flm_jax.commands import front\n"
@@ -162,7 +171,7 @@ def test_json_keeps_standard_output_to_itself():
 
 
 def test_help_is_quick_and_does_not_import_jax():
-    """In fresh processes, as a user calls it; the best of 3 does not measure other programs."""
+    """In new processes, as a user calls it; the best of 3 is not slowed down by other programs."""
     code = (
         "import sys\n"
         "from flm_jax.commands import front\n"
@@ -183,7 +192,7 @@ def test_help_is_quick_and_does_not_import_jax():
 
 
 def command_modules():
-    """The module of each command, as a name and a path."""
+    """Returns the module of each command, as a name and a path."""
     for name in front.COMMANDS:
         yield (
             f"flm_jax.commands.{name.replace(' ', '.')}",
@@ -192,7 +201,7 @@ def command_modules():
 
 
 def imports_of(text):
-    """Every absolute name that Python source imports, inside functions too."""
+    """Returns every absolute name that Python source imports, also inside functions."""
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -208,7 +217,7 @@ def imported_commands(text):
 
 @pytest.mark.parametrize("path", [path for _, path in command_modules()], ids=lambda p: p.stem)
 def test_no_command_imports_another(path):
-    """Flags that several commands share are in `model_flags`, which is no command."""
+    """Flags that several commands share are in `model_flags`, which is not a command."""
     assert imported_commands(path.read_text()) == []
 
 
@@ -272,7 +281,7 @@ def test_every_command_is_a_module_of_experiments_too():
 
 
 def test_benchmark_without_a_subcommand_is_the_old_benchmark(monkeypatch, capsys):
-    """The old name became a group: both ways to call it work."""
+    """The command became a group of commands; the old call still works."""
     for given in (["--help"], ["step", "--help"]):
         monkeypatch.setattr(sys, "argv", ["benchmark", *given])
         with pytest.raises(SystemExit):
@@ -281,7 +290,7 @@ def test_benchmark_without_a_subcommand_is_the_old_benchmark(monkeypatch, capsys
 
 
 def test_calls_share_nothing():
-    """A flag or an override of one call affects neither the next call nor another command."""
+    """A flag or an override affects neither the next call nor another command."""
     override = (DEMO, "--config.stages[0].model.d_ff=400", "--mup")
     one = json_of("describe", *override)
     assert "parameters" in one["stages"][0]

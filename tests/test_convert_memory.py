@@ -30,7 +30,7 @@ print(json.dumps({"above": mib("VmHWM:") - base, **done}))
 
 @pytest.mark.slow
 def test_two_gigabytes_in_bounded_memory(tmp_path):
-    """A sharded checkpoint of 2 GB, into a run: at most 1.2 GiB above what is loaded."""
+    """A sharded checkpoint of 2 GB becomes a run, with at most 1.2 GiB of additional memory."""
     config = TransformerConfig(32000, 16, 2048, 16, 128, 2816, 4)
     folder = tmp_path / "big"
     folder.mkdir()
@@ -49,5 +49,5 @@ def test_two_gigabytes_in_bounded_memory(tmp_path):
     assert result["bytes_read"] == writer.num_bytes
     assert result["above"] < 1.2 * 1024
     assert result["gb_per_s"] > 0 and "B/s" in done.stderr
-    for large in (folder, target):  # not kept with pytest's last folders
+    for large in (folder, target):  # pytest keeps its last folders, and these are large
         shutil.rmtree(large)

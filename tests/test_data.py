@@ -27,7 +27,7 @@ NASTY = [
     " ",
     "\n",
 ]
-# SentencePiece itself cannot tell U+2581 from a space.
+# SentencePiece itself cannot distinguish U+2581 from a space.
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581"))
 
 
@@ -52,7 +52,7 @@ def documents_of(corpus, split):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """About 70 documents, 200 windows: several epochs are cheap."""
+    """About 70 documents and 200 windows, so several epochs are cheap."""
     path = write_folder(tmp_path_factory.mktemp("small"), random_documents(70, seed=0))
     return data.open_corpus(
         DataConfig(task="text_files", path=path, sequence_length=T, shuffle_tokens=50 * T)
@@ -61,7 +61,7 @@ def small(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """Documents for three groups; no shuffling of windows."""
+    """Documents for three packing groups; windows are not shuffled."""
     path = write_folder(tmp_path_factory.mktemp("large"), random_documents(700, seed=1))
     return data.open_corpus(
         DataConfig(task="text_files", path=path, sequence_length=T, shuffle_tokens=1)
@@ -70,7 +70,7 @@ def large(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rows(small):
-    """The uninterrupted stream, more than two epochs, one sequence after another."""
+    """The uninterrupted stream of more than two epochs, one sequence after another."""
     return take(small.train(1), 3 * epoch_length(small))
 
 
@@ -103,7 +103,7 @@ def epoch_length(corpus):
 
 
 def split_documents(targets, weights):
-    """Documents, as bytes, of windows in order."""
+    """Returns the documents in the windows, in order, as bytes."""
     tokens = targets[weights > 0]
     assert tokens[-1] == EOS
     documents = np.split(tokens, np.flatnonzero(tokens == EOS) + 1)[:-1]
@@ -157,7 +157,7 @@ def test_resume_across_an_epoch_boundary(small, rows):
     batch = next(resumed)
     assert_rows(batch, rows, length - 2)
     assert (resumed.get_state()["epoch"], resumed.get_state()["offset"]) == (1, 2)
-    resumed.set_state(iterator.get_state())  # back to it, in the same iterator
+    resumed.set_state(iterator.get_state())  # the same iterator can go back
     assert_rows(next(resumed), rows, length - 2)
 
 
@@ -186,7 +186,7 @@ def test_the_position_counts_only_returned_batches(small):
 
 
 def test_the_context_grows_in_the_middle_of_the_stream(small):
-    """Short sequences, then long ones, give the windows' tokens in order, each exactly once."""
+    """Short and then long sequences give the windows' tokens in order, each exactly once."""
     long = reopen(small, sequence_length=4 * T)
     short = reopen(small, sequence_length=T, window_length=4 * T)
     before = short.train(2)
@@ -200,7 +200,7 @@ def test_the_context_grows_in_the_middle_of_the_stream(small):
     # A sequence starts a new segment, at position 0, and sees nothing before it.
     assert (first["positions"][:, 0] == 0).all() and (first["tokens"][:, 0] == 0).all()
     assert (first["weights"].reshape(-1, 4 * T) == stream["weights"][:4]).all()
-    # In the middle of a long sequence, the rest of it is skipped.
+    # If the position is inside a long sequence, the rest of that sequence is skipped.
     before.set_state({**before.get_state(), "offset": 5})
     after.set_state(before.get_state())
     np.testing.assert_array_equal(next(after)["targets"], stream["targets"][2:3])
@@ -428,7 +428,7 @@ def test_two_documents_are_enough(tmp_path):
     assert corpus.num_documents == {"train": 1, "validation": 1}
 
 
-def test_fingerprint_is_of_names_and_content(tmp_path):
+def test_the_fingerprint_depends_on_names_and_content(tmp_path):
     def fingerprint(folder, texts):
         path = write_folder(tmp_path / folder, texts)
         return data.open_corpus(DataConfig(task="text_files", path=path)).fingerprint
@@ -448,8 +448,8 @@ def test_jsonl(tmp_path):
     corpus = data.open_corpus(
         DataConfig(task="jsonl_files", path=str(tmp_path), text_field="body", sequence_length=T)
     )
-    found = documents_of(corpus, "train") + documents_of(corpus, "validation")
-    assert sorted(found) == sorted(text.encode() for text in texts)
+    documents = documents_of(corpus, "train") + documents_of(corpus, "validation")
+    assert sorted(documents) == sorted(text.encode() for text in texts)
     assert_bytes(corpus)
 
 

@@ -1,4 +1,4 @@
-"""Progress where no terminal is: plain lines, now and then."""
+"""Progress without a terminal: plain lines at intervals."""
 
 import io
 
@@ -14,14 +14,14 @@ class Clock:
         return self.seconds
 
 
-def shown(*how, unit="steps"):
-    """A display that writes into a file, the file, and its clock."""
+def shown(*arguments, unit="steps"):
+    """Returns a display that writes to a file, the file, and the display's clock."""
     file, clock = io.StringIO(), Clock()
     console = rich.console.Console(file=file, width=200)
-    return Progress(*how, unit=unit, clock=clock, console=console), file, clock
+    return Progress(*arguments, unit=unit, clock=clock, console=console), file, clock
 
 
-def test_training_says_loss_speed_masks_and_time_left():
+def test_training_shows_loss_speed_masks_and_time_left():
     progress, file, clock = shown("large", 10, 30)
     with progress:
         clock.seconds = PLAIN_SECONDS - 1
@@ -32,7 +32,7 @@ def test_training_says_loss_speed_masks_and_time_left():
         progress.update(16, 3.25, 8000, 0.5)
         progress.note("a line of its own")
         clock.seconds = 2 * PLAIN_SECONDS - 1
-        progress.update(30, 2.0, 38000)  # the last is always shown
+        progress.update(30, 2.0, 38000)  # the last step is always shown
     assert file.getvalue().splitlines() == [
         "large  steps 15/30  loss 3.250  800 tokens/s  mask 0.50  30 s left",
         "a line of its own",
@@ -40,7 +40,7 @@ def test_training_says_loss_speed_masks_and_time_left():
     ]
 
 
-def test_bytes_have_sizes_and_a_speed():
+def test_bytes_are_shown_with_size_and_speed():
     progress, file, clock = shown("writing", 1_000_000, 9_000_000, unit="bytes")
     with progress:
         clock.seconds = PLAIN_SECONDS
@@ -52,7 +52,7 @@ def test_bytes_have_sizes_and_a_speed():
     ]
 
 
-def test_counts_come_with_their_total():
+def test_counts_are_shown_with_their_total():
     progress, file, clock = shown("judge", unit="samples")
     with progress:
         progress.count(1, 4)

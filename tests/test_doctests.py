@@ -13,7 +13,7 @@ from tests.commands import ROOT
 
 
 def has_examples(path):
-    """Whether a docstring of the file has an example; nothing is imported."""
+    """Tells whether a docstring of the file has an example; imports nothing."""
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
     return any(
         ">>> " in (ast.get_docstring(node) or "")

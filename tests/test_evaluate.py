@@ -1,4 +1,4 @@
-"""Opening models; bits per byte of files; log-likelihoods of continuations; the two commands."""
+"""Opening of models, bits per byte of files, log-likelihoods of continuations, the commands."""
 
 import json
 import math
@@ -27,36 +27,36 @@ TEXTS = ("def f(x):\n    return 'naïve'\n" * 4, "another one, µ\n")
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run of two stages, and the parameters of each."""
+    """A run of two stages, and the parameters of both."""
     models = (runs.BYTES, changed(runs.BYTES, num_layers=3))
     return runs.save(tmp_path_factory.mktemp("runs") / "run", models)
 
 
 def test_a_model_is_opened_from_a_run_or_a_checkpoint(run):
     folder, params = run
-    for where, stage, index in (
+    for path, stage, index in (
         (folder, "", 1),
         (folder, "s0", 0),
         (folder, "0", 0),
         (f"{folder}/stages/0-s0/checkpoints/7", "", 0),
     ):
-        model = open_model(where, stage)
+        model = open_model(path, stage)
         assert params_digest(model.params) == params_digest(params[index])
         assert (model.name, model.context) == (f"s{index}", 32)
         assert model.config.num_layers == 2 + index
         assert model.prompt("a") == [0, 100]
 
 
-def test_wrong_places_of_models_are_named(run, tmp_path):
+def test_wrong_paths_of_models_are_named(run, tmp_path):
     folder, _ = run
-    for where, stage, message in (
+    for path, stage, message in (
         (str(tmp_path), "", "holds no model; give a run's folder"),
         (folder, "s2", r"no finished stage 's2'; it has 0 \(s0\), 1 \(s1\)"),
         (f"{folder}/stages/0-s0/checkpoints/7", "s0", "leave stage and step out"),
         (f"{folder}/stages/0-s0/checkpoints/8", "", "is no checkpoint; give a folder"),
     ):
         with pytest.raises(UserError, match=message):
-            open_model(where, stage)
+            open_model(path, stage)
     other, _ = runs.save(tmp_path / "other", (runs.BYTES,))
     config = tmp_path / "other" / "stages" / "0-s0" / "config.json"
     config.write_text(config.read_text().replace('"d_ff": 20', '"d_ff": 21'))
@@ -65,7 +65,7 @@ def test_wrong_places_of_models_are_named(run, tmp_path):
 
 
 def test_a_file_is_scored_whole(tmp_path):
-    """Against one forward pass per segment, unpadded and unpacked."""
+    """Compares with one forward pass per segment, without padding and packing."""
     length = 16
     with jax.enable_x64(True):
         config = changed(SMALL, vocab_size=260)
@@ -90,7 +90,7 @@ def test_a_file_is_scored_whole(tmp_path):
                 document = document[room:]
         np.testing.assert_allclose(got.nats, want, rtol=1e-12)
         np.testing.assert_allclose(got.bits_per_byte, want / math.log(2) / size, rtol=1e-12)
-        # Negative control: packed documents that see each other score otherwise.
+        # Negative control: documents that attend to each other have another score.
         for batch in batches:
             batch["segment_ids"] = np.minimum(batch["segment_ids"], 1)
         with jax.set_mesh(mesh):
@@ -98,7 +98,7 @@ def test_a_file_is_scored_whole(tmp_path):
         assert abs(control.nats / want - 1) > 1e-6
 
 
-def test_log_likelihoods_are_those_of_single_forward_passes():
+def test_log_likelihoods_equal_single_forward_passes():
     with jax.enable_x64(True):
         config = changed(SMALL, vocab_size=40)
         params = random_params(config, 2)
@@ -107,7 +107,7 @@ def test_log_likelihoods_are_those_of_single_forward_passes():
             ([int(t) for t in rng.integers(0, 40, a)], [int(t) for t in rng.integers(0, 40, b)])
             for a, b in ((1, 1), (5, 9), (30, 2), (2, 40), (7, 0), (12, 3), (1, 20))
         ]
-        # One whose continuation is the model's own choice.
+        # The continuation of this pair is the model's most likely token.
         first = full_logits(params, jnp.asarray([[3] + [0] * (LONG - 1)], jnp.int32), config)
         pairs.append(([3], [int(first[0, 0].argmax())]))
         got = loglikelihoods(params, config, pairs, batch_size=3)
@@ -125,7 +125,7 @@ def test_log_likelihoods_are_those_of_single_forward_passes():
             loglikelihoods(params, config, [([], [1])])
 
 
-def test_the_papers_averages_are_those_of_their_rows():
+def test_the_papers_averages_follow_from_their_rows():
     model = "Tele-FLM-52B"
 
     def average(group, count):
@@ -143,7 +143,7 @@ def test_every_reported_score_has_a_source():
     assert {b.source for b in reported.benchmarks()} == set(file["sources"])
 
 
-def test_own_scores_stand_beside_the_papers():
+def test_own_scores_are_listed_next_to_the_papers():
     results = {"arc_challenge": {"samples": 3, "acc,none": 0.2, "acc_norm,none": 0.25}}
     own = {b.name: reported.own_score(b, results) for b in reported.benchmarks()}
     assert own["ARC"] == 25.0
@@ -162,13 +162,14 @@ def test_the_commands(run, tmp_path):
         got["loss"] * got["tokens"]
     )
     generate = ("generate", f"--checkpoint={folder}", "--stage=s0")
-    asked = ("--prompt=def", "--prompt=x", "--max_new_tokens=9", "--temperature=1", "--seed=3")
-    made = json_of(*generate, *asked)["completions"]
-    assert [c["prompt"] for c in made] == ["def", "x"]
-    assert made == json_of(*generate, *asked)["completions"]
+    flags = ("--prompt=def", "--prompt=x", "--max_new_tokens=9", "--temperature=1", "--seed=3")
+    completions = json_of(*generate, *flags)["completions"]
+    assert [c["prompt"] for c in completions] == ["def", "x"]
+    assert completions == json_of(*generate, *flags)["completions"]
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "def"}\n"x"\n')
-    assert json_of(*generate, f"--prompts={prompts}", *asked[2:])["completions"] == made
+    again = json_of(*generate, f"--prompts={prompts}", *flags[2:])["completions"]
+    assert again == completions
     for arguments, message in (
         (("--prompt=a", "--max_new_tokens=31"), "prompt 0 has 2 tokens, with max_new_tokens 31"),
         (("--prompt=a", "--top_p=0"), "top_p is 0"),

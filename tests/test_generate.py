@@ -1,4 +1,4 @@
-"""Generation: the cache against the full forward pass, sampling, stops, and what is compiled."""
+"""Generation: the cache against the full forward pass, sampling, stop texts, compilation."""
 
 import functools
 
@@ -34,9 +34,9 @@ def ragged(config, seed=0):
 
 
 def cached_logits(params, config, rows, first, shift=0, padding_seen=False, slot=0):
-    """Logits [row][position, V] through a cache: `first` slots at once, then one by one.
+    """Returns logits [row][position, V] from a cache: `first` tokens at once, then one by one.
 
-    shift, padding_seen, slot: mistakes, for the negative controls.
+    `shift`, `padding_seen` and `slot` are mistakes, for the negative controls.
     """
     padding = np.array([WIDTH - len(row) for row in rows])
     tokens = np.zeros((len(rows), WIDTH), np.int32)
@@ -60,7 +60,7 @@ def cached_logits(params, config, rows, first, shift=0, padding_seen=False, slot
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2], ids=["multi-head", "grouped"])
-def test_cached_logits_are_those_of_the_full_forward_pass(kv_heads):
+def test_cached_logits_equal_the_full_forward_pass(kv_heads):
     with jax.enable_x64(True):
         config = changed(SMALL, num_kv_heads=kv_heads)
         params, rows = random_params(config, 1), ragged(config)
@@ -74,14 +74,14 @@ def test_cached_logits_are_those_of_the_full_forward_pass(kv_heads):
 
         assert error(first=6) < 1e-13
         assert error(first=1) < 1e-13
-        # Negative controls, each with one mistake.
+        # Negative controls with one mistake each.
         assert error(first=6, shift=1) > 1e-3  # positions off by one from the second call on
         assert error(first=6, padding_seen=True) > 1e-3  # padding is attended
         assert error(first=6, slot=1) > 1e-3  # a slot is overwritten
 
 
 def greedy(params, config, prompt, count):
-    """Each token by a full forward pass."""
+    """Returns the most likely tokens, each by a full forward pass."""
     text = list(prompt)
     for _ in range(count):
         padded = np.zeros((1, WIDTH + count), np.int32)
@@ -90,25 +90,29 @@ def greedy(params, config, prompt, count):
     return text[len(prompt) :]
 
 
-def test_greedy_is_the_likeliest_token_of_the_full_forward_pass():
+def test_greedy_decoding_equals_full_forward_passes():
     with jax.enable_x64(True):
         params, prompts = random_params(SMALL, 2), ragged(SMALL)
         seen = []
         got = generate(
-            params, SMALL, prompts, Sampling(max_new_tokens=6), jax.random.key(0),
+            params,
+            SMALL,
+            prompts,
+            Sampling(max_new_tokens=6),
+            jax.random.key(0),
             on_token=lambda row, token: seen.append((row, token)),
-        )  # fmt: skip
+        )
         assert got == [greedy(params, SMALL, p, 6) for p in prompts]
         for row, text in enumerate(got):
             assert [t for r, t in seen if r == row] == text
-        # Only the likeliest token is left, at any temperature.
+        # Only the most likely token is kept, so the temperature has no effect.
         one = Sampling(max_new_tokens=6, temperature=3.0, top_k=1)
         assert generate(params, SMALL, prompts, one, jax.random.key(1)) == got
         tiny = Sampling(max_new_tokens=6, temperature=3.0, top_p=1e-9)
         assert generate(params, SMALL, prompts, tiny, jax.random.key(1)) == got
 
 
-def test_a_stop_token_ends_its_row_alone_and_is_left_out():
+def test_a_stop_token_ends_only_its_row_and_is_not_returned():
     params, prompts = random_params(SMALL32, 3), ragged(SMALL)
     free = generate(params, SMALL32, prompts, Sampling(max_new_tokens=8), jax.random.key(0))
     stop = free[1][2]
@@ -118,7 +122,7 @@ def test_a_stop_token_ends_its_row_alone_and_is_left_out():
     assert len({len(t) for t in got}) > 1
 
 
-def test_rows_are_sampled_alike_whatever_stands_beside_them():
+def test_samples_of_a_row_do_not_depend_on_the_other_rows():
     params, prompts = random_params(SMALL32, 4), ragged(SMALL)
     sampling = Sampling(max_new_tokens=8, temperature=1.0, top_k=7, top_p=0.9)
     key = jax.random.key(5)
@@ -145,15 +149,15 @@ def test_sampling_has_the_distribution_that_it_states():
     hot = probs**0.5 / (probs**0.5).sum()
     close(draws(np.log(probs), count, temperature=2.0), hot)
     close(draws(np.log(probs), count, top_k=2), np.array([0, 4, 0, 3, 0]) / 7)
-    # 0.4 + 0.3 is below 0.75: the token that reaches it is in.
+    # 0.4 + 0.3 is below 0.75, so the next token is kept too.
     close(draws(np.log(probs), count, top_p=0.75), np.array([0, 0.4, 0, 0.3, 0.15]) / 0.85)
     close(draws(np.log(probs), count, top_p=0.39), np.array([0, 1, 0, 0, 0]))
-    # Top-p counts what top-k left: 0.4/0.7 reaches 0.5.
+    # Top-p uses the probabilities after top-k: 0.4 / 0.7 reaches 0.5.
     close(draws(np.log(probs), count, top_k=2, top_p=0.5), np.array([0, 1, 0, 0, 0]))
 
 
-def test_one_program_serves_lengths_of_a_bucket_and_every_sampling():
-    config = changed(SMALL32, rope_theta=11_000.0)  # nobody else's programs
+def test_one_program_serves_all_lengths_of_a_bucket_and_all_samplings():
+    config = changed(SMALL32, rope_theta=11_000.0)  # a config that no other test compiles
     params, prompts = random_params(config, 6), ragged(config)
     with counted() as compiled:
         for lengths, temperature, top_k in (((1, 4, 9), 0.5, 0), ((30, 2, 3), 1.0, 5)):
@@ -164,7 +168,7 @@ def test_one_program_serves_lengths_of_a_bucket_and_every_sampling():
 
 
 def test_the_cache_is_updated_in_place():
-    """The decode step holds one cache: it takes it over and writes into it."""
+    """The decode step needs memory for one cache: the cache is donated, and updated in place."""
     config = changed(SMALL32, num_layers=6)
     params = random_params(config, 7)
     params, cache = by_layer(params, config), Cache.empty(config, 2, 1024)
@@ -185,14 +189,14 @@ def test_buckets_waste_at_most_half_and_keep_their_order():
     assert len(set(sizes)) < 15
 
 
-def test_text_is_shown_as_soon_as_it_is_sure_and_ends_at_a_stop_text():
+def test_text_is_shown_as_soon_as_it_is_final_and_ends_at_a_stop_text():
     tokenizer = open_tokenizer("bytes")
     shown = []
     stream = TextStream(tokenizer, ["\n\n", "END"], shown.append)
-    told = [stream.add(token) for token in tokenizer.encode("µ1\n2E\nENx\n\nmore")[:-4]]
-    # Half a character is held back, and what may begin a stop text until it does not.
+    stopped = [stream.add(token) for token in tokenizer.encode("µ1\n2E\nENx\n\nmore")[:-4]]
+    # An incomplete character is held back, and so is a possible start of a stop text.
     assert shown == ["µ", "1", "\n2", "E", "\n", "ENx"]
-    assert told == [False] * (len(told) - 1) + [True]
+    assert stopped == [False] * (len(stopped) - 1) + [True]
     assert stream.end() == "µ1\n2E\nENx"
     cut = TextStream(tokenizer, ["END"], shown.append)
     for token in tokenizer.encode("aEN")[:-1] + tokenizer.encode("µ")[:1]:
@@ -200,7 +204,7 @@ def test_text_is_shown_as_soon_as_it_is_sure_and_ends_at_a_stop_text():
     assert cut.end() == "aE\ufffd"
 
 
-def test_a_row_ends_where_on_token_says_so():
+def test_a_row_ends_when_on_token_returns_true():
     params, prompts = random_params(SMALL32, 9), ragged(SMALL)
     sampling = Sampling(max_new_tokens=8)
     free = generate(params, SMALL32, prompts, sampling, jax.random.key(0))

@@ -1,4 +1,4 @@
-"""A run grown from disk to disk: what the runner makes of it, memory, mistakes."""
+"""Growth from disk to disk: equal to growth in memory, in bounded memory; mistakes are refused."""
 
 import dataclasses
 import functools
@@ -31,18 +31,18 @@ from tests.states import assert_same_bits, files_of_at_most, random_state
 KEY_OF_STAGE_1 = jax.random.fold_in(jax.random.key(0), 1)
 
 
-def two_stages(small, big, **how):
-    """A chain of two sizes, of four steps each."""
+def two_stages(small, big, **growth_fields):
+    """Returns a chain of two stages with four steps each."""
     stage = functools.partial(
         StageConfig, steps=4, batch_size=2, learning_rate=1e-3, matrix_learning_rate=1e-3
     )
-    grown = GrowthConfig(**{"ramp_steps": 2, "rewarmup_steps": 1, **how})
+    grown = GrowthConfig(**{"ramp_steps": 2, "rewarmup_steps": 1, **growth_fields})
     stages = (stage("small", small), stage("big", big, growth=grown))
     return ExperimentConfig(stages=stages, data=DataConfig(sequence_length=16))
 
 
 def finished_run(config, path, state=None):
-    """A run whose first stage is finished, without the training."""
+    """Writes a run whose first stage is finished, without training; returns its state."""
     folder = RunFolder(path)
     stage = folder.stage(0, "small")
     state = random_state(config.stages[0].model) if state is None else state
@@ -59,7 +59,7 @@ CONFIG = changed(SMALL, dtype="float32", mup_base_width=0)
 WIDER = two_stages(CONFIG, changed(CONFIG, d_ff=3000))
 
 
-def test_a_full_disk_in_the_middle_is_one_line_and_the_same_call_goes_on(tmp_path):
+def test_after_a_full_disk_the_same_call_continues(tmp_path):
     state = finished_run(WIDER, tmp_path / "run")
     grow = functools.partial(grow_on_disk.grow, WIDER, tmp_path / "run", tmp_path / "grown")
     with files_of_at_most(20_000), pytest.raises(UserError, match=r"cannot be written \(File too"):
@@ -76,7 +76,7 @@ def test_a_full_disk_in_the_middle_is_one_line_and_the_same_call_goes_on(tmp_pat
     want = jax.jit(functools.partial(growth.grow, plan=plan))(state, key=KEY_OF_STAGE_1)
     assert_same_bits({n: reader.read(n) for n in reader.leaves}, by_name(want))
     assert reader.progress == {"data": {"place": 3}, "wall_s": 0.0}
-    # What the runner looks at.
+    # The target has all files that training reads.
     target = RunFolder(tmp_path / "grown")
     assert target.stages() == RunFolder(tmp_path / "run").stages()
     folder = target.stage(1, "big")
@@ -84,7 +84,7 @@ def test_a_full_disk_in_the_middle_is_one_line_and_the_same_call_goes_on(tmp_pat
     assert json.loads(folder.config.read_text()) == identity(WIDER, 1, "no data")
     receipt = json.loads(folder.receipt.read_text())
     assert not measured(receipt) and receipt["exactness"] == "EXACT"
-    # All is done: a third call writes nothing.
+    # The growth is complete: a third call writes nothing.
     before = sorted((p, p.stat().st_mtime_ns) for p in target.path.rglob("*"))
     assert grow()["bytes"] == 0
     assert sorted((p, p.stat().st_mtime_ns) for p in target.path.rglob("*")) == before
@@ -94,10 +94,10 @@ def test_mistakes_are_refused_and_write_nothing(tmp_path, monkeypatch):
     source, target = tmp_path / "run", tmp_path / "grown"
     finished_run(WIDER, source)
 
-    def refused(words, config=WIDER, source=source, target=target, **how):
+    def refused(words, config=WIDER, source=source, target=target, **options):
         before = sorted(tmp_path.rglob("*"))
         with pytest.raises(UserError, match=words):
-            grow_on_disk.grow(config, source, target, **how)
+            grow_on_disk.grow(config, source, target, **options)
         assert sorted(tmp_path.rglob("*")) == before
 
     refused("source and target are both", target=tmp_path / "grown/../run")
@@ -125,8 +125,8 @@ def test_mistakes_are_refused_and_write_nothing(tmp_path, monkeypatch):
     (tmp_path / "thesis/thesis.tex").write_text("x")
     refused("holds files but no run", target=tmp_path / "thesis")
     finished_run(WIDER, tmp_path / "another")
-    refused("its stages are not the source's; give another target", target=tmp_path / "another")
-    # A checkpoint that is not of its config.
+    refused(r"not those of .*run/lineage.json; give another target", target=tmp_path / "another")
+    # A checkpoint of another config.
     shutil.rmtree(source / "stages/0-small/checkpoints")
     checkpoints = Checkpoints(source / "stages/0-small/checkpoints")
     checkpoints.save(4, random_state(changed(CONFIG, d_ff=21)), {"data": {}})
@@ -138,7 +138,7 @@ def test_mistakes_are_refused_and_write_nothing(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("recipe", ["msg", "identity", "zero_pad", "stack", "middle", "fresh"])
 @pytest.mark.parametrize(("source", "layers"), [(1, 2), (2, 3), (2, 4), (3, 4), (3, 5), (3, 6)])
-def test_distances_are_asked_for_where_the_plan_depends_on_them(recipe, source, layers):
+def test_distances_are_used_exactly_where_the_plan_depends_on_them(recipe, source, layers):
     small, big = (changed(CONFIG, num_layers=n) for n in (source, layers))
     plans = [
         growth.plan(small, big, recipe, layer_distances=order)
@@ -161,7 +161,7 @@ def test_distances_are_measured_one_layer_at_a_time():
     got = measure.layer_distances(read, jax.tree.map(np.asarray, batch), config)
     want = measure.source(params, batch, config)["distances"]
     np.testing.assert_allclose(got, want, rtol=1e-5)
-    assert np.ptp(want) > 1e-2  # they could be mixed up
+    assert np.ptp(want) > 1e-2  # the layers differ, so a wrong order would be noticed
 
 
 CHAIN = """
@@ -177,14 +177,20 @@ def get_config():
 
 
 @pytest.mark.slow
-def test_the_runner_goes_on_as_if_it_had_grown_in_memory(tmp_path):
+def test_a_run_grown_on_disk_trains_as_if_grown_in_memory(tmp_path):
     (tmp_path / "chain.py").write_text(CHAIN)
     config = f"--config={tmp_path / 'chain.py'}"
     status, _, err = run("train", config, f"--workdir={tmp_path / 'run'}")
     assert status == 0, err
     target = tmp_path / "grown"
-    args = ("growth", "checkpoint", config, f"--source={tmp_path / 'run'}",
-            f"--target={target}", "--stage=small")  # fmt: skip
+    args = (
+        "growth",
+        "checkpoint",
+        config,
+        f"--source={tmp_path / 'run'}",
+        f"--target={target}",
+        "--stage=small",
+    )
     process = start(*args)
     wait_for("stages/1-medium/checkpoints/12.partial", target, process)
     process.send_signal(signal.SIGKILL)
@@ -200,12 +206,18 @@ def test_the_runner_goes_on_as_if_it_had_grown_in_memory(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_state_larger_than_the_memory_it_grows_in(tmp_path):
-    """0.6 GB grow to 2.8 GB in a process of less than 1.5 GiB."""
+def test_a_state_grows_in_less_memory_than_its_size(tmp_path):
+    """A state of 0.6 GB grows to 2.8 GB in a process with less than 1.5 GiB."""
     small = changed(
-        CONFIG, vocab_size=8192, num_layers=4, d_model=768, num_heads=12, num_kv_heads=0,
-        head_dim=64, d_ff=3072,
-    )  # fmt: skip
+        CONFIG,
+        vocab_size=8192,
+        num_layers=4,
+        d_model=768,
+        num_heads=12,
+        num_kv_heads=0,
+        head_dim=64,
+        d_ff=3072,
+    )
     big = changed(small, num_layers=8, d_model=1280, num_heads=20, d_ff=5120)
     config = two_stages(small, big)
     finished_run(config, tmp_path / "run")
@@ -215,9 +227,12 @@ def test_a_state_larger_than_the_memory_it_grows_in(tmp_path):
         "def get_config():\n    return config_files.to_config_dict(config.experiment(VALUES))\n"
     )
     peak = peak_memory(
-        "growth", "checkpoint", f"--config={tmp_path / 'chain.py'}",
-        f"--source={tmp_path / 'run'}", f"--target={tmp_path / 'grown'}",
-    )  # fmt: skip
+        "growth",
+        "checkpoint",
+        f"--config={tmp_path / 'chain.py'}",
+        f"--source={tmp_path / 'run'}",
+        f"--target={tmp_path / 'grown'}",
+    )
     reader = CheckpointReader(tmp_path / "grown/stages/1-big/checkpoints/4")
     assert sum(4 * x.size for x in reader.leaves.values()) > 2e9
     shutil.rmtree(tmp_path)

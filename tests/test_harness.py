@@ -1,4 +1,4 @@
-"""The adapter to lm-evaluation-harness: against direct computation, and tasks end to end."""
+"""The adapter to lm-evaluation-harness: compared with direct computation, and whole tasks."""
 
 import json
 import math
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 TASKS = ROOT / "tests" / "harness_tasks"
 SAMPLES = [json.loads(line) for line in (TASKS / "samples.jsonl").read_text().splitlines()]
 CONTEXT = 32
-# Runs the command where any connection but to this machine's own sockets is an error.
+# Runs the command; any connection to the network is an error.
 OFFLINE = """
 import socket, sys
 from flm_jax.commands import front
@@ -40,7 +40,7 @@ def run(tmp_path_factory):
 
 
 def continuation(model, prompt):
-    """What the greedy model writes: 6 tokens, up to the end token or the line's end."""
+    """Returns the greedy continuation: 6 tokens, up to the end token or the end of the line."""
     ids, new = model.prompt(prompt)[-(CONTEXT - 6) :], []
     for _ in range(6):
         new.append(next_token(model.params, model.config, ids + new))
@@ -50,7 +50,7 @@ def continuation(model, prompt):
 
 @pytest.fixture(scope="module")
 def tasks(run, tmp_path_factory):
-    """The local tasks; the model writes the first and the last of the texts to generate."""
+    """The local tasks; the model generates exactly the first and the last of the three texts."""
     folder = tmp_path_factory.mktemp("tasks")
     shutil.copytree(TASKS, folder, dirs_exist_ok=True)
     model = open_model(run)
@@ -66,57 +66,67 @@ def tasks(run, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(run, tasks, tmp_path_factory):
-    """Three local tasks in one command, without a network."""
+    """The results of three local tasks in one command, without a network."""
     environment = {
         **os.environ,
         "HF_HOME": str(tmp_path_factory.mktemp("cache")),
         "JAX_PLATFORMS": "cpu",
     }
     done = subprocess.run(
-        [sys.executable, "-c", OFFLINE, "harness", f"--checkpoint={run}",
-         "--tasks=flm_choice,flm_rolling,flm_generate", f"--include_path={tasks}",
-         "--batch_size=4", "--json"],
-        cwd=ROOT, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-c",
+            OFFLINE,
+            "harness",
+            f"--checkpoint={run}",
+            "--tasks=flm_choice,flm_rolling,flm_generate",
+            f"--include_path={tasks}",
+            "--batch_size=4",
+            "--json",
+        ],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") == 1
     return json.loads(done.stdout)
 
 
 def direct(model, context, continuation):
-    """log P(continuation | context) by one unpadded forward pass."""
+    """Computes log P(continuation | context) by one forward pass without padding."""
     ids = [0, *model.tokenizer.encode(context), *model.tokenizer.encode(continuation)]
     nats, _ = nats_of(model.params, model.config, ids)
     return -nats[-len(model.tokenizer.encode(continuation)) :].sum()
 
 
-def test_tasks_run_end_to_end_with_the_numbers_of_a_direct_computation(run, results):
-    model, found = open_model(run), results["results"]
+def test_tasks_give_the_numbers_of_a_direct_computation(run, results):
+    model, by_task = open_model(run), results["results"]
     assert results["context"] == CONTEXT
-    assert all(found[task]["samples"] == len(SAMPLES) for task in found)
+    assert all(task["samples"] == len(SAMPLES) for task in by_task.values())
     right = [
         int(np.argmax([direct(model, s["question"], c) for c in s["choices"]])) == s["answer"]
         for s in SAMPLES
     ]
-    assert found["flm_choice"]["acc,none"] == pytest.approx(np.mean(right))
+    assert by_task["flm_choice"]["acc,none"] == pytest.approx(np.mean(right))
     nats = size = 0
     for text in (s["text"] for s in SAMPLES):
         ids = model.tokenizer.encode(text)
         size += len(text.encode())
         for start in range(0, len(ids), CONTEXT):
-            # The last token of the window before, or the start token, and nothing earlier.
+            # The context is the last token before the window, or the start token.
             before = ids[start - 1] if start else 0
             window = ids[start : start + CONTEXT]
             if start + CONTEXT > len(ids) and start:  # the last window is as long as the others
-                window_start = len(ids) - CONTEXT
-                _, shown = None, ids[window_start - 1 : len(ids)]
-                nats += nats_of(model.params, model.config, shown)[0][-len(window) :].sum()
+                inputs = ids[len(ids) - CONTEXT - 1 :]
+                nats += nats_of(model.params, model.config, inputs)[0][-len(window) :].sum()
             else:
                 nats += nats_of(model.params, model.config, [before, *window])[0].sum()
-    assert found["flm_rolling"]["bits_per_byte,none"] == pytest.approx(
+    assert by_task["flm_rolling"]["bits_per_byte,none"] == pytest.approx(
         nats / math.log(2) / size, rel=1e-5
     )
-    assert found["flm_generate"]["exact_match,none"] == pytest.approx(2 / 3)
+    assert by_task["flm_generate"]["exact_match,none"] == pytest.approx(2 / 3)
 
 
 def test_answers_of_the_adapter(run):
@@ -135,11 +145,11 @@ def test_answers_of_the_adapter(run):
     got = [value for value, _ in ask("loglikelihood", *pairs)]
     want = [direct(model, c, t) for c, t in (("def f(", "x):"), ("", "start"), ("a", " b"))]
     np.testing.assert_allclose(got[:3], want, rtol=1e-5)
-    # The context's beginning is cut, its start token too: the last 32 inputs are read.
+    # The start of a long context is cut, with its start token: the model reads 32 tokens.
     ids = model.tokenizer.encode("x" * 60 + "end")[-CONTEXT - 1 :]
     cut = -nats_of(model.params, model.config, ids)[0][-3:].sum()
     np.testing.assert_allclose(got[3], cut, rtol=1e-5)
-    assert abs(direct(model, "x" * 58, "end") - got[3]) > 1e-4  # negative control: not cut
+    assert abs(direct(model, "x" * 58, "end") - got[3]) > 1e-4  # negative control: another cut
 
     settings = {"until": ["\n"], "max_gen_toks": 6}
     prompts = [("def f(", settings), ("import os", settings), ("x" * 80, settings)]
@@ -157,7 +167,7 @@ def test_mistakes(run):
     )
 
 
-def test_a_padded_model_is_served_too(tmp_path):
-    """More rows in the model than the tokenizer has tokens."""
+def test_a_model_with_a_padded_vocabulary_is_scored(tmp_path):
+    """The model's vocabulary is larger than the tokenizer's."""
     folder, _ = runs.save(tmp_path / "run", (changed(runs.BYTES, vocab_size=320),))
     assert open_model(folder).tokenizer.vocab_size == 259

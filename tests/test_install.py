@@ -1,4 +1,4 @@
-"""The installed package: built as a wheel, used from an empty folder."""
+"""The package, built and installed as a wheel, and used from an empty folder."""
 
 import json
 import os
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """A folder with the package as its wheel installs it, without its dependencies."""
+    """A folder in which the wheel is installed, without its dependencies."""
     folder = tmp_path_factory.mktemp("install")
     for name in ("flm_jax", "configs"):
         ignored = shutil.ignore_patterns("__pycache__")
@@ -25,9 +25,17 @@ def site(tmp_path_factory):
         shutil.copy(ROOT / name, folder / "source")
     pip = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
     subprocess.run(
-        [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder / "dist",
-         folder / "source"], check=True,
-    )  # fmt: skip
+        [
+            *pip,
+            "wheel",
+            "--no-deps",
+            "--no-build-isolation",
+            "--wheel-dir",
+            folder / "dist",
+            folder / "source",
+        ],
+        check=True,
+    )
     (wheel,) = (folder / "dist").glob("*.whl")
     subprocess.run([*pip, "install", "--no-deps", "--target", folder / "site", wheel], check=True)
     shutil.rmtree(folder / "source")
@@ -35,7 +43,7 @@ def site(tmp_path_factory):
 
 
 def flm(site, folder, *args):
-    """Standard output of the installed console command, called in `folder`."""
+    """Returns the standard output of the installed command, called in `folder`."""
     environment = {**os.environ, "PYTHONPATH": str(site), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [site / "bin" / "flm", *args], cwd=folder, env=environment, capture_output=True, text=True
@@ -44,7 +52,7 @@ def flm(site, folder, *args):
     return done.stdout
 
 
-def test_the_command_and_the_configs_are_there_from_any_folder(site, tmp_path):
+def test_the_command_and_the_configs_work_in_any_folder(site, tmp_path):
     assert flm(site, tmp_path, "--version") == f"flm {__version__}\n"
     assert (site / "flm_jax/py.typed").is_file() and (site / "flm_jax/runs").is_dir()
     for config in ("configs/tele_flm_1t.py", "tele_flm_1t"):

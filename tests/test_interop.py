@@ -1,4 +1,4 @@
-"""Weights in and out, without torch: what is written comes back, and mistakes are refused."""
+"""Import and export of weights without torch: round trips, and mistakes are refused."""
 
 import dataclasses
 import json
@@ -28,20 +28,25 @@ from tests.interop_models import (
     SMALL,
     TARGETS,
     VOCAB,
-    check_a_run_comes_and_goes_bit_equal,
+    check_round_trip_of_a_run,
     distance,
     equal,
     ours,
-)  # fmt: skip
+)
 from tests.models import TABLE, changed, random_params
 
 
 def write(folder, config, format):
-    """A folder of random weights, in small shards."""
+    """Writes a folder of random weights in small shards."""
     write_hf(
-        folder, Tree(random_params(config, 0), config), format, "float32", Vocabulary(""),
-        context=CONTEXT, shard_bytes=9000,
-    )  # fmt: skip
+        folder,
+        Tree(random_params(config, 0), config),
+        format,
+        "float32",
+        Vocabulary(""),
+        context=CONTEXT,
+        shard_bytes=9000,
+    )
     assert len(list(folder.glob("*.safetensors"))) > 2
     return folder
 
@@ -52,15 +57,15 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("format", ["llama", "granite"])
-def test_weights_come_back_bit_equal(format, tmp_path):
+def test_weights_survive_a_round_trip_bit_identically(format, tmp_path):
     params, config = interop.load_hf(write(tmp_path / "out", SMALL, format))
     assert config == SMALL and equal(params, random_params(SMALL, 0))
     assert not equal(params, random_params(SMALL, 1))
 
 
-def test_a_run_comes_and_goes_bit_equal(tmp_path):
+def test_a_run_survives_a_round_trip_bit_identically(tmp_path):
     config = changed(SMALL, input_mult=3.0, output_mult=0.25)
-    check_a_run_comes_and_goes_bit_equal(write(tmp_path / "weights", config, "granite"), tmp_path)
+    check_round_trip_of_a_run(write(tmp_path / "weights", config, "granite"), tmp_path)
 
 
 def test_bin_files_need_torch(folder, tmp_path, monkeypatch):
@@ -81,7 +86,7 @@ def test_dtypes_are_widened_and_rounded_once(folder, tmp_path):
             got = dict(trees.flatten(half))[path]
             assert got.dtype == np.float32
             np.testing.assert_array_equal(got, x.astype(np_dtype).astype(np.float32))
-        # Without `dtype` the source's dtype is kept, and nothing is rounded a second time.
+        # Without `dtype` the source's dtype is kept, so nothing is rounded again.
         done = interop.convert(str(tmp_path / dtype), str(tmp_path / f"{dtype}2"), "llama")
         assert done["dtype"] == dtype and not any("rounded" in note for note in done["notes"])
         assert equal(half, interop.load_hf(tmp_path / f"{dtype}2")[0])
@@ -91,8 +96,8 @@ def test_dtypes_are_widened_and_rounded_once(folder, tmp_path):
     assert not (tmp_path / "large").exists()
 
 
-def test_files_are_those_of_the_library(folder, tmp_path):
-    """The safetensors library reads our files and we read its files, whole and in parts."""
+def test_files_are_compatible_with_the_safetensors_library(folder, tmp_path):
+    """The library reads the written files, and its own files are read whole and in parts."""
     rng = np.random.default_rng(0)
     shapes = {"a": (7, 3), "b": (5,), "c": (4, 2, 3)}
     arrays = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
@@ -122,7 +127,7 @@ def test_blocks_tile_every_parameter():
 
 
 def word_tokenizer(folder, tokens):
-    """A tokenizer.json with this number of tokens."""
+    """Writes a tokenizer.json with this number of tokens."""
     import tokenizers
 
     words = {f"w{i}": i for i in range(tokens)}
@@ -182,10 +187,10 @@ def _rewrite(folder, change):
 
 
 def _wrong_index(folder):
-    where = json.loads(index_of(folder).read_text())["weight_map"]
-    first, last = min(where.values()), max(where.values())
-    name = next(n for n, file in where.items() if file == last)
-    _edit(index_of(folder), weight_map={**where, name: first})
+    file_of = json.loads(index_of(folder).read_text())["weight_map"]
+    first, last = min(file_of.values()), max(file_of.values())
+    name = next(n for n, file in file_of.items() if file == last)
+    _edit(index_of(folder), weight_map={**file_of, name: first})
 
 
 def _no_tensor(tensors):
@@ -215,7 +220,8 @@ MISTAKES = {
     "an index that is none": (lambda f: index_of(f).write_text("{}"), "no JSON object with a w"),
     "no weights": (lambda f: [x.unlink() for x in f.glob("model*")], "no weights"),
     "a missing tensor": (
-        lambda f: _rewrite(f, _no_tensor), r"tensor model.layers.1.mlp.up_proj.weight \[.*missing"
+        lambda f: _rewrite(f, _no_tensor),
+        r"tensor model.layers.1.mlp.up_proj.weight \[.*missing",
     ),
     "an extra tensor": (
         lambda f: _rewrite(f, _more_tensors),
@@ -226,7 +232,8 @@ MISTAKES = {
         r"model.safetensors: model.embed_tokens.weight is \[49, 24\], config.json says \[50, 24\]",
     ),
     "an unknown architecture": (
-        lambda f: _edit(f / "config.json", model_type="gpt2"), "config.json: model_type is 'gpt2'"
+        lambda f: _edit(f / "config.json", model_type="gpt2"),
+        "config.json: model_type is 'gpt2'",
     ),
     "rope scaling": (
         lambda f: _edit(f / "config.json", rope_parameters={"rope_type": "yarn", "factor": 2}),
@@ -236,11 +243,15 @@ MISTAKES = {
     "another activation": (lambda f: _edit(f / "config.json", hidden_act="gelu"), "hidden_act"),
     "no size": (lambda f: _edit(f / "config.json", hidden_size=None), "hidden_size is None"),
     "heads that do not divide": (
-        lambda f: _edit(f / "config.json", num_key_value_heads=4), "not a multiple of num_kv_heads"
+        lambda f: _edit(f / "config.json", num_key_value_heads=4),
+        "not a multiple of num_kv_heads",
     ),
     "no config": (lambda f: (f / "config.json").unlink(), "holds no model"),
-    "a torn config": (lambda f: (f / "config.json").write_text("{"), "config.json: not JSON"),
-}  # fmt: skip
+    "an incomplete config": (
+        lambda f: (f / "config.json").write_text("{"),
+        "config.json: not JSON",
+    ),
+}
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -275,15 +286,19 @@ def test_mistakes_about_the_target(folder, tmp_path, monkeypatch):
 
 
 def test_a_ramp_is_folded_by_its_step(folder, tmp_path):
-    """A checkpoint inside a ramp: the stage's config, plan and step say how far the masks are."""
+    """The masks' value follows from the stage's config, its plan and the checkpoint's step."""
     interop.convert(str(folder), str(tmp_path / "run"), "flm")
     run = RunFolder(tmp_path / "run")
     experiment = run.stage(0, "imported").experiment()
     plan = growth.plan(SMALL, TARGETS["msg"], "msg")
     grown = dataclasses.replace(
-        experiment.stages[0], name="grown", model=plan.target, steps=100, source="",
+        experiment.stages[0],
+        name="grown",
+        model=plan.target,
+        steps=100,
+        source="",
         growth=dataclasses.replace(experiment.stages[0].growth, ramp_steps=10),
-    )  # fmt: skip
+    )
     chain = dataclasses.replace(experiment, stages=(*experiment.stages, grown))
     stage = run.stage(1, "grown")
     write_json(stage.config, identity(chain, 1, ""))

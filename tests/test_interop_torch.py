@@ -1,4 +1,4 @@
-"""Weights in and out, against transformers' own models; equalities have negative controls."""
+"""Import and export of weights, against transformers' own models, with negative controls."""
 
 import dataclasses
 import json
@@ -26,19 +26,24 @@ from tests.interop_models import (
     TARGETS,
     TOKENS,
     VOCAB,
-    check_a_run_comes_and_goes_bit_equal,
+    check_round_trip_of_a_run,
     distance,
     equal,
     ours,
-)  # fmt: skip
+)
 from tests.models import grow, random_params
 
 torch = pytest.importorskip("torch", reason="the oracles are transformers' models: extra [hf]")
 transformers = pytest.importorskip("transformers", reason="extra [hf]")
 transformers.utils.logging.disable_progress_bar()
 
-_SIZES = {"vocab_size": VOCAB, "num_hidden_layers": 2, "rms_norm_eps": 1e-3,
-          "max_position_embeddings": CONTEXT, "initializer_range": 0.2}  # fmt: skip
+_SIZES = {
+    "vocab_size": VOCAB,
+    "num_hidden_layers": 2,
+    "rms_norm_eps": 1e-3,
+    "max_position_embeddings": CONTEXT,
+    "initializer_range": 0.2,
+}
 _WIDE = {
     "hidden_size": 24,
     "intermediate_size": 40,
@@ -55,21 +60,27 @@ MODELS = {
     "tied": (transformers.LlamaConfig, {**_NARROW, "tie_word_embeddings": True}),
     "granite": (
         transformers.GraniteConfig,
-        {**_NARROW, "num_key_value_heads": 1, "embedding_multiplier": 3.0, "logits_scaling": 4.0,
-         "residual_multiplier": 0.7, "attention_multiplier": 0.4},
+        {
+            **_NARROW,
+            "num_key_value_heads": 1,
+            "embedding_multiplier": 3.0,
+            "logits_scaling": 4.0,
+            "residual_multiplier": 0.7,
+            "attention_multiplier": 0.4,
+        },
     ),
     "teleflm": (transformers.LlamaConfig, _NARROW),
-}  # fmt: skip
+}
 
 
 def make(kind, folder, **save_options):
-    """A random transformers model, saved to a folder."""
+    """Makes a random transformers model and saves it to a folder."""
     cls, sizes = MODELS[kind]
     torch.manual_seed(len(kind))
     model = transformers.AutoModelForCausalLM.from_config(cls(**_SIZES, **sizes)).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if "norm" in name:  # ones hide bugs
+            if "norm" in name:  # gains of one would hide bugs
                 weight.uniform_(0.5, 1.5)
     model.save_pretrained(folder, **save_options)
     if kind == "teleflm":
@@ -81,27 +92,28 @@ def make(kind, folder, **save_options):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Opens the model and folder of a kind; each is made once, in small shards."""
-    made = {}
+    """A function: kind -> model and folder. Each kind is made once, in small shards."""
+    models = {}
 
     def get(kind):
-        if kind not in made:
+        if kind not in models:
             folder = tmp_path_factory.mktemp(kind)
-            made[kind] = make(kind, folder, max_shard_size="8KB"), folder
-        return made[kind]
+            models[kind] = make(kind, folder, max_shard_size="8KB"), folder
+        return models[kind]
 
     return get
 
 
 def theirs(model, multipliers=None):
-    """Logits of the transformers model; with `multipliers`, the oracle of TeleFLM."""
+    """Returns the logits of the transformers model; `multipliers` are TeleFLM's."""
     m = {"input_mult": 1, "output_mult": 1, "mup_scale_factor": 1} | (multipliers or {})
     with torch.no_grad():
         x = model.get_input_embeddings()(torch.tensor(TOKENS)) * m["input_mult"]
         out = model(
-            inputs_embeds=x, attention_mask=torch.tensor(SEGMENTS),
+            inputs_embeds=x,
+            attention_mask=torch.tensor(SEGMENTS),
             position_ids=torch.tensor(POSITIONS),
-        )  # fmt: skip
+        )
     return (out.logits * (m["output_mult"] / m["mup_scale_factor"])).numpy()
 
 
@@ -114,7 +126,7 @@ def test_an_imported_model_has_the_same_logits(kind, saved):
 
 
 def test_mistakes_in_an_import_change_the_logits(saved, monkeypatch):
-    """Negative control: other orders of heads, untransposed matrices, no multipliers."""
+    """Negative control: wrong orders of heads, a matrix without transposition, no multipliers."""
     model, folder = saved("grouped")
     oracle = theirs(model)
     for path, layout in {
@@ -129,23 +141,34 @@ def test_mistakes_in_an_import_change_the_logits(saved, monkeypatch):
     params, config = interop.load_hf(folder)
     plain = dataclasses.replace(config, input_mult=1.0)
     assert distance(theirs(model), ours(params, plain)) > 1e-2
-    with monkeypatch.context() as patch:  # multipliers that the config has no field for
+    with monkeypatch.context() as patch:  # multipliers for which the config has no field
         patch.setattr("flm_jax.interop.opening.scaled", lambda weights, *_: weights)
         assert distance(theirs(model), ours(*interop.load_hf(folder))) > 1e-2
 
 
 @pytest.mark.parametrize(
     ("kind", "format"),
-    [("llama", "granite"), ("grouped", "llama"), ("tied", "llama"), ("granite", "granite"),
-     ("teleflm", "teleflm"), ("teleflm", "granite"), ("teleflm", "llama")],
-)  # fmt: skip
-def test_exports_have_the_same_logits_and_come_back_bit_equal(kind, format, saved, tmp_path):
+    [
+        ("llama", "granite"),
+        ("grouped", "llama"),
+        ("tied", "llama"),
+        ("granite", "granite"),
+        ("teleflm", "teleflm"),
+        ("teleflm", "granite"),
+        ("teleflm", "llama"),
+    ],
+)
+def test_exports_have_the_same_logits_and_import_bit_identically(kind, format, saved, tmp_path):
     _, folder = saved(kind)
     params, config = interop.load_hf(folder)
     _, notes = write_hf(
-        tmp_path / "out", Tree(params, config), format, "float32",
-        interop.Vocabulary(str(folder)), shard_bytes=9000,
-    )  # fmt: skip
+        tmp_path / "out",
+        Tree(params, config),
+        format,
+        "float32",
+        interop.Vocabulary(str(folder)),
+        shard_bytes=9000,
+    )
     again, config_again = interop.load_hf(tmp_path / "out")
     folds = (kind, format) == ("teleflm", "llama")
     assert len(notes) == (2 if folds else 0)
@@ -153,7 +176,7 @@ def test_exports_have_the_same_logits_and_come_back_bit_equal(kind, format, save
     before = ours(params, config)
     if folds:
         assert distance(before, ours(again, config_again)) < 1e-5
-    if format != "teleflm":  # stock transformers opens it
+    if format != "teleflm":  # transformers itself can open it
         opened, info = transformers.AutoModelForCausalLM.from_pretrained(
             tmp_path / "out", output_loading_info=True
         )
@@ -182,7 +205,7 @@ def test_a_grown_import_is_exported_with_the_same_logits(recipe, saved, tmp_path
         interop.save_hf(tmp_path / "middle", plain, folded, "llama")
         opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "middle")
         assert distance(ours(grown, target, masks), theirs(opened)) < 1e-4
-        assert distance(ours(grown, target), theirs(opened)) > 1e-2  # masks matter
+        assert distance(ours(grown, target), theirs(opened)) > 1e-2  # negative control: no masks
         grown, target = growth.fold(grown, plan, 0.0)
     interop.save_hf(tmp_path / "grown", grown, target, "llama", vocabulary=str(folder))
     opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "grown")
@@ -190,7 +213,7 @@ def test_a_grown_import_is_exported_with_the_same_logits(recipe, saved, tmp_path
     assert opened.config.hidden_size == TARGETS[recipe].d_model
 
 
-def test_bin_files_hold_the_same(saved, tmp_path):
+def test_bin_files_hold_the_same_weights(saved, tmp_path):
     model, folder = saved("grouped")
     shutil.copy(folder / "config.json", tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
@@ -199,14 +222,14 @@ def test_bin_files_hold_the_same(saved, tmp_path):
     torch.save(half, tmp_path / "pytorch_model.bin")
     got = interop.load_hf(tmp_path)[0]["final_norm"]
     np.testing.assert_array_equal(got, half["model.norm.weight"].float().numpy())
-    # Two files with an index.
+    # Two files and an index.
     state = list(model.state_dict().items())
-    where = {}
+    file_of = {}
     for file, part in (("one.bin", state[:5]), ("two.bin", state[5:])):
         torch.save(dict(part), tmp_path / file)
-        where |= dict.fromkeys(dict(part), file)
+        file_of |= dict.fromkeys(dict(part), file)
     index = tmp_path / "pytorch_model.bin.index.json"
-    index.write_text(json.dumps({"weight_map": where}))
+    index.write_text(json.dumps({"weight_map": file_of}))
     assert equal(interop.load_hf(folder)[0], interop.load_hf(tmp_path)[0])
     (tmp_path / "two.bin").write_bytes((tmp_path / "two.bin").read_bytes()[:-2000])
     with pytest.raises(UserError, match=r"two.bin: torch's loader for weights alone refuses it"):
@@ -229,18 +252,22 @@ def test_bin_files_run_no_code(saved, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_chain_goes_on_from_weights(tmp_path):
-    """The first stage's parameters come from a folder, are not trained, and grow."""
+def test_a_chain_starts_from_imported_weights(tmp_path):
+    """The first stage reads its parameters from a folder, does not train, and is grown."""
     config = config_files.experiment(config_files.shipped("demo").get_config("smoke"))
     model = config.stages[0].model
     params = random_params(model, 0)
     interop.save_hf(tmp_path / "hf", params, model, "teleflm", vocabulary="bytes")
     workdir = tmp_path / "run"
     command = (
-        "train", "--config=configs/demo.py:smoke", f"--workdir={workdir}",
-        f"--config.stages[0].source={tmp_path / 'hf'}", "--config.stages[0].steps=0",
-        "--config.stages[1].steps=8", "--config.stages[2].steps=8",
-    )  # fmt: skip
+        "train",
+        "--config=configs/demo.py:smoke",
+        f"--workdir={workdir}",
+        f"--config.stages[0].source={tmp_path / 'hf'}",
+        "--config.stages[0].steps=0",
+        "--config.stages[1].steps=8",
+        "--config.stages[2].steps=8",
+    )
     wrong = mistake(*command, "--config.stages[0].model.d_ff=88", by=run)
     assert f"model.d_ff is 88, but source {tmp_path / 'hf'} has 84" in wrong
     assert "does not exist" not in wrong and not any(workdir.iterdir())
@@ -251,17 +278,20 @@ def test_a_chain_goes_on_from_weights(tmp_path):
     assert first["steps"] == first["tokens"] == 0
     assert second["receipt"]["max_abs_logit_diff"] <= 1e-4 * second["receipt"]["logit_scale"]
     assert abs(first["eval"]["bpb_end"] - second["eval"]["bpb_start"]) < 1e-4
-    # A grown stage goes out, with the bytes' tokenizer.
+    # A grown stage is exported, with the tokenizer of vocabulary "bytes".
     json_of(
-        "convert", f"--source={workdir}", f"--target={tmp_path / 'out'}",
-        "--format=granite", "--stage=medium",
-    )  # fmt: skip
+        "convert",
+        f"--source={workdir}",
+        f"--target={tmp_path / 'out'}",
+        "--format=granite",
+        "--stage=medium",
+    )
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     text = "def f(x):\n\treturn 'é\x00\x7f\xad漢'"
     assert tokenizer(text).input_ids == [byte + 3 for byte in text.encode()]
     assert tokenizer.decode(tokenizer(text).input_ids) == text
 
 
-def test_a_run_comes_and_goes_bit_equal(saved, tmp_path):
+def test_a_run_survives_a_round_trip_bit_identically(saved, tmp_path):
     _, folder = saved("granite")
-    check_a_run_comes_and_goes_bit_equal(folder, tmp_path)
+    check_round_trip_of_a_run(folder, tmp_path)

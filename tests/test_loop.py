@@ -1,4 +1,4 @@
-"""The training loop on a stage made of plain functions: no corpus, no command."""
+"""The training loop, on a stage of plain functions without corpus and command."""
 
 import dataclasses
 import shutil
@@ -23,7 +23,7 @@ STEPS = 7
 
 
 class Stream:
-    """Random batches; the position is their number."""
+    """A stream of random batches; the position is the number of batches read."""
 
     def __init__(self, silent_at=-1, forgets=False):
         self._place, self._silent_at, self._forgets = 0, silent_at, forgets
@@ -99,14 +99,14 @@ def evaluated(run):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run that nothing disturbed."""
+    """A run that was not interrupted."""
     run = RunFolder(tmp_path_factory.mktemp("loop") / "run")
     run.open()
     run_stages([a_stage(Measure())], run)
     return run
 
 
-def test_what_is_evaluated_saved_and_written(whole):
+def test_the_loop_evaluates_saves_and_writes_its_entry(whole):
     run = whole
     assert evaluated(run) == [0, 3, 6, 7]
     assert saved(run) == [4, 7]
@@ -119,7 +119,7 @@ def test_what_is_evaluated_saved_and_written(whole):
 def test_the_best_checkpoint_is_the_result(tmp_path):
     run = RunFolder(tmp_path / "run")
     run.open()
-    # Steps 0, 3, 6, 7. The lowest is not saved at step 0.
+    # Measured at steps 0, 3, 6 and 7. Step 0 has the lowest value, but no checkpoint.
     run_stages([a_stage(Measure((1.0, 4.0, 2.0, 3.0)), save_every=1, best_by="other")], run)
     (entry,) = run.stages()
     assert entry["checkpoint"] == "stages/0-s/checkpoints/6" and entry["eval"]["other_end"] == 2.0
@@ -127,7 +127,7 @@ def test_the_best_checkpoint_is_the_result(tmp_path):
 
 @pytest.mark.parametrize(
     ("silent_at", "save_every", "kept"),
-    # The step after the bad one has been dispatched when its loss is read, unless it is saved.
+    # A loss is read after the next step was dispatched, or before its state is saved.
     [(4, 1, [1, 2, 3, 4]), (4, 4, [4]), (3, 4, [])],
 )
 def test_a_state_without_a_finite_loss_is_never_saved(tmp_path, silent_at, save_every, kept):
@@ -140,12 +140,13 @@ def test_a_state_without_a_finite_loss_is_never_saved(tmp_path, silent_at, save_
 
 
 def test_a_killed_stage_resumes_bit_identically(whole, tmp_path):
-    run, measure = RunFolder(tmp_path / "run"), Measure(fails_at=3)  # at step 6
+    run = RunFolder(tmp_path / "run")
+    measure = Measure(fails_at=3)  # at step 6
     run.open()
     with pytest.raises(RuntimeError, match="killed"):
         run_stages([a_stage(measure)], run)
     assert saved(run) == [4] and evaluated(run) == [0, 3]
-    # Negative control: without the saved position in the data, the result would be another.
+    # Negative control: a stream that ignores the saved position gives another result.
     forgets = dataclasses.replace(a_stage(Measure()), batches=lambda *_: Stream(forgets=True))
     shutil.copytree(run.path, tmp_path / "forgets")
     run_stages([forgets], RunFolder(tmp_path / "forgets"))

@@ -42,7 +42,7 @@ def test_logits_equal_the_numpy_model(kv_heads):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _token_gradients(config, params, positions, position, segment_ids):
-    """The norm of d(logits at one position) / d(embedding of each input position)."""
+    """Returns the norm of d(logits at one position) / d(embedding of each input position)."""
     length = positions.shape[1]
     # Distinct tokens, so that row i of the embedding's gradient belongs to position i alone.
     tokens = jnp.arange(length, dtype=jnp.int32)[None]
@@ -55,8 +55,7 @@ def _token_gradients(config, params, positions, position, segment_ids):
 
 
 def test_attention_is_causal_and_stays_in_its_document():
-    """There is no gradient from later tokens and none from other documents, but from all earlier
-    tokens of the same document."""
+    """Gradients come from all earlier tokens of the same document, and from no other token."""
     with jax.enable_x64(True):
         params = random_params(SMALL, 2)
         batch = packed_batch(SMALL, batch=1)
@@ -74,7 +73,7 @@ def test_attention_is_causal_and_stays_in_its_document():
 
 
 @pytest.mark.parametrize("options", [{"remat": "full"}, {"remat": "dots"}, {"scan_unroll": 2}])
-def test_how_it_is_computed_does_not_change_what(options):
+def test_implementation_options_do_not_change_the_result(options):
     with jax.enable_x64(True):
         params = random_params(SMALL, 3)
         batch = packed_batch(SMALL)
@@ -85,7 +84,7 @@ def test_how_it_is_computed_does_not_change_what(options):
             np.testing.assert_allclose(a, b, atol=1e-12, err_msg=path)
 
 
-def test_bfloat16_computes_logits_in_float32_near_the_exact_ones():
+def test_bfloat16_gives_float32_logits_near_the_exact_ones():
     config = changed(SMALL, dtype="bfloat16")
     params = random_params(config, 4)
     batch = packed_batch(config)
@@ -98,7 +97,7 @@ def test_bfloat16_computes_logits_in_float32_near_the_exact_ones():
     assert 2**-12 < error / scale < 2**-5  # a few dozen roundings, each of about 2^-9
 
 
-def test_accumulated_gradient_is_that_of_the_whole_batch():
+def test_the_accumulated_gradient_equals_that_of_the_whole_batch():
     """The rows have different numbers of targets, so a mean of means would be wrong."""
     with jax.enable_x64(True):
         params = random_params(SMALL, 5)
@@ -117,7 +116,7 @@ def test_accumulated_gradient_is_that_of_the_whole_batch():
 
 
 @pytest.mark.parametrize("heads", [(2, 1), (1, 2)], ids=["multi-head", "grouped"])
-def test_splash_attention_is_the_plain_one(heads):
+def test_splash_attention_equals_plain_attention(heads):
     """The TPU's kernel, in interpret mode: forward and gradients, on packed documents."""
     K, G = heads
     rng = np.random.default_rng(0)

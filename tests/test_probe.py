@@ -11,20 +11,30 @@ from tests.commands import call, json_of, mistake, run
 PROBE = ("growth", "probe", "--config=configs/probe_growth.py:smoke")
 
 
-def test_a_lock_is_a_contradiction_and_a_wrong_recipe_a_mistake():
+def test_locked_copies_contradict_the_claim_and_a_wrong_recipe_is_refused():
     status, out, err = call("growth", "check", "--operator=mlp=tile", "--moments=dual", "--json")
     (row,) = json.loads(out)["operators"]
     assert status == 1 and row["locked_copies"] == 40 and not row["ok"]
     assert "a measurement contradicts the claim of mlp=tile" in err.splitlines()[-1]
-    assert {"name", "axes", "claimed", "measured", "max_abs_logit_diff_f64", "dead_slots",
-            "max_abs_logit_diff_f32", "max_abs_logit_diff_bf16", "locked_copies",
-            "first_update_over_lr", "ok"} <= set(row)  # fmt: skip
+    assert {
+        "name",
+        "axes",
+        "claimed",
+        "measured",
+        "max_abs_logit_diff_f64",
+        "dead_slots",
+        "max_abs_logit_diff_f32",
+        "max_abs_logit_diff_bf16",
+        "locked_copies",
+        "first_update_over_lr",
+        "ok",
+    } <= set(row)
     assert row["claimed"] == "EXACT" == row["measured"]
     assert "no operator 'magic'" in mistake("growth", "check", "--operator=magic")
     assert "no lineage.json" in mistake("growth", "check", "--run=runs/nowhere")
 
 
-def test_an_arms_name_is_that_of_a_folder():
+def test_an_arms_name_must_be_a_folder_name():
     assert ArmConfig("tile + stack, noise").name
     for name in ("heads/2", ""):
         with pytest.raises(UserError, match=rf"ArmConfig\.name is '{name}'"):
@@ -37,7 +47,7 @@ def test_probe_ranks_resumes_and_refuses(tmp_path):
         *PROBE, f"--workdir={tmp_path}/no", "--config.arms[2].growth.recipe=tile,layers=magic"
     )
     assert "'magic'" in line and not (tmp_path / "no").exists()
-    # The context grows too: the target reads sequences of twice the length.
+    # The context grows too: the target reads sequences of double length.
     args = (*PROBE, f"--workdir={tmp_path}", "--config.experiment.stages[1].sequence_length=128")
     arms = json_of(*args, by=run)["arms"]
     assert sorted(a["name"] for a in arms) == ["msg", "not grown", "tile + stack"]

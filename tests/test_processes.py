@@ -1,4 +1,4 @@
-"""Several processes, and growth between meshes: the same numbers in every layout, and the ends."""
+"""Several processes, and growth between meshes: every layout gives the same numbers."""
 
 import contextlib
 import dataclasses
@@ -38,7 +38,7 @@ MESHES = [MeshConfig(8, 1, 1), MeshConfig(2, 2, 2), MeshConfig(1, 4, 2), MeshCon
 @pytest.mark.parametrize("shape", MESHES, ids=str)
 @pytest.mark.parametrize("order", [np.arange(8), np.array([0, 4, 1, 5, 2, 6, 3, 7])], ids=str)
 def test_a_process_gets_the_rows_that_its_devices_need(monkeypatch, shape, count, order):
-    """Whichever devices of the mesh are whose, and also where batches do not divide."""
+    """For any assignment of devices to processes, and for batches that do not divide."""
     like = sharding.make_mesh(shape)
     mesh = Mesh(like.devices.reshape(-1)[order].reshape(like.devices.shape), like.axis_names)
     needed = NamedSharding.devices_indices_map
@@ -67,7 +67,7 @@ def test_a_process_gets_the_rows_that_its_devices_need(monkeypatch, shape, count
 
 def test_a_placed_batch_is_the_batch():
     mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
-    for rows in (8, 3):  # split, and whole in every device
+    for rows in (8, 3):  # split over the devices, and whole on every device
         x = np.arange(rows * 5).reshape(rows, 5)
         placed = sharding.place_batch({"x": x}, mesh)["x"]
         np.testing.assert_array_equal(placed, x)
@@ -86,8 +86,8 @@ def start_on(mesh):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("turned", [False, True])
-def test_growth_from_mesh_to_mesh_gives_the_same_bits(turned):
-    """Also where the meshes order the devices differently."""
+def test_growth_between_meshes_is_bit_identical(turned):
+    """Also if the meshes order the devices differently."""
     plan = growth.plan(TINY, TINY_GROWN)
     old, target = (sharding.make_mesh(m) for m in (MeshConfig(2, 2, 2), MeshConfig(1, 8, 1)))
     if turned:
@@ -100,7 +100,7 @@ def test_growth_from_mesh_to_mesh_gives_the_same_bits(turned):
     assert up.sharding.mesh == target and up.addressable_shards[0].data.size == up.size // 8
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(source))
     chex.assert_trees_all_equal(jax.device_get(here), jax.device_get(there))
-    # Negative control: another key is seen.
+    # Negative control: another key gives other parameters.
     other = grow(fresh(), plan, jax.random.key(2))
     assert params_digest(other.params) != params_digest(there.params)
 
@@ -113,7 +113,7 @@ def test_the_digest_does_not_depend_on_the_mesh_or_on_its_pieces():
     assert params_digest(state.params, piece_bytes=200) == whole  # rows, and parts of rows
 
 
-def test_a_stages_mesh_is_no_part_of_its_identity():
+def test_a_stages_mesh_is_not_part_of_its_identity():
     stages = (stage_of(TINY), dataclasses.replace(stage_of(TINY_GROWN), name="b", steps=200))
     config = ExperimentConfig(stages=stages, mesh=MeshConfig(8))
     own = dataclasses.replace(stages[1], mesh=MeshConfig(1, 8))
@@ -142,7 +142,7 @@ def test_a_group_that_does_not_fit_is_refused(given, words):
     assert all(word in str(error.value) for word in words), error.value
 
 
-def test_alone_a_process_decides_alone():
+def test_a_single_process_decides_alone():
     with processes.joined(processes.Group()):
         assert processes.first()
         assert processes.once(lambda: {1: "kept as it is"}) == {1: "kept as it is"}
@@ -150,7 +150,7 @@ def test_alone_a_process_decides_alone():
         processes.check_same("a value", "x")
 
 
-# --- In several --------------------------------------------------------------------------------
+# --- In several processes ----------------------------------------------------------------------
 
 
 def free_port():
@@ -160,19 +160,19 @@ def free_port():
 
 
 def start_two(*args):
-    """The command in two processes of four devices each."""
+    """Starts the command in two processes with four devices each."""
     group = (f"--coordinator=localhost:{free_port()}", "--processes=2", "--lost_after=20")
     return [start(*args, *group, f"--process={i}", devices=4) for i in range(2)]
 
 
 def ended(started, timeout=400):
-    """Of each process: status, standard output, standard error without what libraries log."""
-    found = []
+    """Returns each process's status, output, and lines of standard error without Gloo's log."""
+    results = []
     for process in started:
         out, err = process.communicate(timeout=timeout)
         lines = [line for line in err.splitlines() if "[Gloo]" not in line]
-        found.append((process.returncode, out, lines))
-    return found
+        results.append((process.returncode, out, lines))
+    return results
 
 
 def wait_for(pattern, workdir, started, timeout=400):
@@ -185,7 +185,7 @@ def wait_for(pattern, workdir, started, timeout=400):
 
 
 def evaluations(workdir):
-    """Validation bits per byte of every evaluated step of the chain."""
+    """Returns the validation bits per byte of every evaluated step of the chain."""
     rows = []
     for stage in ("0-small", "1-large"):
         text = (workdir / "stages" / stage / "metrics.jsonl").read_text()
@@ -194,7 +194,7 @@ def evaluations(workdir):
 
 
 def assert_same_run(workdir, other):
-    """To float32's rounding: 8e-8 was measured, also between meshes."""
+    """Compares two runs up to float32 rounding; the measured difference is 8e-8."""
     ours, theirs = evaluations(workdir), evaluations(other)
     assert len(ours) == len(theirs) == 14 and theirs[0] - theirs[-1] > 0.5
     np.testing.assert_allclose(ours, theirs, rtol=1e-6)
@@ -205,7 +205,7 @@ def assert_same_run(workdir, other):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """The chain in one process of eight devices."""
+    """The chain in one process with eight devices."""
     workdir = tmp_path_factory.mktemp("alone") / "run"
     ((status, _, err),) = ended([start(*CHAIN, f"--workdir={workdir}", devices=8)])
     assert status == 0, err
@@ -213,8 +213,8 @@ def alone(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_two_processes_killed_stopped_and_resumed_train_as_one(alone, tmp_path):
-    """One killed ends the other; a signal to one stops both; what they train is the same."""
+def test_two_processes_killed_stopped_and_resumed_train_like_one(alone, tmp_path):
+    """If one is killed, the other ends; a signal to one stops both; the results are the same."""
     workdir = tmp_path / "run"
     started = start_two(*CHAIN, f"--workdir={workdir}")
     wait_for("stages/0-small/checkpoints/3", workdir, started)
@@ -224,7 +224,7 @@ def test_two_processes_killed_stopped_and_resumed_train_as_one(alone, tmp_path):
     assert time.monotonic() - killed < 60
     assert status == 1
     assert "process 0 of 2: another process was lost; start all of them again" in lines[-1]
-    # None of ours; orbax logs one of its own where the kill falls into a save.
+    # No traceback from this package. orbax logs one if the kill comes during a save.
     assert not any("flm_jax/commands" in line for line in lines)
 
     started = start_two(*CHAIN, f"--workdir={workdir}")
@@ -245,8 +245,8 @@ def test_two_processes_killed_stopped_and_resumed_train_as_one(alone, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_goes_on_in_another_layout(alone, tmp_path):
-    """From 8 devices to 4, over a growth onto another mesh, and to 2 processes x 4 on a third."""
+def test_a_checkpoint_resumes_in_another_layout(alone, tmp_path):
+    """From 8 devices to 4, with a growth onto another mesh, then to 2 processes with 4 each."""
     workdir = tmp_path / "run"
     shutil.copytree(alone / "stages" / "0-small", workdir / "stages" / "0-small")
     shutil.rmtree(workdir / "stages" / "0-small" / "checkpoints" / "12")
@@ -273,8 +273,8 @@ def test_a_checkpoint_goes_on_in_another_layout(alone, tmp_path):
 
 
 @pytest.mark.slow
-def test_mistakes_of_a_group(tmp_path):
-    """One line and status 2, in every process, and nothing is written."""
+def test_mistakes_of_a_group_are_refused_in_every_process(tmp_path):
+    """Every process prints one line and exits with status 2; nothing is written."""
     new = tmp_path / "new"
     port = free_port()
     args = (*CHAIN, f"--workdir={new}", "--processes=2", f"--coordinator=localhost:{port}")

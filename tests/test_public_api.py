@@ -1,4 +1,4 @@
-"""The public API: light to import, complete, and clear about wrong types."""
+"""The public API: fast to import, complete, and with clear errors about wrong types."""
 
 import importlib.util
 import pathlib
@@ -22,21 +22,21 @@ BIG = changed(SMALL, d_ff=40)
 KEY = jax.random.key(0)
 
 
-def test_the_import_is_quick_and_light():
+def test_the_import_is_fast_and_loads_few_modules():
     code = (
         "import sys, flm_jax\n"
         "print([m for m in ('jax', 'tensorflow', 'seqio', 'orbax') if m in sys.modules])"
     )
     seconds = []
     for _ in range(3):
-        began = time.monotonic()
+        start = time.monotonic()
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        seconds.append(time.monotonic() - began)
+        seconds.append(time.monotonic() - start)
         assert done.stdout.strip() == "[]", done.stderr
     assert min(seconds) < 0.6
 
 
-def test_every_name_is_there():
+def test_every_public_name_exists():
     for name in flm_jax.__all__:
         assert getattr(flm_jax, name) is not None, name
     assert set(flm_jax.__all__) <= set(dir(flm_jax))
@@ -52,7 +52,7 @@ def test_no_module_has_the_name_of_a_public_function(package):
         name for name in package.__all__ if not hasattr(getattr(package, name), "__path__")
     }
     assert not modules & functions
-    # The contract's functions are functions, no matter what was imported before.
+    # `growth.plan` is a function, also after the import of module `growth._plan`.
     assert importlib.util.find_spec("flm_jax.growth._plan")
     assert callable(flm_jax.growth.plan) and callable(flm_jax.growth.grow)
 
@@ -67,12 +67,12 @@ def test_wrong_types_are_one_clear_error():
         plan(SMALL, {})
     with pytest.raises(UserError, match="small is a TransformerConfig and big a ModelSpec"):
         plan(SMALL, ModelSpec({}, {}))
-    made = plan(SMALL, BIG)
+    growth_plan = plan(SMALL, BIG)
     with pytest.raises(UserError, match=r"plan is a TransformerConfig.*make it with flm_jax.plan"):
         grow(random_params(SMALL, 0), BIG, KEY)
     with pytest.raises(UserError, match=r"'layers/mlp/down' is .*the plan's source has"):
-        grow(random_params(changed(SMALL, d_ff=8), 0), made, KEY)
+        grow(random_params(changed(SMALL, d_ff=8), 0), growth_plan, KEY)
     params = random_params(SMALL, 0)
     foreign = TrainState(jnp.int32(0), params, optax.sgd(0.1, momentum=0.9).init(params))
     with pytest.raises(UserError, match=r"optimizer state at .*trace"):
-        grow(foreign, made, KEY)
+        grow(foreign, growth_plan, KEY)

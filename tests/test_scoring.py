@@ -1,4 +1,4 @@
-"""Scores: checks by program, the sandbox's fences, intervals."""
+"""Scores: checks by program, the sandbox's protections, confidence intervals."""
 
 import dataclasses
 import math
@@ -56,29 +56,29 @@ def test_examples_that_raise_and_their_options():
         "class Equal:\n    def __eq__(self, other): return True\nreturn Equal()",
         "import sys\nsys.modules['__main__'].json.dumps = lambda x: 'x'",
         # Writes a result itself: with the wanted outputs it would be right, without it cannot be.
-        "import os\nos.write(3, b'{\"outputs\": [\"7\", \"7\"], \"failure\": \"\"}')\nos._exit(0)",
-        "import os\nos.write(3, b'{\"outputs\": [], \"failure\": \"\"}')\nos._exit(0)",
+        'import os\nos.write(3, b\'{"outputs": ["7", "7"], "failure": ""}\')\nos._exit(0)',
+        'import os\nos.write(3, b\'{"outputs": [], "failure": ""}\')\nos._exit(0)',
         "import os\nos.write(3, b'[]')\nos._exit(0)",
-        # What it should give, read from where doctest would find it.
+        # Reads the expected output from its own docstring.
         "return int(f.__doc__.split('\\n')[-2])",
     ],
-)  # fmt: skip
+)
 def test_tricks_do_not_pass(trick):
     right, why = scoring.check_answer(DOUBLE, trick)
     assert not right and why
 
 
-def test_a_trick_that_gives_the_outputs_is_an_answer():
-    """Negative control of the tricks above: the same channel, with the right outputs, passes."""
-    said = r'{"outputs": ["6\\n", "-2\\n"], "failure": ""}'
-    assert scoring.check_answer(DOUBLE, f"import os\nos.write(3, b'{said}')\nos._exit(0)")[0]
+def test_the_channel_of_the_tricks_passes_with_right_outputs():
+    """Negative control of the tricks above: right outputs in the same channel pass."""
+    message = r'{"outputs": ["6\\n", "-2\\n"], "failure": ""}'
+    assert scoring.check_answer(DOUBLE, f"import os\nos.write(3, b'{message}')\nos._exit(0)")[0]
 
 
 def outcome_of(body, **limits):
     return run_examples(f"def f():\n    {body}\n", ["f()\n"], Limits(**limits))
 
 
-def test_time_and_memory_end():
+def test_time_and_memory_are_limited():
     begin = time.monotonic()
     assert "ended without" in outcome_of("while True: pass", cpu_seconds=1).failure
     assert "more than 0.5 s" in outcome_of("import time; time.sleep(60)", wall_seconds=0.5).failure
@@ -107,8 +107,8 @@ def without_hook(monkeypatch):
 
 @pytest.mark.parametrize("hook", [True, False])
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_each_fence_alone(attack, hook, tmp_path, monkeypatch):
-    """With the audit hook, and by the kernel's limits alone, where it has them."""
+def test_each_protection_works_alone(attack, hook, tmp_path, monkeypatch):
+    """With the audit hook, and with the kernel's limits alone, if the kernel has them."""
     path = tmp_path / "file"
     path.write_text("kept")
     for folder in (tmp_path, *list(tmp_path.parents)[:3]):
@@ -125,7 +125,7 @@ def test_each_fence_alone(attack, hook, tmp_path, monkeypatch):
     assert path.read_text() == "kept"
 
 
-def test_the_environment_is_empty_and_the_folder_its_own(monkeypatch, tmp_path):
+def test_the_environment_is_empty_and_the_folder_is_private(monkeypatch, tmp_path):
     monkeypatch.setenv("A_SECRET", "1")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").write_text("the caller's folder")
@@ -138,7 +138,7 @@ def test_the_environment_is_empty_and_the_folder_its_own(monkeypatch, tmp_path):
 
 
 def test_wilson_and_bootstrap_against_their_formulas():
-    """Wilson's closed form; a bootstrap written as a loop, with other draws."""
+    """Wilson's closed form, and a bootstrap written as a loop with other draws."""
     z = stats.norm.ppf(0.975)
     for right, count in ((0, 5), (3, 10), (50, 50)):
         p = right / count
@@ -156,7 +156,7 @@ def test_wilson_and_bootstrap_against_their_formulas():
     want = np.percentile([above[d].sum() / below[d].sum() for d in drawn], (2.5, 97.5))
     width = ours.high - ours.low
     np.testing.assert_allclose([ours.low, ours.high], want, atol=width / 8)
-    # Negative control: numerators and denominators drawn apart from each other.
+    # Negative control: numerators and denominators are drawn independently.
     other = [rng.integers(0, 200, 200) for _ in range(scoring.BOOTSTRAPS)]
     pairs = zip(drawn, other, strict=True)
     apart = np.percentile([above[d].sum() / below[e].sum() for d, e in pairs], (2.5, 97.5))
@@ -183,7 +183,7 @@ def test_scores_of_a_model_that_is_always_right():
         if "accuracy" in metrics:
             assert metrics["accuracy"].value == 1 and metrics["accuracy"].low < 1
         assert ("accuracy" in metrics) == (category not in ("describe", "source"))
-    # Negative control: one wrong answer is seen.
+    # Negative control: one wrong answer lowers the score.
     wrong = dataclasses.replace(samples[0], check=Check("number", "1000"))
     again = scoring.summarise(scoring.score([wrong, *samples[1:]], losses, answer))
     assert again["arithmetic"]["accuracy"].value == 0.75

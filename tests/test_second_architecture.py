@@ -1,4 +1,4 @@
-"""A model of one's own, by the public API alone: GPT-2's block with its own axis table.
+"""A user's own model, with the public API alone: GPT-2's block with its own axis table.
 
 LayerNorm with bias, learned positions, GELU, biases everywhere, and a head tied to the embedding.
 
@@ -18,8 +18,14 @@ from flax import linen as nn
 from flm_jax import ModelSpec, Param, Plan, Scale, TrainState, UserError, grow, plan
 
 SIZES = {
-    "vocab": 17, "positions": 11, "embed": 6, "mlp": 10, "kv_heads": 2, "head_dim": 4, "layers": 2,
-}  # fmt: skip
+    "vocab": 17,
+    "positions": 11,
+    "embed": 6,
+    "mlp": 10,
+    "kv_heads": 2,
+    "head_dim": 4,
+    "layers": 2,
+}
 WRITES_HEADS = "layers:stack embed:in kv_heads:out head_dim:out"
 TABLE = {
     "wte": Param.of("vocab:in embed:out"),
@@ -39,7 +45,7 @@ TABLE = {
     "up_bias": Param.of("layers:stack mlp:out"),
     "down": Param.of("layers:stack mlp:in embed:out"),
     "down_bias": Param.of("layers:stack embed:out"),
-    # The head is the embedding: what reads the last norm cannot share out copies, so the norm does.
+    # The head is the embedding, so it cannot divide by the copy counts. The last norm does it.
     "lnf_gain": Param.of("embed:gain", carries=("embed",)),
     "lnf_bias": Param.of("embed:gain", carries=("embed",)),
 }
@@ -114,29 +120,32 @@ def logits(model, params, seed=7):
     return forward(model)(params, tokens(seed))
 
 
-def change(made, params):
-    """The largest change of a logit at the growth."""
-    return moved(made, params, jax.jit(functools.partial(grow, plan=made))(params, key=KEY))
+def change(growth_plan, params):
+    """Returns the largest change of a logit at the growth."""
+    grown = jax.jit(functools.partial(grow, plan=growth_plan))(params, key=KEY)
+    return moved(growth_plan, params, grown)
 
 
-def moved(made, params, grown):
-    return float(jnp.max(jnp.abs(logits(made.big, grown) - logits(made.small, params))))
+def moved(growth_plan, params, grown):
+    """Returns the largest difference of a logit between the grown model and the model before."""
+    before, after = logits(growth_plan.small, params), logits(growth_plan.big, grown)
+    return float(jnp.max(jnp.abs(after - before)))
 
 
 def adam_state(model, params, seeds=(1, 2, 3)):
-    """Adam's state after gradients of three batches, all at the same parameters."""
+    """Returns Adam's state after gradients of three batches at the same parameters."""
 
     tx = optax.adam(1e-3)
     state = tx.init(params)
     for seed in seeds:
-        with jax.numpy_dtype_promotion("standard"):  # optax's own
+        with jax.numpy_dtype_promotion("standard"):  # optax promotes dtypes
             _, state = tx.update(gradient(model)(params, tokens(seed)), state)
     return state
 
 
 @pytest.fixture(autouse=True)
 def relaxed():
-    """float64; and Flax and optax promote as they are written."""
+    """Enables float64 and the dtype promotion of Flax and optax."""
     with (
         jax.enable_x64(True),
         jax.numpy_dtype_promotion("standard"),
@@ -161,13 +170,13 @@ WIDER = {"embed": 12, "mlp": 20, "kv_heads": 4}
 )
 def test_growth_keeps_the_function_and_adams_state(recipe, sizes):
     small, big = spec(), spec(**sizes)
-    made = dataclasses.replace(plan(small, big, recipe), moments="dual")
+    growth_plan = dataclasses.replace(plan(small, big, recipe), moments="dual")
     params = random_params(small)
-    assert made.exactness == "EXACT"
+    assert growth_plan.exactness == "EXACT"
     before = adam_state(small, params)
     state = TrainState(jnp.int32(3), params, before)
-    grown = jax.jit(functools.partial(grow, plan=made))(state, key=KEY)
-    assert moved(made, params, grown.params) < 1e-10
+    grown = jax.jit(functools.partial(grow, plan=growth_plan))(state, key=KEY)
+    assert moved(growth_plan, params, grown.params) < 1e-10
     # Moments that the grown model's own gradients would have given: an average of gradients maps
     # as they do. Entries that are new have no history.
     want = adam_state(big, grown.params)[0]
@@ -187,19 +196,19 @@ def test_negative_controls(wrong):
     """A tied head without `carries` counts copies twice; copied layers act."""
     params = random_params(spec())
     if wrong == "copied layers":
-        made = plan(spec(), spec(layers=4), "stack")
-        assert made.exactness == "APPROX"
+        growth_plan = plan(spec(), spec(layers=4), "stack")
+        assert growth_plan.exactness == "APPROX"
     else:
         table = {name: dataclasses.replace(p, carries=()) for name, p in TABLE.items()}
         small, big = (ModelSpec(table, {**SIZES, **more}, SCALES) for more in ({}, WIDER))
-        made = plan(small, big, "tile")
-    assert change(made, params) > 1e-2
+        growth_plan = plan(small, big, "tile")
+    assert change(growth_plan, params) > 1e-2
 
 
 def test_a_plan_of_a_spec_is_data():
-    made = plan(spec(), spec(**WIDER), "tile")
-    assert Plan.from_json(made.to_json()) == made
-    assert hash(Plan.from_json(made.to_json())) == hash(made)
+    growth_plan = plan(spec(), spec(**WIDER), "tile")
+    assert Plan.from_json(growth_plan.to_json()) == growth_plan
+    assert hash(Plan.from_json(growth_plan.to_json())) == hash(growth_plan)
 
 
 def test_new_entries_start_as_the_spec_says():
@@ -219,12 +228,12 @@ def test_what_does_not_fit_is_refused():
         plan(spec(), ModelSpec({"wte": TABLE["wte"]}, SIZES), "tile")
     with pytest.raises(UserError, match=r"no axis 'positions'.*'wpe'"):
         ModelSpec(TABLE, {k: v for k, v in SIZES.items() if k != "positions"})
-    made = plan(spec(), spec(**WIDER), "tile")
+    growth_plan = plan(spec(), spec(**WIDER), "tile")
     momentum = TrainState(jnp.int32(0), params, optax.sgd(0.1, momentum=0.9).init(params))
     with pytest.raises(UserError, match=r"optimizer state at .*trace.* is shaped like parameter"):
-        grow(momentum, made, key)
+        grow(momentum, growth_plan, key)
     adam = TrainState(jnp.int32(0), params, optax.adam(0.1).init(params))
     with pytest.raises(UserError, match=r"rates 'carry'.*optax.adam.*rates='target'"):
-        grow(adam, dataclasses.replace(made, rates="carry"), key)
+        grow(adam, dataclasses.replace(growth_plan, rates="carry"), key)
     with pytest.raises(UserError, match=r"tree is a tuple.*TrainState"):
-        grow((params,), made, key)
+        grow((params,), growth_plan, key)

@@ -1,4 +1,4 @@
-"""Selection: the reasons of every step, quotas, clusters, the digest; quality by made-up losses."""
+"""Selection: the reasons of each step, quotas, clusters, the digest, quality by given losses."""
 
 import collections
 import dataclasses
@@ -22,11 +22,11 @@ def sample(question, answer, category="c", name=""):
 
 
 def reasons_of(samples, config=LOOSE, **more):
-    """step -> rows"""
-    found = collections.defaultdict(list)
+    """Returns step -> the rows that it drops."""
+    rows = collections.defaultdict(list)
     for dropped in selection.select(samples, config, **more).dropped:
-        found[dropped.step].append(dropped.row)
-    return dict(found)
+        rows[dropped.step].append(dropped.row)
+    return dict(rows)
 
 
 KEPT = sample("How do plants eat?", "They make sugar out of light, water and air.")
@@ -52,12 +52,12 @@ def test_duplicates_keep_the_first():
     assert reasons_of(samples) == {"duplicate": [1]}
     strict = dataclasses.replace(LOOSE, near=0.7)
     assert reasons_of(samples, strict) == {"duplicate": [1], "near_duplicate": [2]}
-    # Negative control: who comes first is kept, whatever it is.
+    # Negative control: in another order, another sample is the first.
     assert reasons_of(samples[::-1], strict) == {"duplicate": [3], "near_duplicate": [2]}
 
 
 def test_near_duplicates_against_all_pairs():
-    """MinHash proposes, exact similarity decides: no wrong drop, and few that are missed."""
+    """MinHash finds candidates and exact similarity decides: no wrong drop, few missed ones."""
     rng = np.random.default_rng(0)
     words = [f"w{i}" for i in range(200)]
     samples = []
@@ -99,40 +99,43 @@ def test_contamination():
     assert reasons_of(samples) == {}
     report = selection.select(samples, LOOSE, evaluation).report
     assert "evaluation sample e/1" in report["dropped"][0]["reason"]
-    # A question of fewer words than n counts as a whole.
+    # A question with fewer words than n is compared as a whole.
     short = [sample("Add 2 and 3.", "5", "", "e/2"), Sample((Message("assistant", "x"),))]
     samples = [KEPT, sample("Add 2 and 3.", "5"), sample("Add 2 and 4.", "6")]
     assert reasons_of(samples, evaluation=short) == {"contamination": [1]}
 
 
-def test_made_sets_do_not_contaminate_each_other():
+def test_synthetic_sets_do_not_contaminate_each_other():
     samples = synthetic.make(0, 40, categories=["arithmetic_steps", "lists", "code", "strings"])
     held_out = synthetic.make(0, 40, "evaluation", ["arithmetic_steps", "lists", "code", "strings"])
-    found = reasons_of(samples, evaluation=held_out).get("contamination", [])
-    assert len(found) <= 0.03 * len(samples)
-    # Negative control: a set against itself.
+    contaminated = reasons_of(samples, evaluation=held_out).get("contamination", [])
+    assert len(contaminated) <= 0.03 * len(samples)
+    # Negative control: a set contaminates itself.
     with pytest.raises(UserError, match="nothing is left of 160 samples: 160 by contamination"):
         selection.select(held_out, LOOSE, held_out)
 
 
-def test_answers_that_fail_their_own_check():
+def test_answers_that_fail_their_own_check_are_dropped():
     samples = synthetic.make(0, 4)
     pile = synthetic.spoil(samples, 0, 0.5)
-    found = selection.select(pile, LOOSE).dropped
-    failed = {d.id for d in found if d.step == "check"}
+    dropped = selection.select(pile, LOOSE).dropped
+    failed = {d.id for d in dropped if d.step == "check"}
     assert failed and all(name.partition("#")[2] in ("wrong", "cut", "noise") for name in failed)
     wrong = {
-        s.id for s in pile if s.check and s.id.partition("#")[2] in ("wrong", "noise")
+        s.id
+        for s in pile
+        if s.check
+        and s.id.partition("#")[2] in ("wrong", "noise")
         and not scoring.check_answer(s.check, s.messages[-1].content)[0]
-    }  # fmt: skip
-    assert len(wrong) >= 20 and wrong <= {d.id for d in found}
-    # Negative control: without the step they stay.
+    }
+    assert len(wrong) >= 20 and wrong <= {d.id for d in dropped}
+    # Negative control: without the step they are kept.
     lenient = selection.select(pile, dataclasses.replace(LOOSE, verify=False)).chosen
     assert wrong & {s.id for s in lenient}
 
 
 def losses_of(values):
-    """By the answer's text."""
+    """Returns a loss function that looks up the answer's text."""
     return lambda samples: [ResponseLoss(values[s.messages[-1].content], 1, 1) for s in samples]
 
 
@@ -142,13 +145,13 @@ def test_quality_drops_and_ranks():
     alone = {f"answer {i}": 12.0 if i != 4 else 4.0 for i in range(10)}
     quality = {"losses": losses_of(given), "unprompted": losses_of(alone)}
     config = dataclasses.replace(LOOSE, worst_loss=0.2, max_ifd=1.0, clusters=1)
-    # The two highest losses; and the one whose question makes the answer less likely.
+    # Drops the two highest losses, and the sample whose question makes its answer less likely.
     assert reasons_of(samples, config, **quality) == {"quality": [4, 8, 9]}
     three = dataclasses.replace(config, size=3)
     hardest = selection.select(samples, three, **quality).chosen
     assert [s.messages[-1].content for s in hardest] == ["answer 5", "answer 6", "answer 7"]
-    likeliest = selection.select(samples, dataclasses.replace(three, rank="loss"), **quality).chosen
-    assert [s.messages[-1].content for s in likeliest] == ["answer 0", "answer 1", "answer 2"]
+    easiest = selection.select(samples, dataclasses.replace(three, rank="loss"), **quality).chosen
+    assert [s.messages[-1].content for s in easiest] == ["answer 0", "answer 1", "answer 2"]
 
 
 def test_quotas_and_clusters():
@@ -162,10 +165,10 @@ def test_quotas_and_clusters():
     config = dataclasses.replace(LOOSE, size=12, clusters=3, quotas=quotas)
     chosen = selection.select(samples, config, embed=embed).chosen
     assert collections.Counter(s.category for s in chosen) == {"a": 3, "b": 9}
-    # Each cluster gives equally many.
+    # Each cluster gives the same number of samples.
     places = collections.Counter((s.category, samples.index(s) % 3) for s in chosen)
     assert places == {("a", k): 1 for k in range(3)} | {("b", k): 3 for k in range(3)}
-    # Without quotas: as the pool; a category that is too small gives what it has.
+    # Without quotas the pool's shares hold; a category that is too small gives all it has.
     chosen = selection.select(samples, dataclasses.replace(config, quotas=()), embed=embed).chosen
     assert collections.Counter(s.category for s in chosen) == {"a": 6, "b": 6}
     greedy = dataclasses.replace(config, size=50, quotas=(Quota("a", 1.0), Quota("b", 0.0)))
@@ -183,9 +186,11 @@ def test_the_same_seed_gives_the_same_set():
     # Every sample is either chosen or dropped for a reason.
     assert len(one.chosen) == 60 and len(one.chosen) + len(one.dropped) == len(pile)
     assert sorted(one.report["dropped_by_step"].items()) == sorted(
-        {**dict.fromkeys(one.report["dropped_by_step"], 0),
-         **collections.Counter(d.step for d in one.dropped)}.items()
-    )  # fmt: skip
+        {
+            **dict.fromkeys(one.report["dropped_by_step"], 0),
+            **collections.Counter(d.step for d in one.dropped),
+        }.items()
+    )
     assert all(d.reason for d in one.dropped)
     defects = {d.id.partition("#")[2] for d in one.dropped if d.step == "duplicate"}
     assert "duplicate" in defects

@@ -1,4 +1,4 @@
-"""Fine-tuning: templates, conversations, packing, and what is learned from them."""
+"""Fine-tuning: templates, conversations, packing, the stage, claims, the commands."""
 
 import dataclasses
 import json
@@ -33,10 +33,10 @@ from tests.runs import lineage
 BYTES = open_tokenizer("bytes")
 
 
-def talk(*turns, **about):
-    """A sample of user and assistant turns."""
+def talk(*turns, **fields):
+    """Returns a sample of user and assistant turns."""
     roles = ("user", "assistant")
-    return Sample(tuple(Message(roles[n % 2], t) for n, t in enumerate(turns)), **about)
+    return Sample(tuple(Message(roles[n % 2], t) for n, t in enumerate(turns)), **fields)
 
 
 def random_samples(count, seed=0, longest=12):
@@ -48,8 +48,8 @@ def random_samples(count, seed=0, longest=12):
     return [talk(*(text() for _ in range(2 * rng.randrange(1, 4)))) for _ in range(count)]
 
 
-def encoded(samples, how=template.TELE_FLM):
-    return [template.encode(s.messages, BYTES, how) for s in samples]
+def encoded(samples):
+    return [template.encode(s.messages, BYTES, template.TELE_FLM) for s in samples]
 
 
 # Templates.
@@ -65,22 +65,22 @@ def test_tele_flm_format():
 
 
 @pytest.mark.parametrize(
-    "how",
+    "config",
     [
         template.TELE_FLM,
         template.GENERIC,
         TemplateConfig("<s>{text}", "<u>{text}</u>", "<a>{text}</a>", strip=False),
     ],
 )
-def test_answers_and_end_tokens_are_learned_and_nothing_else(how):
-    _, _, after = how.assistant.partition("{text}")
+def test_answers_and_end_tokens_are_learned_and_nothing_else(config):
+    _, _, after = config.assistant.partition("{text}")
     for sample in random_samples(30):
-        got = template.encode(sample.messages, BYTES, how)
+        got = template.encode(sample.messages, BYTES, config)
         learned = [t for t, yes in zip(got.tokens, got.learned, strict=True) if yes]
         answers = [m.content + after for m in sample.messages if m.role == "assistant"]
         assert learned == [t for a in answers for t in (*BYTES.encode(a), 1)]
-        # What generation begins from is what training saw before the answer.
-        prompt = template.encode_prompt(sample.messages[:-1], BYTES, how)
+        # The prompt of generation is the text before the answer in training.
+        prompt = template.encode_prompt(sample.messages[:-1], BYTES, config)
         assert got.tokens == (*prompt, *BYTES.encode(answers[-1]), 1)
 
 
@@ -100,9 +100,9 @@ def test_jsonl_is_read_as_written(tmp_path):
     chats.write_jsonl(tmp_path / "a.jsonl", samples)
     row = {"instruction": "Add", "input": "1 2", "response": "3", "system": "s"}
     (tmp_path / "b.jsonl").write_text(json.dumps(row) + "\n\n")
-    found = chats.read([str(tmp_path)])
-    assert found[:2] == samples
-    roles = [(m.role, m.content) for m in found[2].messages]
+    loaded = chats.read([str(tmp_path)])
+    assert loaded[:2] == samples
+    roles = [(m.role, m.content) for m in loaded[2].messages]
     assert roles == [("system", "s"), ("user", "Add\n1 2"), ("assistant", "3")]
 
 
@@ -127,7 +127,7 @@ def test_a_malformed_line_is_named(tmp_path, line, words):
     assert str(caught.value).startswith(f"{path}, line 2: ")
 
 
-def test_bytes_that_are_no_text_are_named(tmp_path):
+def test_bytes_that_are_not_text_are_named(tmp_path):
     (tmp_path / "pool.jsonl").write_bytes(b'{"instruction": "\xe9"}\n')
     with pytest.raises(UserError, match=r"pool.jsonl, line 1: .*utf-8"):
         chats.read([str(tmp_path)])
@@ -142,26 +142,26 @@ def test_the_split_follows_content_alone():
     renamed = [dataclasses.replace(s, id="new", category="new") for s in samples]
     again, _ = chats.split([*random_samples(100, seed=1), *renamed], 0.2)
     assert {chats.content_hash(s) for s in kept} <= {chats.content_hash(s) for s in again}
-    kept, held = chats.split(samples[:3], 1e-9)  # one at least
+    kept, held = chats.split(samples[:3], 1e-9)  # at least one is held out
     assert len(kept) == 2 and len(held) == 1
 
 
-def test_what_does_not_fit_is_counted():
+def test_conversations_that_are_too_long_are_counted():
     samples = [
         Sample((Message("user", "only"),)),
         talk("q", "a"),
         talk("q", "a" * 100),
         talk("q" * 100, "a"),
     ]
-    about = (BYTES, template.TELE_FLM, 40)
-    kept, counts = packing.encode_all(samples, *about, "drop")
+    settings = (BYTES, template.TELE_FLM, 40)
+    kept, counts = packing.encode_all(samples, *settings, "drop")
     assert len(kept) == counts.used == 1 and counts.no_assistant == 1 and counts.dropped == 2
-    kept, counts = packing.encode_all(samples, *about, "truncate")
+    kept, counts = packing.encode_all(samples, *settings, "truncate")
     assert [len(c.tokens) for c in kept] == [len("<_user>q<_bot>a") + 1, 40]
     assert (counts.truncated, counts.cut_to_nothing, counts.used) == (1, 1, 2)
     assert "1 truncated" in str(counts) and "1 without an assistant turn" in str(counts)
     with pytest.raises(UserError, match=r"no conversation is left.*2 dropped as too long"):
-        packing.encode_all(samples[2:], *about, "drop")
+        packing.encode_all(samples[2:], *settings, "drop")
 
 
 # Packing.
@@ -197,7 +197,7 @@ def params():
 
 
 def packed_and_alone():
-    """Eight conversations, packed into fewer rows and one to a row, in batches of one shape."""
+    """Returns eight conversations twice, in batches of one shape: packed, and one in each row."""
     conversations = encoded(random_samples(8, longest=6))
     (packed,) = packing.in_order(conversations, LENGTH, 8, 0)
     alone = packing.features([[c] for c in conversations], LENGTH, 0)
@@ -214,7 +214,7 @@ def test_packing_changes_no_loss(params):
     shifted = packed | {
         "positions": np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (8, LENGTH))
     }
-    # Positions matter only relative to each other, so that this is no negative control.
+    # Only relative positions matter, so this is not a negative control.
     assert abs(nats_of(params, shifted) / nats_of(params, alone) - 1) < 1e-10
 
 
@@ -243,15 +243,15 @@ def test_an_epoch_has_every_conversation_once():
     epochs = [[next(stream)["targets"][0].tobytes() for _ in range(rows)] for _ in range(2)]
     assert sorted(epochs[0]) == sorted(epochs[1]) and epochs[0] != epochs[1]
     assert len(set(epochs[0])) == rows
-    found = sorted(c.tokens for row in stream.rows for c in row)
-    assert found == sorted(c.tokens for c in encoded(random_samples(40)))
+    packed = sorted(c.tokens for row in stream.rows for c in row)
+    assert packed == sorted(c.tokens for c in encoded(random_samples(40)))
     other = batches(seed=1, batch_size=1)
     assert [next(other)["targets"][0].tobytes() for _ in range(rows)] != epochs[0]
 
 
 def test_batches_resume_exactly():
     stream = batches()
-    for _ in range(17):  # beyond an epoch
+    for _ in range(17):  # more than an epoch
         next(stream)
     state = json.loads(json.dumps(stream.get_state()))
     again = batches()
@@ -281,7 +281,7 @@ def test_processes_share_a_batch():
 # The stage.
 
 
-def test_the_best_checkpoint_stays(tmp_path):
+def test_the_best_checkpoint_is_kept(tmp_path):
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
     state = {"w": jnp.zeros(3)}
     for step, loss in enumerate([3.0, 1.0, 2.0, 1.0, None, 4.0], start=1):
@@ -368,7 +368,7 @@ def test_configs_that_cannot_work_are_refused():
 
 
 def verdict(gains, metric="loss"):
-    """Of a claim whose better side is ahead by these, seed by seed."""
+    """Decides a claim whose better side is better by `gains`, one for each seed."""
     sign = -1 if metric == "loss" else 1
     config = config_files.dataclass_of(
         less_is_more.LessIsMoreConfig, config_files.shipped("less_is_more").get_config()
@@ -377,14 +377,18 @@ def verdict(gains, metric="loss"):
         config,
         [
             {
-                "name": f"{size}-{seed}", "size": size, "selection": "random", "mix": "even",
-                "budget": "steps", "seed": seed,
+                "name": f"{size}-{seed}",
+                "size": size,
+                "selection": "random",
+                "mix": "even",
+                "budget": "steps",
+                "seed": seed,
                 "scores": {"a": {metric: 3 + seed + ahead * sign * gain}},
             }
             for size, ahead in ((8, 0), (16, 1))
             for seed, gain in enumerate(gains)
         ],
-    )  # fmt: skip
+    )
     worse, better = (claims.Side((size, "random", "even", "steps"), ("a",)) for size in (8, 16))
     return claims.decide(claims.Claim("it helps", better, worse, metric), rows)
 
@@ -396,9 +400,9 @@ def test_claims_are_decided_by_the_interval_over_seeds(metric):
     assert verdict([-0.1, 0.2, 0.1], metric).word == "undecided"
     assert verdict([0.1], metric).word == "undecided"  # one seed decides nothing
     assert verdict([], metric) is None
-    found = verdict([0.1, 0.2, 0.3], metric)
-    # Student's t, 2 degrees of freedom: 4.303 standard errors.
-    assert found.high - found.gain == pytest.approx(4.302653 * 0.1 / 3**0.5, rel=1e-6)
+    decided = verdict([0.1, 0.2, 0.3], metric)
+    # Student's t with 2 degrees of freedom: 4.303 standard errors.
+    assert decided.high - decided.gain == pytest.approx(4.302653 * 0.1 / 3**0.5, rel=1e-6)
 
 
 def test_the_grid_shares_the_largest_arms_and_runs_seed_by_seed():
@@ -434,13 +438,13 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tuned(base, tmp_path_factory):
-    """A fine-tuning that nothing disturbed: its folder, and what the command printed."""
+    """A fine-tuning without interruption: its folder, and the command's output."""
     workdir = tmp_path_factory.mktemp("tuned") / "run"
     return workdir, json_of(*SFT, f"--config.base={base}", f"--workdir={workdir}", by=run)
 
 
 @pytest.mark.slow
-def test_the_stage_keeps_the_contract(base, tuned):
+def test_the_stage_keeps_the_run_folders_contract(base, tuned):
     workdir, printed = tuned
     first, stage = lineage(workdir)
     assert first == lineage(base)[0]
@@ -453,8 +457,9 @@ def test_the_stage_keeps_the_contract(base, tuned):
     assert stage["plan_digest"] and (workdir / "stages/1-sft/plan.json").is_file()
     assert stage["eval"]["response_loss_end"] < stage["eval"]["response_loss_start"]
     assert printed["retention"] == {
-        "bpb_before": stage["eval"]["bpb_start"], "bpb_after": stage["eval"]["bpb_end"]
-    }  # fmt: skip
+        "bpb_before": stage["eval"]["bpb_start"],
+        "bpb_after": stage["eval"]["bpb_end"],
+    }
     assert printed["before"].keys() == printed["after"].keys() > {"all", "arithmetic", "dialogue"}
     for scores in (printed["before"]["arithmetic"], printed["after"]["arithmetic"]):
         assert {"loss", "bpb", "accuracy", "accuracy_low", "accuracy_high"} <= scores.keys()
@@ -462,7 +467,7 @@ def test_the_stage_keeps_the_contract(base, tuned):
 
 
 @pytest.mark.slow
-def test_the_best_checkpoint_is_the_stage(tuned):
+def test_the_best_checkpoint_is_the_stages_result(tuned):
     workdir, printed = tuned
     stage = printed["stage"]
     rows = RunFolder(workdir).stage(1, "sft").metrics.rows("eval")
@@ -476,7 +481,7 @@ def test_the_best_checkpoint_is_the_stage(tuned):
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_it_ends_in_the_same_bits(base, tuned, tmp_path):
+def test_a_killed_stage_resumes_bit_identically(base, tuned, tmp_path):
     workdir, printed = tuned
     again = tmp_path / "again"
     (again / "stages").mkdir(parents=True)
@@ -500,7 +505,7 @@ def test_killed_and_resumed_it_ends_in_the_same_bits(base, tuned, tmp_path):
 @pytest.mark.slow
 def test_mistakes_are_one_line_and_leave_nothing(base, tmp_path):
     new = tmp_path / "new"
-    # As many sequences as devices.
+    # The batch size is the number of devices.
     args = (*SFT, f"--config.base={base}", f"--workdir={new}", "--config.batch_size=8")
     (tmp_path / "bad.jsonl").write_text('{"instruction": "a", "response": "b"}\n{"messages"\n')
     mute = [{"messages": [{"role": "user", "content": str(n)}]} for n in range(30)]
@@ -521,20 +526,27 @@ def test_mistakes_are_one_line_and_leave_nothing(base, tmp_path):
 
 
 @pytest.mark.slow
-def test_inside_the_base_and_from_a_model_without_a_run(base, tmp_path):
+def test_fine_tuning_inside_the_bases_run_and_from_a_checkpoint(base, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(base, copy)
     config = SftConfig(
-        base=str(copy), made=2, steps=2, batch_size=8, sequence_length=256, quick_compile=True,
+        base=str(copy),
+        made=2,
+        steps=2,
+        batch_size=8,
+        sequence_length=256,
+        quick_compile=True,
         eval=EvalConfig(sequences=8, batch_size=8, every_steps=2),
-    )  # fmt: skip
+    )
     with jax.enable_x64(False):
         stage = fine_tune.run(config, str(copy)).stage
         assert lineage(copy) == [*lineage(base), stage]
-        assert fine_tune.run(config, str(copy)).stage == stage  # not fine-tuned once more
+        assert (
+            fine_tune.run(config, str(copy)).stage == stage
+        )  # it is complete, and not trained again
         other = dataclasses.replace(config, name="other", base_stage="small")
         with pytest.raises(UserError, match=r"stages small, sft.*give another workdir"):
-            fine_tune.run(other, str(copy))  # its place in the lineage is taken
+            fine_tune.run(other, str(copy))  # the run has another second stage
 
         path = next((base / "stages/0-small/checkpoints").glob("[0-9]*"))
         alone = dataclasses.replace(config, base=str(path))
@@ -544,15 +556,19 @@ def test_inside_the_base_and_from_a_model_without_a_run(base, tmp_path):
 
 
 @pytest.mark.slow
-def test_less_is_more_is_resumable_and_decides_by_its_rule(base, tmp_path):
-    args = ("less_is_more", "--config=configs/less_is_more.py:smoke",
-            f"--config.sft.base={base}", f"--workdir={tmp_path}")  # fmt: skip
-    found = json_of(*args, by=run)
-    names = [row["name"] for row in found["arms"]]
+def test_less_is_more_resumes_and_decides_by_its_rule(base, tmp_path):
+    args = (
+        "less_is_more",
+        "--config=configs/less_is_more.py:smoke",
+        f"--config.sft.base={base}",
+        f"--workdir={tmp_path}",
+    )
+    printed = json_of(*args, by=run)
+    names = [row["name"] for row in printed["arms"]]
     assert names[0] == "base" and len(names) == len(set(names)) == 1 + 4 + 2
-    assert {v["verdict"] for v in found["verdicts"]} == {"undecided"}  # one seed decides nothing
+    assert {v["verdict"] for v in printed["verdicts"]} == {"undecided"}  # one seed decides nothing
     assert (tmp_path / "report/less_is_more_sizes.png").is_file()
     lines = (tmp_path / "arms.jsonl").read_text().splitlines()
     (tmp_path / "arms.jsonl").write_text("\n".join(lines[:-1]) + "\n")
     again = json_of(*args, by=run)
-    assert again["arms"] == found["arms"]  # the same chosen sets, the same digests
+    assert again["arms"] == printed["arms"]  # the same chosen sets, the same digests

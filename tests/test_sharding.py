@@ -1,4 +1,4 @@
-"""The sharding of every parameter: golden tables at the papers' sizes, rules, refusals."""
+"""The sharding of every parameter: golden tables at the papers' sizes, rules, errors."""
 
 import importlib
 import json
@@ -29,7 +29,7 @@ def abstract_mesh(devices):
 
 
 def shards(config, devices):
-    """The shape of each parameter on one device."""
+    """Returns the shape of each parameter on one device."""
     mesh = abstract_mesh(devices)
     sharding.check_divisible(config, mesh)
     return {
@@ -45,14 +45,14 @@ def shards(config, devices):
 @pytest.mark.parametrize("devices", MESHES)
 @pytest.mark.parametrize("name", SIZES)
 def test_golden_shards(name, devices):
-    """A golden table: if the rules change, it must be changed by hand."""
+    """If the sharding rules change, the golden table must be changed by hand."""
     assert shards(model_of(name), devices) == GOLDEN[f"{name}/{devices}"]
 
 
 @pytest.mark.parametrize("devices", MESHES)
 @pytest.mark.parametrize("name", SIZES)
 def test_no_parameter_is_replicated_by_accident(name, devices):
-    """Only the gains of norms are replicated."""
+    """Only the gains of the norms are replicated."""
     config = model_of(name)
     whole, parts = axes.param_sizes(config), shards(config, devices)
     for path, shape in parts.items():
@@ -60,7 +60,7 @@ def test_no_parameter_is_replicated_by_accident(name, devices):
             assert int(np.prod(shape, dtype=np.int64)) * devices == whole[path], path
 
 
-def test_rules_split_the_queries_of_few_groups():
+def test_rules_can_split_queries_when_there_are_few_groups():
     model = changed(MODEL, dtype="float32")
     plain, _ = losses_on(MeshConfig(data=8), model)
     mesh = MeshConfig(1, 2, 4)
@@ -74,7 +74,7 @@ def test_rules_split_the_queries_of_few_groups():
     assert key.addressable_shards[0].data.size == key.size // 2
 
 
-def test_what_cannot_be_split_is_refused():
+def test_sizes_that_cannot_be_split_are_refused():
     mesh = sharding.make_mesh(MeshConfig(1, 1, 8))
     with pytest.raises(UserError, match=r"attention/key': axis 'kv_heads' of size 2 .* 8 devices"):
         sharding.check_divisible(MODEL, mesh)

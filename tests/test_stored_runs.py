@@ -1,6 +1,6 @@
-"""Run folders and exports written by an earlier version still open, and a stopped run resumes.
+"""Run folders and exports of an earlier version still open, and a stopped run resumes.
 
-How they were written: tests/stored/README.md.
+tests/stored/README.md says how they were written.
 """
 
 import importlib.metadata
@@ -29,14 +29,14 @@ from tests.models import farthest
 from tests.stored import chain as stored_chain
 
 CHAIN = ("train", "--config=tests/stored/chain.py")
-# Of the stopped run's last checkpoint, by the version that wrote it.
+# The step and the digest of the stopped run's last checkpoint, computed by the earlier version.
 STOPPED_AT = 14
 STOPPED_DIGEST = "eaed4352106eba0c9468f8d14174d9e8565e0c09cee5a1b9fe884095d8d62d3d"
 
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
-    """The folder with `run`, `stopped` and `export`."""
+    """The folder that holds `run`, `stopped` and `export`."""
     folder = tmp_path_factory.mktemp("stored")
     with tarfile.open(ROOT / "tests" / "stored" / "runs.tar.xz") as archive:
         archive.extractall(folder, filter="data")
@@ -45,7 +45,7 @@ def stored(tmp_path_factory):
 
 @pytest.fixture
 def stopped(tmp_path):
-    """A copy of the stopped run that a test may continue."""
+    """A copy of the stopped run; a test may change it."""
     with tarfile.open(ROOT / "tests" / "stored" / "runs.tar.xz") as archive:
         members = [m for m in archive.getmembers() if m.name.split("/")[0] == "stopped"]
         archive.extractall(tmp_path, members, filter="data")
@@ -53,18 +53,19 @@ def stopped(tmp_path):
 
 
 def config_of(**changes):
+    """Returns the stored run's config with some changes."""
     config = stored_chain.get_config()
     config.update(changes)
     return config_files.experiment(config)
 
 
 def rounds_as_recorded():
-    """Whether XLA gives this machine the bits that it gave the one of the recording."""
-    flags = pathlib.Path("/proc/cpuinfo")
+    """Tells whether XLA rounds here as on the machine that recorded the runs."""
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
     return (
         platform.machine() == "x86_64"
-        and flags.exists()
-        and {"avx2", "fma"} <= set(flags.read_text().split())
+        and cpuinfo.exists()
+        and {"avx2", "fma"} <= set(cpuinfo.read_text().split())
         and importlib.metadata.version("jaxlib") == "0.10.2"
     )
 
@@ -108,8 +109,8 @@ def test_the_stopped_run_opens_inside_its_ramp(stored):
     assert params_digest(open_model(str(folder.path)).params) == small["params_digest"]
 
 
-def test_an_earlier_config_and_its_data_are_the_same_today(stored, monkeypatch):
-    """What is compared when a run resumes: each stage's config.json and the data's fingerprint."""
+def test_an_earlier_config_and_its_data_compare_equal_today(stored, monkeypatch):
+    """A resumed run compares each stage's config.json and the data's fingerprint."""
     monkeypatch.chdir(ROOT)
     folder = RunFolder(stored / "run")
     entries = folder.stages()
@@ -147,7 +148,7 @@ def test_an_earlier_model_has_its_validation_loss(stored, monkeypatch, name):
     assert got.bits_per_byte == pytest.approx(want, rel=1e-6)
 
 
-def test_an_earlier_export_is_the_stage_that_it_was_made_from(stored):
+def test_an_earlier_export_equals_its_stage(stored):
     params, config = interop.load_hf(stored / "export")
     opened = open_model(str(stored / "run"), "large")
     chex.assert_trees_all_equal(params, jax.device_get(opened.params))
@@ -156,15 +157,15 @@ def test_an_earlier_export_is_the_stage_that_it_was_made_from(stored):
 
 
 def test_inspect_reads_an_earlier_run(stored):
-    found = json_of("inspect", str(stored / "run"), "--compare=small,sft")
-    assert found["stages"] == json.loads((stored / "run" / "lineage.json").read_text())["stages"]
-    assert "config.stage.model.d_model: 4 -> 8" in found["compare"]["config"]
+    printed = json_of("inspect", str(stored / "run"), "--compare=small,sft")
+    assert printed["stages"] == json.loads((stored / "run" / "lineage.json").read_text())["stages"]
+    assert "config.stage.model.d_model: 4 -> 8" in printed["compare"]["config"]
 
 
-def test_the_stopped_run_resumes_to_the_end_that_the_earlier_version_reached(stored, stopped):
-    """Bit-identically where XLA rounds as it did then; else to float32's rounding.
+def test_the_stopped_run_resumes_to_the_recorded_end(stored, stopped):
+    """Bit-identically where XLA rounds as in the recording; elsewhere up to float32 rounding.
 
-    In a process of its own, with one device and the flags of the recording.
+    It runs in a separate process, with one device and the compiler flags of the recording.
     """
     before = (stopped / "stages" / "1-large" / "plan.json").read_bytes()
     status, _, err = run(*CHAIN, f"--workdir={stopped}")
@@ -176,7 +177,7 @@ def test_the_stopped_run_resumes_to_the_end_that_the_earlier_version_reached(sto
     ended, recorded = (open_model(str(path), "large").params for path in (stopped, stored / "run"))
     assert farthest(ended, recorded) < 1e-5
     paused = open_model(str(stored / "stopped/stages/1-large/checkpoints" / str(STOPPED_AT))).params
-    assert farthest(paused, recorded) > 0.1  # the steps in between do matter
+    assert farthest(paused, recorded) > 0.1  # negative control: the last steps change the result
     evaluations = [
         [
             (row["step"], row["mask"], row["bpb"])

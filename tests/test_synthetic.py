@@ -1,4 +1,4 @@
-"""Samples made on the machine: right answers, the same for a seed, no problem on both sides."""
+"""Synthetic samples: right answers, determined by the seed, and disjoint splits."""
 
 import ast
 import collections
@@ -16,8 +16,8 @@ def samples():
     return synthetic.make(0, 60)
 
 
-def about(sample):
-    """What a sample is about, read off its text: independent of the keys that `made` uses."""
+def problem_of(sample):
+    """Reads a sample's problem from its text, independently of the keys of `synthetic`."""
     first, answer = sample.messages[0].content, sample.messages[-1].content
     if sample.category.startswith("arithmetic"):
         terms = re.findall(r"([+-]?) ?(\d+)", first)
@@ -26,25 +26,27 @@ def about(sample):
         return "library", re.search(r"def (\w+)", first)[1]
     if sample.category == "code":
         return "function", answer
-    if found := re.search(r"\[[\d, ]*\]", first):
-        return "list", found[0]
-    # The longest word of syllables; wordings have none but short ones.
+    listed = re.search(r"\[[\d, ]*\]", first)
+    if listed:
+        return "list", listed[0]
+    # The longest word of syllables; the templates have only short ones.
     return "word", max(re.findall(r"\b(?:[bdfgklmnprstv][aeiou]){2,3}\b", first), key=len)
 
 
 def shared(one, two):
-    return {about(s) for s in one} & {about(s) for s in two}
+    """Returns the problems that two sets have in common."""
+    return {problem_of(s) for s in one} & {problem_of(s) for s in two}
 
 
-def test_no_problem_is_on_both_sides(samples, monkeypatch):
+def test_no_problem_is_in_both_splits(samples, monkeypatch):
     held_out = synthetic.make(7, 60, "evaluation")
     assert not shared(samples, held_out)
-    # Negative control: a side drawn by the seed instead of by the problem.
+    # Negative control: the split does not depend on the problem.
     monkeypatch.setattr(synthetic, "side", lambda key: "evaluation")
     assert shared(samples, synthetic.make(7, 60, "evaluation"))
 
 
-def test_the_same_for_a_seed_and_different_within_a_set(samples):
+def test_a_seed_determines_the_samples_and_they_differ_within_a_set(samples):
     assert synthetic.make(0, 60) == samples
     assert synthetic.make(1, 60) != samples
     assert len({s.messages for s in samples}) == len({s.id for s in samples}) == len(samples)
@@ -88,10 +90,10 @@ def test_functions_pass_their_doctests(samples):
     for s in (s for s in samples if s.category == "code"):
         namespace: dict = {}
         exec(s.check.expected + s.messages[-1].content, namespace)
-        found = doctest.DocTestFinder().find(namespace["f"], "f", globs=namespace)
-        outcome = doctest.DocTestRunner(verbose=False).run(found[0], out=lambda text: None)
+        examples = doctest.DocTestFinder().find(namespace["f"], "f", globs=namespace)
+        outcome = doctest.DocTestRunner(verbose=False).run(examples[0], out=lambda text: None)
         assert outcome.attempted == 4 and outcome.failed == 0
-        # The prompt shows one example of the four.
+        # The prompt shows one of the four examples.
         assert s.messages[0].content.count(">>>") == 1
 
 
@@ -105,7 +107,7 @@ def test_turns_alternate_and_texts_are_short(samples):
     assert max(len(s.messages) for s in dialogues) >= 6
 
 
-def test_a_pile_names_its_defects(samples):
+def test_spoiled_samples_name_their_defects(samples):
     pile = synthetic.spoil(samples, 0, 0.1)
     assert pile == synthetic.spoil(samples, 0, 0.1)
     defects = collections.Counter(s.id.partition("#")[2] for s in pile)
@@ -128,7 +130,7 @@ def test_mistakes_are_one_line():
         synthetic.make(0, 100_000, categories=["describe"])
 
 
-def test_rows_hold_what_is_there(samples, tmp_path):
+def test_rows_hold_only_the_fields_that_are_set(samples, tmp_path):
     path = tmp_path / "samples.jsonl"
     chats.write_jsonl(path, samples[:1])
     assert path.read_text(encoding="utf-8").count("\n") == 1

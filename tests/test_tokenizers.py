@@ -29,38 +29,38 @@ def save(tokenizer, folder, **config):
 
 
 def byte_level(bos=False):
-    """A tokenizer like those of GPT-2 and Llama 3."""
-    made = tokenizers.Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
+    """Makes a tokenizer like those of GPT-2 and Llama 3."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=400,
         special_tokens=["<|endoftext|>", "<|begin|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    made.train_from_iterator(TEXTS * 3, trainer)
+    tokenizer.train_from_iterator(TEXTS * 3, trainer)
     if bos:
-        made.post_processor = processors.TemplateProcessing(
+        tokenizer.post_processor = processors.TemplateProcessing(
             single="<|begin|> $A", special_tokens=[("<|begin|>", 1)]
         )
-    return made
+    return tokenizer
 
 
 def with_fallback():
-    """A tokenizer like Llama 2's: SentencePiece's spaces, and a fallback to bytes."""
+    """Makes a tokenizer like Llama 2's: SentencePiece's spaces, and a fallback to bytes."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *"\u2581defrtuxnw"]
     merges = [("\u2581", "r"), ("d", "e"), ("de", "f")]
     vocab = {p: i for i, p in enumerate([*pieces, *(a + b for a, b in merges)])}
-    made = tokenizers.Tokenizer(
+    tokenizer = tokenizers.Tokenizer(
         models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
     )
-    made.normalizer = normalizers.Replace(" ", "\u2581")
-    made.decoder = decoders.Sequence(
+    tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
+    tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
-    made.add_special_tokens(["<s>", "</s>"])
-    return made
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    return tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -87,23 +87,23 @@ KINDS = ("bytes", "byte-level", "byte-level with start", "fallback", "sentencepi
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_decoding_gives_the_text_and_its_bytes_back(files, kind):
+def test_decoding_returns_the_text_and_its_bytes(files, kind):
     tokenizer = open_tokenizer(files[kind])
     for text in TEXTS:
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text
         assert tokenizer.token_bytes[ids].sum() == len(text.encode())
-        # Token by token, as generated text is streamed.
+        # Token by token, as in streamed generation.
         assert b"".join(tokenizer.decode_bytes([i]) for i in ids) == text.encode()
     assert tokenizer.pieces[tokenizer.eos_id] == b""
-    assert tokenizer.decode([tokenizer.vocab_size + 5]) == ""  # a padded model's extra tokens
+    assert tokenizer.decode([tokenizer.vocab_size + 5]) == ""  # the extra tokens of a padded model
     # Negative control: one byte too many in every piece is noticed.
     wrong = tokenizer.token_bytes + 1
     assert wrong[tokenizer.encode(TEXTS[0])].sum() != len(TEXTS[0].encode())
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "fallback"])
-def test_pieces_are_what_the_library_decodes(files, kind):
+def test_token_bytes_equal_the_librarys_decoding(files, kind):
     """Compares with the decoder of `tokenizers`, token by token."""
     library = tokenizers.Tokenizer.from_file(files[kind])
     tokenizer = open_tokenizer(files[kind])
@@ -112,13 +112,13 @@ def test_pieces_are_what_the_library_decodes(files, kind):
         try:
             text = piece.decode()
         except UnicodeDecodeError:
-            continue  # a part of a character: the library shows U+FFFD
+            continue  # part of a character: the library returns U+FFFD
         assert library.decode([token]) == text
         compared += 1
     assert compared > 128
 
 
-def test_special_tokens_are_text_unless_asked_for(files):
+def test_special_tokens_are_text_unless_requested(files):
     tokenizer = open_tokenizer(files["byte-level"])
     assert tokenizer.eos_id not in tokenizer.encode("<|endoftext|>")
     assert tokenizer.encode("<|endoftext|>", special=True) == [tokenizer.eos_id]
@@ -126,8 +126,13 @@ def test_special_tokens_are_text_unless_asked_for(files):
 
 
 def test_start_ids(files):
-    expected = {"bytes": 0, "byte-level": 0, "byte-level with start": 1, "fallback": 2,
-                "sentencepiece": 0}  # fmt: skip
+    expected = {
+        "bytes": 0,
+        "byte-level": 0,
+        "byte-level with start": 1,
+        "fallback": 2,
+        "sentencepiece": 0,
+    }
     assert {k: open_tokenizer(files[k]).start_id for k in expected} == expected
     adds = {k: open_tokenizer(files[k]).adds_start for k in ("byte-level", "byte-level with start")}
     assert adds == {"byte-level": False, "byte-level with start": True}

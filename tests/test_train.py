@@ -1,4 +1,4 @@
-"""The train step on a mesh, without recompilation during a ramp; checkpoints; evaluation."""
+"""The train step on meshes, compilation during a ramp, checkpoints, evaluation."""
 
 import dataclasses
 import math
@@ -30,7 +30,7 @@ def data_parallel():
 def test_losses_do_not_depend_on_the_mesh(mesh, data_parallel):
     losses, state = losses_on(mesh, TINY)
     np.testing.assert_allclose(losses, data_parallel, rtol=2e-5)
-    # It learns the batch: each step lowers the loss by far more than the tolerance.
+    # The model learns: each step lowers the loss by much more than the tolerance.
     assert (np.diff(losses) < -0.05).all(), losses
     up = state.params["layers"]["mlp"]["up"]
     assert up.addressable_shards[0].data.size == up.size // (mesh.fsdp * mesh.tensor)
@@ -66,9 +66,12 @@ def test_growth_is_the_same_on_a_mesh_and_abstractly(recipe):
     )
     if recipe == "tile":
         target = dataclasses.replace(
-            target, d_model=3 * TINY.d_model, d_ff=3 * TINY.d_ff, num_heads=2 * TINY.num_heads,
+            target,
+            d_model=3 * TINY.d_model,
+            d_ff=3 * TINY.d_ff,
+            num_heads=2 * TINY.num_heads,
             num_kv_heads=2 * TINY.kv_heads,
-        )  # fmt: skip
+        )
     eps = growth.norm_eps(TINY, target, recipe)
     plan = growth.plan(TINY, dataclasses.replace(target, rms_norm_eps=eps), recipe)
     tx = optimizer(stage_of(TINY))
@@ -107,7 +110,7 @@ def test_growth_to_1t_has_the_right_shapes(recipe):
     assert len(plan.to_json()) < 20_000
 
 
-def test_checkpoint_returns_the_same_bits_and_refuses_other_shapes(tmp_path):
+def test_a_checkpoint_restores_bit_identically_and_refuses_other_shapes(tmp_path):
     mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
     tx = optimizer(stage_of(TINY))
     state = init_state(TINY, tx, jax.random.key(0))

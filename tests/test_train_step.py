@@ -31,7 +31,7 @@ CLIPS = {"clipped": 0.05, "not clipped": 100.0}
 
 
 def ragged_batch(model, seed):
-    """A packed batch; its rows, and so its microbatches, have different numbers of targets."""
+    """Returns a packed batch; rows and microbatches have different numbers of targets."""
     batch = packed_batch(model, seed, batch=ROWS)
     length = batch["tokens"].shape[1]
     kept = jnp.arange(length)[None] < jnp.arange(length, length - ROWS, -1)[:, None]
@@ -52,37 +52,42 @@ class Case:
 
     @property
     def settings(self):
-        # eps is as large as the gradient; else Adam would hide a wrong scale of the gradient.
+        # eps is as large as the gradient, because Adam would otherwise hide a wrong scale of it.
         return OptimizerConfig(eps=1e-3, weight_decay=self.weight_decay, clip_norm=self.clip_norm)
 
     @property
     def stage(self):
         return StageConfig(
-            "a", SMALL, STEPS, ROWS, learning_rate=1e-2, matrix_learning_rate=3e-2,
+            "a",
+            SMALL,
+            STEPS,
+            ROWS,
+            learning_rate=1e-2,
+            matrix_learning_rate=3e-2,
             accumulate=self.accumulate,
-        )  # fmt: skip
+        )
 
 
 @functools.cache
 def library_steps(case):
-    """(parameters, metrics) after each step of `make_train_step`."""
+    """Returns (parameters, metrics) after each step of `make_train_step`."""
     factors = jnp.asarray(SCHEDULE)
     tx = optim.optimizer(case.stage, case.settings, lambda step: factors[step])
     params = random_params(SMALL, 5)
     state = TrainState(jnp.int32(0), params, tx.init(params))
     mesh = sharding.one_device()
-    found = []
+    results = []
     with jax.set_mesh(mesh):
         step = make_train_step(case.stage, tx, mesh)
         for seed in range(STEPS):
             state, metrics = step(state, ragged_batch(SMALL, seed))
-            found.append(jax.device_get((state.params, metrics)))
+            results.append(jax.device_get((state.params, metrics)))
         assert int(state.step) == STEPS
-    return found
+    return results
 
 
 def mean_loss(params, batch, masks=None, model=SMALL):
-    """Nats per target token of a batch."""
+    """Returns a batch's loss in nats per target token."""
     logits_BTV = Transformer(model).apply(
         {"params": params}, batch["tokens"], batch["segment_ids"], batch["positions"], masks=masks
     )
@@ -91,7 +96,7 @@ def mean_loss(params, batch, masks=None, model=SMALL):
 
 
 def mean_of_microbatch_means(params, batch, parts=4):
-    """A mistake in accumulation: divides by each microbatch's own number of tokens."""
+    """A mistaken accumulation that divides by each microbatch's own number of tokens."""
     micro = [jax.tree.map(lambda x, i=i: jnp.split(x, parts)[i], batch) for i in range(parts)]
     return sum(mean_loss(params, part) for part in micro) / parts
 
@@ -133,12 +138,12 @@ def adamw(case, *, clip=True, decay=True, decayed_gains=False, swapped=False, mu
 
 
 def oracle_steps(case, *, loss=mean_loss, frozen=False, **mistakes):
-    """(parameters, metrics) after each step of optax's AdamW. `frozen` never moves a parameter."""
+    """Returns (parameters, metrics) after each step of optax's AdamW; `frozen`: without updates."""
     params = random_params(SMALL, 5)
     with jax.numpy_dtype_promotion("standard"):
         tx = adamw(case, **mistakes)
         state, update = tx.init(params), jax.jit(tx.update)
-        found = []
+        results = []
         for seed in range(STEPS):
             batch = ragged_batch(SMALL, seed)
             nats, grads = LOSSES[loss](params, batch)
@@ -147,14 +152,14 @@ def oracle_steps(case, *, loss=mean_loss, frozen=False, **mistakes):
                 params = optax.apply_updates(params, updates)
             tokens = np.count_nonzero(batch["weights"])
             norm = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(grads)))
-            found.append((params, {"loss": nats, "grad_norm": norm, "tokens": tokens}))
-    return found
+            results.append((params, {"loss": nats, "grad_norm": norm, "tokens": tokens}))
+    return results
 
 
 @pytest.mark.parametrize("clip", CLIPS)
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("accumulate", [1, 4])
-def test_three_steps_are_those_of_clipped_adamw(accumulate, weight_decay, clip):
+def test_three_steps_equal_clipped_adamw(accumulate, weight_decay, clip):
     case = Case(accumulate, weight_decay, CLIPS[clip])
     with jax.enable_x64(True):
         got, want = library_steps(case), oracle_steps(case)
@@ -199,7 +204,7 @@ def test_microbatches_have_different_numbers_of_targets():
     assert len(set(counts.tolist())) == 4
 
 
-def test_a_masked_step_is_that_of_the_masked_model():
+def test_a_masked_step_equals_a_step_of_the_masked_model():
     """The masks affect loss and gradient; without them both differ."""
     with jax.enable_x64(True):
         plan = growth.plan(SMALL, changed(SMALL, d_model=18, d_ff=32))

@@ -1,4 +1,4 @@
-"""Results that are computed once: found again, after a kill too."""
+"""`Trials`: results are computed once and found again, also after a kill."""
 
 import json
 
@@ -15,7 +15,7 @@ def test_a_result_is_computed_once_and_found_by_its_identity(tmp_path):
     path = tmp_path / "new folder" / "trials.jsonl"
     trials = Trials(path)
     first = trials.result({"key": "a", "name": "x"}, lambda: {"loss": 1.5, "shape": (2, 3)})
-    assert first == {"key": "a", "name": "x", "loss": 1.5, "shape": [2, 3]}  # as it is on disk
+    assert first == {"key": "a", "name": "x", "loss": 1.5, "shape": [2, 3]}  # as JSON stores it
     for again in (trials, Trials(path)):
         assert again.result({"key": "a", "name": "x"}, refuse) == first
         assert again.find({"key": "a", "name": "y"}) is again.find({"key": "b"}) is None
@@ -26,14 +26,14 @@ def test_a_result_is_computed_once_and_found_by_its_identity(tmp_path):
 
 
 @pytest.mark.parametrize("left", range(1, 30, 4))
-def test_a_torn_last_line_is_computed_again_and_spoils_no_other(left, tmp_path):
+def test_an_incomplete_last_line_is_computed_again_and_spoils_no_other_line(left, tmp_path):
     path = tmp_path / "trials.jsonl"
     trials = Trials(path)
     one = trials.result({"key": "one"}, lambda: {"value": 1})
     trials.result({"key": "two"}, lambda: {"value": "µ"})
     text = path.read_text()
     second = text.index("\n") + 1
-    path.write_text(text[: second + min(left, len(text) - second - 2)])  # a kill came
+    path.write_text(text[: second + min(left, len(text) - second - 2)])  # a kill during the write
     again = Trials(path)
     assert again.result({"key": "one"}, refuse) == one
     two = again.result({"key": "two"}, lambda: {"value": 2})
@@ -42,7 +42,7 @@ def test_a_torn_last_line_is_computed_again_and_spoils_no_other(left, tmp_path):
     assert [last.result({"key": k}, refuse) for k in ("one", "two", "three")] == [one, two, three]
 
 
-def test_a_failed_computation_leaves_nothing_and_a_recorded_failure_is_tried_again(tmp_path):
+def test_a_failed_computation_stores_nothing_and_a_recorded_failure_is_retried(tmp_path):
     path = tmp_path / "trials.jsonl"
     with pytest.raises(AssertionError):
         Trials(path).result({"key": "a"}, refuse)

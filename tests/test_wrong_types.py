@@ -26,7 +26,7 @@ STAGE = StageConfig("a", TINY, 1, 1, 1e-3, 1e-3)
 
 
 def constant(stage, settings=None):
-    """The stage's optimizer at a constant learning rate."""
+    """Returns the stage's optimizer at a constant learning rate."""
     return optimizer(stage, settings or OptimizerConfig(), schedules.steady)
 
 

@@ -1,4 +1,4 @@
-"""A chain of two stages that trains in seconds: for the tests of several processes.
+"""A chain of two stages that trains in seconds, for the tests of several processes.
 
 flm train --config=tests/tiny_chain.py --workdir=DIR
 """
@@ -21,15 +21,22 @@ from flm_jax.config import (
 
 def _stage(name: str, layers: int, heads: int, ffn: int) -> StageConfig:
     model = TransformerConfig(
-        vocab_size=260, num_layers=layers, d_model=4 * heads, num_heads=heads, head_dim=4,
-        d_ff=ffn, mup_base_width=16, matrix_init_std=0.1, vector_init_std=0.1,
-    )  # fmt: skip
+        vocab_size=260,
+        num_layers=layers,
+        d_model=4 * heads,
+        num_heads=heads,
+        head_dim=4,
+        d_ff=ffn,
+        mup_base_width=16,
+        matrix_init_std=0.1,
+        vector_init_std=0.1,
+    )
     growth = GrowthConfig(ramp_steps=4, rewarmup_steps=2, calibration_sequences=4)
     return StageConfig(name, model, 12, 8, 2e-2, 2e-2, growth=growth)
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-    """Variant `relayout`: the second stage has a mesh of its own."""
+    """Returns the chain. In variant `relayout` the second stage has another mesh."""
     stages = (_stage("small", 1, 4, 24), _stage("large", 2, 8, 48))
     config = config_files.to_config_dict(
         ExperimentConfig(

@@ -1,8 +1,9 @@
-"""Compiles a stage's programs for absent accelerators, and reads the compiler's reports.
+"""Compiles a stage's programs for accelerators that this machine does not have.
 
-XLA's TPU compiler comes as the package libtpu, its GPU compiler as CUDA wheels: both compile for a
-described topology on any machine. Nothing is run: this shows that a program lowers, partitions and
-fits, how much it moves, and what time the chips' published figures allow.
+XLA's TPU compiler is in the package libtpu, its GPU compiler in the CUDA wheels. Both compile for a
+described topology on any machine. Nothing is run. The reports show whether a program lowers,
+partitions and fits in memory, how many bytes it moves between devices, and a lower bound on its
+time from the chips' published figures.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,10 +35,9 @@ from flm_jax.runs.stage import plan_of, with_norm_eps
 from flm_jax.train import optim, schedules
 from flm_jax.train.train_step import abstract_state, make_train_step
 
-WHAT = ("train", "train_masked", "growth")
+WHAT = ("train", "train_masked", "growth")  # a stage's programs
 
-
-# What XLA needs to know of a Hopper GPU to compile for it without one (public specifications).
+# The facts about a Hopper GPU that XLA needs to compile without one (public specifications).
 _HOPPER = """
 gpu_device_info {{
   threads_per_block_limit: 1024  threads_per_warp: 32
@@ -61,8 +61,8 @@ def chip_of(topology: str) -> Chip:
     kind = topology.split(":")[0]
     if kind not in CHIPS or ":" not in topology:
         raise UserError(
-            f"topology={topology}: give KIND:SIZES, as v5p:8x8x8 or h100:16x8 (nodes x GPUs); "
-            f"kinds: {', '.join(CHIPS)}",
+            f"topology={topology}: give KIND:SIZES, such as v5p:8x8x8 or h100:16x8 "
+            f"(nodes x GPUs); kinds: {', '.join(CHIPS)}",
             argument="topology",
         )
     return CHIPS[kind]
@@ -71,57 +71,24 @@ def chip_of(topology: str) -> Chip:
 def devices_of(topology: str) -> list[Any]:
     """Describes the topology's devices.
 
-    Raises UserError if the topology is unknown or the compiler's package is missing.
+    Args:
+      topology: chips and sizes, such as v5p:8x8x8 or h100:16x8 (nodes x GPUs).
+
+    Raises:
+      UserError: the topology is unknown, or the compiler's package is missing.
     """
-    chip_of(topology)
+    chip = chip_of(topology)
     kind, sizes = topology.split(":")
-    gpu = CHIPS[kind].node > 1
-    package, extra = ("jax_plugins.xla_cuda12", "gpu-aot") if gpu else ("libtpu", "tpu")
-    try:
-        found = importlib.util.find_spec(package)
-    except ModuleNotFoundError:
-        found = None
-    if found is None:
-        raise UserError(
-            f"topology={topology} needs the compiler in package {package}; install it: "
-            f"pip install -e '.[{extra}]'",
-            argument="topology",
-        )
+    gpu = chip.node > 1
+    _check_installed(topology, gpu)
     if not re.fullmatch(r"\d+(x\d+)*", sizes):
         raise UserError(
-            f"topology={topology}: sizes are numbers with x between, as 8x8x8",
+            f"topology={topology}: sizes {sizes!r} are not numbers with x between them; give them "
+            "as 8x8x8",
             argument="topology",
         )
     try:
-        if gpu:
-            chip = CHIPS[kind]
-            os.environ.setdefault(
-                "XLA_FLAGS",
-                "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false "
-                "--xla_gpu_shard_autotuning=false",
-            )
-            description = _HOPPER.format(
-                bandwidth=int(chip.hbm_bandwidth), memory=int(chip.hbm_bytes), name=kind.upper()
-            )
-            shape = "x".join(["1"] * (3 - sizes.count("x") - 1) + [sizes])
-            described = topologies.get_topology_desc(
-                platform="cuda", topology_name=kind, target_config=description, topology=shape
-            )
-        else:
-            # Otherwise libtpu asks a metadata server, and says so on standard error.
-            # It also locks the machine's TPUs, and there are none here: compilers may run at once.
-            for name, value in (("TPU_ACCELERATOR_TYPE", "v5p-8"), ("TPU_MIN_LOG_LEVEL", "3"),
-                                ("TPU_WORKER_HOSTNAMES", "localhost"),
-                                ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")):  # fmt: skip
-                os.environ.setdefault(name, value)
-            # Three axes: a torus of megacore chips, four to a host. Two: as the compiler has it.
-            three = sizes.count("x") == 2
-            how: dict[str, Any] = (
-                {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1),
-                 "num_slices": 1, "wrap": (True,) * 3}
-                if three else {}
-            )  # fmt: skip
-            described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **how)
+        described = _gpus(kind, sizes, chip) if gpu else _tpus(topology, sizes)
     except (RuntimeError, ValueError, NotImplementedError) as error:
         raise UserError(
             f"topology={topology}: {str(error).splitlines()[0]}", argument="topology"
@@ -129,18 +96,86 @@ def devices_of(topology: str) -> list[Any]:
     return list(described.devices)
 
 
-def mesh_of(topology: str, shape: dict[str, int], devices: list[Any]) -> Mesh:
-    """Makes a mesh data x fsdp x tensor. Raises UserError if sizes do not match the topology."""
-    unknown = set(shape) - set(MESH_AXES)
-    sizes = tuple(shape.get(name, 1) for name in MESH_AXES)
-    if unknown or math.prod(sizes) != len(devices):
+def _check_installed(topology: str, gpu: bool) -> None:
+    """Raises UserError if the compiler's package is missing."""
+    package, extra = ("jax_plugins.xla_cuda12", "gpu-aot") if gpu else ("libtpu", "tpu")
+    try:
+        installed = importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # the package's parent is missing
+        installed = False
+    if not installed:
         raise UserError(
-            f"mesh={','.join(f'{k}={v}' for k, v in shape.items())}: "
-            + (f"no mesh axis {min(unknown)!r}; axes are {', '.join(MESH_AXES)}" if unknown else
-               f"{math.prod(sizes)} devices, but {topology} has {len(devices)}; make the sizes "
-               "multiply to that"),
+            f"topology={topology} needs the compiler in package {package}; install it: "
+            f"pip install -e '.[{extra}]'",
+            argument="topology",
+        )
+
+
+def _gpus(kind: str, sizes: str, chip: Chip) -> Any:
+    """Describes GPUs: `sizes` are nodes x GPUs in a node."""
+    os.environ.setdefault(
+        "XLA_FLAGS",
+        "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false "
+        "--xla_gpu_shard_autotuning=false",
+    )
+    target = _HOPPER.format(
+        bandwidth=int(chip.hbm_bandwidth), memory=int(chip.hbm_bytes), name=kind.upper()
+    )
+    shape = "x".join(["1"] * (3 - sizes.count("x") - 1) + [sizes])  # XLA wants three sizes
+    return topologies.get_topology_desc(
+        platform="cuda", topology_name=kind, target_config=target, topology=shape
+    )
+
+
+def _tpus(topology: str, sizes: str) -> Any:
+    """Describes TPUs: `sizes` are those of the physical mesh."""
+    settings = {
+        # Without these, libtpu asks a metadata server and logs to standard error.
+        "TPU_ACCELERATOR_TYPE": "v5p-8",
+        "TPU_MIN_LOG_LEVEL": "3",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        # libtpu locks the machine's TPUs. There are none, so several compilers may run.
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
+    options: dict[str, Any] = {}
+    if sizes.count("x") == 2:
+        # Three axes: a torus of megacore chips, four to a host. Two: the compiler's defaults.
+        options = {
+            "chip_config_name": "megacore",
+            "chips_per_host_bounds": (2, 2, 1),
+            "num_slices": 1,
+            "wrap": (True,) * 3,
+        }
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
+
+
+def mesh_of(topology: str, shape: dict[str, int], devices: list[Any]) -> Mesh:
+    """Makes a mesh data x fsdp x tensor of described devices.
+
+    Args:
+      topology: the devices' topology, for the error.
+      shape: mesh axis -> size; axes that are left out have size 1.
+      devices: the devices, as `devices_of` returns them.
+
+    Raises:
+      UserError: an axis is unknown, or the sizes do not multiply to the number of devices.
+    """
+    given = ",".join(f"{name}={size}" for name, size in shape.items())
+    unknown = set(shape) - set(MESH_AXES)
+    if unknown:
+        raise UserError(
+            f"mesh={given}: no mesh axis {min(unknown)!r}; axes are {', '.join(MESH_AXES)}",
             argument="mesh",
-        )  # fmt: skip
+        )
+    sizes = tuple(shape.get(name, 1) for name in MESH_AXES)
+    if math.prod(sizes) != len(devices):
+        raise UserError(
+            f"mesh={given}: {math.prod(sizes)} devices, but {topology} has {len(devices)}; make "
+            "the sizes multiply to that",
+            argument="mesh",
+        )
     try:
         grid = mesh_utils.create_device_mesh(sizes, devices)
     except (NotImplementedError, TypeError, ValueError):
@@ -149,25 +184,47 @@ def mesh_of(topology: str, shape: dict[str, int], devices: list[Any]) -> Mesh:
 
 
 def meshes(config: ExperimentConfig, index: int, devices: int) -> Iterator[dict[str, int]]:
-    """Yields meshes fsdp x tensor that divide the stage's sizes and batch."""
+    """Yields the meshes fsdp x tensor whose sizes divide a stage's model and batch.
+
+    Args:
+      config: the chain.
+      index: the stage's index in it.
+      devices: number of devices.
+
+    Yields:
+      Mesh axis -> size, as `compile_for` takes it; tensor is at most 64.
+    """
     stage = config.stages[index]
+    model = stage.model
     for tensor in range(1, min(devices, 64) + 1):
-        shape = {"fsdp": devices // tensor, "tensor": tensor}
-        suits = (
+        fsdp = devices // tensor
+        fits = (
             devices % tensor == 0
-            and stage.batch_size % shape["fsdp"] == 0
-            and stage.model.d_model % shape["fsdp"] == 0
-            and all(n % tensor == 0 for n in (stage.model.kv_heads, stage.model.d_ff,
-                                              stage.model.vocab_size))
-        )  # fmt: skip
-        if suits:
-            yield shape
+            and all(size % fsdp == 0 for size in (stage.batch_size, model.d_model))
+            and all(n % tensor == 0 for n in (model.kv_heads, model.d_ff, model.vocab_size))
+        )
+        if fits:
+            yield {"fsdp": fsdp, "tensor": tensor}
 
 
 def program(
     config: ExperimentConfig, index: int, what: str, mesh: Mesh, attention: str
 ) -> tuple[Any, tuple[Any, ...]]:
-    """Returns a jitted program of a stage and the abstract arguments to lower it with."""
+    """Returns a program of a stage, ready to be lowered.
+
+    Args:
+      config: the chain.
+      index: the stage's index in it.
+      what: one of `WHAT`.
+      mesh: the devices to compile for.
+      attention: the attention's implementation; see `TransformerConfig.attention`.
+
+    Returns:
+      The jitted function, and its arguments as `ShapeDtypeStruct`s.
+
+    Raises:
+      UserError: the stage has no such program, because it did not grow.
+    """
 
     def stage_at(i: int) -> StageConfig:
         model = dataclasses.replace(config.stages[i].model, attention=attention)
@@ -178,8 +235,8 @@ def program(
     grown_at = sum(s.steps for s in config.stages[:index]) if index else None
     if what != "train" and index == 0:
         raise UserError(
-            f"what={what} needs a stage that grew out of another; give a chain, as "
-            "configs/tele_flm_1t_chain.py",
+            f"what={what} needs a grown stage, but stage {index} is the first one; give a chain, "
+            "such as configs/tele_flm_1t_chain.py, and a later stage",
             argument="what",
         )
     plan = plan_of(stage_at(index - 1).model, stage) if index else None
@@ -193,22 +250,43 @@ def program(
     tx = optim.optimizer(stage, config.optimizer, shape, grown_at)
     length = config.data_of(index).sequence_length
     placed = NamedSharding(mesh, sharding.BATCH)
+    dtypes = {
+        "tokens": jnp.int32,
+        "targets": jnp.int32,
+        "segment_ids": jnp.int32,
+        "positions": jnp.int32,
+        "weights": jnp.float32,
+    }
     batch = {
         name: jax.ShapeDtypeStruct((stage.batch_size, length), dtype, sharding=placed)
-        for name, dtype in (
-            ("tokens", jnp.int32), ("targets", jnp.int32), ("segment_ids", jnp.int32),
-            ("positions", jnp.int32), ("weights", jnp.float32),
-        )
-    }  # fmt: skip
+        for name, dtype in dtypes.items()
+    }
     step = make_train_step(stage, tx, mesh, plan.masks if plan else None, layout.rules)
     mask = (jax.ShapeDtypeStruct((), jnp.float32),) if what == "train_masked" else ()
     return step, (abstract_state(stage.model, tx, layout), batch, *mask)
 
 
+class _Compiled(NamedTuple):
+    """The compiler's result.
+
+    Attributes:
+      fields: fields of the report.
+      moves: the program's collectives; None: the compiler refused the program for its memory.
+    """
+
+    fields: dict[str, Any]
+    moves: list[hlo.Move] | None
+
+
 def compile_for(
-    config: ExperimentConfig, index: int, what: str, topology: str, mesh_shape: dict[str, int],
-    *, quick: bool = False,
-) -> dict[str, Any]:  # fmt: skip
+    config: ExperimentConfig,
+    index: int,
+    what: str,
+    topology: str,
+    mesh_shape: dict[str, int],
+    *,
+    quick: bool = False,
+) -> dict[str, Any]:
     """Lowers and compiles one program of a stage.
 
     Args:
@@ -217,13 +295,14 @@ def compile_for(
       what: "train", "train_masked" or "growth".
       topology: chips and sizes, such as v5p:8x8x8.
       mesh_shape: mesh axis -> size.
-      quick: optimises less: a tenth of the time, memory within about 3%.
+      quick: optimises less. It takes a tenth of the time; memory differs by about 3%.
 
     Returns:
       A report of JSON values: memory, collectives, times.
 
     Raises:
-      UserError: topology, mesh or batch do not fit each other, or a compiler is missing.
+      UserError: topology, mesh and batch do not fit each other, a compiler is missing, or it
+        refuses the program for another reason than its memory.
     """
     config = with_norm_eps(config)
     chip, devices = chip_of(topology), devices_of(topology)
@@ -240,56 +319,73 @@ def compile_for(
         if what == "growth" or model is stage.model:
             sharding.check_divisible(model, mesh, config.mesh.rules)
     report: dict[str, Any] = {
-        "what": what, "topology": topology, "devices": len(devices), "mesh": dict(mesh.shape),
-        "batch": stage.batch_size, "stage": stage.name, "fits": False, "hbm_bytes": None,
-        "hbm_limit_bytes": int(chip.hbm_bytes), "missing_bytes": None,
-    }  # fmt: skip
+        "what": what,
+        "topology": topology,
+        "devices": len(devices),
+        "mesh": dict(mesh.shape),
+        "batch": stage.batch_size,
+        "stage": stage.name,
+    }
     attention = "plain" if chip.node > 1 else "splash"
-    began = time.monotonic()
-    with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as dump:
+    start = time.monotonic()
+    with jax.set_mesh(mesh):
         if quick:
             jax.config.update("jax_optimization_level", "O0")
         function, arguments = program(config, index, what, mesh, attention)
-        lowered = function.lower(*arguments)
-        try:
-            compiled = lowered.compile(compiler_options={"xla_dump_to": dump})
-        except jax.errors.JaxRuntimeError as error:
-            needed = _out_of_memory(str(error))
-            if needed is None:
-                raise UserError(f"{topology}: the compiler refused: {error}") from error
-            report |= {"hbm_bytes": needed[0], "hbm_limit_bytes": needed[1],
-                       "missing_bytes": needed[0] - needed[1]}  # fmt: skip
-        else:
-            memory = compiled.memory_analysis()
-            exact = _memory_report(dump)
-            used = exact or (
-                memory.argument_size_in_bytes + memory.temp_size_in_bytes
-                + memory.output_size_in_bytes - memory.alias_size_in_bytes
-            )  # fmt: skip
-            report |= {
-                "fits": used <= chip.hbm_bytes,
-                "hbm_bytes": used,
-                "missing_bytes": max(0, used - int(chip.hbm_bytes)),
-                "argument_bytes": memory.argument_size_in_bytes,
-                "temporary_bytes": memory.temp_size_in_bytes,
-                # The compiler's own count takes the body of a loop once: for ratios only.
-                "xla_flops": (compiled.cost_analysis() or {}).get("flops"),
-            }
-            moves = list(hlo.moves(compiled.as_text(), len(devices)))
-            report["collectives"] = hlo.collectives(moves)
-    report["compile_s"] = time.monotonic() - began
+        compiled = _compile(function.lower(*arguments), topology, chip, len(devices))
+    report |= compiled.fields
+    report["compile_s"] = time.monotonic() - start
     report["peak_host_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     length = config.data_of(index).sequence_length
     tokens = stage.batch_size * length if what != "growth" else 0
     model_flops = tokens * counts.flops_per_token_train(stage.model, length) / len(devices)
     report["model_flops_per_device"] = model_flops
-    if "collectives" in report:
-        report["roofline"] = roofline.roofline(stage, what, report, moves, chip)
+    if compiled.moves is not None:
+        report["roofline"] = roofline.roofline(stage, what, report, compiled.moves, chip)
     return report
 
 
+def _compile(lowered: Any, topology: str, chip: Chip, devices: int) -> _Compiled:
+    """Compiles a lowered program; a program that needs too much memory is a result, too."""
+    with tempfile.TemporaryDirectory() as dump:
+        try:
+            compiled = lowered.compile(compiler_options={"xla_dump_to": dump})
+        except jax.errors.JaxRuntimeError as error:
+            sizes = _out_of_memory(str(error))
+            if sizes is None:
+                raise UserError(f"{topology}: the compiler refused: {error}") from error
+            needed, available = sizes
+            fields: dict[str, Any] = {
+                "fits": False,
+                "hbm_bytes": needed,
+                "hbm_limit_bytes": available,
+                "missing_bytes": needed - available,
+            }
+            return _Compiled(fields, None)
+        memory = compiled.memory_analysis()
+        used = _memory_report(dump) or (
+            memory.argument_size_in_bytes
+            + memory.temp_size_in_bytes
+            + memory.output_size_in_bytes
+            - memory.alias_size_in_bytes
+        )
+    moves = list(hlo.moves(compiled.as_text(), devices))
+    fields = {
+        "fits": used <= chip.hbm_bytes,
+        "hbm_bytes": used,
+        "hbm_limit_bytes": int(chip.hbm_bytes),
+        "missing_bytes": max(0, used - int(chip.hbm_bytes)),
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        # The compiler counts the body of a loop only once, so this number is for ratios only.
+        "xla_flops": (compiled.cost_analysis() or {}).get("flops"),
+        "collectives": hlo.collectives(moves),
+    }
+    return _Compiled(fields, moves)
+
+
 def _out_of_memory(message: str) -> tuple[int, int] | None:
-    """Reads needed and available bytes from the compiler's refusal."""
+    """Reads needed and available bytes from the compiler's error; None: another error."""
     units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
     words = r"(?:HLO temporaries|available HBM|Used|of) \(?([\d.]+)([KMGT]?)"
     values = [int(float(number) * units[unit]) for number, unit in re.findall(words, message)]
@@ -299,11 +395,11 @@ def _out_of_memory(message: str) -> tuple[int, int] | None:
 
 
 def _memory_report(folder: str) -> int | None:
-    """Reads the bytes of HBM that the compiler assigned from its own report."""
+    """Reads the assigned bytes of HBM from the compiler's report; None: there is no report."""
     for name in sorted(os.listdir(folder)):
         if name.endswith("memory-usage-report.txt"):
             with open(os.path.join(folder, name), encoding="utf-8", errors="replace") as file:
                 text = file.read()
-            found = re.search(r"Memory Space: default.*?Total bytes: (\d+)", text, re.DOTALL)
-            return int(found.group(1)) if found else None
+            total = re.search(r"Memory Space: default.*?Total bytes: (\d+)", text, re.DOTALL)
+            return int(total.group(1)) if total else None
     return None

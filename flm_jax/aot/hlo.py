@@ -1,4 +1,4 @@
-"""The traffic between devices of a compiled program, read from its text (XLA's HLO)."""
+"""The traffic between devices in a compiled program, read from its text (XLA's HLO)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,13 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-_SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4,
-          "u32": 4, "f64": 8, "s64": 8, "u64": 8}  # fmt: skip
+# Bytes of one entry, by XLA's name of the dtype.
+_SIZES = {
+    **dict.fromkeys(("pred", "s8", "u8"), 1),
+    **dict.fromkeys(("bf16", "f16", "s16", "u16"), 2),
+    **dict.fromkeys(("f32", "s32", "u32"), 4),
+    **dict.fromkeys(("f64", "s64", "u64"), 8),
+}
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 
@@ -21,10 +26,10 @@ class Move:
 
     Attributes:
       kind: one of `KINDS`.
-      count: how often it runs in one call of the program.
-      bytes: bytes that each device sends each time, by the ring algorithm.
-      group: one of the (equal) groups of devices that take part together; for a permutation, a
-        device and its target.
+      count: number of runs in one call of the program.
+      bytes: bytes that each device sends in one run, by the ring algorithm.
+      group: one of the groups of devices that exchange data; all have the same size. For a
+        permutation: a device and its target.
     """
 
     kind: str
@@ -34,14 +39,17 @@ class Move:
 
 
 def moves(text: str, devices: int) -> Iterator[Move]:
-    """The collectives of a compiled program over `devices` devices.
+    """Yields the collectives of a compiled program.
 
-    The body of a loop is counted once per iteration: the known trip count, or the constant in the
-    loop's condition.
+    The body of a loop counts once per iteration. The number of iterations is the known trip count,
+    or the constant in the loop's condition.
 
     Args:
       text: the compiled program, as `compiled.as_text()` gives it.
       devices: number of devices that run it.
+
+    Yields:
+      One `Move` for each place in the program that calls a collective.
     """
     bodies = dict(_computations(text))
 
@@ -59,11 +67,11 @@ def moves(text: str, devices: int) -> Iterator[Move]:
                 if kind in KINDS:
                     shape = operation.group(1)
                     if operation.group(2).endswith("-start") and kind != "all-reduce":
-                        shape = _elements(shape)[1]  # of (operands, results, ..)
+                        shape = _elements(shape)[1]  # the shape is (operands, results, ..)
                     group = _group(line, devices)
                     result = _bytes(shape)
                     if name.startswith("all-reduce-scatter"):
-                        # An all-reduce whose result each device keeps a part of.
+                        # An all-reduce after which each device keeps only a part of the result.
                         kind, result = "reduce-scatter", result // len(group)
                     yield Move(kind, times, _sent(kind, result, len(group)), group)
             for called in re.findall(
@@ -74,10 +82,17 @@ def moves(text: str, devices: int) -> Iterator[Move]:
     return visit("ENTRY", 1)
 
 
-def collectives(found: Iterable[Move]) -> dict[str, dict[str, float]]:
-    """Sums collectives by kind: runs in one call, and bytes that each device sends in it."""
+def collectives(moves: Iterable[Move]) -> dict[str, dict[str, float]]:
+    """Sums collectives by kind.
+
+    Returns:
+      kind -> `count`, the runs in one call of the program, and `bytes`, what each device sends.
+
+    >>> collectives([Move("all-gather", 2, 100, (0, 1)), Move("all-gather", 1, 50, (0, 1))])
+    {'all-gather': {'count': 3, 'bytes': 250}}
+    """
     total: dict[str, dict[str, float]] = collections.defaultdict(lambda: {"count": 0, "bytes": 0})
-    for move in found:
+    for move in moves:
         total[move.kind]["count"] += move.count
         total[move.kind]["bytes"] += move.count * move.bytes
     return {kind: dict(total[kind]) for kind in KINDS if kind in total}
@@ -93,7 +108,7 @@ def _sent(kind: str, result: int, size: int) -> float:
 
 
 def _group(line: str, devices: int) -> tuple[int, ...]:
-    """Returns one group of a collective. XLA has three notations, and pairs for a permutation."""
+    """Returns one group of a collective. XLA has three notations; a permutation has pairs."""
     pair = next((p for p in re.findall(r"\{(\d+),(\d+)\}", line) if p[0] != p[1]), ("0", "0"))
     if "source_target_pairs=" in line:
         return tuple(map(int, pair))
@@ -131,15 +146,15 @@ def _bytes(shape: str) -> int:
 
 
 def _elements(shape: str) -> list[str]:
-    """Splits a tuple's shape: "((f32[2]), f32[4,2])" has "(f32[2])" and "f32[4,2]"."""
-    found, depth = [""], 0
+    """Splits a tuple's shape: "((f32[2]),f32[4,2])" becomes "(f32[2])" and "f32[4,2]"."""
+    elements, depth = [""], 0
     for character in shape[1:-1]:
         depth += (character in "([{") - (character in ")]}")
         if character == "," and depth == 0:
-            found.append("")
+            elements.append("")
         else:
-            found[-1] += character
-    return found
+            elements[-1] += character
+    return elements
 
 
 def _computations(text: str) -> Iterator[tuple[str, list[str]]]:

@@ -13,13 +13,19 @@ from flm_jax.params import counts
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Published figures of one device, per second; networks are per device, one direction.
+    """Published figures of one device.
 
-    The `node` devices of one node communicate through `inside`, devices of different nodes through
-    `network`. `node` 1: all devices communicate through `network`.
+    Attributes:
+      flops: dense bfloat16 FLOPs per second.
+      hbm_bytes: size of the memory, in bytes.
+      hbm_bandwidth: bytes per second.
+      network: bytes per second that the device sends to other nodes, in one direction.
+      source: where the figures were published.
+      node: devices in one node; 1: all devices communicate through `network`.
+      inside: bytes per second that the device sends inside its node, in one direction.
     """
 
-    flops: float  # bfloat16, dense
+    flops: float
     hbm_bytes: float
     hbm_bandwidth: float
     network: float
@@ -41,10 +47,15 @@ CHIPS = {
 
 
 def seconds_of(move: Move, chip: Chip) -> float:
-    """Returns the least time of all runs of a collective, in seconds.
+    """Returns a lower bound on the time of all runs of a collective, in seconds.
 
-    Between nodes, a ring passes the same bytes through every node; each of the group's devices in a
-    node carries an equal part of them through its own card, and all of them inside.
+    Between nodes, a ring passes the same bytes through every node. Each of the group's devices in
+    a node sends an equal part of them through its own network card, and all of them inside the
+    node.
+
+    >>> from flm_jax.aot.hlo import Move
+    >>> seconds_of(Move("all-gather", count=2, bytes=300e9, group=(0, 1)), CHIPS["v4"])
+    2.0
     """
     sent = move.count * move.bytes
     if chip.node == 1:
@@ -58,12 +69,24 @@ def seconds_of(move: Move, chip: Chip) -> float:
 def roofline(
     stage: StageConfig, what: str, report: dict[str, Any], moves: Iterable[Move], chip: Chip
 ) -> dict[str, Any]:
-    """Bounds a program's time by arithmetic, HBM and network, each alone.
+    """Computes lower bounds on a program's time from arithmetic, HBM and network.
 
-    Arithmetic: model FLOPs, and a third more for full rematerialisation. HBM: each device's weights
-    in the compute dtype three times, master weights and moments read and written once; a growth
-    reads its arguments and writes its results. Network: `seconds_of` each collective. Perfect
-    overlap is assumed, so this is a bound, not a forecast.
+    Derived here. Arithmetic: the model's FLOPs, and a third more for full rematerialisation. HBM:
+    each device reads its weights in the compute dtype three times, and reads and writes its master
+    weights and moments once; a growth reads its arguments and writes its results. Network: the sum
+    of `seconds_of` over the collectives. The three are assumed to overlap perfectly, so the largest
+    one is a bound and not a forecast.
+
+    Args:
+      stage: the stage of the program.
+      what: "train", "train_masked" or "growth".
+      report: the report of `compiler.compile_for` so far.
+      moves: the program's collectives.
+      chip: the device that runs the program.
+
+    Returns:
+      `step_s` (the bound in seconds), `bound` (its name), `seconds` (all three bounds),
+      `utilisation` (share of the chip's FLOPs at the bound) and `figures` (their source).
     """
     params = counts.params(stage.model)
     recompute = 4 / 3 if stage.model.remat == "full" else 1.0

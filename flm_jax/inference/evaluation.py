@@ -1,4 +1,4 @@
-"""Scores of text under a model; bits per byte is comparable between vocabularies."""
+"""Evaluation of a model on text; bits per byte is comparable between vocabularies."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from flm_jax.train.train_step import Batch, MasksAt, summed_loss
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """The negative log-likelihood of some text, and the size of that text.
+    """The negative log-likelihood of a text, and the text's size.
 
     Attributes:
-      nats: negative log-likelihood of all tokens.
+      nats: negative log-likelihood of all tokens, in nats.
       tokens: number of tokens that were predicted.
       bytes: number of bytes of text in these tokens.
     """
@@ -38,6 +38,7 @@ class Score:
 
     @property
     def bits_per_byte(self) -> float:
+        """Bits per byte of text."""
         return self.nats / math.log(2) / self.bytes
 
 
@@ -53,13 +54,13 @@ def score(
     """Scores the targets of all batches.
 
     Args:
-      params: nested dicts, the parameters of `config`.
+      params: nested dicts of arrays, the model's parameters.
       config: the model's config.
-      batches: packed batches as `flm_jax.data` makes them.
+      batches: packed batches, as `flm_jax.data` makes them.
       token_bytes: int [vocabulary], number of bytes of text in each token.
       mesh: the devices that compute.
-      masks_at: mask value -> run-time masks by axis, as `make_train_step` takes it.
-      mask_value: evaluates with the masks at this value; None: the plain model.
+      masks_at: mask value -> run-time masks by axis; see `train_step.make_train_step`.
+      mask_value: the masks' value, from 0 to 1; None: the model without masks.
 
     Returns:
       Nats, tokens and bytes, summed over all batches.

@@ -1,4 +1,4 @@
-"""Text generation: one pass over a batch of prompts, then one token per step from a cache.
+"""Text generation: one pass over a batch of prompts, then one token per step with a cache.
 
 Shapes: B prompts, T tokens of the longest prompt, S slots of the cache, V vocab.
 """
@@ -20,19 +20,27 @@ from flm_jax.data.tokenizer import Tokenizer
 from flm_jax.errors import UserError
 from flm_jax.models import Cache, Transformer, by_layer
 
-# Lengths are rounded up to these and powers of two times them, so that few programs are compiled.
+# Lengths are rounded up to a power of two times one of these, so that few programs are compiled.
 _BUCKETS = (64, 96)
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen, and when a text ends."""
+    """Settings: how the next token is chosen, and when a text ends.
+
+    Attributes:
+      max_new_tokens: the longest continuation, in tokens.
+      temperature: the logits are divided by it; 0: the most likely token (greedy decoding).
+      top_k: draws only from the k most likely tokens; 0: from all.
+      top_p: draws only from the most likely tokens whose probabilities sum to `top_p`.
+      stop_tokens: each of them ends the text, and is not part of it.
+    """
 
     max_new_tokens: int = 128
-    temperature: float = 0.0  # 0: the likeliest token
-    top_k: int = 0  # only from the k likeliest tokens; 0: all
-    top_p: float = 1.0  # only from the likeliest tokens that together have this probability
-    stop_tokens: tuple[int, ...] = ()  # each ends the text and is left out of it
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    stop_tokens: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -55,18 +63,18 @@ def generate(
 ) -> list[list[int]]:
     """Continues each prompt.
 
-    Except for rounding, a continuation does not depend on the other prompts. Compiled once for a
-    config, a number of prompts and rounded lengths (`bucket`).
+    Except for rounding, a continuation does not depend on the other prompts. The programs are
+    compiled once for each config, number of prompts and rounded lengths (`bucket`).
 
     Args:
-      params: nested dicts of arrays, the parameters of `config`.
+      params: nested dicts of arrays, the model's parameters.
       config: the model's config.
       prompts: token ids, including the start token, of any lengths.
       sampling: how tokens are chosen.
       key: a random key, used for temperatures above 0. Prompt i draws its n-th token with a key
         that depends only on `key`, i and n.
-      on_token: called with a prompt's index and its next token, as soon as it is known. If it
-        returns true, the prompt's text ends with this token.
+      on_token: called with a prompt's index and its next token, as soon as the token is known. If
+        it returns true, the prompt's text ends with this token.
 
     Returns:
       The new tokens of each prompt, without the stop token.
@@ -153,9 +161,17 @@ def prefill(
     padding_B: jax.Array,
     config: TransformerConfig,
 ) -> Cache:
-    """Fills an empty cache with the prompts, without the first `padding_B` tokens of each row.
+    """Fills an empty cache with the prompts.
 
-    `params` are split by layer (`models.by_layer`), here and in `decode`.
+    Args:
+      params: the model's parameters, split by layer (`models.by_layer`).
+      cache: an empty cache of T slots or more; donated.
+      tokens_BT: int32, the prompts' tokens; each row starts with its padding.
+      padding_B: int32, number of padding tokens in each row; they are ignored.
+      config: the model's config.
+
+    Returns:
+      The cache of T tokens.
     """
     positions_BT = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None] - padding_B[:, None]
     real_BT = positions_BT >= 0
@@ -173,7 +189,21 @@ def decode(
     config: TransformerConfig,
     greedy: bool,
 ) -> tuple[Cache, jax.Array]:
-    """Adds `tokens_B` to the cache; returns it and the next token of each row, int32 [B]."""
+    """Adds one token to each row, and chooses the next one.
+
+    Args:
+      params: the model's parameters, split by layer (`models.by_layer`).
+      cache: the tokens so far; donated.
+      tokens_B: int32, the tokens to add.
+      padding_B: int32, number of padding tokens in each row, as in `prefill`.
+      keys_B: a random key for each row; the token's position is folded into it.
+      limits: temperature, top_k and top_p, as `sample` takes them.
+      config: the model's config.
+      greedy: chooses the most likely token, and ignores keys and limits.
+
+    Returns:
+      The cache with the added tokens, and the next tokens, int32 [B].
+    """
     positions_B = cache.length - padding_B
     real_B1 = jnp.ones_like(tokens_B, bool)[:, None]
     logits_B1V, cache = _extend(
@@ -193,10 +223,15 @@ def _extend(
     positions_BT: jax.Array,
     cache: Cache,
 ) -> tuple[jax.Array, Cache]:
+    """Adds tokens to the cache; returns their logits [B, T, V] and the cache."""
     extended: tuple[jax.Array, Cache] = Transformer(config).apply(  # type: ignore[assignment]
-        {"params": params}, tokens_BT, real_BT.astype(jnp.int32), positions_BT, cache,
+        {"params": params},
+        tokens_BT,
+        real_BT.astype(jnp.int32),
+        positions_BT,
+        cache,
         method="extend",
-    )  # fmt: skip
+    )
     return extended
 
 
@@ -207,10 +242,20 @@ def sample(
     top_k: jax.Array,
     top_p: jax.Array,
 ) -> jax.Array:
-    """Draws a token for each row, int32 [B], among those that top_k and top_p keep.
+    """Draws a token for each row, among the tokens that top_k and top_p keep.
 
-    Top-p keeps the likeliest tokens up to and including the one at which their probability, after
-    the temperature, reaches it (nucleus sampling, arXiv 1904.09751).
+    Top-p sorts the tokens by probability (after the temperature) and keeps them up to and including
+    the one at which their sum reaches `top_p` (nucleus sampling, arXiv 1904.09751).
+
+    Args:
+      logits_BV: the logits.
+      keys_B: a random key for each row.
+      temperature: float scalar above 0; divides the logits.
+      top_k: int scalar, number of most likely tokens to keep.
+      top_p: float scalar, above 0 and at most 1 (keeps all).
+
+    Returns:
+      The tokens, int32 [B].
     """
     order_BV = jnp.argsort(-logits_BV, axis=-1)
     sorted_BV = jnp.take_along_axis(logits_BV, order_BV, axis=-1)
@@ -226,10 +271,13 @@ def sample(
 
 
 class TextStream:
-    """The text of one row, token by token; ends at a stop text.
+    """Decodes one row token by token, and ends its text at a stop text.
 
-    Text is shown as soon as it is final. A possible start of a stop text, or an incomplete
-    character, is held back.
+    Text is shown as soon as it is final. A possible start of a stop text and an incomplete
+    character are held back.
+
+    Attributes:
+      stopped: whether a stop text is complete.
     """
 
     def __init__(
@@ -238,13 +286,23 @@ class TextStream:
         stops: Sequence[str] = (),
         show: Callable[[str], None] | None = None,
     ):
-        self._tokenizer, self._stops, self._show = tokenizer, tuple(s for s in stops if s), show
+        """Starts an empty text.
+
+        Args:
+          tokenizer: decodes the tokens.
+          stops: the text ends before the first of them; empty ones are ignored.
+          show: called with each new part of the text.
+        """
+        self._tokenizer = tokenizer
+        self._stops = tuple(stop for stop in stops if stop)
+        self._show = show
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._text, self._shown = "", 0
+        self._text = ""
+        self._shown = 0  # characters that were shown
         self.stopped = False
 
     def add(self, token: int) -> bool:
-        """Takes the next token; returns whether a stop text is complete."""
+        """Adds the next token; returns whether a stop text is complete."""
         self._take(self._decoder.decode(self._tokenizer.decode_bytes([token])), last=False)
         return self.stopped
 
@@ -257,32 +315,37 @@ class TextStream:
     def _take(self, more: str, last: bool) -> None:
         searched = max(0, len(self._text) - max(map(len, self._stops), default=0))
         self._text += more
-        found = [at for s in self._stops if (at := self._text.find(s, searched)) >= 0]
-        if found:
-            self._text, self.stopped = self._text[: min(found)], True
-        sure = len(self._text)
+        places = [self._text.find(stop, searched) for stop in self._stops]
+        places = [place for place in places if place >= 0]
+        if places:
+            self._text = self._text[: min(places)]
+            self.stopped = True
+        final = len(self._text)  # characters that cannot be part of a stop text
         if not (last or self.stopped):
-            sure -= max((_overlap(self._text, stop) for stop in self._stops), default=0)
-        if self._show and sure > self._shown:
-            self._show(self._text[self._shown : sure])
-        self._shown = max(sure, self._shown)
+            final -= max((_overlap(self._text, stop) for stop in self._stops), default=0)
+        if self._show and final > self._shown:
+            self._show(self._text[self._shown : final])
+        self._shown = max(final, self._shown)
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Returns the length of the longest end of `text` that is a proper start of `stop`."""
+    """Returns the length of the longest end of `text` that is a proper prefix of `stop`."""
     lengths = range(min(len(text), len(stop) - 1), 0, -1)
     return next((n for n in lengths if text.endswith(stop[:n])), 0)
 
 
 def check_context(prompts: Sequence[Sequence[int]], max_new_tokens: int, context: int) -> None:
-    """Raises UserError if a prompt and its continuation are longer than the context.
+    """Checks that each prompt and its continuation fit in the model's context.
 
-    RoPE itself has no limit, but beyond the lengths of its training a model is untested.
+    RoPE itself has no limit, but a model is untested beyond the sequence length of its training.
 
     Args:
       prompts: token ids.
-      max_new_tokens: length of the longest continuation.
+      max_new_tokens: length of the longest continuation, in tokens.
       context: sequence length of the model's training, in tokens; 0: unknown, any length passes.
+
+    Raises:
+      UserError: a prompt and its continuation are longer than the context.
     """
     for index, prompt in enumerate(prompts):
         if context and len(prompt) + max_new_tokens > context:
@@ -295,6 +358,7 @@ def check_context(prompts: Sequence[Sequence[int]], max_new_tokens: int, context
 
 
 def _check(prompts: Sequence[Sequence[int]], config: TransformerConfig) -> None:
+    """Raises UserError if a prompt is empty or holds an unknown token."""
     for index, prompt in enumerate(prompts):
         if not len(prompt):
             raise UserError(f"prompt {index} is empty; give at least the model's start token")

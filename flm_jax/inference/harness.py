@@ -24,32 +24,44 @@ from flm_jax.interop.opening import OpenedModel
 
 
 class Adapter(TemplateLM):
-    """A model with the harness's interface: log-likelihood, rolling log-likelihood, generation.
+    """Gives a model the harness's interface: log-likelihood, rolling log-likelihood, generation.
 
-    A context is read as `OpenedModel.prompt` writes it. If it is longer than the model's context,
-    its start is cut off.
+    `OpenedModel.prompt` writes the context of each request. If it is longer than the model's
+    context, its start is cut off.
     """
 
     def __init__(self, model: OpenedModel, context: int, batch_size: int = 8, seed: int = 0):
+        """Adapts a model.
+
+        Args:
+          model: the model with its tokenizer.
+          context: the longest prompt with its continuation, in tokens.
+          batch_size: number of requests in a batch.
+          seed: seed of all draws, for generation with a temperature.
+        """
         super().__init__()
         self.model, self.max_length, self.batch_size = model, context, batch_size
         self._key = jax.random.key(seed)
 
     @property
     def eot_token_id(self) -> int:
+        """The token that ends a text."""
         return self.model.tokenizer.eos_id
 
     @property
     def prefix_token_id(self) -> int:
+        """The token before the first one of a text."""
         return self.model.tokenizer.start_id
 
     @property
     def tokenizer_name(self) -> str:
+        """A name for the harness's cache; it identifies the tokenizer."""
         return self.model.tokenizer.digest
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
+        """Returns a text's tokens, as a prompt (`OpenedModel.prompt`) or without special tokens."""
         if add_special_tokens is False:
             return self.model.tokenizer.encode(string)
         return self.model.prompt(string)
@@ -67,14 +79,14 @@ class Adapter(TemplateLM):
                     f"{self.max_length}; set context to go beyond it",
                     argument="context",
                 )
-        # The last token is predicted, not read.
+        # The model predicts the last token and never reads it, so one more token fits.
         kept = [(c[-(self.max_length + 1 - len(t)) :], t) for c, t in pairs]
         return loglikelihoods(self.model.params, self.model.config, kept, self.batch_size)
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Scores whole texts: each token is predicted once, in windows of the model's context."""
+        """Scores whole texts in windows of the model's context; each token is predicted once."""
         pairs, owners = [], []
         for owner, request in enumerate(requests):
             tokens = self.model.tokenizer.encode(request.args[0])
@@ -90,13 +102,13 @@ class Adapter(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continues texts; requests with equal settings share batches of similar lengths."""
-        asked = [
+        prompts = [
             (index, self.tok_encode(text), settings)
             for index, (text, settings) in enumerate(r.args for r in requests)
         ]
-        asked.sort(key=lambda item: (repr(sorted(item[2].items())), len(item[1])))
+        prompts.sort(key=lambda item: (repr(sorted(item[2].items())), len(item[1])))
         texts = [""] * len(requests)
-        for _, group in itertools.groupby(asked, key=lambda item: item[2]):
+        for _, group in itertools.groupby(prompts, key=lambda item: item[2]):
             for chosen in batched(group, self.batch_size):
                 new = self._continue([tokens for _, tokens, _ in chosen], chosen[0][2])
                 for (index, _, _), text in zip(chosen, new, strict=True):
@@ -104,30 +116,35 @@ class Adapter(TemplateLM):
         return texts
 
     def _continue(self, prompts: Sequence[list[int]], settings: dict[str, Any]) -> list[str]:
-        asked = normalize_gen_kwargs(settings, default_max_gen_toks=self.max_length // 2)
-        room = self.max_length - asked["max_gen_toks"]
+        """Continues prompts with one request's settings, as the harness writes them."""
+        options = normalize_gen_kwargs(settings, default_max_gen_toks=self.max_length // 2)
+        room = self.max_length - options["max_gen_toks"]
         if room < 1:
             raise UserError(
-                f"max_gen_toks is {asked['max_gen_toks']}, which leaves no room for a prompt in "
+                f"max_gen_toks is {options['max_gen_toks']}, which leaves no room for a prompt in "
                 f"the context of {self.max_length}; set context to go beyond it",
                 argument="context",
             )
         sampling = Sampling(
-            max_new_tokens=asked["max_gen_toks"],
-            temperature=asked.get("temperature", 1.0 if asked.get("do_sample") else 0.0),
-            top_k=asked.get("top_k", 0),
-            top_p=asked.get("top_p", 1.0),
+            max_new_tokens=options["max_gen_toks"],
+            temperature=options.get("temperature", 1.0 if options.get("do_sample") else 0.0),
+            top_k=options.get("top_k", 0),
+            top_p=options.get("top_p", 1.0),
             stop_tokens=(self.eot_token_id,),
         )
-        streams = [TextStream(self.model.tokenizer, asked["until"]) for _ in prompts]
+        streams = [TextStream(self.model.tokenizer, options["until"]) for _ in prompts]
         rows = [prompt[-room:] for prompt in prompts]
-        # Pad to a constant number of rows, so one program is compiled; added rows end at once.
+        # A constant number of rows needs only one program. The added rows end after one token.
         rows += [[self.prefix_token_id]] * (self.batch_size - len(rows))
         self._key, key = jax.random.split(self._key)
         generate(
-            self.model.params, self.model.config, rows, sampling, key,
+            self.model.params,
+            self.model.config,
+            rows,
+            sampling,
+            key,
             on_token=lambda row, token: row >= len(streams) or streams[row].add(token),
-        )  # fmt: skip
+        )
         return [stream.end() for stream in streams]
 
 
@@ -143,19 +160,20 @@ def run(
     Args:
       adapter: the model.
       tasks: names of tasks.
-      include_path: folder with YAML files of further tasks.
-      num_fewshot: examples in each prompt; None: the task's own number.
-      limit: samples of each task; None: all.
+      include_path: folder with YAML files of more tasks; None: only the harness's own tasks.
+      num_fewshot: number of examples in each prompt; None: the task's own number.
+      limit: number of samples of each task; None: all.
 
     Returns:
-      By task: the harness's metrics, and the number of samples.
+      Task -> the harness's metrics, and `samples`, the number of samples.
 
     Raises:
       UserError: there is no such task.
     """
     manager = TaskManager(include_path=include_path, include_defaults=include_path is None)
     if any(task not in manager.all_tasks for task in tasks) and include_path is not None:
-        manager = TaskManager(include_path=include_path)  # the harness's own, thousands of files
+        # Reads the harness's own tasks too: thousands of files, so only if they are needed.
+        manager = TaskManager(include_path=include_path)
     unknown = [task for task in tasks if task not in manager.all_tasks]
     if unknown:
         raise UserError(
@@ -163,12 +181,17 @@ def run(
             "YAML file as include_path",
             argument="tasks",
         )
-    found = lm_eval.simple_evaluate(
-        adapter, tasks=list(tasks), num_fewshot=num_fewshot, limit=limit, task_manager=manager,
+    evaluation = lm_eval.simple_evaluate(
+        adapter,
+        tasks=list(tasks),
+        num_fewshot=num_fewshot,
+        limit=limit,
+        task_manager=manager,
         log_samples=False,
-    )  # fmt: skip
-    assert found is not None
+    )
+    assert evaluation is not None
+    samples = evaluation["n-samples"]
     return {
-        task: {"samples": found["n-samples"].get(task, {}).get("effective"), **values}
-        for task, values in found["results"].items()
+        task: {"samples": samples.get(task, {}).get("effective"), **values}
+        for task, values in evaluation["results"].items()
     }

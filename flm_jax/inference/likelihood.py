@@ -29,19 +29,19 @@ def loglikelihoods(
     """Computes log-likelihoods of continuations, given their contexts.
 
     Args:
-      params: nested dicts of arrays, of `config`.
+      params: nested dicts of arrays, the model's parameters.
       config: the model's config.
-      pairs: context and continuation, as token ids. A context has one token or more,
+      pairs: contexts and continuations, as token ids. A context has one token or more,
         including the start token.
-      batch_size: number of pairs in a batch. Smaller batches are padded, so that one program is
+      batch_size: number of pairs in a batch. Smaller batches are padded, so only one program is
         compiled for each rounded length (`generation.bucket`).
 
     Returns:
       For each pair log P(continuation | context) in nats, and whether every token of the
-      continuation is the likeliest one.
+      continuation is the most likely one (greedy decoding would give it).
 
     Raises:
-      UserError: a context is empty: nothing predicts the continuation's first token.
+      UserError: a context is empty, so nothing predicts the continuation's first token.
     """
     for index, (context, _) in enumerate(pairs):
         if not len(context):
@@ -70,13 +70,19 @@ def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 
 
 def _batch(rows: Sequence[Pair], size: int, length: int) -> tuple[np.ndarray, ...]:
-    """Pads on the right; returns tokens, which are real, targets, and which are scored."""
-    tokens_BT, targets_BT = (np.zeros((size, length), np.int32) for _ in range(2))
-    real_BT, counts_BT = (np.zeros((size, length), np.int32) for _ in range(2))
+    """Pads rows on the right.
+
+    Returns:
+      Tokens, 1 where a token is real, targets, and 1 where a target is scored: int32 [B, T] each.
+    """
+    tokens_BT, real_BT, targets_BT, counts_BT = np.zeros((4, size, length), np.int32)
     for row, (tokens, continuation) in enumerate(rows):
-        end, start = len(tokens), len(tokens) - len(continuation)
-        tokens_BT[row, :end], real_BT[row, :end] = tokens, 1
-        targets_BT[row, start:end], counts_BT[row, start:end] = continuation, 1
+        end = len(tokens)
+        start = end - len(continuation)
+        tokens_BT[row, :end] = tokens
+        real_BT[row, :end] = 1
+        targets_BT[row, start:end] = continuation
+        counts_BT[row, start:end] = 1
     return tokens_BT, real_BT, targets_BT, counts_BT
 
 
@@ -93,9 +99,9 @@ def _score(
     logits_BTV: jax.Array = Transformer(config).apply({"params": params}, tokens_BT, real_BT)  # type: ignore[assignment]
     target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
     nats_BT = target_BT - jax.nn.logsumexp(logits_BTV, axis=-1)
-    likeliest_BT = jnp.argmax(logits_BTV, axis=-1).astype(targets_BT.dtype) == targets_BT
+    most_likely_BT = jnp.argmax(logits_BTV, axis=-1).astype(targets_BT.dtype) == targets_BT
     counted_BT = counts_BT > 0
     return (
         jnp.sum(jnp.where(counted_BT, nats_BT, jnp.zeros_like(nats_BT)), axis=1),
-        jnp.all(likeliest_BT | ~counted_BT, axis=1),
+        jnp.all(most_likely_BT | ~counted_BT, axis=1),
     )

@@ -37,7 +37,8 @@ from flm_jax.train.train_step import MasksAt, abstract_state, init_state, state_
 if TYPE_CHECKING:
     from flm_jax.data.pipeline import Corpus
 
-Validation = Callable[[int], list[dict[str, np.ndarray]]]  # sequence length -> batches
+# Sequence length in tokens -> validation batches.
+Validation = Callable[[int], list[dict[str, np.ndarray]]]
 
 
 def run(config: ExperimentConfig, workdir: str) -> list[dict[str, Any]]:
@@ -48,7 +49,7 @@ def run(config: ExperimentConfig, workdir: str) -> list[dict[str, Any]]:
       workdir: a run folder: new, or one that this config started.
 
     Returns:
-      The stages' entries of lineage.json.
+      The stages' entries in lineage.json.
 
     Raises:
       UserError: the config, the data or the folder does not fit; nothing is overwritten.
@@ -75,7 +76,7 @@ def run(config: ExperimentConfig, workdir: str) -> list[dict[str, Any]]:
 
 
 def layouts_of(config: ExperimentConfig) -> list[Layout]:
-    """Makes the stages' layouts. Raises UserError if a mesh does not fit the devices."""
+    """Makes the layout of each stage. Raises UserError if a mesh does not fit the devices."""
     return [
         sharding.make_layout(
             config.mesh_of(index),
@@ -86,7 +87,15 @@ def layouts_of(config: ExperimentConfig) -> list[Layout]:
 
 
 def check(config: ExperimentConfig, layouts: Sequence[Layout]) -> None:
-    """Raises UserError for what would fail in a later stage; `layouts`: one for each stage."""
+    """Checks all stages before the first one trains.
+
+    Args:
+      config: the chain.
+      layouts: mesh and sharding of each stage.
+
+    Raises:
+      UserError: a stage's sizes or batch do not divide over its mesh, or its growth is impossible.
+    """
     for stage, (mesh, rules) in zip(config.stages, layouts, strict=True):
         rows = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
         sharding.check_divisible(stage.model, mesh, rules)
@@ -100,9 +109,17 @@ def check(config: ExperimentConfig, layouts: Sequence[Layout]) -> None:
 
 
 def check_finished(config: ExperimentConfig, folder: RunFolder, done: list[dict[str, Any]]) -> None:
-    """Raises UserError if the finished stages are not the config's first ones.
+    """Checks that a run's finished stages are the first stages of a config.
 
     More stages may follow a complete chain, because fine-tuning adds one.
+
+    Args:
+      config: the chain.
+      folder: the run's folder.
+      done: the entries of the finished stages in lineage.json.
+
+    Raises:
+      UserError: the stages have other names, or a stage was trained with other settings.
     """
     names = [stage.name for stage in config.stages]
     finished = [entry["name"] for entry in done]
@@ -113,8 +130,8 @@ def check_finished(config: ExperimentConfig, folder: RunFolder, done: list[dict[
             argument="workdir",
         )
     for index, entry in enumerate(done[: len(names)]):
-        about = identity(config, index, entry["data_fingerprint"])
-        folder.check_stage(folder.stage(index, entry["name"]), about)
+        expected = identity(config, index, entry["data_fingerprint"])
+        folder.check_stage(folder.stage(index, entry["name"]), expected)
 
 
 def stages_of(
@@ -124,9 +141,9 @@ def stages_of(
 
     Args:
       config: the chain.
-      corpus: its data, open.
+      corpus: the chain's data.
       folder: the run's folder, from which a stage reads its parent's final state.
-      layouts: one for each stage.
+      layouts: mesh and sharding of each stage.
     """
     validation = functools.cache(functools.partial(_validation, config, corpus))
     stages: list[Stage] = []
@@ -137,7 +154,7 @@ def stages_of(
 
 
 def _open(config: ExperimentConfig, folder: RunFolder) -> list[dict[str, Any]]:
-    """Returns the finished stages. Raises UserError if the folder is not this run's or unusable."""
+    """Returns the finished stages. Raises UserError if the folder is unusable or another run's."""
     folder.open()
     done = folder.stages()
     check_finished(config, folder, done)
@@ -165,12 +182,12 @@ def _stage(
     before: Stage | None,
     validation: Validation,
 ) -> Stage:
-    """Builds one stage: text, the chain's schedule, validation bits per byte."""
-    own, about = config.stages[index], config.data_of(index)
+    """Builds one stage: its text, its part of the chain's schedule, its validation."""
+    own, data_config = config.stages[index], config.data_of(index)
     start = before.end if before else 0
     tx, schedule = _optimizer(config, own, start if before else None)
-    batches = corpus.with_length(about).train
-    text = functools.partial(validation, about.sequence_length)
+    batches = corpus.with_length(data_config).train
+    text = functools.partial(validation, data_config.sequence_length)
     if before:
         source = functools.partial(_end_of, before, folder)
         parent = Parent(before.name, before.config.model, before.layout)
@@ -183,7 +200,7 @@ def _stage(
         start=start,
         parent=parent,
         layout=layout,
-        sequence_length=about.sequence_length,
+        sequence_length=data_config.sequence_length,
         identity=identity(config, index, corpus.fingerprint),
         tx=tx,
         schedule=schedule,
@@ -196,7 +213,7 @@ def _stage(
 def _optimizer(
     config: ExperimentConfig, stage: StageConfig, grown_at: int | None
 ) -> tuple[optax.GradientTransformation, Schedule]:
-    """Returns the stage's optimizer, and the learning rate's factor by global step."""
+    """Returns the stage's optimizer and schedule; `grown_at`: the global step of its growth."""
     schedule = schedules.schedule_shape(config.schedule, config.total_steps)
     if grown_at is not None:
         g = stage.growth
@@ -211,7 +228,7 @@ def _fresh(
     layout: Layout,
     batches: Callable[[int], Batches],
 ) -> Position:
-    """Draws the first stage's parameters, or reads them from where `StageConfig.source` says."""
+    """Initializes the first stage's state; its parameters come from `stage.source` if it is set."""
     key = jax.random.fold_in(jax.random.key(config.seed), 0)
     placed = state_shardings(stage.model, abstract_state(stage.model, tx), layout)
     init = functools.partial(init_state, stage.model, tx)
@@ -223,7 +240,7 @@ def _fresh(
 
 
 def _end_of(stage: Stage, run: RunFolder) -> Position:
-    """Reads the end of a finished stage."""
+    """Reads the final position of a finished stage."""
     checkpoints = Checkpoints(stage.folder(run).checkpoints, stage.experiment.checkpoint.keep)
     try:
         return restore(stage, checkpoints)
@@ -235,9 +252,9 @@ def _validation(
     config: ExperimentConfig, corpus: Corpus, length: int
 ) -> list[dict[str, np.ndarray]]:
     """Reads the validation batches: the same tokens at every sequence length."""
-    about = dataclasses.replace(config.data_of(0), sequence_length=length)
+    data_config = dataclasses.replace(config.data_of(0), sequence_length=length)
     windows = config.eval.sequences * config.data.sequence_length // length
-    return corpus.with_length(about).validation(config.eval.batch_size, max(windows, 1))
+    return corpus.with_length(data_config).validation(config.eval.batch_size, max(windows, 1))
 
 
 def _evaluate(
@@ -251,5 +268,5 @@ def _evaluate(
 ) -> dict[str, float]:
     """Measures bits per byte of the validation text."""
     mesh = layout.mesh
-    found = score(params, model, text(), corpus.token_bytes, mesh, masks_at, mask_value)
-    return {"bpb": found.bits_per_byte}
+    result = score(params, model, text(), corpus.token_bytes, mesh, masks_at, mask_value)
+    return {"bpb": result.bits_per_byte}

@@ -53,14 +53,17 @@ class _DiskGrowth:
 
     @property
     def stage(self) -> StageConfig:
+        """The config of the stage to grow into."""
         return self.config.stages[self.index]
 
     @property
     def small(self) -> StageConfig:
+        """The config of the stage to grow."""
         return self.config.stages[self.index - 1]
 
     @property
     def folder(self) -> StageFolder:
+        """The folder of the stage to grow into."""
         return self.target.stage(self.index, self.stage.name)
 
     @property
@@ -76,6 +79,7 @@ class _DiskGrowth:
 
     @property
     def identity(self) -> dict[str, Any]:
+        """The new stage's settings for its config.json."""
         return identity(self.config, self.index, self.fingerprint)
 
 

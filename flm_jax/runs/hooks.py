@@ -1,4 +1,4 @@
-"""What happens beside the train steps of a stage: evaluation, checks of the loss, logs."""
+"""Hooks of the training loop: evaluation, the check that losses are finite, logs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from flm_jax.store.checkpoint import Checkpoints
 from flm_jax.store.files import MetricsFile
 from flm_jax.store.metrics import TensorBoard
 
-LOG_EVERY = 10  # steps between rows of metrics.jsonl; a row has their mean loss
+LOG_EVERY = 10  # steps between two rows of metrics.jsonl; a row holds their mean loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,31 +30,39 @@ class Log:
 
 
 class Evaluation:
-    """Evaluates at a stage's start, its end, the end of its ramp, and every `every_steps` steps."""
+    """Evaluates a stage at its start and end, at the end of its ramp, and every `every_steps`."""
 
     def __init__(self, stage: Stage, ramp: Ramp, log: Log, rows: list[dict[str, Any]]):
-        """`rows`: the rows of metrics.jsonl so far; what they hold is not evaluated again."""
+        """Prepares the evaluations of a stage.
+
+        Args:
+          stage: the stage to evaluate.
+          ramp: its run-time masks.
+          log: receives the measurements.
+          rows: the rows of metrics.jsonl so far; their steps are not evaluated again.
+        """
         self._stage, self._ramp, self._log = stage, ramp, log
-        self._found = {row["step"]: row for row in rows if row["kind"] == "eval"}
+        self._measured = {row["step"]: row for row in rows if row["kind"] == "eval"}
 
     def __call__(self, step: int, params: Any) -> None:
-        """Evaluates the parameters after a global step, if this is due and was not done yet."""
+        """Evaluates the parameters after a global step, if it is due and not done yet."""
         stage = self._stage
         since, every = step - stage.start, stage.experiment.eval.every_steps
         due = step in (stage.start, stage.end, self._ramp.end) or since % every == 0
-        if due and step not in self._found:
+        if due and step not in self._measured:
             mask = self._ramp.value(step)
-            self._found[step] = found = stage.evaluate(params, self._ramp.masks_at, mask)
-            self._write(step, found, mask)
+            result = stage.evaluate(params, self._ramp.masks_at, mask)
+            self._measured[step] = result
+            self._write(step, result, mask)
 
     def measured(self, step: int, name: str) -> float | None:
-        """Returns one measurement at a step; None if there is none."""
-        return self._found.get(step, {}).get(name)
+        """Returns the measurement `name` at a global step; None if there is none."""
+        return self._measured.get(step, {}).get(name)
 
-    def _write(self, step: int, found: dict[str, float], mask: float | None) -> None:
-        log, bpb = self._log, found["bpb"]
-        more = {name: value for name, value in found.items() if name != "bpb"}
-        log.metrics.append("eval", step, **found, mask=mask)
+    def _write(self, step: int, result: dict[str, float], mask: float | None) -> None:
+        log, bpb = self._log, result["bpb"]
+        more = {name: value for name, value in result.items() if name != "bpb"}
+        log.metrics.append("eval", step, **result, mask=mask)
         log.board.write(step, validation_bits_per_byte=bpb, **more)
         text = "".join(f", {name.replace('_', ' ')} {value:.4f}" for name, value in more.items())
         log.progress.note(
@@ -65,12 +73,12 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class Dispatched:
-    """A step that the devices have been given, and whose results have not been read yet.
+    """A train step that was dispatched to the devices; its results are not read yet.
 
     Attributes:
       step: the global step after it.
-      metrics: of the train step.
-      signal: number of the signal that asked some process to stop, or 0.
+      metrics: the train step's metrics.
+      signal: number of the signal that asked a process to stop; 0: none.
     """
 
     step: int
@@ -79,10 +87,18 @@ class Dispatched:
 
 
 class Report:
-    """Reads the results of steps: checks that losses are finite, shows and logs them."""
+    """Reads the results of train steps, checks that losses are finite, shows and logs them."""
 
     def __init__(self, stage: Stage, ramp: Ramp, log: Log, first: int, checkpoints: Checkpoints):
-        """`first`: the global step from which this process trains."""
+        """Prepares the report of a stage.
+
+        Args:
+          stage: the stage that is trained.
+          ramp: its run-time masks.
+          log: receives the measurements.
+          first: the global step from which this process trains.
+          checkpoints: the stage's checkpoints; an error names the last one.
+        """
         self._stage, self._ramp, self._log = stage, ramp, log
         self._first, self._checkpoints = first, checkpoints
         self._losses: list[float] = []  # since the last row
@@ -90,8 +106,11 @@ class Report:
     def __call__(self, dispatched: Dispatched | None) -> int:
         """Waits for a step's results. Call it after the next step was dispatched.
 
+        Args:
+          dispatched: the step; None: does nothing.
+
         Returns:
-          The number of the signal that asked some process to stop; 0: none, or no step.
+          The number of the signal that asked a process to stop; 0: none.
 
         Raises:
           UserError: the loss is not finite.
@@ -121,8 +140,8 @@ class Report:
 
     def _diverged(self, step: int, loss: float) -> UserError:
         good = self._checkpoints.last_saved
-        where = "none" if good is None else self._checkpoints.path(good)
+        path = "none" if good is None else self._checkpoints.path(good)
         return UserError(
             f"stage {self._stage.name}: loss is {loss} at step {step}; the last good checkpoint "
-            f"is {where}; lower learning_rate or raise warmup_steps, in a new workdir"
+            f"is {path}; lower learning_rate or raise warmup_steps, in a new workdir"
         )

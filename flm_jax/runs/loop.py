@@ -1,8 +1,7 @@
-"""The training loop: takes stages to their end, one after the other.
+"""The training loop: trains stages to their end, one after the other.
 
 Read it in this order: `run_stages`, `_run_stage`, `train`; then the step itself,
-`train/train_step.py`. `stage.py` has what comes before and after training, `hooks.py` what happens
-beside the steps.
+`train/train_step.py`. `stage.py` starts and finishes a stage; `hooks.py` evaluates and logs.
 
 With several processes (`runtime/processes.py`), all of them run every line over one mesh of all
 their devices, except inside `processes.once`; only the first process shows and logs.
@@ -32,11 +31,11 @@ from flm_jax.train.train_step import make_train_step
 
 
 def run_stages(stages: Sequence[Stage], run: RunFolder) -> None:
-    """Runs stages one after the other, each from where it stands in the run's folder.
+    """Runs stages one after the other; each resumes from its latest checkpoint.
 
     Args:
-      stages: what to run; each one's parent is finished or comes before it.
-      run: the folder, which exists.
+      stages: the stages; the parent of each is finished or comes before it.
+      run: the run's folder, which exists.
 
     Raises:
       UserError: the folder belongs to another config, or a loss is not finite.
@@ -54,7 +53,7 @@ def run_stages(stages: Sequence[Stage], run: RunFolder) -> None:
 def _run_stage(
     stage: Stage, before: Position | None, run: RunFolder, stop: StopRequest, board: TensorBoard
 ) -> Position:
-    """Runs one stage to its end; `before` is its parent's end, if it is in memory."""
+    """Runs one stage to its end; `before` is its parent's final position, if it is in memory."""
     folder = stage.folder(run)
     processes.once(lambda: run.begin_stage(folder, stage.identity))
     checkpoints = Checkpoints(folder.checkpoints, stage.experiment.checkpoint.keep)
@@ -76,8 +75,24 @@ def train(
     stop: StopRequest,
     board: TensorBoard,
 ) -> Position:
-    """Trains a stage from a position to its end; returns the position there."""
-    began = time.monotonic() - position.wall_s
+    """Trains a stage to its end, and saves checkpoints on the way.
+
+    Args:
+      stage: the stage to train.
+      position: where to start; its state is consumed.
+      folder: the stage's folder.
+      checkpoints: the stage's checkpoints.
+      stop: tells whether a signal asked this process to stop.
+      board: receives the training curves.
+
+    Returns:
+      The position at the stage's end.
+
+    Raises:
+      UserError: a loss is not finite.
+      RunStopped: after SIGINT or SIGTERM; a checkpoint was written.
+    """
+    start_time = time.monotonic() - position.wall_s
     config, (mesh, rules) = stage.config, stage.layout
     ramp = read_ramp(stage, folder)
     train_step = make_train_step(config, stage.tx, mesh, ramp.masks_at, rules)
@@ -100,7 +115,7 @@ def train(
                 # A state is saved only once its loss is known to be finite.
                 signal_number = max(signal_number, report(dispatched))
                 dispatched = None
-                position = Position(state, batches.get_state(), time.monotonic() - began)
+                position = Position(state, batches.get_state(), time.monotonic() - start_time)
                 loss = evaluate.measured(step, stage.best_by)
                 checkpoints.save(step, state, position.progress(), loss)
             if step == stage.end:
@@ -115,7 +130,7 @@ def train(
             mask = ramp.value(step + 1)
             state, metrics = train_step(state, batch, None if mask is None else np.float32(mask))
             step += 1
-            signal_number = report(dispatched)  # of the step before, while devices run this one
+            signal_number = report(dispatched)  # the previous step, while the devices run this one
             dispatched = Dispatched(step, metrics, processes.largest(stop.requested))
     checkpoints.wait()
-    return Position(state, batches.get_state(), time.monotonic() - began)
+    return Position(state, batches.get_state(), time.monotonic() - start_time)

@@ -1,4 +1,4 @@
-"""What a run shows at its end: a table on screen, `report/report.md` and its figures."""
+"""The report of a run: a table on screen, `report/report.md` and its figures."""
 
 from __future__ import annotations
 
@@ -15,13 +15,23 @@ from flm_jax.store.files import write_atomically
 from flm_jax.store.lineage import RunFolder, StageFolder, bits_per_byte
 
 _COLUMNS = (
-    "stage", "params", "steps", "tokens", "FLOPs", "time", "bits per byte",
-    "logit change", "loss change", "dead", "locked",
-)  # fmt: skip
+    "stage",
+    "params",
+    "steps",
+    "tokens",
+    "FLOPs",
+    "time",
+    "bits per byte",
+    "logit change",
+    "loss change",
+    "dead",
+    "locked",
+)
 _ON_SCREEN = ("stage", "params", "tokens", "time", "bits per byte", "logit change")
 
 
 def _row(stage: dict[str, Any]) -> list[str]:
+    """Returns the text of a stage's cells, in the order of `_COLUMNS`."""
     receipt = stage["receipt"]
     growth = ["", "", "", ""]
     if receipt:
@@ -44,7 +54,11 @@ def _row(stage: dict[str, Any]) -> list[str]:
 
 
 def table(stages: Sequence[dict[str, Any]]) -> rich.table.Table:
-    """The stage table's main columns, within 80 characters."""
+    """Draws a table of a run's stages: the main columns, within 80 characters.
+
+    Args:
+      stages: the stages' entries in lineage.json.
+    """
     drawn = rich.table.Table(box=rich.box.SIMPLE)
     for name in _ON_SCREEN:
         drawn.add_column(name, no_wrap=True)
@@ -55,6 +69,7 @@ def table(stages: Sequence[dict[str, Any]]) -> rich.table.Table:
 
 
 def _markdown(stages: Sequence[dict[str, Any]]) -> str:
+    """Returns all columns of the table in Markdown."""
     rows = [_COLUMNS, ["---"] * len(_COLUMNS), *(_row(s) for s in stages)]
     return "\n".join("| " + " | ".join(r) + " |" for r in rows)
 
@@ -64,38 +79,41 @@ def _folders(folder: RunFolder, stages: Sequence[dict[str, Any]]) -> list[StageF
 
 
 def _grown(stages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Without the first stage and those that were fine-tuned."""
+    """Returns the stages that were grown: neither the first one nor the fine-tuned ones."""
     return [s for s in stages if s["receipt"] and s["receipt"]["operator"] != "none"]
 
 
 def _curves(folder: RunFolder, stages: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
-    """Validation bits per byte against tokens and against FLOPs, growth points marked."""
+    """Draws validation bits per byte against tokens and FLOPs, and marks each growth."""
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
     for panel, unit, name in zip(
         panels, ("tokens", "flops"), ("training tokens", "training FLOPs"), strict=True
     ):
-        done, step0 = 0.0, 0
-        worst = 0.0
-        for stage, at in zip(stages, _folders(folder, stages), strict=True):
+        done, first_step = 0.0, 0
+        for stage, stage_folder in zip(stages, _folders(folder, stages), strict=True):
             per_step = stage[unit] / max(stage["steps"], 1)
-            rows = at.metrics.rows("eval")
+            rows = stage_folder.metrics.rows("eval")
             # The untrained model's first point would flatten all others.
             rows = [r for r in rows if r["step"] > 0]
-            xs = [done + (r["step"] - step0) * per_step for r in rows]
+            xs = [done + (r["step"] - first_step) * per_step for r in rows]
             ys = [r["bpb"] for r in rows]
-            worst = max([worst, *ys])
             panel.plot(xs, ys, color=LINE, marker="o", markersize=3)
             if stage["index"] > 0:
                 panel.axvline(done, color=ACCENT, linestyle="--", linewidth=1)
                 grew = stage in _grown(stages)
                 panel.annotate(
                     f"grow to {stage['params'] / 1e6:.3g}M" if grew else stage["name"],
-                    (done, 1), (3, -4),
-                    xycoords=("data", "axes fraction"), textcoords="offset points",
-                    color=ACCENT, fontsize=8, rotation=90, va="top",
-                )  # fmt: skip
+                    (done, 1),
+                    (3, -4),
+                    xycoords=("data", "axes fraction"),
+                    textcoords="offset points",
+                    color=ACCENT,
+                    fontsize=8,
+                    rotation=90,
+                    va="top",
+                )
             done += stage[unit]
-            step0 += stage["steps"]
+            first_step += stage["steps"]
         panel.set_xlabel(name)
         panel.set_xlim(left=0)
         clean(panel)
@@ -104,7 +122,7 @@ def _curves(folder: RunFolder, stages: Sequence[dict[str, Any]], path: pathlib.P
 
 
 def _ramps(folder: RunFolder, stages: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
-    """Training loss and mask value over each grown stage's first steps."""
+    """Draws training loss and mask value over the first steps of each grown stage."""
     grown = _grown(stages)
     figure, panels = plt.subplots(1, len(grown), figsize=(4.5 * len(grown), 3.4), squeeze=False)
     for panel, stage in zip(panels[0], grown, strict=True):
@@ -125,7 +143,7 @@ def _ramps(folder: RunFolder, stages: Sequence[dict[str, Any]], path: pathlib.Pa
 
 
 def _distances(folder: RunFolder, stages: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
-    """Draws how far each layer is from the identity, and which layers were copied."""
+    """Draws each layer's distance from the identity; copied layers have another color."""
     grown = _grown(stages)
     figure, panels = plt.subplots(1, len(grown), figsize=(4.5 * len(grown), 3.2), squeeze=False)
     for panel, stage in zip(panels[0], grown, strict=True):
@@ -141,7 +159,14 @@ def _distances(folder: RunFolder, stages: Sequence[dict[str, Any]], path: pathli
 
 
 def write(folder: RunFolder) -> pathlib.Path:
-    """Writes the report of the finished stages; returns the path of report.md."""
+    """Writes the report of a run's finished stages.
+
+    Args:
+      folder: the run's folder; it has one finished stage or more.
+
+    Returns:
+      The path of report.md.
+    """
     stages = folder.stages()
     folder.report.mkdir(exist_ok=True)
     figures = [("curve.png", "Validation bits per byte; dashed: growth.", _curves)]
@@ -161,16 +186,16 @@ Data: `{config["data"]["task"]}`, vocabulary `{config["data"]["vocabulary"]}`, f
 
 {_markdown(stages)}
 
-"Logit change" is the largest change of a logit at the growth, over the root mean square of the
-logits; "loss change" is in nats per token; both on the calibration batch.
+"Logit change" is the largest change of a logit at the growth, divided by the root mean square of
+the logits. "Loss change" is in nats per token. Both are measured on the calibration batch.
 
 {pictures}
 ## What this does and does not show
 
 It shows the mechanics: each growth keeps the function, training continues, and the loss falls from
-stage to stage. It does not show a saving. At sizes that train in minutes, a small model trained
-longer reaches a lower loss than the grown one; part of the last stage's fall is the decay of its
-learning rate.
+stage to stage. It does not show that growth saves compute. At sizes that train in minutes, a small
+model that is trained longer reaches a lower loss than the grown one. The decay of the learning rate
+causes part of the fall in the last stage.
 """
     path = folder.report / "report.md"
     write_atomically(path, text)

@@ -41,7 +41,7 @@ class Position:
     Attributes:
       state: the train state.
       data: the position in the training data.
-      wall_s: seconds that were spent on this stage.
+      wall_s: seconds spent on this stage so far.
     """
 
     state: TrainState
@@ -54,16 +54,20 @@ class Position:
         return int(self.state.step)
 
     def progress(self) -> dict[str, Any]:
-        """The small values that a checkpoint keeps beside the state."""
+        """Returns the small values that a checkpoint stores with the state."""
         return {"data": self.data, "wall_s": self.wall_s}
 
 
 class Batches(Iterator[dict[str, np.ndarray]], Protocol):
     """An endless training stream whose position can be saved."""
 
-    def get_state(self) -> dict[str, Any]: ...
+    def get_state(self) -> dict[str, Any]:
+        """Returns the position after the last returned batch, as JSON values."""
+        ...
 
-    def set_state(self, state: dict[str, Any]) -> None: ...
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Moves the stream to a position."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,20 +86,21 @@ class Stage:
     Attributes:
       config: the stage's own settings.
       experiment: the settings that a run's stages share: optimizer, evaluation, checkpoints, seed.
-      index: its index in lineage.json.
+      index: the stage's index in lineage.json.
       start: the global step at which it starts.
       parent: the stage that it grows out of; None: it starts from `source` unchanged.
       layout: mesh and sharding of its train state.
       sequence_length: tokens.
       identity: the settings that affect its results: config.json, compared on resume.
       tx: the optimizer.
-      schedule: the learning rate's factor by global step.
+      schedule: global step -> factor of the learning rate.
       batches: (batch_size, index, count) -> the training stream from its start, part `index` of
         `count` of each batch.
-      source: reads or makes the start: the parent's end; without a parent the stage's first state.
+      source: reads the parent's final position; without a parent it makes the first position.
       evaluate: (parameters, masks_at, mask_value) -> measurements by name, `bpb` (validation bits
         per byte) among them.
-      best_by: the stage's result is the checkpoint with the lowest such measurement; "": the last.
+      best_by: a measurement's name; the checkpoint with its lowest value is the stage's result.
+        "": the last checkpoint is.
     """
 
     config: StageConfig
@@ -115,6 +120,7 @@ class Stage:
 
     @property
     def name(self) -> str:
+        """The stage's name."""
         return self.config.name
 
     @property
@@ -123,11 +129,21 @@ class Stage:
         return self.start + self.config.steps
 
     def folder(self, run: RunFolder) -> StageFolder:
+        """Returns the stage's folder in a run."""
         return run.stage(self.index, self.name)
 
 
 def restore(stage: Stage, checkpoints: Checkpoints, step: int | None = None) -> Position:
-    """Reads a stage's position from a checkpoint; `step` None: from the latest one."""
+    """Reads a stage's position from a checkpoint.
+
+    Args:
+      stage: the stage, with the layout that the state gets.
+      checkpoints: the stage's checkpoints; there is one or more.
+      step: the checkpoint's step; None: the latest one.
+
+    Raises:
+      UserError: the checkpoint has other leaves, shapes or dtypes than the stage.
+    """
     step = checkpoints.latest if step is None else step
     assert step is not None
     like = abstract_state(stage.config.model, stage.tx, stage.layout)
@@ -138,13 +154,19 @@ def restore(stage: Stage, checkpoints: Checkpoints, step: int | None = None) -> 
 def begin(
     stage: Stage, before: Position | None, folder: StageFolder, checkpoints: Checkpoints
 ) -> Position:
-    """Returns the position from which a stage continues: its latest checkpoint, else its start.
+    """Starts or resumes a stage: from its latest checkpoint, otherwise from its start.
 
     Args:
       stage: the stage to start or resume.
-      before: its parent's final position, if it is in memory; consumed.
+      before: its parent's final position, if it is in memory; its state is consumed.
       folder: the stage's folder.
       checkpoints: the stage's checkpoints.
+
+    Returns:
+      The position from which the stage trains.
+
+    Raises:
+      UserError: the latest checkpoint does not fit the stage, or the growth is impossible.
     """
     if checkpoints.latest is not None:
         position = restore(stage, checkpoints)
@@ -162,8 +184,8 @@ def begin(
 def with_norm_eps(config: ExperimentConfig) -> ExperimentConfig:
     """Gives every stage the RMSNorm eps that its growth needs (`growth.norm_eps`).
 
-    A stage that is written with its parent's eps gets the derived one. Another eps stays, and the
-    growth refuses it unless it is the derived one.
+    A stage whose config has its parent's eps gets the derived eps. Any other eps stays as it is;
+    the growth refuses it unless it equals the derived one.
 
     Raises:
       UserError: a recipe cannot do its growth.
@@ -181,25 +203,30 @@ def with_norm_eps(config: ExperimentConfig) -> ExperimentConfig:
 def plan_of(
     small: TransformerConfig, stage: StageConfig, distances: Sequence[float] | None = None
 ) -> growth.Plan:
-    """Plans a stage's growth out of a model of config `small`.
+    """Plans a stage's growth.
 
     Args:
       small: the parent's model.
-      stage: its model and its growth settings.
-      distances: see `growth.plan`.
+      stage: the stage, with its model and its growth settings.
+      distances: the parent's layer distances from the identity; see `growth.plan`.
 
     Raises:
       UserError: the recipe cannot do this growth.
     """
     g = stage.growth
     return growth.plan(
-        small, stage.model, g.recipe, moments=g.moments, rates=g.rates, noise_db=g.noise_db,
+        small,
+        stage.model,
+        g.recipe,
+        moments=g.moments,
+        rates=g.rates,
+        noise_db=g.noise_db,
         layer_distances=distances,
-    )  # fmt: skip
+    )
 
 
 def read_plan(stage: Stage, folder: StageFolder) -> growth.Plan | None:
-    """Reads the plan of a stage's growth; None without a parent."""
+    """Reads the plan of a stage's growth; None if the stage has no parent."""
     if stage.parent is None:
         return None
     return growth.Plan.from_json(processes.once(folder.plan.read_text))
@@ -221,11 +248,11 @@ class Ramp:
 
     @property
     def end(self) -> int:
-        """The global step from which all masks are at 1."""
+        """The global step from which all masks are 1."""
         return self.start + (self.growth.ramp_steps if self.masks_at else 0)
 
     def value(self, step: int) -> float | None:
-        """The masks' value after a global step; None: the plain model."""
+        """Returns the masks' value after a global step; None: the stage has no masks."""
         return self.growth.mask_at(step - self.start) if self.masks_at else None
 
 
@@ -237,7 +264,12 @@ def read_ramp(stage: Stage, folder: StageFolder) -> Ramp:
 
 
 def calibration_batch(batches: Batches, data: dict[str, Any]) -> dict[str, Any]:
-    """Reads the next sequences at a position in the training data, without consuming them."""
+    """Reads the batch at a position in the training data.
+
+    Args:
+      batches: a stream of its own, because its position changes.
+      data: the position, as `Batches.get_state` gives it.
+    """
     batches.set_state(data)
     return next(batches)
 
@@ -249,7 +281,7 @@ def _grow(
 
     The parent's state is consumed.
     """
-    began = time.monotonic()
+    start_time = time.monotonic()
     config = stage.config
     batch, old = _measure_parent(stage, parent, before)
     key = jax.random.fold_in(jax.random.key(stage.experiment.seed), stage.index)
@@ -261,7 +293,7 @@ def _grow(
             plan = ligo.fit(plan, before.state.params, batches, mesh, config.growth, key)
     state = growth.grow_on_mesh(before.state, plan, key, parent.layout, stage.layout)
     _write_growth(stage, old, batch, state, plan, folder)
-    position = Position(state, before.data, time.monotonic() - began)
+    position = Position(state, before.data, time.monotonic() - start_time)
     _save_start(position, checkpoints)
     return position
 
@@ -275,7 +307,7 @@ def _save_start(position: Position, checkpoints: Checkpoints) -> None:
 def _measure_parent(
     stage: Stage, parent: Parent, before: Position
 ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
-    """Returns the calibration batch, whole in every process, and `measure.source` on it."""
+    """Returns the whole calibration batch (in every process), and `measure.source` on it."""
     batches = stage.batches(stage.config.growth.calibration_sequences)
     batch = calibration_batch(batches, before.data)
     with jax.set_mesh(parent.layout.mesh):
@@ -290,7 +322,7 @@ def _write_growth(
     plan: growth.Plan,
     folder: StageFolder,
 ) -> None:
-    """Measures the grown state against `old`; writes plan and receipt."""
+    """Compares the grown state with `old`, the parent's measurements; writes plan and receipt."""
     receipt = Receipt(
         operator=plan.recipe,
         exactness=plan.exactness,
@@ -305,7 +337,7 @@ def _write_growth(
 def _complete_receipt(
     stage: Stage, parent: Parent, position: Position, folder: StageFolder
 ) -> None:
-    """Measures a growth that was done on disk (`grow_on_disk.py`), if it was not measured yet."""
+    """Completes the receipt of a growth that was done on disk (`grow_on_disk.py`)."""
     if measured(processes.once(lambda: json.loads(folder.receipt.read_text()))):
         return
     batch, old = _measure_parent(stage, parent, stage.source())
@@ -315,6 +347,7 @@ def _complete_receipt(
 
 
 def _floats(distances: jax.Array) -> tuple[float, ...]:
+    """Converts an array to Python floats, which JSON can hold."""
     return tuple(float(d) for d in np.asarray(distances))
 
 
@@ -323,26 +356,34 @@ def finish(stage: Stage, position: Position, folder: StageFolder, checkpoints: C
 
     Args:
       stage: the stage that was trained.
-      position: its final position.
+      position: the stage's final position.
       folder: the stage's folder.
       checkpoints: the stage's checkpoints; the entry names the best one.
     """
-    wall_s, step = position.wall_s, checkpoints.best
+    wall_s = position.wall_s
+    step = checkpoints.best
     if step != position.step:
         position = restore(stage, checkpoints, step)
     path = checkpoints.path(position.step).relative_to(folder.run.path)
-    plan, digest = read_plan(stage, folder), params_digest(position.state.params)
+    plan = read_plan(stage, folder)
+    digest = params_digest(position.state.params)
     entry = functools.partial(
-        _entry, stage, folder, plan, position.step, wall_s=wall_s, params_digest=digest,
+        _entry,
+        stage,
+        folder,
+        plan,
+        position.step,
+        wall_s=wall_s,
+        params_digest=digest,
         checkpoint=str(path),
-    )  # fmt: skip
+    )
     processes.once(lambda: folder.run.add_stage(entry()))
 
 
 def _entry(
     stage: Stage, folder: StageFolder, plan: growth.Plan | None, step: int, **more: Any
 ) -> dict[str, Any]:
-    """Describes a finished stage for lineage.json; `more` is added at the end."""
+    """Returns the entry of a finished stage for lineage.json; `more` are its last fields."""
     model, steps = stage.config.model, stage.config.steps
     tokens = steps * stage.config.batch_size * stage.sequence_length
     evals = folder.metrics.rows("eval")

@@ -1,4 +1,4 @@
-"""The checkpoints of one stage, through orbax; no other module imports orbax.
+"""Checkpoints of one stage. This is the only module that imports orbax.
 
 `chunked.py` reads and writes leaves slice by slice, without orbax.
 """
@@ -23,7 +23,7 @@ from flm_jax.store.earlier import as_stored, upgraded
 
 Tree = TypeVar("Tree")
 
-STATE = "state"  # the folder of the train state in a checkpoint, as orbax names it
+STATE = "state"  # orbax's name for the folder of the train state in a checkpoint
 CHUNK_BYTES = 32 << 20  # the largest chunk of a leaf on disk
 
 
@@ -31,7 +31,12 @@ class Checkpoints:
     """Train states by step, each with a small `progress` of JSON values (data position, time)."""
 
     def __init__(self, directory: pathlib.Path, keep: int | None = None):
-        """`keep`: number of latest checkpoints kept; None: all. The best one is kept too."""
+        """Opens a folder of checkpoints; creates it if it does not exist.
+
+        Args:
+          directory: the folder.
+          keep: number of latest checkpoints to keep; None: all. The best one is kept too.
+        """
         policies = ocp.training
         self.directory = directory
         self._checkpointer = ocp.training.Checkpointer(
@@ -59,13 +64,14 @@ class Checkpoints:
 
     @property
     def best(self) -> int | None:
-        """The step with the lowest loss (ties: the later one); without losses, the latest."""
+        """The step with the lowest loss (of equal losses the later step); else the latest step."""
         measured = [c for c in self._checkpointer.checkpoints if c.metrics is not None]
         # The same order as orbax's, so the result is a checkpoint that orbax kept.
         ranked = sorted(measured, key=lambda c: _goodness(c.metrics))
         return ranked[-1].step if ranked else self.latest
 
     def path(self, step: int) -> pathlib.Path:
+        """Returns the folder of a checkpoint, which may not exist."""
         return self.directory / str(step)
 
     def save(
@@ -73,7 +79,11 @@ class Checkpoints:
     ) -> None:
         """Writes a checkpoint in the background; it appears atomically.
 
-        `loss`: `best` is the checkpoint with the lowest one.
+        Args:
+          step: the global step; it names the checkpoint.
+          state: a tree of arrays, the train state.
+          progress: JSON values to store with the state.
+          loss: `best` is the step with the lowest loss; None: the step does not take part.
         """
         metrics = None if loss is None else {"loss": loss}
         self._checkpointer.save_async(step, state, metrics=metrics, custom_metadata=progress)
@@ -84,13 +94,13 @@ class Checkpoints:
 
         Args:
           step: the checkpoint's step.
-          like: a tree of `ShapeDtypeStruct`s with shardings, as `train_step.abstract_state` gives.
+          like: a tree of `ShapeDtypeStruct`s with shardings; see `train_step.abstract_state`.
 
         Returns:
           The state and its progress.
 
         Raises:
-          UserError: the checkpoint has other leaves, shapes or dtypes; no value is made up.
+          UserError: the checkpoint has other leaves, shapes or dtypes than `like`.
         """
         metadata = self._checkpointer.metadata(step)
         stored = shapes(metadata.metadata)
@@ -104,17 +114,20 @@ class Checkpoints:
         self._checkpointer.wait()
 
     def close(self) -> None:
+        """Waits until the current checkpoint is complete, and releases resources."""
         self._checkpointer.close()
 
 
 def _goodness(metrics: Any) -> float:
+    """Returns a number that is higher for a better checkpoint."""
     return -float(metrics["loss"])
 
 
 def _context() -> ocp.Context:
-    """Writes large leaves in chunks, so that a part can be read without the rest (`chunked.py`).
+    """Returns orbax's settings: large leaves are written in chunks, without compression.
 
-    Uncompressed: zstd takes time and still leaves 92% of a trained state (`configs/demo.py:smoke`).
+    `chunked.py` can then read a part of a leaf without the rest. zstd would take time, and its
+    output still has 92% of the size of a trained state (measured with `configs/demo.py:smoke`).
     """
     context = ocp.Context()
     context.array.saving.use_compression = False
@@ -123,10 +136,11 @@ def _context() -> ocp.Context:
 
 
 def _chunks(path: Any, leaf: Any) -> ocp.options.ArrayOptions.Saving.StorageOptions | None:
+    """Returns how orbax cuts a leaf; None: one chunk."""
+    del path  # orbax passes it; the leaf's size decides alone
     if leaf.nbytes <= CHUNK_BYTES:
         return None
-    del path
-    # Along the first axis where possible: a layer, or some rows, can then be read alone.
+    # Along the first axis where possible: one layer, or some rows, can then be read alone.
     return ocp.options.ArrayOptions.Saving.StorageOptions(
         chunk_byte_size=CHUNK_BYTES, shard_axes=(0,)
     )
@@ -135,7 +149,10 @@ def _chunks(path: Any, leaf: Any) -> ocp.options.ArrayOptions.Saving.StorageOpti
 def by_name(tree: Any) -> dict[str, Any]:
     """Returns the leaves by name, such as "opt_state/1/mu/layers/mlp/up", in the tree's order.
 
-    Keys, indices and attributes are treated alike: orbax's metadata has keys for all of them.
+    A name does not tell keys, indices and attributes apart: orbax's metadata has keys for all.
+
+    >>> by_name({"params": {"up": 1}, "opt_state": (2, 3)})
+    {'opt_state/0': 2, 'opt_state/1': 3, 'params/up': 1}
     """
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {"/".join(_key(k) for k in path): x for path, x in leaves}
@@ -149,7 +166,7 @@ def _key(key: Any) -> str:
 
 
 def shapes(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns shape and dtype of the leaves, by name."""
+    """Returns the shape and dtype of each leaf, by name."""
     return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in by_name(tree).items()}
 
 
@@ -158,7 +175,16 @@ def check_fits(
     have: dict[str, jax.ShapeDtypeStruct],
     want: dict[str, jax.ShapeDtypeStruct],
 ) -> None:
-    """Raises UserError if a checkpoint's leaves are not the ones that a config needs."""
+    """Checks that a checkpoint has the leaves that a config needs.
+
+    Args:
+      path: the checkpoint's folder, for the error.
+      have: the checkpoint's leaves: name -> shape and dtype.
+      want: the leaves that the config needs: name -> shape and dtype.
+
+    Raises:
+      UserError: a leaf is missing or unknown, or has another shape or dtype.
+    """
 
     def text(leaves: dict[str, jax.ShapeDtypeStruct], name: str) -> str | None:
         x = leaves.get(name)
@@ -174,7 +200,7 @@ def check_fits(
 
 
 def describe(path: pathlib.Path) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, Any]]:
-    """Returns a checkpoint's leaves, by name, and its progress; reads no array.
+    """Returns a checkpoint's leaves (name -> shape and dtype) and its progress; reads no array.
 
     Raises UserError if there is no complete checkpoint.
     """
@@ -190,10 +216,15 @@ def describe(path: pathlib.Path) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[
 
 
 def write_skeleton(path: pathlib.Path, like: Any, progress: dict[str, Any]) -> None:
-    """Writes a checkpoint of the tree `like` in which every array has one entry.
+    """Writes a checkpoint in which every array has one entry.
 
     Orbax's metadata describes how leaves are nested, not their sizes. Each array is a folder in
-    zarr's format: replacing the arrays gives a checkpoint of other sizes.
+    zarr's format, so `CheckpointWriter` can replace it by an array of another size.
+
+    Args:
+      path: the checkpoint's folder, which does not exist yet.
+      like: a tree of `ShapeDtypeStruct`s.
+      progress: JSON values to store with the state.
     """
     context = ocp.Context()
     context.array.saving.use_ocdbt = context.array.saving.use_zarr3 = False
@@ -201,7 +232,7 @@ def write_skeleton(path: pathlib.Path, like: Any, progress: dict[str, Any]) -> N
     context.array.saving.array_metadata_store = None
     ones = jax.tree.map(lambda x: jnp.zeros((1,) * len(x.shape), x.dtype), like)
     verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)  # it warns that there is no OCDBT to merge
+    logging.set_verbosity(logging.ERROR)  # orbax warns that there is no OCDBT to merge
     try:
         with context:
             ocp.save(path.absolute(), ones, custom_metadata=progress)
@@ -210,10 +241,16 @@ def write_skeleton(path: pathlib.Path, like: Any, progress: dict[str, Any]) -> N
 
 
 def params_digest(params: Any, piece_bytes: int = 1 << 30) -> str:
-    """Returns a SHA-256 over names, dtypes, shapes and bytes: equal only for bit-equal parameters.
+    """Computes a digest that is equal only for bit-identical parameters.
 
-    It does not depend on where the parameters lie: pieces of at most `piece_bytes` are copied to
-    every process.
+    It does not depend on the parameters' sharding.
+
+    Args:
+      params: nested dicts of arrays.
+      piece_bytes: size of the largest piece that is copied to every process at one time.
+
+    Returns:
+      The SHA-256 over names, dtypes, shapes and bytes, in hexadecimal.
     """
     return digest_of_leaves(
         (path, value, _pieces(value, piece_bytes)) for path, value in trees.flatten(params)
@@ -224,7 +261,8 @@ def digest_of_leaves(leaves: Iterable[tuple[str, Any, Iterable[np.ndarray]]]) ->
     """Computes `params_digest` from pieces.
 
     Args:
-      leaves: for each leaf its path, a value with its dtype and shape, and its entries in C order.
+      leaves: for each leaf its path, a value with its dtype and shape, and its entries in C order,
+        cut into arrays of any sizes.
 
     Returns:
       The digest in hexadecimal.

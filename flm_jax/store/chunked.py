@@ -1,10 +1,10 @@
 """Checkpoints as chunked arrays on disk: leaves are read and written slice by slice.
 
-Memory stays bounded. `CheckpointReader` reads what `Checkpoints` (or `CheckpointWriter`) wrote;
-`CheckpointWriter` writes what `Checkpoints.restore` reads. Orbax describes the tree
-(`checkpoint.py`), tensorstore holds the arrays. Both classes may be used from several threads.
-Leaves are named as in `checkpoint.by_name`:
-"params/layers/mlp/up", "opt_state/1/mu/embedding".
+Memory stays bounded. `CheckpointReader` reads the checkpoints of `Checkpoints` and of
+`CheckpointWriter`; `Checkpoints.restore` reads those of `CheckpointWriter`. Orbax describes the
+tree (`checkpoint.py`), and tensorstore stores the arrays. Several threads may share an object of
+either class. `checkpoint.by_name` names the leaves: "params/layers/mlp/up",
+"opt_state/1/mu/embedding".
 """
 
 from __future__ import annotations
@@ -44,6 +44,11 @@ def chunk_shape(
 
     Returns:
       The shape of one piece; the last piece along a dimension may be smaller.
+
+    >>> chunk_shape((10, 8), itemsize=4, limit=128)
+    (4, 8)
+    >>> chunk_shape((10, 8), itemsize=4, limit=128, whole=[0])
+    (10, 3)
     """
     chunk = list(shape)
     for dim, size in enumerate(shape):
@@ -56,7 +61,15 @@ def chunk_shape(
 
 
 def cells(shape: Sequence[int], chunk: Sequence[int]) -> Iterator[tuple[slice, ...]]:
-    """Yields the pieces of an array as slices, in C order."""
+    """Yields the pieces of an array as slices, in C order.
+
+    Args:
+      shape: the array's shape.
+      chunk: the shape of one piece; see `chunk_shape`.
+
+    >>> list(cells((3, 2), (2, 2)))
+    [(slice(0, 2, None), slice(0, 2, None)), (slice(2, 3, None), slice(0, 2, None))]
+    """
     grid = [math.ceil(n / c) for n, c in zip(shape, chunk, strict=True)]
     for cell in np.ndindex(*grid):
         yield tuple(
@@ -66,25 +79,30 @@ def cells(shape: Sequence[int], chunk: Sequence[int]) -> Iterator[tuple[slice, .
 
 @functools.cache
 def _context() -> ts.Context:
+    """Returns tensorstore's settings."""
     # Files are not synced one by one: a checkpoint is synced once, before it appears.
     return ts.Context({"file_io_sync": False, "cache_pool": {"total_bytes_limit": 0}})
 
 
-def _open(state: pathlib.Path, name: str, **how: Any) -> ts.TensorStore:
+def _open(state: pathlib.Path, name: str, **options: Any) -> ts.TensorStore:
+    """Opens or creates the array of a leaf; `options` are those of `ts.open`, and the driver."""
     folder = name.replace("/", ".") + "/"
     kvstore: dict[str, Any] = {"driver": "file", "path": f"{state}/{folder}"}
     if (state / "manifest.ocdbt").exists():
         base = {"driver": "file", "path": f"{state}/"}
         kvstore = {"driver": "ocdbt", "base": base, "path": folder}
-    driver = how.pop("driver")
+    driver = options.pop("driver")
     # Zeros are written too: the chunk's file shows that the chunk is done.
     spec = {"driver": driver, "kvstore": kvstore, "store_data_equal_to_fill_value": True}
-    return ts.open(spec | how.pop("spec", {}), context=_context(), **how).result()
+    return ts.open(spec | options.pop("spec", {}), context=_context(), **options).result()
 
 
 @contextlib.contextmanager
 def disk_refusals(what: str) -> Iterator[None]:
-    """Turns an error of the disk into one line; tensorstore keeps the system's error number."""
+    """Turns an error of the disk into a UserError that starts with `what`.
+
+    Tensorstore's message holds the system's error number.
+    """
     try:
         yield
     except (ValueError, OSError) as error:
@@ -98,12 +116,12 @@ def disk_refusals(what: str) -> Iterator[None]:
 
 
 class CheckpointReader:
-    """A complete checkpoint.
+    """Reads a complete checkpoint.
 
     Attributes:
-      path: its folder, as `checkpoints/STEP`.
+      path: the checkpoint's folder, such as `checkpoints/1000`.
       leaves: name -> shape and dtype.
-      progress: what was saved with the state.
+      progress: the JSON values that were saved with the state.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -116,9 +134,18 @@ class CheckpointReader:
         self._arrays = {name: _open(state, name, driver=driver, open=True) for name in self.leaves}
 
     def read(self, name: str, slices: Slices | None = None) -> np.ndarray:
-        """Reads the leaf's entries at `slices`, combined as by `np.ix_`; None: all.
+        """Reads a part of a leaf.
 
-        Raises UserError if the disk fails.
+        Args:
+          name: the leaf's name.
+          slices: for each dimension a slice, or the indices of its entries; they are combined as
+            in `np.ix_`. None: the whole leaf.
+
+        Returns:
+          The entries, in the leaf's dtype.
+
+        Raises:
+          UserError: the disk fails.
         """
         array = self._arrays[name]
         with disk_refusals(f"{self.path}: {name} cannot be read"):
@@ -133,12 +160,12 @@ class CheckpointReader:
 class CheckpointWriter:
     """Writes a checkpoint at PATH.partial; `finish` renames it to PATH.
 
-    A new writer continues what a killed process left there: `holds` says which chunks are done.
+    After a kill, a new writer continues the same checkpoint: `holds` tells which chunks are done.
 
     Attributes:
-      path: the checkpoint's folder, as `checkpoints/STEP`.
+      path: the checkpoint's folder, such as `checkpoints/1000`.
       leaves: name -> shape and dtype.
-      chunks: name -> shape of the pieces that are written whole.
+      chunks: name -> shape of one chunk.
     """
 
     def __init__(
@@ -152,9 +179,9 @@ class CheckpointWriter:
 
         Args:
           path: the checkpoint's folder; its name is the step.
-          like: the tree, as `ShapeDtypeStruct`s.
-          progress: small and JSON-able, kept with the state.
-          chunks: name -> shape of the chunks, where it is not what `chunk_shape` gives.
+          like: a tree of `ShapeDtypeStruct`s.
+          progress: JSON values to store with the state.
+          chunks: name -> shape of one chunk; the other leaves get the shape of `chunk_shape`.
 
         Raises:
           UserError: the path exists, another checkpoint was started there, or the disk fails.
@@ -179,30 +206,38 @@ class CheckpointWriter:
         }
 
     def _begin(self, like: Any, progress: dict[str, Any]) -> None:
-        """Creates the empty checkpoint, with all its arrays and no chunk, atomically."""
-        made = self._partial.with_name(self.path.name + ".begun")
-        self._clear(made)
+        """Atomically creates the empty checkpoint: all arrays, no chunk."""
+        created = self._partial.with_name(self.path.name + ".begun")
+        self._clear(created)
         try:
             with disk_refusals(f"{self.path} cannot be written"):
-                made.parent.mkdir(parents=True, exist_ok=True)
-                write_skeleton(made, like, progress)
+                created.parent.mkdir(parents=True, exist_ok=True)
+                write_skeleton(created, like, progress)
                 for name, x in self.leaves.items():
                     _open(
-                        made / STATE, name, driver="zarr", spec={"metadata": {"compressor": None}},
-                        create=True, delete_existing=True, dtype=ts.dtype(x.dtype), shape=x.shape,
+                        created / STATE,
+                        name,
+                        driver="zarr",
+                        spec={"metadata": {"compressor": None}},
+                        create=True,
+                        delete_existing=True,
+                        dtype=ts.dtype(x.dtype),
+                        shape=x.shape,
                         chunk_layout=ts.ChunkLayout(chunk_shape=self.chunks[name]),
-                    )  # fmt: skip
-                made.rename(self._partial)
+                    )
+                created.rename(self._partial)
         except UserError:
-            self._clear(made)
+            self._clear(created)
             raise
 
     @staticmethod
-    def _clear(made: pathlib.Path) -> None:
-        for path in made.parent.glob(made.name + "*"):  # orbax adds a temporary suffix
+    def _clear(folder: pathlib.Path) -> None:
+        """Removes the incomplete folder of a killed or refused process."""
+        for path in folder.parent.glob(folder.name + "*"):  # orbax adds a temporary suffix
             shutil.rmtree(path)
 
     def _check(self, progress: dict[str, Any]) -> None:
+        """Raises UserError if the partial checkpoint was started with other arguments."""
         have = CheckpointReader(self._partial)
         same = have.leaves == self.leaves and have.progress == progress
         if not same or any(have.chunk(name) != self.chunks[name] for name in self.leaves):
@@ -211,21 +246,21 @@ class CheckpointWriter:
             )
 
     def _file(self, name: str, cell: Sequence[int]) -> pathlib.Path:
-        """The file of the chunk at this place of the grid, in zarr's format, version 2."""
+        """Returns the file of the chunk at a position in the grid (zarr format, version 2)."""
         folder = self._partial / STATE / name.replace("/", ".")
         return folder / (".".join(map(str, cell)) or "0")
 
     def pieces(self, name: str) -> Iterator[tuple[slice, ...]]:
-        """The leaf's chunks, as slices, in C order."""
+        """Yields the leaf's chunks as slices, in C order."""
         return cells(self.leaves[name].shape, self.chunks[name])
 
     def holds(self, name: str, piece: Sequence[slice]) -> bool:
-        """Whether a piece of `pieces` was written, by this process or an earlier one."""
+        """Tells whether a piece of `pieces` is written, by this process or an earlier one."""
         cell = [s.start // c for s, c in zip(piece, self.chunks[name], strict=True)]
         return self._file(name, cell).exists()
 
     def held_bytes(self) -> int:
-        """The size of the pieces that are written already."""
+        """Returns the size of the pieces that are written, in bytes."""
         return sum(
             self.leaves[name].dtype.itemsize * math.prod(s.stop - s.start for s in piece)
             for name in self.leaves
@@ -234,9 +269,15 @@ class CheckpointWriter:
         )
 
     def write(self, name: str, slices: Slices | None, values: np.ndarray) -> None:
-        """Writes entries of a leaf; fast where `slices` is one of its `pieces`. None: all.
+        """Writes a part of a leaf.
 
-        `values` must not change afterwards. Raises UserError if the disk fails.
+        Args:
+          name: the leaf's name.
+          slices: for each dimension a slice; a piece of `pieces` is fastest. None: the whole leaf.
+          values: the entries, in the leaf's dtype; the array must not change afterwards.
+
+        Raises:
+          UserError: the disk fails.
         """
         array = self._arrays[name]
         target = array if slices is None else array[tuple(slices)]
@@ -261,6 +302,7 @@ class CheckpointWriter:
 
 
 def _sync(path: pathlib.Path) -> None:
+    """Waits until a file or a folder is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Atomic files, and the metrics file."""
+"""Files that are written atomically, and the metrics file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flm_jax.runtime import processes
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:
-    """Writes a file; a reader sees the old content or the new one, also after a kill."""
+    """Writes a file; a reader sees the old or the new content, also after a kill."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "w", encoding="utf-8") as file:
@@ -24,11 +24,12 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes a value as JSON, atomically."""
     write_atomically(path, json.dumps(value, indent=1) + "\n")
 
 
 def link(source: str, target: str) -> None:
-    """Makes a hard link, or a copy on another disk; an existing target is kept."""
+    """Makes a hard link, or a copy if the target is on another disk; keeps an existing target."""
     if os.path.exists(target):
         return
     try:
@@ -41,25 +42,25 @@ def link(source: str, target: str) -> None:
 
 
 class MetricsFile:
-    """A file with one JSON object per line, each with a `step`; `rewind` is for a resumed run."""
+    """A file with one JSON object per line; each has a `kind` and a `step`."""
 
     def __init__(self, path: pathlib.Path):
         self.path = path
 
     def rows(self, kind: str | None = None) -> list[dict[str, Any]]:
-        """Reads the complete rows, of one `kind` if given; an incomplete last line is left out."""
+        """Reads the rows of one `kind` (None: of all kinds), without an incomplete last line."""
         if not self.path.exists():
             return []
-        found = []
+        rows = []
         for line in self.path.read_text(encoding="utf-8").splitlines():
             try:
-                found.append(json.loads(line))
+                rows.append(json.loads(line))
             except json.JSONDecodeError:
                 break
-        return [row for row in found if kind is None or row["kind"] == kind]
+        return [row for row in rows if kind is None or row["kind"] == kind]
 
     def rewind(self, step: int) -> list[dict[str, Any]]:
-        """Deletes the rows after `step`, whose steps are repeated; returns the other rows."""
+        """Deletes the rows after `step`: a resumed run repeats their steps. Returns the others."""
         kept = [row for row in self.rows() if row["step"] <= step]
         write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         return kept

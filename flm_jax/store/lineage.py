@@ -1,7 +1,7 @@
-"""A run's folder: its files, their contents, and the check that they belong to a config.
+"""A run's folder: its files, and the check that they belong to a config.
 
 Every file is written atomically. With several processes only the first one writes: a run calls
-these functions through `processes.once`, except for the metrics, which no process waits for.
+these functions through `processes.once`. Metrics are the exception: no process waits for them.
 """
 
 from __future__ import annotations
@@ -24,9 +24,16 @@ VERSION = 1
 
 
 class StageFolder:
-    """The folder of one stage: `DIR/stages/<index>-<name>/`."""
+    """The folder of one stage: `RUN/stages/INDEX-NAME/`."""
 
     def __init__(self, run: RunFolder, index: int, name: str):
+        """Names the folder's files; creates nothing.
+
+        Args:
+          run: the run's folder.
+          index: the stage's index in lineage.json.
+          name: the stage's name.
+        """
         self.run, self.index = run, index
         self.path = run.path / "stages" / f"{index}-{name}"
         self.checkpoints = self.path / "checkpoints"
@@ -36,16 +43,22 @@ class StageFolder:
         self.metrics = MetricsFile(self.path / "metrics.jsonl")
 
     def keep_growth(self, plan: str, receipt: Mapping[str, Any]) -> None:
+        """Writes plan.json and receipt.json; `plan` is JSON text."""
         write_atomically(self.plan, plan + "\n")
         write_json(self.receipt, receipt)
 
     @classmethod
     def of_checkpoint(cls, path: pathlib.Path) -> StageFolder:
-        """Returns the stage of `.../stages/<index>-<name>/checkpoints/<step>`.
+        """Returns the folder of the stage of a checkpoint.
 
-        Raises UserError if the path has another form.
+        Args:
+          path: `RUN/stages/INDEX-NAME/checkpoints/STEP`.
+
+        Raises:
+          UserError: the path has another form.
         """
-        stage, (index, _, name) = path.parent.parent, path.parent.parent.name.partition("-")
+        stage = path.parent.parent
+        index, _, name = stage.name.partition("-")
         folder = cls(RunFolder(stage.parent.parent), int(index), name) if index.isdigit() else None
         if folder is None or folder.checkpoints != path.parent or not folder.config.is_file():
             raise UserError(
@@ -54,18 +67,18 @@ class StageFolder:
         return folder
 
     def experiment(self) -> ExperimentConfig:
-        """Returns the config that the stage was trained with, as an experiment of this stage alone.
+        """Returns the stage's config as an experiment with this stage alone.
 
         Raises UserError if config.json is not the config of a stage.
         """
         try:
-            about = json.loads(self.config.read_text(encoding="utf-8"))
-            stage = about["stage"]
+            saved = json.loads(self.config.read_text(encoding="utf-8"))
+            stage = saved["stage"]
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{self.config}: not the config of a stage; restore the file") from None
-        # Fine-tuning and the data add fields of their own.
+        # Fine-tuning adds fields of its own, and so does the data (its fingerprint).
         fields = {field.name for field in dataclasses.fields(ExperimentConfig)}
-        shared = {name: value for name, value in about.items() if name in fields}
+        shared = {name: value for name, value in saved.items() if name in fields}
         return config_lib.experiment({**shared, "stages": [stage]})
 
     def start(self) -> int:
@@ -77,7 +90,12 @@ class RunFolder:
     """A run folder: `lineage.json`, `stages/`, `tensorboard/`, `report/`, `compiled/`."""
 
     def __init__(self, path: str | os.PathLike[str], compiled: pathlib.Path | None = None):
-        """`compiled`: a cache of compiled programs that runs share; None: one of its own."""
+        """Names the folder's files; creates nothing.
+
+        Args:
+          path: the folder.
+          compiled: folder of compiled programs that runs share; None: a folder of this run.
+        """
         self.path = pathlib.Path(path)
         self.lineage = self.path / "lineage.json"
         self.tensorboard = self.path / "tensorboard"
@@ -85,12 +103,13 @@ class RunFolder:
         self.compiled = compiled or self.path / "compiled"  # JAX's compilation cache
 
     def stage(self, index: int, name: str) -> StageFolder:
+        """Returns the folder of a stage, which may not exist."""
         return StageFolder(self, index, name)
 
     def open(self) -> None:
-        """Creates the folder, or checks that it is a run's and can be written.
+        """Creates the folder, or checks that it holds a run and is writable.
 
-        Raises UserError, and changes nothing, if it cannot be written or holds other files.
+        Raises UserError, and changes nothing, if it is not writable or holds other files.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -109,20 +128,28 @@ class RunFolder:
             )
 
     def check_stage(self, folder: StageFolder, identity: Mapping[str, Any]) -> None:
-        """Raises UserError if the stage's saved config differs; names the first difference."""
+        """Checks that a stage was started with the same settings, if it was started.
+
+        Args:
+          folder: the stage's folder.
+          identity: the settings that affect the stage's results; see `lineage.identity`.
+
+        Raises:
+          UserError: the saved config differs; the error names the first difference.
+        """
         if not folder.config.exists():
             return
-        found = mapping.differences(json.loads(folder.config.read_text()), dict(identity))
-        if found:
-            more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        differences = mapping.differences(json.loads(folder.config.read_text()), dict(identity))
+        if differences:
+            more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""
             raise UserError(
-                f"{folder.config}: the run was started with another value: {found[0]}{more}; "
+                f"{folder.config}: the run was started with another value: {differences[0]}{more}; "
                 "restore the value, or give another workdir",
                 argument="workdir",
             )
 
     def begin_stage(self, folder: StageFolder, identity: Mapping[str, Any]) -> None:
-        """Writes config.json. Raises UserError as `check_stage` does."""
+        """Writes config.json after `check_stage`, with its arguments and errors."""
         self.check_stage(folder, identity)
         write_json(folder.config, identity)
 
@@ -140,13 +167,17 @@ class RunFolder:
         return stages
 
     def finished_stage(self, stage: str = "") -> dict[str, Any]:
-        """Returns the entry of one finished stage: see `pick_stage`."""
+        """Returns the entry of one finished stage; see `pick_stage`."""
         return pick_stage(self.stages(), stage, self.path)
 
     def branch(self, other: RunFolder, stages: int | None = None) -> None:
-        """Makes `other` a run that continues from this run's first `stages` stages (None: all).
+        """Copies finished stages into a new run folder, where training can continue.
 
         Files are hard links where the disk allows it: a complete checkpoint never changes.
+
+        Args:
+          other: the new run's folder; if it has finished stages already, nothing is done.
+          stages: number of stages to copy, from the first one; None: all.
         """
         if other.lineage.exists():
             return
@@ -158,7 +189,7 @@ class RunFolder:
         write_json(other.lineage, {"version": VERSION, "stages": entries})
 
     def add_stage(self, entry: dict[str, Any]) -> None:
-        """Writes the entry of a finished stage; entries of later stages are dropped."""
+        """Writes the entry of a finished stage, and deletes the entries of later stages."""
         earlier = [s for s in self.stages() if s["index"] < entry["index"]]
         write_json(self.lineage, {"version": VERSION, "stages": [*earlier, entry]})
 
@@ -167,9 +198,9 @@ def pick_stage(entries: Sequence[dict[str, Any]], stage: str, path: pathlib.Path
     """Picks one finished stage.
 
     Args:
-      entries: the stages' entries in lineage.json.
+      entries: the entries of the finished stages in lineage.json.
       stage: the index or name of a stage; "": the last one.
-      path: the run's folder, for errors.
+      path: the run's folder, for the error.
 
     Returns:
       The stage's entry.
@@ -187,7 +218,14 @@ def pick_stage(entries: Sequence[dict[str, Any]], stage: str, path: pathlib.Path
 
 
 def bits_per_byte(measured: dict[str, float | None]) -> str:
-    """Formats a stage's `eval`; a converted model has no measurement."""
+    """Formats a stage's validation result.
+
+    Args:
+      measured: the field `eval` of the stage's entry; None values: a converted model.
+
+    >>> bits_per_byte({"bpb_start": 3.5, "bpb_end": 2.25})
+    '3.5000 -> 2.2500'
+    """
     start, end = measured["bpb_start"], measured["bpb_end"]
     return "not measured" if start is None else f"{start:.4f} -> {end:.4f}"
 
@@ -197,6 +235,14 @@ def identity(config: ExperimentConfig, index: int, fingerprint: str) -> dict[str
 
     These are the stage's own config, the settings that all stages share, and the data. Meshes,
     layouts, evaluation and checkpoint settings are left out: they may change on resume.
+
+    Args:
+      config: the chain.
+      index: the stage's index in it.
+      fingerprint: digest of the training data.
+
+    Returns:
+      JSON values, as they are written to config.json.
     """
     shared = mapping.to_dict(config)
     for name in ("stages", "mesh", "layouts", "eval", "checkpoint"):

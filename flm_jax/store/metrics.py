@@ -9,9 +9,9 @@ from flm_jax.runtime import processes
 
 
 class TensorBoard:
-    """A context manager that imports clu and TensorFlow when it is entered.
+    """Writes training curves; a context manager.
 
-    With several processes only the first one writes.
+    It imports clu and TensorFlow only on entry. With several processes only the first one writes.
     """
 
     def __init__(self, directory: pathlib.Path):
@@ -33,4 +33,5 @@ class TensorBoard:
         self._writer.close()
 
     def write(self, step: int, **scalars: float) -> None:
+        """Writes values of a step, by the name of their curve."""
         self._writer.write_scalars(step, scalars)

@@ -1,7 +1,7 @@
-"""Results that are computed once: one JSON object per line, found again by identifying fields.
+"""A store of results that are computed once: one JSON object per line, with an identity.
 
-All results that are single rows are stored this way: trials of a study, scores of a model, a
-judge's answers. (A whole run resumes from its run folder instead.)
+Trials of a study, scores of a model and a judge's answers are stored here. A whole run resumes
+from its run folder instead.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ Row = dict[str, Any]
 class Trials:
     """A JSONL file of finished results.
 
-    A result is on disk before `result` returns, so a kill loses at most the result that
-    is being computed. A line that is not a JSON object (the process was killed while it wrote it)
-    is ignored, and its result is computed again. Threads may share an instance; processes may not
+    A result is on disk before `result` returns, so a kill loses at most the result that is being
+    computed. A line that is not a JSON object was written by a process that was killed. It is
+    ignored, and its result is computed again. Threads may share an instance; processes may not
     share a file.
     """
 
@@ -29,18 +29,18 @@ class Trials:
         self.path = pathlib.Path(path)
         self._lock = threading.Lock()
         self._rows: list[Row] = []
-        self._torn = False  # the file ends in the middle of a line
+        self._incomplete = False  # the file ends in the middle of a line
         if self.path.exists():
             text = self.path.read_text(encoding="utf-8", errors="replace")
             self._rows = [row for line in text.split("\n") if (row := _parsed(line)) is not None]
-            self._torn = bool(text) and not text.endswith("\n")
+            self._incomplete = bool(text) and not text.endswith("\n")
 
     def find(self, identity: Mapping[str, Any]) -> Row | None:
         """Returns the result with these values, or None.
 
         Args:
-          identity: fields that tell the result from all others, as JSON values. One of them is a
-            digest of everything that affects the result (`mapping.digest`).
+          identity: JSON values of the fields that identify the result. One of them is a digest of
+            everything that affects the result (`mapping.digest`).
         """
         for row in self._rows:
             # A failure is stored, but computed again.
@@ -53,26 +53,28 @@ class Trials:
 
         Args:
           identity: see `find`.
-          compute: returns the result's other fields, as JSON values. A result with a field
-            `failure` is stored too, but computed again at the next call.
+          compute: returns the result's other fields as JSON values. A result with a field
+            `failure` is stored too, but the next call computes it again.
 
         Returns:
           The row, with the fields of `identity` and of the result.
         """
-        if (found := self.find(identity)) is not None:
-            return found
+        stored = self.find(identity)
+        if stored is not None:
+            return stored
         line = json.dumps({**identity, **compute()})
-        row: Row = json.loads(line)  # as a later call reads it
+        row: Row = json.loads(line)  # the same value that a later call reads
         with self._lock:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write(f"\n{line}\n" if self._torn else f"{line}\n")
-            self._torn = False
+                file.write(f"\n{line}\n" if self._incomplete else f"{line}\n")
+            self._incomplete = False
             self._rows.append(row)
         return row
 
 
 def _parsed(line: str) -> Row | None:
+    """Returns the line's JSON object; None if it is not one."""
     try:
         row = json.loads(line)
     except ValueError:
