@@ -13,7 +13,7 @@ from flm_jax.train import optim, schedules, train_step
 
 
 def random_state(config, seed=0):
-    """Returns a train state in which every entry is random."""
+    """Returns a train state in which every entry is random, and multipliers positive."""
     stage = StageConfig("s", config, 9, 2, 1e-3, 1e-3)
     tx = optim.optimizer(stage, OptimizerConfig(), schedules.steady)
     like = train_step.abstract_state(config, tx)
@@ -24,7 +24,18 @@ def random_state(config, seed=0):
             return jnp.asarray(rng.integers(0, 50, x.shape), jnp.int32)
         return jnp.asarray(rng.normal(size=x.shape), x.dtype)
 
-    return jax.tree.map(draw, like)
+    state = jax.tree.map(draw, like)
+
+    def positive(node):
+        if not isinstance(node, optim.SlotAdamState):
+            return node
+        created = jax.tree.map(jnp.zeros_like, node.created)
+        factors = {"share": node.share, "step_scale": node.step_scale, "eps_scale": node.eps_scale}
+        return node._replace(
+            created=created, kept=jnp.ones_like(node.kept), **jax.tree.map(jnp.abs, factors)
+        )
+
+    return jax.tree.map(positive, state, is_leaf=lambda x: isinstance(x, optim.SlotAdamState))
 
 
 def assert_same_bits(got, want):

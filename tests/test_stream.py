@@ -195,7 +195,7 @@ def grown_state(config=CONFIG):
     adam = state.opt_state[1]
     tiny = jax.tree.map(lambda x: x * jnp.where(x > 0, jnp.float32(1e-30), 1), adam.nu)
     nu = jax.tree.map(lambda x: x * jnp.where(x > 0, jnp.float32(1e-9), 1), tiny)
-    adam = adam._replace(nu=nu, step_scale=jnp.abs(adam.step_scale))
+    adam = adam._replace(nu=nu)
     return dataclasses.replace(state, opt_state=(state.opt_state[0], adam, *state.opt_state[2:]))
 
 
