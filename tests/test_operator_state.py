@@ -108,6 +108,7 @@ def _update_sizes(model, adam, stage, growth_, seeds):
     return dict(trees.flatten(update)), state[0]
 
 
+@pytest.mark.filterwarnings("ignore::flm_jax.growth.LockedCopiesWarning")
 @pytest.mark.parametrize("recipe", ["msg", "zero_pad", "tile"])
 def test_update_sizes_go_from_the_sources_to_the_target_widths(recipe):
     """With rates "ramp", old entries first take the mapped steps of the source. After the ramp, the

@@ -319,7 +319,7 @@ def plan(
                 "mixes the slots' steps, so that no factor keeps them; use rates 'target'"
             )
     made = Plan(recipe, small, big, expansions, moments, rates, noise_db)
-    if found := made.locks():
+    if found := locks.expected(made):
         warnings.warn(locks.warning(made, found), LockedCopiesWarning, stacklevel=2)
     if noise_db and all(locks.noised(made, param) is None for param in made.table.values()):
         names = ", ".join(f"{e.axis} ({e.operator})" for e in expansions) or "none"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,8 +24,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from flm_jax.config import GrowthConfig
 from flm_jax.growth import Plan
 from flm_jax.growth.apply import grow_value, leaf_key
-from flm_jax.growth.expansion import DenseMap, Learned
-from flm_jax.params import draws, sharding, trees
+from flm_jax.growth.expansion import DenseMap, Learned, grown_dims
+from flm_jax.params import counts, draws, sharding, trees
 from flm_jax.runtime.display import Progress
 from flm_jax.train.train_step import summed_loss
 
@@ -59,6 +60,25 @@ def _with_maps(plan: Plan, matrices: Matrices) -> Plan:
             maps = DenseMap(*(np.asarray(m) for m in matrices[e.axis]))
             expansions[n] = dataclasses.replace(e, learned=Learned.of(maps))
     return dataclasses.replace(plan, expansions=tuple(expansions))
+
+
+def fit_flops(plan: Plan, tokens: int, length: int) -> int:
+    """FLOPs of one step of the fit: the grown model's train step, and the maps forward and back.
+
+    Args:
+      plan: made by recipe "ligo", alone or with other operators on other axes.
+      tokens: in a batch.
+      length: tokens in a sequence.
+    """
+    model = tokens * counts.flops_per_token_train(plan.config, length)
+    maps = 0
+    for param in plan.table.values():
+        shape = list(param.shape(plan.small.sizes))
+        for dim, e, _ in grown_dims(param, plan.by_axis):
+            if e.learned:
+                maps += 2 * e.target * math.prod(shape)
+            shape[dim] = e.target
+    return model + 3 * maps
 
 
 def fit(

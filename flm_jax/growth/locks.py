@@ -59,11 +59,17 @@ def warning(plan: Plan, found: Mapping[str, tuple[int, ...]]) -> str:
     """The text of a warning about locked copies; names axes and what separates them."""
     names = ", ".join(f"{axis} ({plan.by_axis[axis].operator})" for axis in found)
     counts = ", ".join(str(len(slots)) for slots in found.values())
+    other = "" if plan.moments == "asym" else ", or use moments 'asym'"
     return (
         f"recipe {plan.recipe!r} with moments {plan.moments!r} and rates {plan.rates!r}: copies on "
-        f"{names} never diverge from their source ({counts} of them); set noise_db (10 is usual), "
-        "or use moments 'asym' with a state that has been trained"
+        f"{names} never diverge from an earlier copy ({counts} of them); set noise_db (10 is usual)"
+        f"{other}"
     )
+
+
+def expected(plan: Plan) -> dict[str, tuple[int, ...]]:
+    """The locks of any trained state. A dense map is left out: its fit makes all rows differ."""
+    return {axis: slots for axis, slots in locked(plan).items() if not plan.by_axis[axis].learned}
 
 
 def history(state: Any, plan: Plan) -> History | None:

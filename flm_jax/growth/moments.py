@@ -144,9 +144,10 @@ def check(opt_state: Any, plan: Plan) -> None:
     if any(isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct) for x in leaves):
         return
     found = plan.locks(opt_state)
-    if found and found != plan.locks():
+    if found and found != locks.expected(plan):
         warnings.warn(
-            f"{locks.warning(plan, found)}. (The optimizer state has no history here.)",
+            f"{locks.warning(plan, found)}; in this state the optimizer has no history that would "
+            "separate them",
             LockedCopiesWarning,
             stacklevel=4,
         )
