@@ -148,7 +148,9 @@ class TransformerConfig(Checked):
     @property
     def depth_mult(self) -> float:
         """num_layers over the base depth; 1 for a model without layers, where it scales nothing."""
-        return self.num_layers / (self.mup_base_depth or self.num_layers) if self.num_layers else 1.0
+        if self.num_layers == 0:
+            return 1.0
+        return self.num_layers / (self.mup_base_depth or self.num_layers)
 
     @property
     def logit_mult(self) -> float:

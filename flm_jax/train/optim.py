@@ -156,7 +156,8 @@ def scale_by_slot_adam(
             scale = 1 + sourced * (step_scale[row[path]] - 1)
             scale = scale * _combined(param, share, jnp.multiply, _shares_out)
             eps_here = 1 + sourced * (eps_scale[row[path]] - 1)
-            eps_here = eps * spec.scale(path).eps * eps_here * _combined(param, share, jnp.multiply, _is_copied)
+            eps_here = eps * spec.scale(path).eps * eps_here
+            eps_here = eps_here * _combined(param, share, jnp.multiply, _is_copied)
             if growth and boosted:
                 progress = _combined(param, boosted, jnp.maximum)
                 scale = scale * (1 + (growth.added_rate - 1) * progress)
