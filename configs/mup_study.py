@@ -4,9 +4,12 @@ r"""µP on a small proxy: coordinate check, transfer sweep, growth and loss pred
   flm mup sweep --config=configs/mup_study.py --workdir=runs/mup
   flm mup growth --config=configs/mup_study.py --workdir=runs/mup
   flm mup predict --config=configs/mup_study.py --workdir=runs/mup
+  flm mup check --config=configs/mup_study.py:depth --workdir=runs/mup_depth
+  flm mup sweep --config=configs/mup_study.py:depth --workdir=runs/mup_depth
 
 Two CPU cores: about 2, 15, 2 and 10 minutes. Real text, the Python standard library. Expected:
-docs/mup.md. `:smoke` is the same with few steps of tiny models.
+docs/mup.md. `:depth` varies the depth instead of the width: CompleteP against µP. `:smoke` is the
+study of the width with few steps of tiny models.
 """
 
 import dataclasses
@@ -45,8 +48,8 @@ def _family(proxy: StageConfig) -> tuple[StageConfig, ...]:
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-    if variant not in ("", "smoke"):
-        raise config_files.unknown_variant(variant, ("smoke",))
+    if variant not in ("", "smoke", "depth"):
+        raise config_files.unknown_variant(variant, ("smoke", "depth"))
     proxy = TransformerConfig(
         vocab_size=260,
         num_layers=2,
@@ -75,6 +78,25 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     )
     rates = tuple(2.0**n for n in range(-3, 4))
     config = MupStudyConfig(experiment, learning_rates=rates, family=_family(stage))
+    if variant == "depth":
+        # Without depth_scaled_init, both parametrisations are the same model at the base depth.
+        plain = dataclasses.replace(proxy, depth_scaled_init=False)
+        stage = dataclasses.replace(stage, model=plain, steps=80)
+        experiment = dataclasses.replace(
+            experiment,
+            stages=(stage,),
+            data=DataConfig(sequence_length=64),
+            schedule=ScheduleConfig(kind="wsd", warmup_steps=10, decay_steps=30, final_ratio=0.1),
+        )
+        config = MupStudyConfig(
+            experiment,
+            axis="depth",
+            seeds=3,
+            coordinate_seeds=3,
+            init_stds=(),
+            input_mults=(),
+            output_mults=(),
+        )
     if variant == "smoke":
         small = dataclasses.replace(
             proxy, d_model=16, num_heads=2, head_dim=8, d_ff=32, mup_base_width=16

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flm_jax.errors import UserError
-from flm_jax.mapping import Checked, from_mapping
+from flm_jax.mapping import Checked, added, from_mapping
 
 COMPUTE_DTYPES = ("float32", "bfloat16", "float64")
 ATTENTIONS = ("auto", "plain", "splash", "cudnn")
@@ -18,7 +18,7 @@ REMAT_POLICIES = ("none", "dots", "full")
 SCHEDULES = ("constant", "cosine", "wsd")
 MOMENTS = ("dual", "asym", "reset")
 RATES = ("target", "carry", "ramp")
-PARAMETRISATIONS = ("mup", "sp")
+PARAMETRISATIONS = ("mup", "completep", "sp")
 MESH_AXES = ("data", "fsdp", "tensor")
 
 
@@ -69,10 +69,12 @@ class TransformerConfig(Checked):
     num_kv_heads: int = 0  # 0: as many as query heads (Tele-FLM); else divides num_heads
     rope_theta: float = 10_000.0
     rms_norm_eps: float = 1e-5
-    # How scales follow the width (`mup.py`): µP, or the standard parametrisation to compare with.
+    # How scales follow the size (`mup.py`): µP, CompleteP (µP that also follows the depth), or the
+    # standard parametrisation to compare with.
     parametrisation: str = "mup"
     # Tele-FLM's `mup_scale_factor` is d_model / mup_base_width.
     mup_base_width: int = 0  # 0: d_model itself (no width scaling)
+    mup_base_depth: int = added(0)  # for "completep"; 0: num_layers itself (no depth scaling)
     input_mult: float = 1.0
     output_mult: float = 1.0
     matrix_init_std: float = 0.02  # at the base width; scaled by sqrt(base width / d_model)
@@ -113,6 +115,17 @@ class TransformerConfig(Checked):
             f"TransformerConfig.mup_base_width is {self.mup_base_width} and d_model "
             f"{self.d_model}; give 0 (off) or a width that is not larger",
         )
+        require(
+            self.mup_base_depth >= 0
+            and (self.num_layers == 0 or self.mup_base_depth <= self.num_layers),
+            f"TransformerConfig.mup_base_depth is {self.mup_base_depth} and num_layers "
+            f"{self.num_layers}; give 0 (off) or a depth that is not larger",
+        )
+        require(
+            not (self.depth_scaled_init and self.parametrisation == "completep"),
+            "TransformerConfig.depth_scaled_init is True and parametrisation 'completep', which "
+            "scales the branches by the depth itself; set depth_scaled_init to False",
+        )
 
     @property
     def kv_heads(self) -> int:
@@ -133,11 +146,23 @@ class TransformerConfig(Checked):
         return self.d_model / (self.mup_base_width or self.d_model)
 
     @property
+    def depth_mult(self) -> float:
+        """num_layers over the base depth; 1 for a model without layers, where it scales nothing."""
+        if self.num_layers == 0:
+            return 1.0
+        return self.num_layers / (self.mup_base_depth or self.num_layers)
+
+    @property
     def logit_mult(self) -> float:
-        """Factor on the head's output: `output_mult / width_mult` under µP, else `output_mult`."""
-        if self.parametrisation == "mup":
-            return self.output_mult / self.width_mult
-        return self.output_mult
+        """Factor on the head's output: `output_mult / width_mult`, but `output_mult` under "sp"."""
+        if self.parametrisation == "sp":
+            return self.output_mult
+        return self.output_mult / self.width_mult
+
+    @property
+    def branch_mult(self) -> float:
+        """Factor on every layer's two branches: 1 / depth_mult under CompleteP, else 1."""
+        return 1 / self.depth_mult if self.parametrisation == "completep" else 1.0
 
 
 @dataclasses.dataclass(frozen=True)

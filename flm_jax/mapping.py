@@ -33,15 +33,46 @@ class Checked:
             object.__setattr__(self, field.name, value)
 
 
+def added(default: T) -> T:
+    """A field that a later version added; `to_dict` omits it while it has its default.
+
+    A config that does not use the field is then stored as before, with the same digest.
+    """
+    field: T = dataclasses.field(default=default, metadata={"added": True})
+    return field
+
+
 def to_dict(config: Any) -> dict[str, Any]:
-    """The config as plain dicts, lists and scalars.
+    """The config as plain dicts, lists and scalars, as it is stored and compared.
 
     >>> from flm_jax.config import CheckpointConfig
     >>> to_dict(CheckpointConfig(every_steps=50))
     {'every_steps': 50, 'keep': 2}
     """
+    plain: dict[str, Any] = json.loads(json.dumps(_without_unused(config)))
+    return plain
+
+
+def to_full_dict(config: Any) -> dict[str, Any]:
+    """The config as `to_dict` has it, but with every field, so that each can be overridden."""
     plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
     return plain
+
+
+def _without_unused(value: Any) -> Any:
+    """Nested dataclasses as dicts, without `added` fields that have their default."""
+    if dataclasses.is_dataclass(value):
+        values = [(field, getattr(value, field.name)) for field in dataclasses.fields(value)]
+        return {
+            field.name: _without_unused(x)
+            for field, x in values
+            if not (field.metadata.get("added") and x == field.default)
+        }
+    if isinstance(value, Mapping):
+        return {key: _without_unused(x) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_unused(x) for x in value]
+    return value
 
 
 def digest(values: dict[str, Any]) -> str:

@@ -46,12 +46,12 @@ def to_config_dict(config: Any) -> ConfigDict:
             return ConfigDict({k: with_types(v) for k, v in value.items()})
         return tuple(with_types(v) for v in value) if isinstance(value, list) else value
 
-    return with_types(mapping.to_dict(config))
+    return with_types(mapping.to_full_dict(config))
 
 
 def single(config: config_lib.ExperimentConfig) -> ConfigDict:
     """Converts a chain of one stage to `model` and `stage`: `--config.model.vocab_size=80384`."""
-    values = mapping.to_dict(config)
+    values = mapping.to_full_dict(config)
     (stage,) = values.pop("stages")
     model = stage.pop("model")
     return ConfigDict({**values, "model": model, "stage": stage})

@@ -32,11 +32,16 @@ def _mup(chain: ExperimentConfig, json: bool) -> dict[str, Any]:
     for stage in chain.stages:
         parameters = mup.summary(stage, chain.optimizer)
         model = stage.model
-        widths = {"base_width": model.mup_base_width or model.d_model, "width": model.d_model}
-        stages.append({"name": stage.name, **widths, "parameters": parameters})
+        sizes = {
+            "base_width": model.mup_base_width or model.d_model, "width": model.d_model,
+            "base_depth": model.mup_base_depth or model.num_layers, "depth": model.num_layers,
+        }  # fmt: skip
+        stages.append({"name": stage.name, **sizes, "parameters": parameters})
         table = rich.table.Table("parameter", "kind", "init std", "learning rate", "weight decay",
-                                 "multiplier", title=f"{stage.name}: {model.parametrisation}, "
-                                 f"width {widths['base_width']} -> {widths['width']}")  # fmt: skip
+                                 "multiplier", "Adam's eps",
+                                 title=f"{stage.name}: {model.parametrisation}, "
+                                 f"width {sizes['base_width']} -> {sizes['width']}, "
+                                 f"depth {sizes['base_depth']} -> {sizes['depth']}")  # fmt: skip
         for path, row in parameters.items():
             pairs = ((row["base"][key], row["target"][key]) for key in row["base"])
             table.add_row(path, row["kind"], *(

@@ -311,7 +311,8 @@ def _grow_rates(state: SlotAdamState, plan: Plan) -> dict[str, Any]:
     small, big = plan.small, plan.big
     value = np.array([plan.value_scale(path) * plan.gain(path) for path in paths])
     rate = np.array([small.scale(path).rate / big.scale(path).rate for path in paths])
-    step, eps = (jnp.asarray(x, dtype) for x in (value * rate, 1 / value))
+    own_eps = np.array([small.scale(path).eps / big.scale(path).eps for path in paths])
+    step, eps = (jnp.asarray(x, dtype) for x in (value * rate, own_eps / value))
     return {
         "created": created,
         "share": share,

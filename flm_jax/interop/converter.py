@@ -180,7 +180,7 @@ def write_hf(
     config, scales = hf_config.folded(weights.config, format)
     weights = scaled(weights, config, scales)
     notes = [
-        f"{path} is multiplied by {scale:.6g}: format {format!r} has no multipliers"
+        f"{path} is multiplied by {scale:.6g}: format {format!r} has no field for this factor"
         for path, scale in scales.items()
     ]
     carried = vocabulary.values()

@@ -42,6 +42,8 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 # A format's own scalars: not carried into another format.
 _SCALARS = ("use_mup", "input_mult", "output_mult", "mup_scale_factor", "embedding_multiplier",
             "logits_scaling", "attention_multiplier", "residual_multiplier")  # fmt: skip
+# Every layer adds the outputs of these to the stream.
+_BRANCH_ENDS = ("layers/attention/out", "layers/mlp/down")
 
 Scales = Mapping[str, float]  # path -> factor that the parameter is multiplied by
 
@@ -134,9 +136,8 @@ def _described(values: dict[str, Any], path: pathlib.Path) -> Described:
         usual = math.isclose(attention, 1, rel_tol=1e-12)
         scales = {
             "layers/attention/query": 1.0 if usual else attention,
-            "layers/attention/out": branch,
-            "layers/mlp/down": branch,
-        }  # fmt: skip
+            **dict.fromkeys(_BRANCH_ENDS, branch),
+        }
     config = TransformerConfig(
         vocab_size=size("vocab_size"),
         num_layers=size("num_hidden_layers"),
@@ -192,7 +193,9 @@ def _rope_theta(values: Mapping[str, Any], path: pathlib.Path) -> float:
 def folded(config: TransformerConfig, format: str) -> tuple[TransformerConfig, Scales]:
     """Folds the multipliers that a format has no field for into the parameters.
 
-    Llama has no multipliers: `input_mult` is folded into the embedding, `logit_mult` into the head.
+    Llama has no multipliers: `input_mult` is folded into the embedding, `logit_mult` into the head,
+    and CompleteP's `branch_mult` into the two parameters that end a layer's branches. TeleFLM has
+    no field for `branch_mult`; Granite has one for each.
 
     Args:
       config: config of the model.
@@ -201,10 +204,13 @@ def folded(config: TransformerConfig, format: str) -> tuple[TransformerConfig, S
     Returns:
       The config to write, and the factors for the parameters.
     """
-    if format != "llama":
+    if format == "granite":
         return config, {}
-    scales = {"embedding": config.input_mult, "head": config.logit_mult}
-    plain = dataclasses.replace(config, input_mult=1.0, output_mult=1.0, mup_base_width=0)
+    scales = dict.fromkeys(_BRANCH_ENDS, config.branch_mult)
+    plain = dataclasses.replace(config, mup_base_depth=0)
+    if format == "llama":
+        scales |= {"embedding": config.input_mult, "head": config.logit_mult}
+        plain = dataclasses.replace(plain, input_mult=1.0, output_mult=1.0, mup_base_width=0)
     return plain, {path: scale for path, scale in scales.items() if scale != 1}
 
 
@@ -214,7 +220,7 @@ def write(
     """Returns the values of config.json for a model.
 
     Args:
-      config: config of the model; for "llama", one without multipliers (see `folded`).
+      config: config of the model, without the multipliers that the format lacks (see `folded`).
       format: one of `FORMATS`.
       dtype: dtype of the files: float32, bfloat16 or float16.
       carried: another config.json, whose other keys are copied.
@@ -264,11 +270,11 @@ def write(
     }
     values.setdefault("max_position_embeddings", context)
     if format == "teleflm":
-        mup = config.parametrisation == "mup"
+        sp = config.parametrisation == "sp"
         values |= {
             "use_mup": True,
             "input_mult": config.input_mult,
-            "output_mult": config.output_mult * (1 if mup else config.width_mult),
+            "output_mult": config.output_mult * (config.width_mult if sp else 1),
             "mup_scale_factor": config.width_mult,
         }
     if format == "granite":
@@ -276,6 +282,6 @@ def write(
             "embedding_multiplier": config.input_mult,
             "logits_scaling": 1 / config.logit_mult,
             "attention_multiplier": config.head_dim**-0.5,
-            "residual_multiplier": 1.0,
+            "residual_multiplier": config.branch_mult,
         }
     return values

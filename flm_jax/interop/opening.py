@@ -34,7 +34,7 @@ from flm_jax.train.train_step import TrainState, abstract_state
 
 # The fields of a config that determine the function that a model computes.
 _FUNCTION = ("vocab_size", "num_layers", "d_model", "num_heads", "kv_heads", "head_dim", "d_ff",
-             "rope_theta", "rms_norm_eps", "input_mult", "logit_mult")  # fmt: skip
+             "rope_theta", "rms_norm_eps", "input_mult", "logit_mult", "branch_mult")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -192,6 +192,7 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     """Adds the attention branch, then the MLP branch, to x. Under `nn.scan`, x is the carry.
 
+    Both branches are multiplied by `branch_mult`, which is 1 except under CompleteP (`mup.py`).
     Also returns the layer's cache, and sows its `relative_distance`.
     """
 
@@ -209,7 +210,9 @@ class Layer(nn.Module):
         past: KeysValues | None = None,
         slots: Slots | None = None,
     ) -> tuple[jax.Array, KeysValues | None]:
-        def masked(branch_BTD: jax.Array) -> jax.Array:
+        def scaled(branch_BTD: jax.Array) -> jax.Array:
+            if self.config.branch_mult != 1:
+                branch_BTD = branch_BTD * jnp.asarray(self.config.branch_mult, branch_BTD.dtype)
             if layer_mask is None:
                 return branch_BTD
             return branch_BTD * layer_mask.astype(branch_BTD.dtype)
@@ -220,8 +223,8 @@ class Layer(nn.Module):
         # and each device keeps only its part of the stream for the gradient.
         stream = (BATCH_AXES, "tensor", None)
         branch_BTD, past = attend(x_BTD, segment_ids_BT, angles, masks, past, slots)
-        h_BTD = constrain(x_BTD + masked(branch_BTD), *stream)
-        out_BTD = constrain(h_BTD + masked(feed_forward(h_BTD, masks)), *stream)
+        h_BTD = constrain(x_BTD + scaled(branch_BTD), *stream)
+        out_BTD = constrain(h_BTD + scaled(feed_forward(h_BTD, masks)), *stream)
         self.sow("intermediates", "distance", relative_distance(x_BTD, out_BTD, segment_ids_BT))
         return out_BTD, past
 

@@ -25,6 +25,7 @@ from typing import Any
 
 from flm_jax.config import TransformerConfig
 from flm_jax.errors import UserError
+from flm_jax.mapping import added
 from flm_jax.params import trees
 
 
@@ -53,8 +54,8 @@ class Param:
     Attributes:
       axes: names of its dimensions.
       roles: what it does on each of them.
-      multiplier: factor that the decoder applies to its output: "", "input" or "output"
-        (`mup.py`).
+      multiplier: factor that the decoder applies to its output: "", "input", "output" or
+        "residual" (`mup.py`).
       carries: axes whose copy weights this parameter carries, because their reader cannot. Example:
         a tied embedding both writes and reads `embed`, in one leaf. The last norm's gain and bias,
         which only the tied head reads, then carry the weights of the copies.
@@ -160,6 +161,7 @@ class Scale:
       rate: factor on the learning rate.
       decay: factor on the weight decay.
       multiplier: factor that the model applies to the parameter's output.
+      eps: factor on Adam's eps.
     """
 
     std: float = 0.02
@@ -167,6 +169,7 @@ class Scale:
     rate: float = 1.0
     decay: float = 1.0
     multiplier: float = 1.0
+    eps: float = added(1.0)
 
 
 GAIN_SCALE = Scale(std=0.0, start=1.0, decay=0.0)
@@ -255,11 +258,13 @@ def table(config: TransformerConfig) -> dict[str, Param]:
         "layers/attention/query": Param.of(layer + "embed:in " + query.format("out")),
         "layers/attention/key": Param.of(key),
         "layers/attention/value": Param.of(key),
-        "layers/attention/out": Param.of(layer + query.format("in") + " embed:out"),
+        "layers/attention/out": Param.of(
+            layer + query.format("in") + " embed:out", multiplier="residual"
+        ),
         "layers/mlp/norm": Param.of(layer + "embed:gain"),
         "layers/mlp/gate": Param.of(layer + "embed:in mlp:out"),
         "layers/mlp/up": Param.of(layer + "embed:in mlp:out"),
-        "layers/mlp/down": Param.of(layer + "mlp:in embed:out"),
+        "layers/mlp/down": Param.of(layer + "mlp:in embed:out", multiplier="residual"),
         "final_norm": Param.of("embed:gain"),
         "head": Param.of("embed:in vocab:out", multiplier="output"),
     }

@@ -1,4 +1,4 @@
-"""How scales follow the width: initial scale, learning rate and decay, from the axis table.
+"""How scales follow the model's size: initial scale, learning rate, decay, Adam's eps, multipliers.
 
 With m = d_model / base width, by the rules of Tensor Programs V (arXiv 2203.03466, table 3, Adam)
 as Tele-FLM uses them (arXiv 2404.16645, table 4). "sp" is the standard parametrisation, for
@@ -12,6 +12,16 @@ agree at m = 1.
 
 Decoupled decay acts through the learning rate: the factor m keeps it equally fast at every width.
 Attention needs no factor, because the head size is fixed.
+
+"completep" (CompleteP, arXiv 2505.01618, table 1 with alpha = 1) is µP with two more rules. With
+n = num_layers / base depth, every layer adds its branches (attention and MLP) divided by n, so that
+their sum stays equally large at every depth. Gradients of a layer's parameters then fall as
+1 / (m n), those of the others as 1 / m, and Adam's eps falls with them. Learning rates need no
+factor for the depth: theirs is n^(alpha - 1).
+
+    parameters of          branch output   eps
+    a layer                1 / n           1 / (m n)
+    the rest of the model                  1 / m
 """
 
 from __future__ import annotations
@@ -49,13 +59,13 @@ def init_std(param: Param, config: TransformerConfig) -> float:
 
 
 def _matrix_mult(param: Param, config: TransformerConfig) -> float:
-    """m for matrix-like parameters under µP, else 1."""
-    mup = config.parametrisation == "mup"
-    return config.width_mult if mup and param.matrix_like else 1.0
+    """m for matrix-like parameters under µP and CompleteP, else 1."""
+    follows = config.parametrisation != "sp"
+    return config.width_mult if follows and param.matrix_like else 1.0
 
 
 def learning_rate_mult(param: Param, config: TransformerConfig) -> float:
-    """Factor on a parameter's learning rate: 1/m for matrix-like ones under µP, else 1.
+    """Factor on a parameter's learning rate: 1/m for matrix-like ones (under "sp" 1), else 1.
 
     >>> up, gain = Param(("embed", "mlp"), (Role.IN, Role.OUT)), Param(("embed",), (Role.GAIN,))
     >>> wide = TransformerConfig(
@@ -68,7 +78,7 @@ def learning_rate_mult(param: Param, config: TransformerConfig) -> float:
 
 
 def decay_mult(param: Param, config: TransformerConfig) -> float:
-    """Factor on a parameter's weight decay: m for matrix-like ones under µP, 0 for gains, else 1.
+    """Factor on a parameter's decay: m for matrix-like ones (under "sp" 1), 0 for gains, else 1.
 
     >>> up, gain = Param(("embed", "mlp"), (Role.IN, Role.OUT)), Param(("embed",), (Role.GAIN,))
     >>> wide = TransformerConfig(
@@ -82,7 +92,27 @@ def decay_mult(param: Param, config: TransformerConfig) -> float:
 
 def multiplier(param: Param, config: TransformerConfig) -> float:
     """Factor that the model applies to a parameter's output."""
-    return {"": 1.0, "input": config.input_mult, "output": config.logit_mult}[param.multiplier]
+    return {
+        "": 1.0,
+        "input": config.input_mult,
+        "output": config.logit_mult,
+        "residual": config.branch_mult,
+    }[param.multiplier]
+
+
+def eps_mult(param: Param, config: TransformerConfig) -> float:
+    """Factor on Adam's eps: 1 / m under CompleteP, 1 / (m n) for a layer's parameters; else 1.
+
+    >>> up, gain = Param.of("layers:stack embed:in mlp:out"), Param.of("embed:gain")
+    >>> deep = TransformerConfig(
+    ...     vocab_size=10, num_layers=8, d_model=64, num_heads=4, head_dim=16, d_ff=128,
+    ...     parametrisation="completep", mup_base_width=32, mup_base_depth=2)
+    >>> eps_mult(up, deep), eps_mult(gain, deep)
+    (0.125, 0.5)
+    """
+    if config.parametrisation != "completep":
+        return 1.0
+    return 1 / (config.width_mult * (config.depth_mult if param.stacked else 1))
 
 
 def scale(param: Param, config: TransformerConfig) -> Scale:
@@ -93,6 +123,7 @@ def scale(param: Param, config: TransformerConfig) -> Scale:
         rate=learning_rate_mult(param, config),
         decay=decay_mult(param, config),
         multiplier=multiplier(param, config),
+        eps=eps_mult(param, config),
     )
 
 
@@ -109,18 +140,22 @@ def spec(config: TransformerConfig) -> ModelSpec:
 
 
 def summary(stage: StageConfig, settings: OptimizerConfig) -> dict[str, dict[str, Any]]:
-    """Summarises µP for a stage, at the base width and at the stage's own width.
+    """Summarises µP for a stage, at the base size and at the stage's own size.
 
     Args:
       stage: gives the model and the peak learning rates.
-      settings: gives the weight decay.
+      settings: gives the weight decay and Adam's eps.
 
     Returns:
-      For each parameter: its kind, and its initial std, learning rate, weight decay and multiplier
-      at both widths ("base" and "target").
+      For each parameter: its kind, and its initial std, learning rate, weight decay, multiplier and
+      Adam's eps at both sizes ("base" and "target").
     """
     target = stage.model
-    base = dataclasses.replace(target, d_model=target.mup_base_width or target.d_model)
+    base = dataclasses.replace(
+        target,
+        d_model=target.mup_base_width or target.d_model,
+        num_layers=target.mup_base_depth or target.num_layers,
+    )
 
     def at(param: Param, config: TransformerConfig) -> dict[str, float]:
         rate = stage.matrix_learning_rate if param.matrix_like else stage.learning_rate
@@ -130,6 +165,7 @@ def summary(stage: StageConfig, settings: OptimizerConfig) -> dict[str, dict[str
             "learning_rate": rate * numbers.rate,
             "weight_decay": settings.weight_decay * numbers.decay,
             "multiplier": numbers.multiplier,
+            "eps": settings.eps * numbers.eps,
         }
 
     return {

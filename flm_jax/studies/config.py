@@ -10,6 +10,7 @@ from flm_jax.config import (
     StageConfig,
     TransformerConfig,
     require,
+    require_choice,
     require_positive,
 )
 from flm_jax.mapping import Checked
@@ -65,14 +66,16 @@ class ProbeConfig(Checked):
 
 @dataclasses.dataclass(frozen=True)
 class MupStudyConfig(Checked):
-    """A proxy at the base width, and the widths and values to try around it."""
+    """A proxy at the base size, and the widths or depths and the values to try around it."""
 
     experiment: ExperimentConfig  # one stage: the proxy
-    width_factors: tuple[int, ...] = (1, 2, 4)
+    axis: str = "width"  # what varies: "width" (µP against "sp") or "depth" (CompleteP against µP)
+    width_factors: tuple[int, ...] = (1, 2, 4)  # of the sweep, if the width varies
+    depth_factors: tuple[int, ...] = (1, 2, 4, 8)  # of the sweep, if the depth varies
     learning_rates: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0)  # times the stage's
-    init_stds: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0)  # times the model's
-    input_mults: tuple[float, ...] = (0.25, 1.0, 4.0)
-    output_mults: tuple[float, ...] = (0.25, 1.0, 4.0)
+    init_stds: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0)  # times the model's; (): not swept
+    input_mults: tuple[float, ...] = (0.25, 1.0, 4.0)  # likewise
+    output_mults: tuple[float, ...] = (0.25, 1.0, 4.0)  # likewise
     seeds: int = 1
     coordinate_factors: tuple[int, ...] = (1, 2, 4, 8)
     coordinate_steps: int = 8
@@ -92,10 +95,33 @@ class MupStudyConfig(Checked):
             f"MupStudyConfig: the proxy has mup_base_width {base.mup_base_width} and d_model "
             f"{base.d_model}; widths are multiples of the base, so make them equal",
         )
-        for name in ("width_factors", "coordinate_factors", "learning_rates", "init_stds",
-                     "input_mults", "output_mults"):  # fmt: skip
+        require_choice(self, "axis", ("width", "depth"))
+        if self.axis == "depth":
+            require(
+                base.num_layers > 0 and base.depth_mult == 1,
+                f"MupStudyConfig: the proxy has mup_base_depth {base.mup_base_depth} and "
+                f"num_layers {base.num_layers}; depths are multiples of the base, so make them "
+                "equal and above 0",
+            )
+            require(
+                not base.depth_scaled_init,
+                "MupStudyConfig.axis is 'depth' and the proxy has depth_scaled_init, which "
+                "CompleteP does not allow; set depth_scaled_init to False",
+            )
+        needed = ("width_factors", "depth_factors", "coordinate_factors", "learning_rates")
+        for name in (*needed, "init_stds", "input_mults", "output_mults"):
             values = getattr(self, name)
             require(
-                len(values) > 0 and all(v > 0 for v in values),
+                (len(values) > 0 or name not in needed) and all(v > 0 for v in values),
                 f"MupStudyConfig.{name} is {values}; give values above 0",
             )
+
+    @property
+    def factors(self) -> tuple[int, ...]:
+        """Factors of the axis that varies, in the sweep."""
+        return self.width_factors if self.axis == "width" else self.depth_factors
+
+    @property
+    def parametrisations(self) -> tuple[str, str]:
+        """The parametrisation whose transfer is tested, and the one to compare with."""
+        return ("mup", "sp") if self.axis == "width" else ("completep", "mup")

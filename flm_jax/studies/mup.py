@@ -1,4 +1,7 @@
-"""Does µP hold? Coordinates at several widths, a transfer sweep, and updates through a growth."""
+"""Does µP hold? Coordinates at several sizes, a transfer sweep, and updates through a growth.
+
+The width varies (µP against the standard parametrisation), or the depth (CompleteP against µP).
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import dataclasses
 import functools
 import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -23,17 +26,30 @@ from flm_jax.growth.expansion import any_slot
 from flm_jax.models import Transformer
 from flm_jax.params import axes, trees
 from flm_jax.studies.config import MupStudyConfig
-from flm_jax.studies.study import Study, widened
+from flm_jax.studies.study import Study, deepened, widened
 from flm_jax.train.train_step import TrainState, make_train_step
+
+_SIZE_FIELDS = {"width": "d_model", "depth": "num_layers"}
+
+
+def _resized(model: TransformerConfig, axis: str, factor: int, parametrisation: str) -> Any:
+    """The model with its width or its depth multiplied."""
+    resize = widened if axis == "width" else deepened
+    return resize(model, factor, parametrisation)
+
 
 # The coordinate check (Tensor Programs V, arXiv 2203.03466, appendix D.1): a model is trained for a
 # few steps at several widths. Measured on one batch, for every layer's attention, MLP and stream
 # and for the logits: the root mean square, and that of the change since initialisation. Under µP
 # the change does not depend on the width: its slope against the width, on logarithmic axes, is
-# near 0.
+# near 0. The same over depths, for CompleteP: then for the layers at the relative depths of the
+# proxy's layers. Branches are measured before their multiplier.
 
 
-def _activations(params: Any, batch: dict[str, jax.Array], config: TransformerConfig) -> Any:
+def _activations(
+    params: Any, batch: dict[str, jax.Array], config: TransformerConfig, every: int
+) -> Any:
+    """Activations of every `every`-th layer, and the logits."""
     logits, captured = Transformer(config).apply(
         {"params": params}, batch["tokens"], batch["segment_ids"], batch["positions"],
         capture_intermediates=True, mutable=["intermediates"],
@@ -44,7 +60,11 @@ def _activations(params: Any, batch: dict[str, jax.Array], config: TransformerCo
         "mlp": layers["mlp"]["__call__"][0],
         "stream": layers["__call__"][0][0],
     }
-    found = {f"{name} {n}": x for name, xs in per_layer.items() for n, x in enumerate(xs)}
+    found = {
+        f"{name} {n}": x
+        for name, xs in per_layer.items()
+        for n, x in enumerate(xs[every - 1 :: every])
+    }
     return {**found, "logits": logits}
 
 
@@ -56,20 +76,22 @@ def coordinates(
     Both by activation ("attention 0", "logits"), as arrays [step].
     """
     proxy = study.experiment.stages[0]
-    model = dataclasses.replace(widened(proxy.model, factor, parametrisation), remat="none")
+    model = _resized(proxy.model, config.axis, factor, parametrisation)
+    model = dataclasses.replace(model, remat="none")
+    every = model.num_layers // proxy.model.num_layers
     stage = dataclasses.replace(proxy, model=model)
     batches = study.batches(stage, seed)
     watched = jax.tree.map(jnp.asarray, next(batches))
-    activations = jax.jit(_activations, static_argnums=2)
+    activations = jax.jit(_activations, static_argnums=(2, 3))
     tx, step = study.compiled(stage)
     state = study.start(stage, seed, tx)
-    first = activations(state.params, watched, model)
+    first = activations(state.params, watched, model, every)
     absolute: dict[str, list[float]] = {name: [] for name in first}
     change: dict[str, list[float]] = {name: [] for name in first}
     for n in range(config.coordinate_steps + 1):
         if n:
             state, _ = step(state, next(batches))
-        for name, x in activations(state.params, watched, model).items():
+        for name, x in activations(state.params, watched, model, every).items():
             absolute[name].append(float(jnp.sqrt(jnp.mean(jnp.square(x)))))
             change[name].append(float(jnp.sqrt(jnp.mean(jnp.square(x - first[name])))))
     return tuple({k: np.array(v) for k, v in group.items()} for group in (absolute, change))
@@ -78,60 +100,73 @@ def coordinates(
 def check_coordinates(
     study: Study, config: MupStudyConfig, note: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Measures how activations, and their changes, depend on the width.
+    """Measures how activations, and their changes, depend on the width or the depth.
 
     Args:
       study: its first stage is the proxy.
-      config: widths, steps and seeds.
+      config: the axis that varies, its factors, steps and seeds.
       note: shows one line of progress.
 
     Returns:
-      For "mup" and "sp": `widths`; `sizes` and `changes`, root mean squares by activation,
-      [width][step], mean over seeds; `slopes` of the changes after the last step; and `max_slope`,
+      For both of `config.parametrisations`: `widths` or `depths`; `sizes` and `changes`, root mean
+      squares by activation, [width][step], mean over seeds; `slopes` of the changes after the last
+      step; `slope_errors`, their standard errors over seeds (None for one seed); and `max_slope`,
       the slope furthest from 0.
     """
     found: dict[str, Any] = {}
-    base = study.experiment.stages[0].model.d_model
-    for parametrisation in ("mup", "sp"):
-        widths = [base * factor for factor in config.coordinate_factors]
-        absolute: list[dict[str, np.ndarray]] = []
-        change: list[dict[str, np.ndarray]] = []
-        for factor in config.coordinate_factors:
-            note(f"{parametrisation}: width {base * factor}")
+    base = getattr(study.experiment.stages[0].model, _SIZE_FIELDS[config.axis])
+    at = [base * factor for factor in config.coordinate_factors]
+    for parametrisation in config.parametrisations:
+        # [size][seed]: root mean squares by activation, and their changes
+        runs: list[list[Any]] = []
+        for size, factor in zip(at, config.coordinate_factors, strict=True):
+            note(f"{parametrisation}: {config.axis} {size}")
             seeds = range(config.coordinate_seeds)
-            runs = [coordinates(study, config, parametrisation, factor, seed) for seed in seeds]
-            for kept, groups in zip((absolute, change), zip(*runs, strict=True), strict=True):
-                kept.append({k: np.mean([g[k] for g in groups], axis=0) for k in groups[0]})
-        slopes = {
-            name: float(np.polyfit(np.log2(widths), np.log2([c[name][-1] for c in change]), 1)[0])
-            for name in change[0]
-        }
+            runs.append([coordinates(study, config, parametrisation, factor, s) for s in seeds])
+        absolute, change = (
+            [{k: np.mean([run[n][k] for run in row], axis=0) for k in row[0][n]} for row in runs]
+            for n in (0, 1)
+        )
+
+        def slope(by_size: list[dict[str, np.ndarray]], name: str) -> float:
+            last = np.log2([found[name][-1] for found in by_size])
+            return float(np.polyfit(np.log2(at), last, 1)[0])
+
+        slopes = {name: slope(change, name) for name in change[0]}
+        by_seed = [[changes for _, changes in seed] for seed in zip(*runs, strict=True)]
         found[parametrisation] = {
             "max_slope": max(slopes.values(), key=abs),
             "slopes": slopes,
-            "widths": widths,
+            "slope_errors": {k: standard_error([slope(c, k) for c in by_seed]) for k in slopes},
+            f"{config.axis}s": at,
             "sizes": {k: [a[k].tolist() for a in absolute] for k in absolute[0]},
             "changes": {k: [c[k].tolist() for c in change] for k in change[0]},
         }
     return found
 
 
-# The transfer sweep: where is the best value of a hyper-parameter at each width?
+def standard_error(values: Sequence[float]) -> float | None:
+    """The standard error of the mean; None for a single value."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+# The transfer sweep: where is the best value of a hyper-parameter at each width or depth?
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One trial: a hyper-parameter at a factor times the proxy's value, at a width."""
+    """One trial: a hyper-parameter at a factor times the proxy's value, at a width or depth."""
 
     parametrisation: str
     hyper_parameter: str
-    width_factor: int
+    factor: int
     value: float
     seed: int
 
 
 def sweep_points(config: MupStudyConfig) -> Iterator[Point]:
-    """All trials. The standard parametrisation is swept in the learning rate alone."""
+    """All trials. The parametrisation to compare with is swept in the learning rate alone."""
+    tested, other = config.parametrisations
     grids = {
         "learning_rate": config.learning_rates,
         "init_std": config.init_stds,
@@ -139,16 +174,16 @@ def sweep_points(config: MupStudyConfig) -> Iterator[Point]:
         "output_mult": config.output_mults,
     }
     for name, values in grids.items():
-        for parametrisation in ("mup", "sp") if name == "learning_rate" else ("mup",):
-            for factor in config.width_factors:
+        for parametrisation in (tested, other) if name == "learning_rate" else (tested,):
+            for factor in config.factors:
                 for seed in range(config.seeds):
                     for value in values:
                         yield Point(parametrisation, name, factor, value, seed)
 
 
-def _stage_of(proxy: StageConfig, point: Point) -> tuple[StageConfig, float]:
+def _stage_of(proxy: StageConfig, point: Point, axis: str) -> tuple[StageConfig, float]:
     """The stage to train, and what its learning rates are multiplied by."""
-    model = widened(proxy.model, point.width_factor, point.parametrisation)
+    model = _resized(proxy.model, axis, point.factor, point.parametrisation)
     name, value = point.hyper_parameter, point.value
     if name == "init_std":
         model = dataclasses.replace(
@@ -169,40 +204,42 @@ def sweep(
 
     Args:
       study: its first stage is the proxy.
-      config: widths, values and seeds.
+      config: the axis that varies, its factors, values and seeds.
       note: shows one line of progress.
 
     Returns:
-      A row for every trial: the fields of its `Point`, width, train_loss and bpb.
+      A row for every trial: the fields of its `Point`, width or depth, train_loss and bpb.
     """
     proxy, all_points = study.experiment.stages[0], list(sweep_points(config))
     rows = []
     for number, point in enumerate(all_points, 1):
-        stage, rate = _stage_of(proxy, point)
+        stage, rate = _stage_of(proxy, point, config.axis)
+        size = getattr(stage.model, _SIZE_FIELDS[config.axis])
         row = study.trial(stage, point.seed, rate)
-        rows.append({**dataclasses.asdict(point), "width": stage.model.d_model,
+        rows.append({**dataclasses.asdict(point), config.axis: size,
                      "train_loss": row["train_loss"], "bpb": row["bpb"]})  # fmt: skip
         shown = "diverged" if row["bpb"] is None else f"{row['bpb']:.4f} bits per byte"
         note(
-            f"{number}/{len(all_points)}  {point.parametrisation}  width {stage.model.d_model}  "
+            f"{number}/{len(all_points)}  {point.parametrisation}  {config.axis} {size}  "
             f"{point.hyper_parameter} x{point.value:g}  {shown}"
         )
     return rows
 
 
-def summarise_sweep(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Finds the best value at each width, and how far it moves.
+def summarise_sweep(rows: list[dict[str, Any]], axis: str = "width") -> dict[str, Any]:
+    """Finds the best value at each width or depth, and how far it moves.
 
     Args:
       rows: from `sweep`.
+      axis: the axis that varies, "width" or "depth".
 
     Returns:
-      For each parametrisation and hyper-parameter: `grid`; by width `best` and `bpb` (one number
-      for each value, None where a trial diverged); and `shift`, how many grid steps the best value
-      moves over the widths.
+      For each parametrisation and hyper-parameter: `grid`; by width (or depth) `best`, `bpb` (mean
+      over seeds, one number for each value, None where a trial diverged) and `bpb_errors` (its
+      standard errors, None for one seed); and `shift`, how many grid steps the best value moves.
 
     Raises:
-      UserError: no trial of a width finished.
+      UserError: no trial of a width (or depth) finished.
     """
     found: dict[str, Any] = {}
     for parametrisation, name in dict.fromkeys(
@@ -211,25 +248,27 @@ def summarise_sweep(rows: list[dict[str, Any]]) -> dict[str, Any]:
         mine = [r for r in rows if (r["parametrisation"], r["hyper_parameter"]) == (
             parametrisation, name)]  # fmt: skip
         grid = sorted({r["value"] for r in mine})
-        best, losses = {}, {}
-        for width in sorted({r["width"] for r in mine}):
-            curve = []
+        best, losses, errors = {}, {}, {}
+        for size in sorted({r[axis] for r in mine}):
+            curve, errors[size] = [], []
             for value in grid:
-                bpbs = [r["bpb"] for r in mine if (r["width"], r["value"]) == (width, value)]
+                bpbs = [r["bpb"] for r in mine if (r[axis], r["value"]) == (size, value)]
                 whole = bpbs and all(b is not None for b in bpbs)
                 curve.append(statistics.fmean(bpbs) if whole else math.inf)
+                errors[size].append(standard_error(bpbs) if whole else None)
             if not any(map(math.isfinite, curve)):
                 raise UserError(
-                    f"sweep of {name} at width {width} ({parametrisation}): no trial finished "
+                    f"sweep of {name} at {axis} {size} ({parametrisation}): no trial finished "
                     "with a finite loss; lower the grid or the learning rate"
                 )
-            best[width] = grid[curve.index(min(curve))]
-            losses[width] = [c if math.isfinite(c) else None for c in curve]
+            best[size] = grid[curve.index(min(curve))]
+            losses[size] = [c if math.isfinite(c) else None for c in curve]
         indices = [grid.index(value) for value in best.values()]
         found.setdefault(parametrisation, {})[name] = {
             "grid": grid,
             "best": best,
             "bpb": losses,
+            "bpb_errors": errors,
             "shift": max(indices) - min(indices),
         }
     return found

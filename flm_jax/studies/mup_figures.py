@@ -9,11 +9,11 @@ import numpy as np
 
 from flm_jax.runtime.figures import ACCENT, GUIDE, LINE, clean, plt, save
 
-_NAMES = {"mup": "µP", "sp": "standard"}
+_NAMES = {"mup": "µP", "completep": "CompleteP", "sp": "standard"}
 
 
-def draw_coordinates(found: dict[str, Any], path: pathlib.Path) -> None:
-    """Size of each activation's change after the last step, against the width."""
+def draw_coordinates(found: dict[str, Any], axis: str, path: pathlib.Path) -> None:
+    """Size of each activation's change after the last step, against the width or the depth."""
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True)
     for panel, (parametrisation, result) in zip(panels, found.items(), strict=True):
         colors = plt.get_cmap("viridis")
@@ -21,40 +21,41 @@ def draw_coordinates(found: dict[str, Any], path: pathlib.Path) -> None:
         for n, name in enumerate(names):
             ys = [steps[-1] for steps in result["changes"][name]]
             color = ACCENT if name == "logits" else colors(0.85 * n / len(names))
-            panel.plot(result["widths"], ys, marker="o", markersize=3, color=color, label=name)
+            panel.plot(result[f"{axis}s"], ys, marker="o", markersize=3, color=color, label=name)
         panel.set_xscale("log", base=2)
         panel.set_yscale("log", base=2)
-        panel.set_xticks(result["widths"], [str(w) for w in result["widths"]])
+        panel.set_xticks(result[f"{axis}s"], [str(size) for size in result[f"{axis}s"]])
         steepest = result["max_slope"]
-        panel.set(
-            title=f"{_NAMES[parametrisation]}: steepest slope {steepest:+.2f}", xlabel="width"
-        )
+        panel.set(title=f"{_NAMES[parametrisation]}: steepest slope {steepest:+.2f}", xlabel=axis)
         clean(panel)
     panels[0].set_ylabel("root mean square of the change")
     panels[1].legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     save(figure, path)
 
 
-def draw_sweep(found: dict[str, Any], path: pathlib.Path) -> None:
-    """Validation bits per byte against each hyper-parameter, a line for every width."""
+def draw_sweep(found: dict[str, Any], axis: str, path: pathlib.Path) -> None:
+    """Validation bits per byte against each hyper-parameter, a line for every width or depth."""
     panels_of = [(p, name) for p, names in found.items() for name in names]
     figure, panels = plt.subplots(
         1, len(panels_of), figsize=(3.3 * len(panels_of), 3.4), squeeze=False
     )
     for panel, (parametrisation, name) in zip(panels[0], panels_of, strict=True):
         result = found[parametrisation][name]
-        widths = list(result["bpb"])
-        for n, width in enumerate(widths):
-            color = plt.get_cmap("viridis")(0.8 * n / max(len(widths) - 1, 1))
-            ys = [np.nan if y is None else y for y in result["bpb"][width]]
-            panel.plot(result["grid"], ys, marker="o", markersize=3, color=color, label=str(width))
-            best = result["grid"].index(result["best"][width])
+        sizes = list(result["bpb"])
+        for n, size in enumerate(sizes):
+            color = plt.get_cmap("viridis")(0.8 * n / max(len(sizes) - 1, 1))
+            ys = [np.nan if y is None else y for y in result["bpb"][size]]
+            errors = [e or 0 for e in result["bpb_errors"][size]]
+            panel.errorbar(
+                result["grid"], ys, errors, marker="o", markersize=3, color=color, label=str(size)
+            )
+            best = result["grid"].index(result["best"][size])
             panel.plot(result["grid"][best], ys[best], "o", color=ACCENT, markersize=6)
         panel.set_xscale("log", base=2)
         panel.set(title=f"{_NAMES[parametrisation]}: {name}", xlabel="times the proxy's")
         clean(panel)
     panels[0][0].set_ylabel("validation bits per byte")
-    panels[0][0].legend(title="width", fontsize=7, frameon=False)
+    panels[0][0].legend(title=axis, fontsize=7, frameon=False)
     save(figure, path)
 
 

@@ -51,6 +51,7 @@ def _half(model: TransformerConfig) -> TransformerConfig:
         num_kv_heads=groups,
         num_heads=groups * model.queries_per_kv,
         mup_base_width=0,  # the base may be wider than the half
+        mup_base_depth=0,
     )
 
 

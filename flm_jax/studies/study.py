@@ -1,4 +1,4 @@
-"""Many short trainings from scratch: one model at several widths, and trials kept on disk."""
+"""Many short trainings from scratch: one model at several sizes, and trials kept on disk."""
 
 from __future__ import annotations
 
@@ -38,6 +38,16 @@ def widened(
         num_heads=factor * model.num_heads,
         num_kv_heads=factor * model.num_kv_heads,
         d_ff=factor * model.d_ff,
+    )
+
+
+def deepened(model: TransformerConfig, factor: int, parametrisation: str) -> TransformerConfig:
+    """The model with its depth multiplied; its own depth is CompleteP's base."""
+    return dataclasses.replace(
+        model,
+        parametrisation=parametrisation,
+        mup_base_depth=model.mup_base_depth or model.num_layers,
+        num_layers=factor * model.num_layers,
     )
 
 
@@ -105,7 +115,7 @@ class Study:
             "trial_seed": seed,
         }  # fmt: skip
         about = {
-            "name": stage.name, "width": stage.model.d_model,
+            "name": stage.name, "width": stage.model.d_model, "depth": stage.model.num_layers,
             "parametrisation": stage.model.parametrisation, "seed": seed, "rate": rate,
         }  # fmt: skip
         return self.trials.result(

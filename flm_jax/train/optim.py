@@ -172,7 +172,7 @@ def scale_by_slot_adam(
             m_hat = m / (1 - combined(param, decay1, jnp.maximum).astype(m.dtype))
             v_hat = v / (1 - combined(param, decay2, jnp.maximum).astype(v.dtype))
             scale = multiplier(path, param, step_scale, _shares_out)
-            eps_here = eps * multiplier(path, param, eps_scale, _is_copied)
+            eps_here = eps * spec.scale(path).eps * multiplier(path, param, eps_scale, _is_copied)
             if growth and boosted:
                 progress = combined(param, boosted, jnp.maximum)
                 scale = scale * (1 + (growth.added_rate - 1) * progress)

@@ -1,6 +1,7 @@
-"""Sweeps hyper-parameters at several widths: does the best value move?
+"""Sweeps hyper-parameters at several widths, or depths: does the best value move?
 
   flm mup sweep --config=configs/mup_study.py --workdir=runs/mup
+  flm mup sweep --config=configs/mup_study.py:depth --workdir=runs/mup_depth
 
 Swept: learning rate, initial std and multipliers. Every trial is saved in DIR/trials.jsonl;
 stopped anywhere and called again, the command resumes. Figure: DIR/report/sweep.png.
@@ -27,14 +28,15 @@ def main(call: Call[NoFlags]) -> dict[str, Any]:
     console = rich.console.Console(stderr=True)
     trials = study.Study(settings.experiment, folder / "trials.jsonl")
     rows = mup.sweep(trials, settings, lambda text: console.print(text, highlight=False))
-    summary = mup.summarise_sweep(rows)
+    summary = mup.summarise_sweep(rows, settings.axis)
     write_json(folder / "report" / "sweep.json", summary)
     path = folder / "report" / "sweep.png"
-    mup_figures.draw_sweep(summary, path)
-    table = rich.table.Table("", "swept", "best value at each width", "moves by, in grid steps")
+    mup_figures.draw_sweep(summary, settings.axis, path)
+    best_at = f"best value at each {settings.axis}"
+    table = rich.table.Table("", "swept", best_at, "moves by, in grid steps")
     for parametrisation, names in summary.items():
         for name, result in names.items():
-            best = ", ".join(f"{width}: x{value:g}" for width, value in result["best"].items())
+            best = ", ".join(f"{size}: x{value:g}" for size, value in result["best"].items())
             table.add_row(parametrisation, name, best, str(result["shift"]))
     call.console().print(table, f"figure: {path}")
     return {"sweep": summary, "trials": len(rows)}
