@@ -1,6 +1,9 @@
 """Growths that follow each other, start from no layers, or meet an optimizer of another kind."""
 
 import dataclasses
+import itertools
+import json
+import shutil
 import warnings
 
 import jax
@@ -14,9 +17,13 @@ from flm_jax.config import GrowthConfig
 from flm_jax.errors import UserError
 from flm_jax.growth import moments as moments_module
 from flm_jax.growth.receipt import locked_copies
+from flm_jax.interop.opening import open_state
 from flm_jax.params import mup, trees
+from flm_jax.store.checkpoint import Checkpoints
+from flm_jax.store.chunked import CheckpointReader
 from flm_jax.train import optim
 from flm_jax.train.train_step import TrainState
+from tests.commands import run
 from tests.models import (
     SMALL,
     TABLE,
@@ -28,6 +35,8 @@ from tests.models import (
     random_params,
     trained,
 )
+from tests.runs import lineage
+from tests.states import assert_same_bits, random_state
 
 KEY = jax.random.key(7)
 BATCHES = [packed_batch(SMALL, seed) for seed in range(30)]
@@ -408,3 +417,55 @@ def test_a_state_of_ones_own_can_be_registered(monkeypatch):
     up = growth.grow(state, plan, KEY).opt_state[0].velocity["layers"]["mlp"]["up"]
     old = params["layers"]["mlp"]["up"]
     np.testing.assert_allclose(up, np.concatenate([old, old], -1) / 2)
+
+
+def test_a_state_without_layers_survives_a_checkpoint(tmp_path):
+    """Orbax cannot save arrays without entries; they come back with their shapes."""
+    model = changed(SMALL, num_layers=0, dtype="float32")
+    state = random_state(model, 1)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(3, state, {"data": 1})
+    checkpoints.wait()
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+    got, progress = checkpoints.restore(3, like)
+    checkpoints.close()
+    assert_same_bits(got, state)
+    assert progress == {"data": 1}
+    reader = CheckpointReader(tmp_path / "3")
+    assert reader.progress == {"data": 1}
+    up = reader.read("params/layers/mlp/up", [slice(0, 0), slice(2, 5), np.array([1, 3])])
+    assert up.shape == (0, 3, 2) and up.dtype == np.float32
+
+
+@pytest.mark.slow
+def test_a_chain_grows_from_no_layers_through_ramp_and_carry(tmp_path):
+    """From zero to one to three layers in the runner: receipts, multipliers, report, resumption."""
+    call = ("train", "--config=tests/zero_chain.py", f"--workdir={tmp_path}")
+    status, _, err = run(*call)
+    assert status == 0, err
+    stages = lineage(tmp_path)
+    assert [stage["name"] for stage in stages] == ["none", "one", "two", "three"]
+    for before, stage in itertools.pairwise(stages):
+        receipt = stage["receipt"]
+        assert receipt["exactness"] == "EXACT"
+        assert receipt["max_abs_logit_diff"] <= 1e-4 * receipt["logit_scale"]
+        assert receipt["dead_slots"] == receipt["locked_copies"] == 0
+        assert abs(stage["eval"]["bpb_start"] - before["eval"]["bpb_end"]) < 1e-4
+    assert stages[1]["receipt"]["layer_map"] == [-1]
+    rows = {}
+    for name in ("none", "one", "two", "three"):
+        adam = open_state(str(tmp_path), name).state.opt_state[1]
+        rows[name] = (len(adam.step_scale), float(adam.kept))
+    # After the ramp, nothing of its multipliers is in force; carried ones stay, one row per growth.
+    assert rows == {"none": (1, 1.0), "one": (2, 0.0), "two": (3, 1.0), "three": (4, 1.0)}
+    report = (tmp_path / "report" / "report.md").read_text()
+    assert "# none -> one -> two -> three" in report
+    for step in (tmp_path / "stages" / "3-three" / "checkpoints").iterdir():
+        if int(step.name) > 28:
+            shutil.rmtree(step)
+    entries = json.loads((tmp_path / "lineage.json").read_text())
+    entries["stages"].pop()
+    (tmp_path / "lineage.json").write_text(json.dumps(entries))
+    status, _, err = run(*call)
+    assert status == 0, err
+    assert lineage(tmp_path)[-1]["params_digest"] == stages[-1]["params_digest"]

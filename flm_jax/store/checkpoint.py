@@ -24,6 +24,7 @@ from flm_jax.store.earlier import as_stored, upgraded
 Tree = TypeVar("Tree")
 
 STATE = "state"  # orbax's name for the folder of the train state in a checkpoint
+_EMPTY = "empty_leaves"  # key beside the progress: leaves without entries, which orbax cannot save
 CHUNK_BYTES = 32 << 20  # the largest chunk of a leaf on disk
 
 
@@ -86,7 +87,8 @@ class Checkpoints:
           loss: `best` is the step with the lowest loss; None: the step does not take part.
         """
         metrics = None if loss is None else {"loss": loss}
-        self._checkpointer.save_async(step, state, metrics=metrics, custom_metadata=progress)
+        stored, metadata = pack(state, progress)
+        self._checkpointer.save_async(step, stored, metrics=metrics, custom_metadata=metadata)
         self.last_saved = step
 
     def restore(self, step: int, like: Tree) -> tuple[Tree, dict[str, Any]]:
@@ -103,11 +105,13 @@ class Checkpoints:
           UserError: the checkpoint has other leaves, shapes or dtypes than `like`.
         """
         metadata = self._checkpointer.metadata(step)
-        stored = shapes(metadata.metadata)
+        progress, empty = _unpack(metadata.custom_metadata)
+        stored = shapes(metadata.metadata) | empty
         like = as_stored(like, stored)
         check_fits(self.path(step), stored, shapes(like))
-        state = upgraded(self._checkpointer.load(step, like))
-        return state, dict(metadata.custom_metadata)
+        loaded = self._checkpointer.load(step, pack(like, {})[0])
+        state = jax.tree.map(lambda want, x: x if want.size else _empty(want), like, loaded)
+        return upgraded(state), progress
 
     def wait(self) -> None:
         """Waits until the current checkpoint is complete on disk."""
@@ -116,6 +120,40 @@ class Checkpoints:
     def close(self) -> None:
         """Waits until the current checkpoint is complete, and releases resources."""
         self._checkpointer.close()
+
+
+def pack(tree: Tree, progress: dict[str, Any]) -> tuple[Tree, dict[str, Any]]:
+    """Takes out the leaves without entries (a model without layers); returns what to store.
+
+    Args:
+      tree: arrays or `ShapeDtypeStruct`s.
+      progress: JSON values.
+
+    Returns:
+      The tree with None for such leaves, and the progress with their shapes and dtypes.
+    """
+    empty = {
+        name: [np.dtype(x.dtype).name, list(x.shape)]
+        for name, x in by_name(tree).items()
+        if not x.size
+    }
+    filled: Tree = jax.tree.map(lambda x: x if x.size else None, tree)
+    return filled, progress | ({_EMPTY: empty} if empty else {})
+
+
+def _unpack(metadata: Any) -> tuple[dict[str, Any], dict[str, jax.ShapeDtypeStruct]]:
+    """Splits what `pack` made into progress and leaves without entries."""
+    progress = dict(metadata or {})
+    empty = progress.pop(_EMPTY, {})
+    return progress, {
+        name: jax.ShapeDtypeStruct(tuple(shape), np.dtype(dtype))
+        for name, (dtype, shape) in empty.items()
+    }
+
+
+def _empty(like: Any) -> jax.Array:
+    """An array without entries, placed like `like`."""
+    return jnp.zeros(like.shape, like.dtype, device=like.sharding)
 
 
 def _goodness(metrics: Any) -> float:
@@ -208,11 +246,8 @@ def describe(path: pathlib.Path) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[
         metadata = ocp.metadata(path.absolute())
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is no checkpoint; give a folder checkpoints/STEP") from error
-    leaves = {
-        name: jax.ShapeDtypeStruct(x.shape, x.dtype)
-        for name, x in by_name(metadata.metadata).items()
-    }
-    return leaves, dict(metadata.custom_metadata or {})
+    progress, empty = _unpack(metadata.custom_metadata)
+    return shapes(metadata.metadata) | empty, progress
 
 
 def write_skeleton(path: pathlib.Path, like: Any, progress: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ import numpy as np
 import tensorstore as ts
 
 from flm_jax.errors import UserError
-from flm_jax.store.checkpoint import CHUNK_BYTES, STATE, describe, shapes, write_skeleton
+from flm_jax.store.checkpoint import CHUNK_BYTES, STATE, describe, pack, shapes, write_skeleton
 
 # The part of a leaf to read or write: for each dimension a slice, or the indices of its entries.
 Slices = Sequence[slice | np.ndarray]
@@ -131,7 +131,11 @@ class CheckpointReader:
         state = self.path.absolute() / STATE
         zarr3 = json.loads((state / "_METADATA").read_text())["use_zarr3"]
         driver = "zarr3" if zarr3 else "zarr"
-        self._arrays = {name: _open(state, name, driver=driver, open=True) for name in self.leaves}
+        self._arrays = {
+            name: _open(state, name, driver=driver, open=True)
+            for name, x in self.leaves.items()
+            if x.size
+        }
 
     def read(self, name: str, slices: Slices | None = None) -> np.ndarray:
         """Reads a part of a leaf.
@@ -147,12 +151,19 @@ class CheckpointReader:
         Raises:
           UserError: the disk fails.
         """
+        leaf = self.leaves[name]
+        if not leaf.size:
+            cuts = slices or [slice(None)] * len(leaf.shape)
+            sizes = [len(np.arange(n)[cut]) for n, cut in zip(leaf.shape, cuts, strict=True)]
+            return np.zeros(sizes, leaf.dtype)
         array = self._arrays[name]
         with disk_refusals(f"{self.path}: {name} cannot be read"):
             return (array if slices is None else array.oindex[tuple(slices)]).read().result()
 
     def chunk(self, name: str) -> tuple[int, ...]:
         """Returns the shape of the smallest piece of the leaf that can be read alone."""
+        if not self.leaves[name].size:
+            return tuple(max(n, 1) for n in self.leaves[name].shape)
         sizes = self._arrays[name].chunk_layout.read_chunk.shape or ()
         return tuple(int(size or 1) for size in sizes)
 
@@ -202,7 +213,8 @@ class CheckpointWriter:
         self._check(progress)
         self._arrays = {
             name: _open(self._partial / STATE, name, driver="zarr", open=True)
-            for name in self.leaves
+            for name, x in self.leaves.items()
+            if x.size
         }
 
     def _begin(self, like: Any, progress: dict[str, Any]) -> None:
@@ -212,8 +224,10 @@ class CheckpointWriter:
         try:
             with disk_refusals(f"{self.path} cannot be written"):
                 created.parent.mkdir(parents=True, exist_ok=True)
-                write_skeleton(created, like, progress)
+                write_skeleton(created, *pack(like, progress))
                 for name, x in self.leaves.items():
+                    if not x.size:
+                        continue
                     _open(
                         created / STATE,
                         name,
@@ -240,7 +254,9 @@ class CheckpointWriter:
         """Raises UserError if the partial checkpoint was started with other arguments."""
         have = CheckpointReader(self._partial)
         same = have.leaves == self.leaves and have.progress == progress
-        if not same or any(have.chunk(name) != self.chunks[name] for name in self.leaves):
+        if not same or any(
+            have.chunk(n) != self.chunks[n] for n, x in have.leaves.items() if x.size
+        ):
             raise UserError(
                 f"{self._partial}: another checkpoint was started here; remove it to start again"
             )
@@ -279,6 +295,8 @@ class CheckpointWriter:
         Raises:
           UserError: the disk fails.
         """
+        if not self.leaves[name].size:
+            return
         array = self._arrays[name]
         target = array if slices is None else array[tuple(slices)]
         with disk_refusals(f"{self.path}: {name} cannot be written"):
