@@ -426,7 +426,9 @@ def test_a_state_without_layers_survives_a_checkpoint(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(3, state, {"data": 1})
     checkpoints.wait()
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
     got, progress = checkpoints.restore(3, like)
     checkpoints.close()
     assert_same_bits(got, state)
