@@ -75,8 +75,8 @@ INTERACTIONS = {
         model=dataclasses.replace(MODEL, num_layers=0),
     ),
     "carry, then carry": chain_of(
-        grows("mlp=zero_pad", {"mlp": 7}, rates="carry", steps=1),
-        grows("mlp=tile", {"mlp": 14}, moments="dual", rates="carry", steps=2),
+        grows("embed=zero_pad", {"embed": 8}, rates="carry", steps=1),
+        grows("embed=tile", {"embed": 16}, moments="dual", rates="carry", steps=2),
     ),
     "three growths, carried": chain_of(
         grows("mlp=msg,layers=msg", {"mlp": 6, "layers": 3}, rates="carry", ramp_steps=1, steps=2),
@@ -166,7 +166,7 @@ def multipliers_dropped(plan, before, grown):
 
 
 def copy_of_another_layer(plan, before, grown):
-    return change(grown, "layers/mlp/up", lambda x: x[jnp.array([0, 1, 1])])
+    return change(grown, "layers/mlp/up", lambda x: x[::-1])
 
 
 def added_layer_acts(plan, before, grown):

@@ -32,7 +32,7 @@ from flm_jax.config import (
 from flm_jax.errors import UserError
 from flm_jax.growth import Plan
 from flm_jax.mapping import Checked
-from flm_jax.params import axes, sharding, trees
+from flm_jax.params import axes, mup, sharding, trees
 from flm_jax.params.sharding import Layout
 from flm_jax.studies import chain_oracle as oracle
 from flm_jax.studies import decoder_oracle as decoder
@@ -159,6 +159,14 @@ class Counts:
     checks: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
 
+# Random growths often deserve them. Whether a lock is real is checked.
+_EXPECTED = (
+    growth.LockedCopiesWarning,
+    growth.UnfinishedRampWarning,
+    growth.UselessNoiseWarning,
+)
+
+
 @contextlib.contextmanager
 def _no_failure(what: str) -> Iterator[None]:
     """Turns the project's exceptions into mismatches."""
@@ -191,7 +199,8 @@ def check(chain: Chain, counts: Counts | None = None, tamper: Tamper | None = No
       Mismatch: the first disagreement. Also if the project raises an error.
     """
     with jax.enable_x64(True), warnings.catch_warnings():
-        warnings.simplefilter("ignore", growth.LockedCopiesWarning)
+        for category in _EXPECTED:
+            warnings.simplefilter("ignore", category)
         _Run(chain, counts or Counts(), tamper).run()
 
 
@@ -261,17 +270,14 @@ class _Run:
         """Random parameters and gains; random moments and ages unless the optimizer is new."""
         rng, config, done = self._rng(0), self.config, self.chain.updates
         value, mu, nu, born = {}, {}, {}, {}
-        size = decoder.sizes(config)
-        born_on = {axis: rng.integers(0, done + 1, n) for axis, n in size.items()}
-        for path, on in decoder.PARAMS.items():
+        spec = mup.spec(self.model)
+        born_on = {kind: rng.integers(0, max(done, 1), spec.count(kind)) for kind in spec.slots}
+        for path in decoder.PARAMS:
             shape, std = decoder.shape_of(path, config), decoder.std(path, config)
             value[path] = rng.normal(0, std, shape) if std else rng.uniform(0.5, 1.5, shape)
             mu[path] = rng.normal(0, 0.1 * bool(done), shape)
             nu[path] = rng.uniform(0, 0.02 * bool(done), shape) + mu[path] ** 2
-            born[path] = np.zeros(shape, int)
-            for dim, (axis, _) in enumerate(on):
-                slots = born_on[axis].reshape([-1 if d == dim else 1 for d in range(len(shape))])
-                born[path] = np.maximum(born[path], slots)
+            born[path] = _youngest(born_on, path, self.model)
         ones = {path: np.ones_like(x) for path, x in value.items()}
         self.state = oracle.State(done, value, mu, nu, born, ones, ones)
         self.tx = self._optimizer(None)
@@ -280,10 +286,10 @@ class _Run:
         state = TrainState(jnp.int32(done), params, opt_state)
         adam = adam_of(state)
         steps = jnp.asarray(done, adam.steps.dtype)
-        ages = {axis: jnp.asarray(slots, jnp.int32) for axis, slots in born_on.items()}
+        ages = {kind: jnp.asarray(slots, jnp.int32) for kind, slots in born_on.items()}
         self.project = with_adam(
             state,
-            adam._replace(steps=steps, mu=_nested(mu), nu=_nested(nu), born={**adam.born, **ages}),
+            adam._replace(steps=steps, mu=_nested(mu), nu=_nested(nu), born=ages),
         )
         self.update = self._jitted()
 
@@ -389,7 +395,7 @@ class _Run:
         self._compare("moments", adam.mu, wanted.mu)
         self._compare("moments", adam.nu, wanted.nu)
         for path, born in wanted.born.items():
-            require_close("ages", path, born_of(adam, path), born)
+            require_close("ages", path, _youngest(adam.born, path, plan.config), born)
             self.counts.checks["ages"] += 1
         if maps.exact:
             self._check_function(number, maps, wanted)
@@ -403,7 +409,7 @@ class _Run:
         self.update = self._jitted()
         if self.chain.model_checks:
             self._check_model(number)
-        if hasattr(plan, "locks") and not boosted:
+        if not boosted:
             check_locks(self._truly_locked(number), plan.locks(before))
             self.counts.checks["locks"] += 1
         fading = source.fade_steps and source.kept(source.steps) > 0
@@ -490,14 +496,13 @@ class _Run:
                 )
 
 
-def born_of(adam: optim.SlotAdamState, path: str) -> np.ndarray:
+def _youngest(born: Mapping[str, Any], path: str, model: TransformerConfig) -> np.ndarray:
     """The birth step of every entry of a parameter: the latest of its slots."""
-    on = decoder.PARAMS[path]
-    born = np.zeros((1,) * len(on), int)
-    for dim, (axis, _) in enumerate(on):
-        slots = np.asarray(adam.born[axis])
-        born = np.maximum(born, slots.reshape([-1 if d == dim else 1 for d in range(len(on))]))
-    return born
+    shape, ages = decoder.shape_of(path, mapping.to_dict(model)), np.zeros((), int)
+    for kind, dims in axes.table(model)[path].slots.items():
+        here = [size if dim in dims else 1 for dim, size in enumerate(shape)]
+        ages = np.maximum(ages, np.asarray(born[kind]).reshape(here))
+    return np.broadcast_to(ages, shape)
 
 
 def check_locks(true: Mapping[str, tuple[int, ...]], claimed: Mapping[str, Any]) -> None:

@@ -212,9 +212,14 @@ class AxisMap:
         return tuple(self.fields["zero"])
 
     @property
+    def silent(self) -> bool:
+        """Whether its copies have no effect at first."""
+        return bool(self.fields["masked"]) or "stack" in self.zero
+
+    @property
     def hidden(self) -> bool:
         """Whether its copies have no effect at first, or are written as in the next layer."""
-        return bool(self.fields["masked"]) or "stack" in self.zero or bool(self.ahead.any())
+        return self.silent or bool(self.ahead.any())
 
     @property
     def even(self) -> bool:
@@ -435,7 +440,7 @@ class Growth:
         readers = [
             (dim, e)
             for dim, e, role, laid_out in self._dims(path)
-            if role == "in" and not laid_out and not e.hidden and not e.fields["learned"]
+            if role == "in" and not laid_out and not e.silent and not e.fields["learned"]
             and e.copied.any()
         ]  # fmt: skip
         if not readers:
@@ -503,7 +508,7 @@ class Growth:
         return len(PARAMS)
 
     def locked(self, value: Tree) -> dict[str, tuple[int, ...]]:
-        """Copies that act as their source: equal writers, readers in proportion to the weights.
+        """Copies that act as an earlier one: equal writers, readers in proportion to the weights.
 
         Args:
           value: parameters some steps after the growth.
@@ -513,24 +518,25 @@ class Growth:
         """
         found = {}
         for e in self.axes.values():
-            if e.fields["learned"]:
-                continue
             positions = [
-                p
-                for p in np.flatnonzero(e.added & ~e.new)
-                if self._same(value, e, int(p), int(e.first[e.index[p]]))
+                copy
+                for copy in range(e.target)
+                if any(
+                    e.index[copy] == e.index[earlier] != NEW and self._same(value, e, copy, earlier)
+                    for earlier in range(copy)
+                )
             ]
             if positions:
-                found[e.axis] = tuple(int(p) for p in positions)
+                found[e.axis] = tuple(positions)
         return found
 
-    def _same(self, value: Tree, e: AxisMap, copy: int, own: int) -> bool:
+    def _same(self, value: Tree, e: AxisMap, copy: int, earlier: int) -> bool:
         for path in PARAMS:
             for dim, (axis, role) in enumerate(PARAMS[path]):
                 if axis == e.axis:
-                    a, b = (np.take(value[path], p, dim) for p in (copy, own))
+                    a, b = (np.take(value[path], p, dim) for p in (copy, earlier))
                     if role == "in":
-                        a, b = a / e.alpha[copy], b / e.alpha[own]
+                        a, b = a / e.alpha[copy], b / e.alpha[earlier]
                     largest = np.max(np.abs(b), initial=1)
                     if np.max(np.abs(a - b), initial=0) > TOLERANCE * largest:
                         return False

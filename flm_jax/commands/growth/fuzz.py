@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,7 +47,7 @@ def _text(result: Mapping[str, Any]) -> list[str]:
     ]
     lines += [f"  seed {m['seed']}: {m['kind']}: {m['detail']}" for m in result["mismatches"]]
     for small in result["shrunk"]:
-        lines += [f"made smaller, {small['mismatch']}:", f"  {small['chain']}"]
+        lines += [f"made smaller, {small['mismatch']}:", f"  {json.dumps(small['chain'])}"]
     return lines
 
 
