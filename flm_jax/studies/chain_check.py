@@ -208,10 +208,6 @@ def _flat(tree: Any) -> decoder.Tree:
     return {path: np.asarray(leaf) for path, leaf in trees.flatten(tree)}
 
 
-def _nested(tree: decoder.Tree) -> Any:
-    return trees.unflatten({path: jnp.asarray(leaf) for path, leaf in tree.items()})
-
-
 def adam_of(state: TrainState) -> optim.SlotAdamState:
     """Adam's part of a train state."""
     return next(s for s in state.opt_state if isinstance(s, optim.SlotAdamState))
@@ -281,15 +277,15 @@ class _Run:
         ones = {path: np.ones_like(x) for path, x in value.items()}
         self.state = oracle.State(done, value, mu, nu, born, ones, ones)
         self.tx = self._optimizer(None)
-        params = _nested(value)
-        opt_state = self.tx.init(params)
+        params = trees.unflatten(value)
+        opt_state = jax.jit(self.tx.init)(params)
         state = TrainState(jnp.int32(done), params, opt_state)
         adam = adam_of(state)
         steps = jnp.asarray(done, adam.steps.dtype)
         ages = {kind: jnp.asarray(slots, jnp.int32) for kind, slots in born_on.items()}
         self.project = with_adam(
             state,
-            adam._replace(steps=steps, mu=_nested(mu), nu=_nested(nu), born=ages),
+            adam._replace(steps=steps, mu=trees.unflatten(mu), nu=trees.unflatten(nu), born=ages),
         )
         self.update = self._jitted()
 
@@ -349,7 +345,7 @@ class _Run:
                     self.counts.checks["model"] += 1
             self.state = oracle.adamw(self.state, given, self.config, self.settings)
             with _no_failure("optimizer"):
-                self.project = self.update(_nested(given), self.project)
+                self.project = self.update(trees.unflatten(given), self.project)
             self._compare("step", self.project.params, self.state.value)
 
     def _project_gradient(
@@ -410,7 +406,8 @@ class _Run:
         if self.chain.model_checks:
             self._check_model(number)
         if not boosted:
-            check_locks(self._truly_locked(number), plan.locks(before))
+            claimed = {a: at for a, at in plan.locks(before).items() if maps.has_entries(a)}
+            check_locks(self._truly_locked(number), claimed)
             self.counts.checks["locks"] += 1
         fading = source.fade_steps and source.kept(source.steps) > 0
         clipped = self.chain.optimizer.clip_norm < UNCLIPPED

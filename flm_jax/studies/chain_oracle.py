@@ -507,6 +507,11 @@ class Growth:
             require_close("gradients", path, got, want)
         return len(PARAMS)
 
+    def has_entries(self, axis: str) -> bool:
+        """Whether the grown model has parameters with this axis: without layers, some are empty."""
+        shapes = (shape_of(path, self.big) for path, on in PARAMS.items() if axis in dict(on))
+        return any(0 not in shape for shape in shapes)
+
     def locked(self, value: Tree) -> dict[str, tuple[int, ...]]:
         """Copies that act as an earlier one: equal writers, readers in proportion to the weights.
 
@@ -531,6 +536,8 @@ class Growth:
         return found
 
     def _same(self, value: Tree, e: AxisMap, copy: int, earlier: int) -> bool:
+        """Whether the entries of two slots are in proportion; not if there are none (no layers)."""
+        entries = 0
         for path in PARAMS:
             for dim, (axis, role) in enumerate(PARAMS[path]):
                 if axis == e.axis:
@@ -540,4 +547,5 @@ class Growth:
                     largest = np.max(np.abs(b), initial=1)
                     if np.max(np.abs(a - b), initial=0) > TOLERANCE * largest:
                         return False
-        return True
+                    entries += a.size
+        return entries > 0

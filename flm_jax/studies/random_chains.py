@@ -18,12 +18,13 @@ from flm_jax.studies.chain_check import UNCLIPPED, Chain, ChainGrowth, Counts, c
 from flm_jax.studies.chain_oracle import Mismatch
 
 LARGEST = {"vocab": 26, "embed": 24, "mlp": 20, "kv_heads": 6, "q_per_kv": 4, "layers": 6}
+ANY_SIZE = (8, 1, 1)  # the mesh that splits no parameter
 MESHES = (
-    (8, 1, 1), (4, 2, 1), (4, 1, 2), (2, 2, 2), (2, 4, 1), (2, 1, 4), (1, 4, 2), (1, 2, 4),
+    (4, 2, 1), (4, 1, 2), (2, 2, 2), (2, 4, 1), (2, 1, 4), (1, 4, 2), (1, 2, 4),
     (1, 8, 1), (1, 1, 8),
 )  # fmt: skip
 MESH_CHAINS = 0.12  # of all chains; they compile slowly
-MODEL_CHAINS = 0.15
+MODEL_CHAINS = 0.1
 _ATTEMPTS = 80  # to shrink one chain
 _KEEP_GOING = 50  # chains between two clearings of compiled programs, which bounds memory
 Sizes = dict[str, int]
@@ -35,7 +36,7 @@ def draw(seed: int) -> Chain:
     on_mesh = rng.random() < MESH_CHAINS
     model = _model(rng, even=on_mesh)
     sizes, growths = axis_sizes(model), []
-    for _ in range(_pick(rng, {1: 0.45, 2: 0.35, 3: 0.12, 4: 0.08})):
+    for _ in range(_pick(rng, {1: 0.55, 2: 0.3, 3: 0.1, 4: 0.05})):
         g = _growth(rng, sizes, even=on_mesh)
         if not g.operators:
             continue  # everything is at its largest
@@ -77,7 +78,7 @@ def _model(rng: np.random.Generator, *, even: bool) -> TransformerConfig:
         num_heads=kv_heads * q_per_kv,
         num_kv_heads=kv_heads,
         head_dim=_pick(rng, {2: 1, 4: 1}),
-        d_ff=_pick(rng, {4: 1, 6: 1, 8: 1} if even else {3: 1, 5: 1, 6: 1}),
+        d_ff=_pick(rng, {4: 2, 6: 1, 8: 2} if even else {3: 1, 5: 1, 6: 1}),
         mup_base_width=_pick(rng, {0: 1, 4: 2}),
         parametrisation=_pick(rng, {"mup": 4, "sp": 1}),
         input_mult=1.3,
@@ -129,8 +130,8 @@ def _operators(
             operators.pop("q_per_kv", None)
             targets["q_per_kv"] = sizes["q_per_kv"] * sizes["kv_heads"] // target
 
-    # APPROX operators take half as many first places: fewer checks follow them.
-    chances = np.array([2.0 if OPERATORS[name].exactness == EXACT else 1.0 for name in usable])
+    # APPROX operators take fewer first places, because fewer checks follow them.
+    chances = np.array([4.0 if OPERATORS[name].exactness == EXACT else 3.0 for name in usable])
     order = rng.choice(len(usable), len(usable), replace=False, p=chances / chances.sum())
     for name in (usable[n] for n in order):
         for axis in rng.permutation(OPERATORS[name].axes).tolist():
@@ -154,7 +155,7 @@ def _target(
     size, room = sizes[axis], LARGEST[axis] - sizes[axis]
     if size == 0 and name not in ("fresh", "zero_pad", "msg"):
         return None
-    step = 2 if even and axis in ("mlp", "vocab") else 1
+    step = 4 if even and axis in ("mlp", "vocab") else 1
     if name in ("tile", "uneven"):
         choices = [k * size for k in (2, 3)]
     elif name == "repeat":
@@ -175,12 +176,13 @@ def _with_meshes(
     heads = "q_per_kv" if split_queries else "kv_heads"
 
     def fitting(sizes: Sizes) -> list[tuple[int, ...]]:
-        return [
+        fits: list[tuple[int, ...]] = [
             mesh
             for mesh in MESHES
             if sizes["embed"] % mesh[1] == 0
             and all(sizes[axis] % mesh[2] == 0 for axis in ("mlp", "vocab", heads))
         ]
+        return fits or [ANY_SIZE]
 
     shapes = [options[int(rng.integers(len(options)))] for options in map(fitting, (before, after))]
     return dataclasses.replace(g, meshes=(*shapes[0], *shapes[1]), split_queries=split_queries)
