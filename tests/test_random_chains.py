@@ -11,6 +11,7 @@ import pytest
 
 from flm_jax import growth
 from flm_jax.config import OptimizerConfig, TransformerConfig
+from flm_jax.errors import UserError
 from flm_jax.growth.operators import OPERATORS
 from flm_jax.params import trees
 from flm_jax.studies import chain_check, decoder_oracle, random_chains
@@ -18,7 +19,7 @@ from flm_jax.studies.chain_check import Chain, ChainGrowth, Counts, adam_of, che
 from flm_jax.studies.chain_oracle import Mismatch
 from tests.commands import call, json_of, mistake
 
-FAST = range(12)
+FAST = range(8)
 SLOW = range(1000, 1200)
 BLOCK = 20
 
@@ -300,6 +301,9 @@ def test_the_command_counts_and_fails_with_the_smallest_chain(monkeypatch):
     assert result["chains"] == 2 and result["growths"] >= 2 and result["mismatches"] == []
     assert sum(result["operators"].values()) >= 2 and result["checks"]["parameters"] > 0
     assert "chain: not JSON" in mistake("growth", "fuzz", "--chain={")
+    assert "give the object" in mistake("growth", "fuzz", "--chain=[1]")
+    with pytest.raises(UserError, match=r"meshes is \(1, 2\)"):
+        grows("mlp=tile", {"mlp": 10}, meshes=(1, 2))
     assert "chain.sed" in mistake("growth", "fuzz", '--chain={"sed": 1}')
 
     def wrong(chain, counts=None, tamper=None):

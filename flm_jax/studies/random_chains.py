@@ -95,17 +95,21 @@ def _growth(rng: np.random.Generator, sizes: Sizes, *, even: bool) -> ChainGrowt
     following = rng.random() < 0.12  # a growth after which the small model can be followed
     usable = ("tile", "uneven", "net2net", "tile_pad") if following else tuple(OPERATORS)
     operators, targets = _operators(rng, sizes, usable, even=even)
-    learned = "ligo" in operators.values()
+    moments, noise_db = (
+        _pick(rng, {"asym": 2, "dual": 2, "reset": 1}),
+        _pick(rng, {0.0: 2, 10.0: 1}),
+    )
+    rates = _pick(rng, {"target": 4, "carry": 4, "ramp": 3})
+    if following:
+        moments, rates, noise_db = "dual", "carry", 0.0
+    if "ligo" in operators.values():
+        rates = "target"  # no factor keeps the steps of a dense map
     return ChainGrowth(
         operators=operators,
         sizes=targets,
-        moments="dual" if following else _pick(rng, {"asym": 2, "dual": 2, "reset": 1}),
-        rates="target"
-        if learned
-        else "carry"
-        if following
-        else _pick(rng, {"target": 4, "carry": 4, "ramp": 3}),
-        noise_db=0.0 if following else _pick(rng, {0.0: 2, 10.0: 1}),
+        moments=moments,
+        rates=rates,
+        noise_db=noise_db,
         ramp_steps=_pick(rng, {1: 1, 2: 2, 4: 1}),
         added_rate=_pick(rng, {1.0: 5, 1.5: 1}),
         input_mult=_pick(rng, {0.0: 4, 2.0: 1}),
