@@ -103,6 +103,13 @@ INTERACTIONS = {
     "new columns of copied rows": chain_of(
         grows("embed=zero_pad,mlp=tile", {"embed": 9, "mlp": 10}, rates="carry", steps=2)
     ),
+    "depth under CompleteP": chain_of(
+        grows("layers=zero_pad,embed=tile", {"layers": 4, "embed": 12}, moments="dual",
+              rates="carry", steps=1),
+        grows("layers=identity,mlp=tile", {"layers": 6, "mlp": 10}, moments="dual", rates="ramp",
+              steps=2),
+        model=dataclasses.replace(MODEL, parametrisation="completep", mup_base_depth=1),
+    ),
     "learned maps": chain_of(grows("mlp=ligo,layers=ligo", {"mlp": 8, "layers": 3}, steps=1)),
 }  # fmt: skip
 
@@ -236,7 +243,8 @@ def test_a_wrong_lock_is_noticed():
 
 def test_the_independent_gradient_is_that_of_its_own_loss():
     """Central differences in random entries; masks, packed documents and unequal weights."""
-    config = dataclasses.asdict(MODEL)
+    model = dataclasses.replace(MODEL, parametrisation="completep", mup_base_depth=1)
+    config = dataclasses.asdict(model)
     rng = np.random.default_rng(0)
     p = {path: rng.normal(0.1, 0.5, decoder_oracle.shape_of(path, config))
          for path in decoder_oracle.PARAMS}  # fmt: skip

@@ -24,6 +24,7 @@ from flm_jax.studies.decoder_oracle import (
     Config,
     Tree,
     decay,
+    eps,
     multiplier,
     rate,
     shape_of,
@@ -130,17 +131,17 @@ def adamw(state: State, grads: Tree, config: Config, settings: Settings) -> Stat
         age = t - state.born[path]
         m_hat = mu[path] / (1 - s.b1**age)
         v_hat = nu[path] / (1 - s.b2**age)
-        eps = s.eps * state.eps_factor[path] ** kept
-        step = state.step_factor[path] ** kept * m_hat / (np.sqrt(v_hat) + eps)
+        here = s.eps * eps(path, config) * state.eps_factor[path] ** kept
+        step = state.step_factor[path] ** kept * m_hat / (np.sqrt(v_hat) + here)
         if state.grown_at is not None:
             added = state.born[path] >= state.grown_at
             progress = np.minimum(age / s.added_rate_steps, 1) * added
             step = step * (1 + (s.added_rate - 1) * progress)
         peak = s.learning_rate if path in VECTORS else s.matrix_learning_rate
         # Learning rates are float32 numbers, whatever the dtype of the parameters.
-        here = float(np.float32(peak * rate(path, config)))
+        learning_rate = float(np.float32(peak * rate(path, config)))
         decayed = step + s.weight_decay * decay(path, config) * state.value[path]
-        value[path] = state.value[path] - here * decayed
+        value[path] = state.value[path] - learning_rate * decayed
     return dataclasses.replace(state, steps=t, value=value, mu=mu, nu=nu)
 
 
@@ -482,9 +483,10 @@ class Growth:
                 created = self.created(path)
                 ratio = rate(path, self.small) / rate(path, self.big)
                 f = self.gather(path, state.step_factor[path] ** kept) * self.factor(path) * ratio
-                eps = self.gather(path, state.eps_factor[path] ** kept) * h
+                own = eps(path, self.small) / eps(path, self.big)
+                of_eps = self.gather(path, state.eps_factor[path] ** kept) * h * own
                 out["step_factor"][path] = np.where(created, 1.0, f)
-                out["eps_factor"][path] = np.where(created, 1.0, eps)
+                out["eps_factor"][path] = np.where(created, 1.0, of_eps)
         fading = ramp_steps if rates == "ramp" else 0
         return State(state.steps, **out, grown_at=state.steps, fade_start=state.steps,
                      fade_steps=fading)  # fmt: skip

@@ -71,6 +71,17 @@ def _width(config: Config) -> float:
     return float(config["d_model"] / (config["mup_base_width"] or config["d_model"]))
 
 
+def _depth(config: Config) -> float:
+    """Depth over the base depth; it scales nothing in a model without layers."""
+    layers = config["num_layers"]
+    return float(layers / (config["mup_base_depth"] or layers)) if layers else 1.0
+
+
+def _branches(config: Config) -> float:
+    """Factor on every layer's two branches."""
+    return 1 / _depth(config) if config["parametrisation"] == "completep" else 1.0
+
+
 def std(path: str, config: Config) -> float:
     """Standard deviation of initial entries; 0 for a norm's gain, whose entries are 1."""
     if "norm" in path:
@@ -86,9 +97,9 @@ def std(path: str, config: Config) -> float:
 
 
 def rate(path: str, config: Config) -> float:
-    """Factor on the learning rate: 1 / width for matrices, if the parametrisation is µP."""
-    matrix = path not in VECTORS
-    return 1 / _width(config) if matrix and config["parametrisation"] == "mup" else 1.0
+    """Factor on the learning rate: 1 / width for matrices, unless the parametrisation is "sp"."""
+    follows = path not in VECTORS and config["parametrisation"] != "sp"
+    return 1 / _width(config) if follows else 1.0
 
 
 def decay(path: str, config: Config) -> float:
@@ -96,12 +107,21 @@ def decay(path: str, config: Config) -> float:
     return 0.0 if "norm" in path else 1 / rate(path, config)
 
 
+def eps(path: str, config: Config) -> float:
+    """Factor on Adam's eps: CompleteP's gradients fall with width, and in layers with depth."""
+    if config["parametrisation"] != "completep":
+        return 1.0
+    return 1 / (_width(config) * (_depth(config) if "/" in path else 1))
+
+
 def multiplier(path: str, config: Config) -> float:
     """Factor that the model applies to the parameter's output."""
     if path == "embedding":
         return float(config["input_mult"])
+    if path in RESIDUAL_WRITERS:
+        return _branches(config)
     if path == "head":
-        divided = _width(config) if config["parametrisation"] == "mup" else 1.0
+        divided = 1.0 if config["parametrisation"] == "sp" else _width(config)
         return float(config["output_mult"] / divided)
     return 1.0
 
@@ -161,7 +181,8 @@ def forward(config: Config, p: Tree, batch: Batch, masks: Masks | None = None) -
       masks: run-time masks by axis; an axis that is left out is not masked.
     """
     mask = _all_masks(config, masks)
-    eps, theta, H = config["rms_norm_eps"], config["rope_theta"], config["head_dim"]
+    norm_eps, theta, H = config["rms_norm_eps"], config["rope_theta"], config["head_dim"]
+    branches = mask["layers"] * _branches(config)
     segments, positions = batch["segment_ids"], batch["positions"]
     T = segments.shape[1]
     seen = np.tril(np.ones((T, T), bool)) & (segments[:, :, None] == segments[:, None, :])
@@ -170,7 +191,7 @@ def forward(config: Config, p: Tree, batch: Batch, masks: Masks | None = None) -
     for n in range(config["num_layers"]):
         w = {path.split("/", 1)[1]: leaf[n] for path, leaf in p.items() if "/" in path}
         s: dict[str, Any] = {"w": w}
-        y, s["norm1"] = _norm(x, w["attention/norm"], eps, mask["embed"])
+        y, s["norm1"] = _norm(x, w["attention/norm"], norm_eps, mask["embed"])
         q = _rotate(np.einsum("btd,dkgh->btkgh", y, w["attention/query"]), positions, theta, 1)
         k = _rotate(np.einsum("btd,dkh->btkh", y, w["attention/key"]), positions, theta, 1)
         v = np.einsum("btd,dkh->btkh", y, w["attention/value"])
@@ -180,16 +201,16 @@ def forward(config: Config, p: Tree, batch: Batch, masks: Masks | None = None) -
         probs /= probs.sum(-1, keepdims=True)
         heads = mask["kv_heads"][:, None, None] * mask["q_per_kv"][:, None]
         o = np.einsum("bkgts,bskh->btkgh", probs, v) * heads
-        h = x + np.einsum("btkgh,kghd->btd", o, w["attention/out"]) * mask["layers"][n]
-        z, s["norm2"] = _norm(h, w["mlp/norm"], eps, mask["embed"])
+        h = x + np.einsum("btkgh,kghd->btd", o, w["attention/out"]) * branches[n]
+        z, s["norm2"] = _norm(h, w["mlp/norm"], norm_eps, mask["embed"])
         gate, up = z @ w["mlp/gate"], z @ w["mlp/up"]
         sigmoid = 1 / (1 + np.exp(-gate))
         a = gate * sigmoid * up * mask["mlp"]
         s |= {"y": y, "q": q, "k": k, "v": v, "probs": probs, "heads": heads, "o": o}
         s |= {"z": z, "gate": gate, "up": up, "sigmoid": sigmoid, "a": a}
-        x = h + a @ w["mlp/down"] * mask["layers"][n]
+        x = h + a @ w["mlp/down"] * branches[n]
         layers.append(s)
-    last, saved = _norm(x, p["final_norm"], eps, mask["embed"])
+    last, saved = _norm(x, p["final_norm"], norm_eps, mask["embed"])
     logits = last @ p["head"] * multiplier("head", config)
     # A token's probability is multiplied by its mask. A large negative number stands for log(0).
     hidden = np.log(np.maximum(mask["vocab"], 1e-300)) + np.where(mask["vocab"] > 0, 0, -1e300)
@@ -202,6 +223,7 @@ def gradient(
     """The mean loss in nats per token, and its gradient. Arguments as in `forward`."""
     mask, of = _all_masks(config, masks), forward(config, p, batch, masks)
     theta, H = config["rope_theta"], config["head_dim"]
+    branches = mask["layers"] * _branches(config)
     positions, weights = batch["positions"], batch["weights"] / batch["weights"].sum()
     shifted = of.logits - of.logits.max(-1, keepdims=True)
     probs = np.exp(shifted)
@@ -218,7 +240,7 @@ def gradient(
     for n in reversed(range(config["num_layers"])):
         s, w = of.layers[n], of.layers[n]["w"]
         g: Tree = {}
-        branch = dx * mask["layers"][n]
+        branch = dx * branches[n]
         g["mlp/down"] = np.einsum("btf,btd->fd", s["a"], branch)
         d_a = branch @ w["mlp/down"].T * mask["mlp"]
         d_up = d_a * s["gate"] * s["sigmoid"]
@@ -228,7 +250,7 @@ def gradient(
         g["mlp/up"] = np.einsum("btd,btf->df", s["z"], d_up)
         d_h, g["mlp/norm"] = _norm_back(d_gate @ w["mlp/gate"].T + d_up @ w["mlp/up"].T, s["norm2"])
         dx = dx + d_h
-        branch = dx * mask["layers"][n]
+        branch = dx * branches[n]
         g["attention/out"] = np.einsum("btkgh,btd->kghd", s["o"], branch)
         d_o = np.einsum("btd,kghd->btkgh", branch, w["attention/out"]) * s["heads"]
         d_v = np.einsum("bkgts,btkgh->bskh", s["probs"], d_o)

@@ -69,24 +69,28 @@ def _pick(rng: np.random.Generator, weights: dict[Any, float]) -> Any:
 
 
 def _model(rng: np.random.Generator, *, even: bool) -> TransformerConfig:
+    parametrisation = _pick(rng, {"mup": 3, "completep": 2, "sp": 1})
+    layers = _pick(rng, {0: 1, 1: 2, 2: 2, 3: 1})
+    deep = parametrisation == "completep"
     kv_heads = _pick(rng, {1: 1, 2: 2})
     q_per_kv = _pick(rng, {1: 1, 2: 2, 4: 1})
     return TransformerConfig(
         vocab_size=_pick(rng, {16: 1} if even else {11: 2, 16: 1}),
-        num_layers=_pick(rng, {0: 1, 1: 2, 2: 2, 3: 1}),
+        num_layers=layers,
         d_model=_pick(rng, {4: 2, 6: 2, 8: 1} if even else {4: 2, 5: 1, 6: 2, 8: 1}),
         num_heads=kv_heads * q_per_kv,
         num_kv_heads=kv_heads,
         head_dim=_pick(rng, {2: 1, 4: 1}),
         d_ff=_pick(rng, {4: 2, 6: 1, 8: 2} if even else {3: 1, 5: 1, 6: 1}),
         mup_base_width=_pick(rng, {0: 1, 4: 2}),
-        parametrisation=_pick(rng, {"mup": 4, "sp": 1}),
+        mup_base_depth=int(rng.integers(0, layers + 1)) if deep else 0,
+        parametrisation=parametrisation,
         input_mult=1.3,
         output_mult=0.7,
         matrix_init_std=0.3,
         vector_init_std=0.5,
         rms_norm_eps=_pick(rng, {1e-2: 1, 1e-5: 1}),
-        depth_scaled_init=_pick(rng, {False: 2, True: 1}),
+        depth_scaled_init=False if deep else _pick(rng, {False: 2, True: 1}),
         dtype="float64",
     )
 
@@ -274,11 +278,11 @@ def _smaller_models(chain: Chain) -> Iterator[Chain]:
     grows = {axis for g in chain.growths for axis in g.sizes}
     model = chain.model
     changes: tuple[tuple[str, dict[str, Any]], ...] = (
-        ("layers", {"num_layers": min(model.num_layers, 1)}),
+        ("layers", {"num_layers": min(model.num_layers, 1), "mup_base_depth": 0}),
         ("embed", {"d_model": 4, "mup_base_width": min(model.mup_base_width, 4)}),
         ("mlp", {"d_ff": 2}),
         ("vocab", {"vocab_size": 8}),
-        ("", {"mup_base_width": 0, "parametrisation": "mup"}),
+        ("", {"mup_base_width": 0, "mup_base_depth": 0, "parametrisation": "mup"}),
         ("", {"input_mult": 1.0, "output_mult": 1.0, "depth_scaled_init": False}),
     )
     if not grows & {"kv_heads", "q_per_kv"}:
