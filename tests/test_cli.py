@@ -254,7 +254,7 @@ def test_help_lists_every_command_with_its_first_line():
     [
         (("trian",), ("no command 'trian'", "did you mean 'train'?", "flm --help")),
         (("growth", "chek"), ("no 'chek'", "did you mean 'check'?", "checkpoint")),
-        (("growth", "--list"), ("needs a subcommand", "check, checkpoint, probe, draw")),
+        (("growth", "--list"), ("needs a subcommand", "check, fuzz, checkpoint, probe, draw")),
         ((), ("give a command", "flm --help")),
         (("inspect",), ("got no argument", "give flm inspect DIR")),
         (("inspect", "a", "b"), ("got a b", "give flm inspect DIR")),

@@ -24,7 +24,8 @@ from flm_jax.version import __version__
 
 # In the order of --help. "growth check" is flm_jax/commands/growth/check.py.
 COMMANDS = (
-    "train", "sft", "growth check", "growth checkpoint", "growth probe", "growth draw",
+    "train", "sft", "growth check", "growth fuzz", "growth checkpoint", "growth probe",
+    "growth draw",
     "mup check", "mup sweep", "mup growth", "mup predict",
     "generate", "evaluate", "compare", "harness", "reported",
     "inspect", "describe", "compile", "convert", "vocabulary",
