@@ -124,7 +124,7 @@ def test_spoiled_samples_name_their_defects(samples):
 def test_mistakes_are_one_line():
     with pytest.raises(UserError, match="split is 'test'; choose one of train, evaluation"):
         synthetic.make(0, 1, "test")
-    with pytest.raises(UserError, match="category is 'poems'; choose of arithmetic"):
+    with pytest.raises(UserError, match="category is 'poems'; choose one of arithmetic"):
         synthetic.make(0, 1, categories=["poems"])
     with pytest.raises(UserError, match=r"describe has about .* 100000 are wanted"):
         synthetic.make(0, 100_000, categories=["describe"])

@@ -23,10 +23,10 @@ TEXT = "{text}"  # where a template puts a message's content
 
 @dataclasses.dataclass(frozen=True)
 class TemplateConfig(Checked):
-    """How a message of each role is written; `{text}` is the place of its content.
+    """The text around the messages of each role; `{text}` stands where the content goes.
 
     The vocabulary's end token follows every assistant message. The defaults are Tele-FLM's
-    published chat template; whether Tele-FLM was trained with an end token there is not published.
+    published chat template. It is not published whether Tele-FLM was trained with that end token.
     """
 
     system: str = ""  # "": system messages are left out
@@ -38,19 +38,19 @@ class TemplateConfig(Checked):
         super().__post_init__()
         for role in ("system", "user", "assistant"):
             pattern = getattr(self, role)
-            without_system = role == "system" and not pattern
+            leaves_out_system = role == "system" and not pattern
             require(
-                pattern.count(TEXT) == 1 or without_system,
-                f"TemplateConfig.{role} is {pattern!r}; write {TEXT} in it once, where the message "
-                "goes",
+                pattern.count(TEXT) == 1 or leaves_out_system,
+                f"TemplateConfig.{role} is {pattern!r}; it must have {TEXT} once, where the "
+                "message goes",
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class SftConfig(Checked):
-    """Fine-tunes one model on conversations, as a stage of its lineage.
+    """Settings of fine-tuning one model on conversations, as a new stage of its lineage.
 
-    Learning rates fall linearly from their peaks; the defaults are Tele-FLM's (arXiv 2407.02783).
+    Learning rates fall linearly from their peaks. Their defaults are Tele-FLM's (arXiv 2407.02783).
     """
 
     base: str  # a run's folder, or a folder of Hugging Face files
@@ -58,7 +58,7 @@ class SftConfig(Checked):
     name: str = "sft"  # of the new stage
     paths: tuple[str, ...] = ()  # JSONL files or folders of conversations
     made: int = 0  # synthetic conversations per category, in addition to `paths`
-    held_out: float = 0.05  # share of the conversations, by hash, for the response loss
+    held_out: float = 0.05  # share of the conversations, chosen by hash, for the response loss
     overlong: str = "drop"  # conversations longer than the context: "drop" or "truncate"
     template: TemplateConfig = TemplateConfig()
     data: DataConfig | None = None  # vocabulary and text to retain; None: the base run's
@@ -67,8 +67,8 @@ class SftConfig(Checked):
     epochs: int = 3
     steps: int = 0  # optimizer steps; 0: computed from `epochs`
     learning_rate: float = 2.7e-5  # peak, of vector-like parameters
-    matrix_learning_rate: float = 2.7e-5  # peak, of matrix-like ones at the µP base width
-    final_learning_rate: float = 1e-9  # of vector-like parameters; matrix-like: the same ratio
+    matrix_learning_rate: float = 2.7e-5  # peak, of matrix-like parameters at µP's base width
+    final_learning_rate: float = 1e-9  # of vector-like parameters; the same ratio for the others
     warmup_steps: int = 0
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     # Evaluation on text; the held-out responses are always evaluated in full.
@@ -77,10 +77,12 @@ class SftConfig(Checked):
         default_factory=lambda: CheckpointConfig(every_steps=50, keep=1)
     )
     mesh: MeshConfig = field(default_factory=MeshConfig)
-    score_samples: int = 16  # conversations per category to score before and after
-    max_new_tokens: int = 160  # longest answer that is scored
+    score_samples: int = 16  # conversations per category that are scored before and after
+    max_new_tokens: int = 160  # tokens after which an answer is cut off
     seed: int = 0  # of the conversations' order, and of the synthetic conversations
-    quick_compile: bool = False  # on a CPU: less optimised programs, for runs of seconds
+    quick_compile: bool = (
+        False  # on a CPU: compile faster, less optimised programs, for very short runs
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -97,10 +99,10 @@ class SftConfig(Checked):
         require(
             0 <= self.final_learning_rate <= self.learning_rate,
             f"SftConfig.final_learning_rate is {self.final_learning_rate} and learning_rate is "
-            f"{self.learning_rate}; the rate only falls: make the final one no larger",
+            f"{self.learning_rate}; the final one must be in [0, learning_rate]",
         )
         require(
             self.steps > 0 or (self.steps == 0 and self.epochs >= 1),
-            f"SftConfig.epochs is {self.epochs} and steps is {self.steps}; make one of them 1 or "
-            "more",
+            f"SftConfig.epochs is {self.epochs} and steps is {self.steps}; one of them must be "
+            "1 or more",
         )

@@ -1,7 +1,7 @@
-"""From a pool of chat samples to a small set: what is dropped, why, and which are taken.
+"""Chooses a small training set from a pool of chat samples, with a reason for every dropped sample.
 
-Steps go from cheap to costly; each sees what the one before left, and names a reason for all that
-it drops. The same pool, config, model and machine give the same set, and its digest.
+The steps run from cheap to expensive. Each step sees only the samples that the steps before it
+kept. The same pool, config, model and machine give the same set and the same digest.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from flm_jax.errors import UserError
 from flm_jax.mapping import Checked
 from flm_jax.sft import chats
 from flm_jax.sft.chats import Sample
-from flm_jax.sft.scoring import Losses, check_all
+from flm_jax.sft.scoring import Losses, ResponseLoss, check_all
 
 RANKS = ("ifd", "loss", "none")
-_HASHES = 128  # of MinHash
+_HASHES = 128  # permutations of MinHash
 
-Reasons = dict[int, str]  # index of a sample that is dropped -> why
-Embed = Callable[[Sequence[Sample]], np.ndarray]
+Reasons = dict[int, str]  # row of a dropped sample -> reason
+Remaining = Mapping[int, Sample]  # row -> sample that no step has dropped yet
+Embed = Callable[[Sequence[Sample]], np.ndarray]  # float [samples, features]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +48,7 @@ class SelectionConfig(Checked):
     quotas: tuple[Quota, ...] = ()  # empty: the categories' shares after filtering
     min_bytes: int = 1  # of all assistant messages together
     max_bytes: int = 8192  # of the conversation
-    scripts: tuple[str, ...] = ()  # Unicode script names, as LATIN, CJK; empty: any
+    scripts: tuple[str, ...] = ()  # first words of Unicode letter names: LATIN, CJK; empty: any
     script_share: float = 0.9  # smallest share of the letters in these scripts
     near: float = 0.8  # Jaccard similarity at which a sample is a near-duplicate; above 1: off
     shingle: int = 3  # words in the n-grams that near-duplicates are compared by
@@ -55,9 +56,11 @@ class SelectionConfig(Checked):
     overlap: float = 0.5  # share of a question's n-grams that counts as contamination
     verify: bool = True  # drop samples whose answer fails the sample's own check
     worst_loss: float = 0.05  # share of each category to drop, by highest loss
-    max_ifd: float = 1.0  # largest instruction-following difficulty; at 1 the question is no help
-    rank: str = "ifd"  # order of choice: "ifd" highest first, "loss" lowest first, "none" random
-    clusters: int = 16  # per category; samples are taken from the clusters in turn
+    max_ifd: float = (
+        1.0  # largest instruction-following difficulty; at 1 the question does not help
+    )
+    rank: str = "ifd"  # best first: "ifd" the highest, "loss" the lowest, "none" a random order
+    clusters: int = 16  # per category; the clusters take turns to give a sample
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -79,7 +82,17 @@ class SelectionConfig(Checked):
 
 @dataclasses.dataclass(frozen=True)
 class Dropped:
-    row: int  # of the pool, from 0
+    """A sample that was not chosen.
+
+    Attributes:
+      row: its row in the pool, from 0.
+      id: its id.
+      category: its category.
+      step: the step that dropped it.
+      reason: why.
+    """
+
+    row: int
     id: str
     category: str
     step: str
@@ -88,11 +101,18 @@ class Dropped:
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """The chosen samples, in the pool's order, and what became of the others."""
+    """The result of `select`.
+
+    Attributes:
+      chosen: the chosen samples, in the pool's order.
+      dropped: all other samples, step by step.
+      digest: SHA-256 of the chosen samples' messages.
+      report: the numbers of both and the config, as JSON values; `markdown` takes it.
+    """
 
     chosen: list[Sample]
     dropped: list[Dropped]
-    digest: str  # of the chosen samples' messages
+    digest: str
     report: dict[str, Any]
 
 
@@ -104,64 +124,45 @@ def select(
     unprompted: Losses | None = None,
     embed: Embed | None = None,
 ) -> Selection:
-    """Chooses `config.size` of the samples, or all that pass the filters if these are fewer.
+    """Chooses `config.size` samples, or fewer if the filters or the quotas leave fewer.
 
     Args:
       samples: the pool.
-      config: what to keep.
-      evaluation: sets that must not be trained on.
-      losses, unprompted: a model's response losses with and without the questions
-        (`chat_model.py`); None: quality plays no part, and of a cluster any sample is as good.
-      embed: float [samples, features]; None: TF-IDF of letters.
+      config: which samples to keep.
+      evaluation: samples that must not leak into the training set.
+      losses: a model's response losses (`chat_model.py`).
+      unprompted: the same model's losses without the questions. If this or `losses` is None,
+        quality plays no part, and every sample of a cluster is as good as the others.
+      embed: gives the vectors to cluster; None: TF-IDF of letters.
+
+    Returns:
+      The chosen samples, the others with their reasons, and a report.
 
     Raises:
       UserError: nothing is left, or a quota names a category that the pool does not have.
     """
-    categories = {s.category for s in samples}
-    for quota in config.quotas:
-        if quota.category not in categories:
-            raise UserError(
-                f"a quota names category {quota.category!r}, but the pool has "
-                f"{', '.join(map(repr, sorted(categories)))}"
-            )
-    merits: dict[int, float] = {}  # row -> what it is ranked by; higher is better
+    _check_quotas(samples, config)
+    merits: dict[int, float] = {}  # row -> value to rank by, higher is better; filled by `quality`
 
-    def quality(left: Mapping[int, Sample]) -> Reasons:
+    def quality(remaining: Remaining) -> Reasons:
         if losses is None or unprompted is None:
             return {}
-        found, reasons = _quality(left, config, losses, unprompted)
-        merits.update(found)
+        ranks, reasons = _quality(remaining, config, losses, unprompted)
+        merits.update(ranks)
         return reasons
 
-    steps: list[tuple[str, Callable[[Mapping[int, Sample]], Reasons]]] = [
-        ("length", functools.partial(_length, config=config)),
-        ("language", functools.partial(_language, config=config)),
-        ("duplicate", _duplicates),
+    steps: dict[str, Callable[[Remaining], Reasons]] = {
+        "length": functools.partial(_length, config=config),
+        "language": functools.partial(_language, config=config),
+        "duplicate": _duplicates,
         # Before near-duplicates: a wrong copy must not replace a right one.
-        ("check", functools.partial(_unverified, config=config)),
-        ("near_duplicate", functools.partial(_near_duplicates, config=config)),
-        ("contamination", functools.partial(_contaminated, config=config, evaluation=evaluation)),
-        ("quality", quality),
-        ("choice", lambda left: _not_chosen(left, config, merits, embed)),
-    ]
-    left = dict(enumerate(samples))
-    dropped: list[Dropped] = []
-    counts: dict[str, int] = {}
-    for step, find in steps:
-        reasons = find(left)
-        counts[step] = len(reasons)
-        dropped += [
-            Dropped(row, left[row].id, left[row].category, step, reason)
-            for row, reason in sorted(reasons.items())
-        ]
-        left = {row: s for row, s in left.items() if row not in reasons}
-        if not left:
-            what = ", ".join(f"{n} by {name}" for name, n in counts.items() if n)
-            raise UserError(
-                f"nothing is left of {len(samples)} samples: {what or 'the pool is empty'}; loosen "
-                "that step, or give other samples"
-            )
-    chosen = list(left.values())
+        "check": functools.partial(_unverified, config=config),
+        "near_duplicate": functools.partial(_near_duplicates, config=config),
+        "contamination": functools.partial(_contaminated, config=config, evaluation=evaluation),
+        "quality": quality,
+        "choice": functools.partial(_not_chosen, config=config, merits=merits, embed=embed),
+    }
+    chosen, dropped, counts = _run_steps(steps, samples)
     digest = chats.fingerprint(chosen)
     in_pool = collections.Counter(s.category for s in samples)
     taken = collections.Counter(s.category for s in chosen)
@@ -177,8 +178,43 @@ def select(
     return Selection(chosen, dropped, digest, report)
 
 
+def _check_quotas(samples: Sequence[Sample], config: SelectionConfig) -> None:
+    """Refuses a quota of a category that the pool does not have."""
+    categories = {s.category for s in samples}
+    for quota in config.quotas:
+        if quota.category not in categories:
+            raise UserError(
+                f"SelectionConfig.quotas names category {quota.category!r}, but the pool has "
+                f"{', '.join(map(repr, sorted(categories)))}; name one of these"
+            )
+
+
+def _run_steps(
+    steps: Mapping[str, Callable[[Remaining], Reasons]], samples: Sequence[Sample]
+) -> tuple[list[Sample], list[Dropped], dict[str, int]]:
+    """Runs the steps in order; returns what remains, what is dropped, and each step's number."""
+    remaining = dict(enumerate(samples))
+    dropped: list[Dropped] = []
+    counts: dict[str, int] = {}
+    for name, step in steps.items():
+        reasons = step(remaining)
+        counts[name] = len(reasons)
+        dropped += [
+            Dropped(row, remaining[row].id, remaining[row].category, name, reason)
+            for row, reason in sorted(reasons.items())
+        ]
+        remaining = {row: s for row, s in remaining.items() if row not in reasons}
+        if not remaining:
+            text = ", ".join(f"{count} by {step}" for step, count in counts.items() if count)
+            raise UserError(
+                f"nothing is left of {len(samples)} samples: {text or 'the pool is empty'}; loosen "
+                "that step, or give other samples"
+            )
+    return list(remaining.values()), dropped, counts
+
+
 def markdown(report: Mapping[str, Any]) -> str:
-    """A page for people: numbers by step and category, and an example of every step's reasons."""
+    """Writes a report as Markdown: numbers by step and category, and an example per step."""
     lines = [
         "# Selection",
         "",
@@ -189,9 +225,9 @@ def markdown(report: Mapping[str, Any]) -> str:
     ]
     for step, count in report["dropped_by_step"].items():
         example = next((d for d in report["dropped"] if d["step"] == step), None)
-        text = f"{example['id'] or 'row ' + str(example['row'])}: {example['reason']}" if (
-            example
-        ) else ""  # fmt: skip
+        text = ""
+        if example:
+            text = f"{example['id'] or 'row ' + str(example['row'])}: {example['reason']}"
         lines.append(f"| {step} | {count} | {text.replace('|', '/')} |")
     lines += ["", "| category | pool | chosen |", "| --- | --- | --- |"]
     for category, n in report["categories"].items():
@@ -199,12 +235,13 @@ def markdown(report: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-# The steps. Each gets row -> sample and returns the rows to drop.
+# The steps. Each gets the remaining samples and returns the rows to drop, with reasons.
 
 
-def _length(left: Mapping[int, Sample], config: SelectionConfig) -> Reasons:
+def _length(remaining: Remaining, config: SelectionConfig) -> Reasons:
+    """Drops conversations without an answer, with too short answers, or too long altogether."""
     reasons = {}
-    for row, sample in left.items():
+    for row, sample in remaining.items():
         answers = [m.content for m in sample.messages if m.role == "assistant"]
         answered = sum(len(a.strip().encode()) for a in answers)
         total = sum(len(m.content.encode()) for m in sample.messages)
@@ -217,41 +254,42 @@ def _length(left: Mapping[int, Sample], config: SelectionConfig) -> Reasons:
     return reasons
 
 
-def _language(left: Mapping[int, Sample], config: SelectionConfig) -> Reasons:
-    """By script alone: letters' Unicode names begin with it. A text without letters passes."""
+def _language(remaining: Remaining, config: SelectionConfig) -> Reasons:
+    """Drops texts with too few letters of the wanted scripts. A text without letters passes."""
     if not config.scripts:
         return {}
     reasons = {}
-    for row, sample in left.items():
+    for row, sample in remaining.items():
         letters = [c for m in sample.messages for c in m.content if c.isalpha()]
-        of_script = sum(_script(c) in config.scripts for c in letters)
-        if of_script < config.script_share * len(letters):
-            reasons[row] = f"{of_script} of {len(letters)} letters are {'/'.join(config.scripts)}"
+        in_scripts = sum(_script(c) in config.scripts for c in letters)
+        if in_scripts < config.script_share * len(letters):
+            reasons[row] = f"{in_scripts} of {len(letters)} letters are {'/'.join(config.scripts)}"
     return reasons
 
 
 @functools.lru_cache(maxsize=65536)
 def _script(letter: str) -> str:
+    """Returns the first word of the letter's Unicode name, which is its script."""
     return unicodedata.name(letter, "?").split()[0]
 
 
-def _duplicates(left: Mapping[int, Sample]) -> Reasons:
-    """Equal but for case and white space; the first is kept."""
+def _duplicates(remaining: Remaining) -> Reasons:
+    """Drops samples that differ from an earlier one at most in case and white space."""
     first: dict[tuple[str, ...], int] = {}
     reasons = {}
-    for row, sample in left.items():
+    for row, sample in remaining.items():
         key = tuple(f"{m.role} {' '.join(m.content.casefold().split())}" for m in sample.messages)
         original = first.setdefault(key, row)
         if original != row:
-            reasons[row] = f"equals {_name(original, left)}"
+            reasons[row] = f"equals {_name(original, remaining)}"
     return reasons
 
 
-def _unverified(left: Mapping[int, Sample], config: SelectionConfig) -> Reasons:
-    """Last answers that fail the sample's own check. Code runs in the sandbox."""
+def _unverified(remaining: Remaining, config: SelectionConfig) -> Reasons:
+    """Drops samples whose last answer fails their own check. Code runs in the sandbox."""
     if not config.verify:
         return {}
-    checked = {row: s for row, s in left.items() if s.check}
+    checked = {row: s for row, s in remaining.items() if s.check}
     answers = [
         [m.content for m in s.messages if m.role == "assistant"][-1] for s in checked.values()
     ]
@@ -263,29 +301,33 @@ def _unverified(left: Mapping[int, Sample], config: SelectionConfig) -> Reasons:
     }
 
 
-def _near_duplicates(left: Mapping[int, Sample], config: SelectionConfig) -> Reasons:
-    """Jaccard similarity of the sets of word shingles; the first is kept.
+def _near_duplicates(remaining: Remaining, config: SelectionConfig) -> Reasons:
+    """Drops samples whose word shingles have a high Jaccard similarity to an earlier sample's.
 
-    MinHash (128 permutations) with locality-sensitive hashing proposes pairs, so that a pair just
-    above the bound may be missed; the similarity itself is exact.
+    MinHash with locality-sensitive hashing proposes the pairs, so a pair just above the bound may
+    be missed. The similarity of a proposed pair is computed exactly.
     """
     if config.near > 1:
         return {}
     import datasketch
 
-    # To miss a pair is worse than to propose a wrong one.
+    # Missing a pair is worse than proposing a wrong one.
     index = datasketch.MinHashLSH(config.near, num_perm=_HASHES, weights=(0.1, 0.9))
     hashing = functools.partial(datasketch.MinHash, num_perm=_HASHES, seed=config.seed)
     kept: dict[int, frozenset[str]] = {}
     reasons = {}
-    for row, sample in left.items():
+    for row, sample in remaining.items():
         pieces = word_ngrams(words_of(m.content for m in sample.messages), config.shingle)
         sketch = hashing()
         sketch.update_batch([p.encode() for p in sorted(pieces)])
-        alike = [(len(pieces & kept[o]) / len(pieces | kept[o]), -o) for o in index.query(sketch)]
-        similarity, original = max(alike, default=(0.0, 0))
-        if similarity >= config.near:
-            reasons[row] = f"similarity {similarity:.2f} to {_name(-original, left)}"
+        similarities = {
+            other: len(pieces & kept[other]) / len(pieces | kept[other])
+            for other in sorted(index.query(sketch))
+        }
+        nearest = max(similarities, key=similarities.__getitem__, default=None)  # the first of ties
+        if nearest is not None and similarities[nearest] >= config.near:
+            name = _name(nearest, remaining)
+            reasons[row] = f"similarity {similarities[nearest]:.2f} to {name}"
         else:
             index.insert(row, sketch)
             kept[row] = pieces
@@ -293,15 +335,15 @@ def _near_duplicates(left: Mapping[int, Sample], config: SelectionConfig) -> Rea
 
 
 def _contaminated(
-    left: Mapping[int, Sample], config: SelectionConfig, evaluation: Sequence[Sample]
+    remaining: Remaining, config: SelectionConfig, evaluation: Sequence[Sample]
 ) -> Reasons:
-    """Samples that hold `overlap` of the word n-grams of an evaluation sample's questions.
+    """Drops samples that hold too large a share of the n-grams of an evaluation sample's questions.
 
-    Questions shorter than n words count as one piece.
+    Questions shorter than n words count as one n-gram.
     """
-    where: dict[str, list[int]] = {}
-    sizes: list[int] = []
-    lengths: set[int] = set()
+    where: dict[str, list[int]] = {}  # n-gram -> evaluation samples that hold it
+    sizes: list[int] = []  # n-grams of each evaluation sample
+    lengths: set[int] = set()  # words in the n-grams
     for number, sample in enumerate(evaluation):
         words = words_of(m.content for m in sample.messages if m.role == "user")
         pieces = word_ngrams(words, config.ngram) if words else frozenset()
@@ -310,10 +352,10 @@ def _contaminated(
         for piece in pieces:
             where.setdefault(piece, []).append(number)
     reasons = {}
-    for row, sample in left.items():
+    for row, sample in remaining.items():
         words = words_of(m.content for m in sample.messages)
-        found = {p for n in lengths for p in word_ngrams(words, n) if p in where}
-        hits = collections.Counter(number for piece in found for number in where[piece])
+        shared = {p for n in lengths for p in word_ngrams(words, n) if p in where}
+        hits = collections.Counter(number for piece in shared for number in where[piece])
         worst = max(hits, key=lambda n: (hits[n] / sizes[n], -n), default=None)
         if worst is not None and hits[worst] >= config.overlap * sizes[worst]:
             name = evaluation[worst].id or f"row {worst}"
@@ -322,20 +364,24 @@ def _contaminated(
 
 
 def _quality(
-    left: Mapping[int, Sample], config: SelectionConfig, losses: Losses, unprompted: Losses
+    remaining: Remaining, config: SelectionConfig, losses: Losses, unprompted: Losses
 ) -> tuple[dict[int, float], Reasons]:
-    """Merits and reasons, by response loss and instruction-following difficulty.
+    """Ranks the samples, and drops those of high loss or instruction-following difficulty (IFD).
 
-    IFD = loss(answer | question) / loss(answer), nats per token (arXiv 2308.12032): above 1 the
-    question makes the answer less likely; below, the higher, the more is left to learn. It says
-    something only of a model that knows the chat format: the paper first fine-tunes it briefly.
+    IFD = loss(answer | question) / loss(answer), in nats per token (arXiv 2308.12032). Above 1, the
+    question makes the answer less likely. Below 1, a higher value means that more is left to learn.
+    It is meaningful only for a model that knows the chat format: the paper first fine-tunes the
+    model briefly.
+
+    Returns:
+      Row -> value to rank by, higher is better; and the reasons.
     """
-    given = _per_token(losses(list(left.values())))
-    alone = _per_token(unprompted(list(left.values())))
+    given = _per_token(losses(list(remaining.values())))
+    alone = _per_token(unprompted(list(remaining.values())))
     ifd = given / np.maximum(alone, 1e-9)
     worst: dict[int, int] = {}
-    groups = _by_category(left)
-    positions = {row: n for n, row in enumerate(left)}
+    groups = _by_category(remaining)
+    positions = {row: n for n, row in enumerate(remaining)}
     for rows in groups.values():
         ordered = sorted(rows, key=lambda row: (-given[positions[row]], row))
         worst |= dict.fromkeys(ordered[: int(config.worst_loss * len(rows))], len(rows))
@@ -350,43 +396,45 @@ def _quality(
     return merits, reasons
 
 
-def _per_token(losses: Iterable[Any]) -> np.ndarray:
+def _per_token(losses: Iterable[ResponseLoss]) -> np.ndarray:
+    """Returns nats per token, float64 [samples]."""
     return np.array([loss.nats / max(loss.tokens, 1) for loss in losses])
 
 
 def _not_chosen(
-    left: Mapping[int, Sample],
+    remaining: Remaining,
     config: SelectionConfig,
     merits: Mapping[int, float],
     embed: Embed | None,
 ) -> Reasons:
-    """Per category, the best of each cluster in turn, until its quota is full."""
-    groups = _by_category(left)
+    """Fills each category's quota: the clusters take turns to give their best; drops the others."""
+    groups = _by_category(remaining)
     wanted = _wanted({c: len(rows) for c, rows in groups.items()}, config)
     rng = np.random.default_rng(config.seed)
     reasons = {}
     for category, rows in sorted(groups.items()):
-        tie = dict(zip(rows, rng.permutation(len(rows)).tolist(), strict=True))
-        best = sorted(rows, key=lambda row: (-merits.get(row, 0.0), tie[row]))
+        tiebreak = dict(zip(rows, rng.permutation(len(rows)).tolist(), strict=True))
+        best = sorted(rows, key=lambda row: (-merits.get(row, 0.0), tiebreak[row]))
         count = wanted.get(category, 0)
         if count >= len(best):
             continue
-        label = dict(zip(rows, _clusters([left[r] for r in rows], config, embed), strict=True))
-        place: collections.Counter[int] = collections.Counter()
-        turn = {}
+        label = dict(zip(rows, _clusters([remaining[r] for r in rows], config, embed), strict=True))
+        sizes: collections.Counter[int] = collections.Counter()  # of the clusters
+        turn = {}  # row -> (place in its cluster, place in the category)
         for rank, row in enumerate(best):
-            turn[row] = (place[label[row]], rank)
-            place[label[row]] += 1
+            turn[row] = (sizes[label[row]], rank)
+            sizes[label[row]] += 1
         for row in sorted(best, key=turn.__getitem__)[count:]:
+            place, _ = turn[row]
             reasons[row] = (
-                f"place {turn[row][0] + 1} of {place[label[row]]} in cluster {label[row]}; "
+                f"place {place + 1} of {sizes[label[row]]} in cluster {label[row]}; "
                 f"category {category!r} has {count} of {len(rows)}"
             )
     return reasons
 
 
 def _wanted(available: Mapping[str, int], config: SelectionConfig) -> dict[str, int]:
-    """Samples of each category: whole numbers by largest remainders, at most what there is."""
+    """Returns each category's number of samples, by largest remainders, at most those available."""
     size = min(config.size, sum(available.values()))
     shares = {q.category: q.share for q in config.quotas} or {
         c: n / sum(available.values()) for c, n in available.items()
@@ -400,7 +448,10 @@ def _wanted(available: Mapping[str, int], config: SelectionConfig) -> dict[str, 
 
 
 def _clusters(samples: Sequence[Sample], config: SelectionConfig, embed: Embed | None) -> list[int]:
-    """k-means on unit vectors, on one thread: sums in another order would move borders."""
+    """Labels the samples by k-means on unit vectors.
+
+    It runs on one thread: sums in another order would move the borders between clusters.
+    """
     import threadpoolctl
     from sklearn import cluster, exceptions, preprocessing
     from sklearn.feature_extraction.text import TfidfVectorizer
@@ -413,28 +464,38 @@ def _clusters(samples: Sequence[Sample], config: SelectionConfig, embed: Embed |
     count = min(config.clusters, len(samples))
     means = cluster.KMeans(count, n_init=1, random_state=config.seed)
     with warnings.catch_warnings(), threadpoolctl.threadpool_limits(1):
-        # Fewer different samples than clusters: some are empty.
+        # With fewer different samples than clusters, some clusters stay empty.
         warnings.simplefilter("ignore", exceptions.ConvergenceWarning)
         labels: list[int] = means.fit_predict(vectors).tolist()
     return labels
 
 
-def _by_category(left: Mapping[int, Sample]) -> dict[str, list[int]]:
+def _by_category(remaining: Remaining) -> dict[str, list[int]]:
+    """Groups the rows by category."""
     groups: dict[str, list[int]] = {}
-    for row, sample in left.items():
+    for row, sample in remaining.items():
         groups.setdefault(sample.category, []).append(row)
     return groups
 
 
 def words_of(texts: Iterable[str]) -> list[str]:
-    """Runs of letters and digits, and every other sign, in lower case."""
+    """Splits texts into lower-case words and single other characters; drops white space.
+
+    >>> words_of(["Add 2, please."])
+    ['add', '2', ',', 'please', '.']
+    """
     return re.findall(r"\w+|[^\w\s]", "\n".join(texts).casefold())
 
 
 def word_ngrams(words: Sequence[str], n: int) -> frozenset[str]:
-    """All runs of n words; of fewer than n words, the one run of all."""
+    """Returns all runs of n words; fewer than n words make one run.
+
+    >>> sorted(word_ngrams(["to", "be", "or"], 2)), sorted(word_ngrams(["to", "be"], 3))
+    (['be or', 'to be'], ['to be'])
+    """
     return frozenset(" ".join(words[i : i + n]) for i in range(max(1, len(words) - n + 1)))
 
 
-def _name(row: int, left: Mapping[int, Sample]) -> str:
-    return f"{left[row].id or 'row'} (row {row})"
+def _name(row: int, remaining: Remaining) -> str:
+    """Names a sample in a reason."""
+    return f"{remaining[row].id or 'row'} (row {row})"

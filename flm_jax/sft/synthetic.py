@@ -1,15 +1,14 @@
-"""Chat samples made on the machine: no download, the same for a seed.
+"""Makes synthetic chat samples: without a download, and the same for the same seed.
 
-Arithmetic with and without steps, manipulation of strings and lists, functions to complete,
-dialogues over these, and signatures, docstrings and bodies of the Python standard library.
-Prompts and answers are short: small models answer byte by byte.
+The categories are arithmetic with and without steps, operations on strings and lists, functions to
+complete, dialogues about strings and lists, and signatures, docstrings and bodies of the Python
+standard library. Prompts and answers are short, because small models answer byte by byte.
 
-Training and evaluation sets are disjoint by construction. A problem has a key: what it is about
-(the operands of a sum whatever their order, the word, the list, the function and its constants, the
-name of a library's function), and a hash of the key alone decides its side, for every seed and in
-every category. The kinds of questions are the same on both sides: what is held out is the
-instance. The samples "describe" and "source" are text that a base model trained on the standard
-library has seen.
+Training and evaluation sets are disjoint by construction. Every problem has a key: the operands of
+a sum in sorted order, the word, the list, the function and its constants, or the name of a library
+function. A hash of the key alone decides the split, for every seed and in every category. Both
+splits have the same kinds of questions; the instances are held out. A base model trained on the
+standard library has seen the text of the categories "describe" and "source".
 """
 
 from __future__ import annotations
@@ -30,12 +29,14 @@ from flm_jax.sft.chats import Check, Message, Sample
 SPLITS = ("train", "evaluation")
 EVALUATION_SHARE = 0.2
 DEFECTS = ("duplicate", "near", "wrong", "cut", "noise")
-_PATIENCE = 5000  # draws in a row without a new problem, after which there are no more
+_PATIENCE = 5000  # draws in a row without a new problem; then the category counts as exhausted
 _SYLLABLES = [c + v for c in "bdfgklmnprstv" for v in "aeiou"]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Problem:
+    """A question or dialogue before it becomes a sample; the key decides its split."""
+
     key: str
     turns: tuple[tuple[str, str], ...]  # question, answer
     check: Check | None = None
@@ -47,62 +48,66 @@ def make(
     split: str = "train",
     categories: Sequence[str] = (),
 ) -> list[Sample]:
-    """Makes samples, all different.
+    """Makes samples that all differ.
 
     Args:
-      seed: of the draw.
-      per_category: samples of each category.
-      split: "train" or "evaluation": no problem is in both.
-      categories: of CATEGORIES; empty: all.
+      seed: of the random draws.
+      per_category: number of samples of each category.
+      split: "train" or "evaluation"; no problem is in both.
+      categories: names from CATEGORIES; empty: all.
 
     Returns:
       The samples, category by category.
 
     Raises:
-      UserError: no such split or category, or it has fewer different problems than are wanted.
+      UserError: there is no such split or category, or a category has too few different problems.
     """
     if split not in SPLITS:
         raise UserError(f"split is {split!r}; choose one of {', '.join(SPLITS)}")
     samples: list[Sample] = []
     for category in categories or CATEGORIES:
         if category not in _MAKERS:
-            raise UserError(f"category is {category!r}; choose of {', '.join(CATEGORIES)}")
+            raise UserError(f"category is {category!r}; choose one of {', '.join(CATEGORIES)}")
         rng = random.Random(f"{seed} {category}")
-        found: dict[str, Sample] = {}
-        waited = 0
-        while len(found) < per_category and waited < _PATIENCE:
+        made: dict[str, Sample] = {}
+        misses = 0
+        while len(made) < per_category and misses < _PATIENCE:
             problem = _MAKERS[category](rng)
             name = f"{category}/{_hash(repr(problem.turns))[:12]}"
-            waited += 1
-            if side(problem.key) == split and name not in found:
-                found[name] = Sample(_messages(problem.turns), category, name, problem.check)
-                waited = 0
-        if len(found) < per_category:
+            misses += 1
+            if side(problem.key) == split and name not in made:
+                made[name] = Sample(_messages(problem.turns), category, name, problem.check)
+                misses = 0
+        if len(made) < per_category:
             raise UserError(
-                f"category {category} has about {len(found)} different problems for {split}, and "
+                f"category {category} has about {len(made)} different problems for {split}, but "
                 f"{per_category} are wanted; ask for fewer"
             )
-        samples += found.values()
+        samples += made.values()
     return samples
 
 
 def side(key: str) -> str:
-    """The split that the problem belongs to."""
+    """Returns the split of a problem: "train" or "evaluation".
+
+    Args:
+      key: the problem's key, see the module's docstring.
+    """
     held_out = int(_hash(key)[:8], 16) < EVALUATION_SHARE * 16**8
     return "evaluation" if held_out else "train"
 
 
 def spoil(samples: Sequence[Sample], seed: int, share: float) -> list[Sample]:
-    """Adds spoiled copies to good samples, and shuffles: a pile like those found in the wild.
+    """Adds spoiled copies to good samples and shuffles, to imitate data of mixed quality.
 
-    Each defect is named at the end of the id, after "#", so that a selection can be judged: a copy
-    ("duplicate"), a copy in other words ("near"), another sample's answer ("wrong"), half an answer
-    ("cut"), or shuffled letters in another script ("noise").
+    The defects are: an exact copy ("duplicate"), a copy in other words ("near"), another sample's
+    answer ("wrong"), half an answer ("cut"), and shuffled letters in another script ("noise"). The
+    id of a spoiled copy ends with "#" and its defect, so that a selection can be evaluated.
 
     Args:
-      samples: the good ones.
-      seed: of the draw.
-      share: spoiled copies of each kind, over the number of samples.
+      samples: the good samples.
+      seed: of the random draws.
+      share: spoiled copies of each kind, as a share of the number of samples.
 
     Returns:
       Good and spoiled samples, shuffled.
@@ -117,6 +122,7 @@ def spoil(samples: Sequence[Sample], seed: int, share: float) -> list[Sample]:
 
 
 def _spoiled(sample: Sample, defect: str, samples: Sequence[Sample], rng: random.Random) -> Sample:
+    """Returns a copy with the defect; other answers come from `samples`."""
     messages = list(sample.messages)
     question, answer = messages[0].content, messages[-1].content
     if defect == "near":
@@ -138,10 +144,12 @@ def _spoiled(sample: Sample, defect: str, samples: Sequence[Sample], rng: random
 
 
 def _hash(text: str) -> str:
+    """Returns the SHA-256 of the text, in hexadecimal."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _messages(turns: Sequence[tuple[str, str]]) -> tuple[Message, ...]:
+    """Turns pairs of question and answer into messages."""
     pairs = ((Message("user", q), Message("assistant", a)) for q, a in turns)
     return tuple(message for pair in pairs for message in pair)
 
@@ -150,11 +158,15 @@ def _messages(turns: Sequence[tuple[str, str]]) -> tuple[Message, ...]:
 
 
 def _expression(rng: random.Random) -> list[int]:
-    return [rng.randrange(1, 10), *(rng.choice((1, -1)) * rng.randrange(1, 10)
-                                    for _ in range(rng.randrange(1, 4)))]  # fmt: skip
+    """Draws the terms of a sum; a negative term is subtracted."""
+    terms = [rng.randrange(1, 10)]
+    for _ in range(rng.randrange(1, 4)):
+        terms.append(rng.choice((1, -1)) * rng.randrange(1, 10))
+    return terms
 
 
 def _written(terms: Sequence[int]) -> str:
+    """Writes a sum: [3, -1] becomes "3 - 1"."""
     return f"{terms[0]}" + "".join(f" {'+' if t > 0 else '-'} {abs(t)}" for t in terms[1:])
 
 
@@ -180,7 +192,7 @@ def _arithmetic_steps(rng: random.Random) -> _Problem:
     )
 
 
-# Strings and lists: an operation is its wordings, with {} for the value, and what it gives.
+# Strings and lists. An operation is its wordings, with {} in place of the value, and its result.
 _Operation = tuple[tuple[str, ...], Any]
 
 
@@ -244,7 +256,8 @@ def _numbers(rng: random.Random) -> list[int]:
     return [rng.randrange(10) for _ in range(rng.randrange(3, 6))]
 
 
-def _asked(rng: random.Random, operation: _Operation, value: Any) -> tuple[str, str]:
+def _turn(rng: random.Random, operation: _Operation, value: Any) -> tuple[str, str]:
+    """Draws a wording; returns question and answer."""
     wordings, result = operation
     return rng.choice(wordings).format(value), str(result)
 
@@ -252,19 +265,19 @@ def _asked(rng: random.Random, operation: _Operation, value: Any) -> tuple[str, 
 def _strings(rng: random.Random) -> _Problem:
     word = _word(rng)
     kind = _string_operation if rng.random() < 0.8 else _string_question
-    turn = _asked(rng, kind(rng, word), word)
+    turn = _turn(rng, kind(rng, word), word)
     return _Problem(f"word {word}", (turn,), Check("exact", turn[1]))
 
 
 def _lists(rng: random.Random) -> _Problem:
     values = _numbers(rng)
     kind = _list_operation if rng.random() < 0.7 else _list_question
-    turn = _asked(rng, kind(rng, values), values)
+    turn = _turn(rng, kind(rng, values), values)
     return _Problem(f"list {values}", (turn,), Check("exact", turn[1]))
 
 
 def _dialogue(rng: random.Random) -> _Problem:
-    """One to three operations, each on the last result ("it"), then a question about it."""
+    """Draws one to three operations, each on the last result ("it"), then a question about it."""
     operate: Callable[[random.Random, Any], _Operation]
     ask: Callable[[random.Random, Any], _Operation]
     value: Any
@@ -277,21 +290,21 @@ def _dialogue(rng: random.Random) -> _Problem:
     turns = []
     shown = value
     for _ in range(rng.randrange(1, 4)):
-        if not value:  # all dropped: nothing is left to operate on
+        if not value:  # the operations removed everything
             break
         operation = operate(rng, value)
-        turns.append(_asked(rng, operation, shown))
+        turns.append(_turn(rng, operation, shown))
         value, shown = operation[1], "it"
     if value:
-        turns.append(_asked(rng, ask(rng, value), shown))
+        turns.append(_turn(rng, ask(rng, value), shown))
     return _Problem(key, tuple(turns), Check("exact", turns[-1][1]))
 
 
-# Functions to complete: what the docstring says, the expression, and an argument to try it on.
+# Functions to complete. Each has its argument with a draw of values, a docstring, an expression.
 _INTEGERS = ("x", lambda rng: rng.randrange(2, 40))
 _LISTS = ("xs", lambda rng: [rng.randrange(30) for _ in range(4)])
 _WORDS = ("s", _word)
-_STEPS = (  # {} is what goes in
+_STEPS = (  # {} is the input
     ("plus {n}", "({} + {n})"),
     ("minus {n}", "({} - {n})"),
     ("times {n}", "({} * {n})"),
@@ -320,41 +333,42 @@ def _code(rng: random.Random) -> _Problem:
     kind, says, does = _composed(rng) if rng.random() < 0.3 else rng.choice(_FUNCTIONS)
     argument, draw = kind
     n = rng.randrange(2, 30)
-    says, does = says.format(n=n), does.format(n=n)
+    description, expression = says.format(n=n), does.format(n=n)
     inputs = [draw(rng) for _ in range(4)]
-    outputs = [eval(does, {argument: value}) for value in inputs]
+    outputs = [eval(expression, {argument: value}) for value in inputs]
 
     def source(count: int) -> str:
         examples = "".join(
             f"    >>> f({value!r})\n    {result!r}\n"
             for value, result in list(zip(inputs, outputs, strict=True))[:count]
         )
-        return f'def f({argument}):\n    """Return {says}.\n\n{examples}    """\n'
+        return f'def f({argument}):\n    """Return {description}.\n\n{examples}    """\n'
 
-    # More examples than are shown, so that an answer cannot list them.
+    # The check has more examples than the question shows, so that an answer cannot list them.
     return _Problem(
-        f"function {does}",
-        ((f"Complete:\n{source(1)}", f"    return {does}"),),
+        f"function {expression}",
+        ((f"Complete:\n{source(1)}", f"    return {expression}"),),
         Check("doctest", source(len(inputs))),
     )
 
 
 def _composed(rng: random.Random) -> tuple[Any, str, str]:
-    """Two steps: the first with a constant of its own, the second's left open."""
-    (says, does), (then, does_then) = rng.choice(_STEPS), rng.choice(_STEPS)
+    """Draws two steps in a row; fills in the first one's constant, leaves "{n}" in the second."""
+    says, does = rng.choice(_STEPS)
+    then_says, then_does = rng.choice(_STEPS)
     n = rng.randrange(2, 10)
     inner = does.format("x", n=n)
-    return _INTEGERS, f"x {says.format(n=n)}, {then}", does_then.format(inner, n="{n}")[1:-1]
+    return _INTEGERS, f"x {says.format(n=n)}, {then_says}", then_does.format(inner, n="{n}")[1:-1]
 
 
 # The standard library's functions.
-_LONGEST = 120  # bytes of a signature, a docstring's first line, a body
+_LONGEST = 120  # most bytes of a signature, of a docstring's first line, and of a body
 
 
 @functools.cache
 def _library() -> tuple[tuple[str, str, str, str], ...]:
-    """Name, signature, docstring's first line and body of functions in the top-level modules."""
-    found = {}
+    """Reads the functions of the top-level modules: name, signature, first docstring line, body."""
+    functions = {}
     for path in sorted(pathlib.Path(sysconfig.get_path("stdlib")).glob("*.py")):
         text = path.read_text(encoding="utf-8")
         lines = text.splitlines()
@@ -369,8 +383,8 @@ def _library() -> tuple[tuple[str, str, str, str], ...]:
                 body = "\n".join(line[node.col_offset :] for line in lines[start - 1 : end])
             parts = (signature, first, body)
             if first and all(p.isascii() and len(p) <= _LONGEST for p in parts):
-                found[signature, first] = (node.name, *parts)
-    return tuple(found.values())
+                functions[signature, first] = (node.name, *parts)
+    return tuple(functions.values())
 
 
 def _describe(rng: random.Random) -> _Problem:

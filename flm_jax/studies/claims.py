@@ -1,8 +1,8 @@
-"""Claims of "less is more", decided by a rule on the seeds' differences; the study's report.
+"""Decides the claims of "less is more" from paired differences, and writes the study's report.
 
-The rule: the two arms of a claim are compared seed by seed (same pool, same order). Where the 95%
-interval (Student's t over seeds) of the mean difference is on the claimed side of zero the claim is
-supported, where it is on the other side it is not supported, else undecided.
+The two arms of a claim are compared seed by seed, with the same pool in the same order. A claim is
+supported if the 95% interval (Student's t over seeds) of the mean difference lies on the claimed
+side of zero. It is not supported if the interval lies on the other side, and undecided otherwise.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Setting = tuple[int, str, str, str]  # size, selection, mix, budget
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """Arms of all seeds, and the categories in which they are measured."""
+    """The arms of one setting with all seeds, and the categories in which they are measured."""
 
     setting: Setting
     categories: tuple[str, ...]
@@ -35,7 +35,14 @@ class Side:
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """That `better` does better than `worse`: lower loss, or more answers right."""
+    """The claim that `better` has a lower loss, or a higher accuracy, than `worse`.
+
+    Attributes:
+      text: the claim in words.
+      better: the side that is claimed to be better.
+      worse: the other side.
+      metric: "loss" (nats per token) or "accuracy" (share of right answers).
+    """
 
     text: str
     better: Side
@@ -45,7 +52,15 @@ class Claim:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """`gain` is what `better` is ahead by, mean over seeds, with its 95% interval."""
+    """What the seeds say about a claim.
+
+    Attributes:
+      claim: the claim.
+      gain: the advantage of `claim.better`, mean over seeds, in the metric's unit.
+      low: lower end of the gain's 95% interval.
+      high: upper end.
+      seeds: number of seeds that have both arms.
+    """
 
     claim: Claim
     gain: float
@@ -55,9 +70,12 @@ class Verdict:
 
     @property
     def word(self) -> str:
+        """The verdict: "supported", "not supported" or "undecided"."""
         if self.low > 0:
             return "supported"
-        return "not supported" if self.high < 0 else "undecided"
+        if self.high < 0:
+            return "not supported"
+        return "undecided"
 
     def __str__(self) -> str:
         unit = "nats per token" if self.claim.metric == "loss" else "of the answers"
@@ -68,7 +86,11 @@ class Verdict:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean and 95% interval by Student's t; infinite for one value."""
+    """Computes the mean and its 95% interval by Student's t; infinite for a single value.
+
+    >>> [round(x, 2) for x in interval([1.0, 2.0, 3.0])]
+    [2.0, -0.48, 4.48]
+    """
     mean = statistics.fmean(values)
     if len(values) < 2:
         return mean, -math.inf, math.inf
@@ -78,21 +100,24 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 class Rows:
-    """The finished arms, by setting and seed."""
+    """The base's row, and the rows of the finished arms by setting and seed."""
 
     def __init__(self, config: LessIsMoreConfig, rows: Iterable[Row]):
+        """Sorts the rows from `less_is_more.run`."""
         self.base: Row = {}
         self.arms: dict[Setting, dict[int, Row]] = {}
         for row in rows:
             if row["name"] == "base":
                 self.base = row
                 continue
-            for budget in BUDGETS if row["size"] == config.sizes[-1] else (row["budget"],):
+            # The largest arms are the same under both budgets, and are run once.
+            budgets = BUDGETS if row["size"] == config.sizes[-1] else (row["budget"],)
+            for budget in budgets:
                 setting = (row["size"], row["selection"], row["mix"], budget)
                 self.arms.setdefault(setting, {})[row["seed"]] = row
 
     def values(self, side: Side, metric: str) -> dict[int, float]:
-        """By seed, the mean over the categories that have the metric."""
+        """Returns, for each seed, the mean over the side's categories that have the metric."""
         return {
             seed: value(row, side.categories, metric)
             for seed, row in self.arms.get(side.setting, {}).items()
@@ -100,13 +125,22 @@ class Rows:
 
 
 def value(row: Row, categories: Iterable[str], metric: str) -> float:
-    """Mean over the categories that have the metric; not a number if none has."""
-    found = [row["scores"][c][metric] for c in categories if metric in row["scores"][c]]
-    return statistics.fmean(found) if found else math.nan
+    """Averages a metric over the categories that have it.
+
+    Args:
+      row: a stored row of the study.
+      categories: the categories to average over.
+      metric: "loss" or "accuracy".
+
+    Returns:
+      The mean; nan if no category has the metric.
+    """
+    values = [row["scores"][c][metric] for c in categories if metric in row["scores"][c]]
+    return statistics.fmean(values) if values else math.nan
 
 
 def decide(claim: Claim, rows: Rows) -> Verdict | None:
-    """None where no seed has both arms."""
+    """Decides a claim by the rule above; None if no seed has both arms."""
     better, worse = (rows.values(side, claim.metric) for side in (claim.better, claim.worse))
     sign = -1 if claim.metric == "loss" else 1
     gains = [sign * (better[s] - worse[s]) for s in sorted(better.keys() & worse.keys())]
@@ -116,14 +150,14 @@ def decide(claim: Claim, rows: Rows) -> Verdict | None:
 
 
 def groups(config: LessIsMoreConfig, categories: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Splits categories into those that the base has seen and those that are new to it."""
+    """Splits categories into those whose text the base has seen, and those that are new to it."""
     known = tuple(c for c in categories if c in config.known)
     new = tuple(c for c in categories if c not in config.known)
     return {name: cs for name, cs in (("known", known), ("new", new)) if cs}
 
 
 def claims(config: LessIsMoreConfig, categories: Sequence[str]) -> list[Claim]:
-    """The paper's claims (arXiv 2407.02783) in terms of the grid."""
+    """Returns the paper's claims (arXiv 2407.02783) in terms of the grid."""
     small, large, even = config.sizes[0], config.sizes[-1], config.mixes[0].name
     made: list[Claim] = []
 
@@ -158,7 +192,10 @@ def claims(config: LessIsMoreConfig, categories: Sequence[str]) -> list[Claim]:
 
 
 def _worked_steps(mixes: Sequence[MixConfig], size: int) -> list[Claim]:
-    """Compares two mixes that each leave out what the other has: right answers, each in its own."""
+    """Claims about pairs of mixes, each of which leaves out the categories that the other favours.
+
+    Each mix is measured by the accuracy in its own categories.
+    """
     return [
         Claim(
             f"{_names(one.more)} in place of {_names(other.more)} gives more right answers",
@@ -173,26 +210,37 @@ def _worked_steps(mixes: Sequence[MixConfig], size: int) -> list[Claim]:
 
 
 def _names(categories: Iterable[str]) -> str:
+    """Joins category names into a phrase."""
     return " and ".join(c.replace("_", " ") for c in categories)
 
 
-def write(config: LessIsMoreConfig, found: Sequence[Row], workdir: str) -> list[Verdict]:
-    """Writes report/less_is_more.md, .json and its figures; returns the verdicts."""
+def write(config: LessIsMoreConfig, results: Sequence[Row], workdir: str) -> list[Verdict]:
+    """Writes report/less_is_more.md, report/less_is_more.json and two figures.
+
+    Args:
+      config: the study.
+      results: the rows from `less_is_more.run`.
+      workdir: the study's folder.
+
+    Returns:
+      The verdicts of the claims that can be decided.
+    """
     folder = pathlib.Path(workdir) / "report"
-    rows = Rows(config, found)
+    rows = Rows(config, results)
     categories = [c for c in rows.base["scores"] if c != "all"]
     decided = [decide(claim, rows) for claim in claims(config, categories)]
     verdicts = [v for v in decided if v]
     _sizes_figure(config, rows, groups(config, categories), folder / "less_is_more_sizes.png")
     _mixes_figure(config, rows, categories, folder / "less_is_more_mixes.png")
     write_json(
-        folder / "less_is_more.json", {"rows": list(found), "verdicts": verdict_rows(verdicts)}
+        folder / "less_is_more.json", {"rows": list(results), "verdicts": verdict_rows(verdicts)}
     )
     write_atomically(folder / "less_is_more.md", _markdown(config, rows, categories, verdicts))
     return verdicts
 
 
 def verdict_rows(verdicts: Iterable[Verdict]) -> list[dict[str, Any]]:
+    """Turns verdicts into JSON values; an infinite end of an interval becomes None."""
     return [
         {
             "claim": v.claim.text, "verdict": v.word, "gain": v.gain, "low": finite(v.low),
@@ -203,7 +251,7 @@ def verdict_rows(verdicts: Iterable[Verdict]) -> list[dict[str, Any]]:
 
 
 def finite(x: float) -> float | None:
-    """JSON has no infinity."""
+    """Returns None for infinity and nan, which JSON does not have."""
     return x if math.isfinite(x) else None
 
 
@@ -238,16 +286,21 @@ check, mean over the categories that have them.
 
 
 def _table_row(
-    name: str, of: Sequence[Row], parts: dict[str, tuple[str, ...]], label: dict[str, Any]
+    name: str, seeds: Sequence[Row], parts: dict[str, tuple[str, ...]], label: dict[str, Any]
 ) -> list[str]:
+    """Writes the table's cells for one setting, from the rows of its seeds.
+
+    The base has a `name` and no `label`; an arm has the fields of its setting as `label`.
+    """
+
     def cell(measure: Callable[[Row], float], form: str) -> str:
-        mean, low, _ = interval([measure(row) for row in of])
+        mean, low, _ = interval([measure(row) for row in seeds])
         half = mean - low
         return format(mean, form) + (f" ± {format(half, form)}" if math.isfinite(half) else "")
 
-    cells = [str(label.get(k, name if k == "size" else "")) for k in
-             ("size", "selection", "mix", "budget")]  # fmt: skip
-    cells += [str(len(of)) if label else "", str(of[0].get("steps", 0))]
+    cells = [str(label.get("size", name))]
+    cells += [str(label.get(key, "")) for key in ("selection", "mix", "budget")]
+    cells += [str(len(seeds)) if label else "", str(seeds[0].get("steps", 0))]
     cells += [cell(lambda r, cs=cs: value(r, cs, "loss"), ".3f") for cs in parts.values()]  # type: ignore[misc]
     every = [c for cs in parts.values() for c in cs]
     cells.append(cell(lambda r: value(r, every, "accuracy"), ".1%"))
@@ -258,17 +311,19 @@ def _table_row(
 def _sizes_figure(
     config: LessIsMoreConfig, rows: Rows, parts: dict[str, tuple[str, ...]], path: pathlib.Path
 ) -> None:
-    """Loss against the number of conversations: random and chosen, both budgets."""
+    """Draws loss against the number of conversations, for both selections and both budgets."""
     figure, panels = plt.subplots(1, len(parts), figsize=(4.6 * len(parts), 3.6), squeeze=False)
     even = config.mixes[0].name
     kinds = [("random", "steps"), ("random", "epochs"), ("chosen", "steps"), ("chosen", "epochs")]
     for panel, (name, over) in zip(panels[0], parts.items(), strict=True):
         for n, (selection, budget) in enumerate(kinds):
             sides = {size: Side((size, selection, even, budget), over) for size in config.sizes}
-            found = {size: rows.values(side, "loss") for size, side in sides.items()}
-            means = {size: interval([*of.values()]) for size, of in found.items() if of}
+            losses = {size: rows.values(side, "loss") for size, side in sides.items()}
+            means = {
+                size: interval([*by_seed.values()]) for size, by_seed in losses.items() if by_seed
+            }
             panel.errorbar(
-                [size * 1.05**n for size in means],  # side by side
+                [size * 1.05**n for size in means],  # a small shift, so that bars do not overlap
                 [mean for mean, _, _ in means.values()],
                 [mean - low if math.isfinite(low) else 0.0 for mean, low, _ in means.values()],
                 color=GUIDE if selection == "random" else LINE,
@@ -288,17 +343,18 @@ def _sizes_figure(
 def _mixes_figure(
     config: LessIsMoreConfig, rows: Rows, categories: Sequence[str], path: pathlib.Path
 ) -> None:
-    """Loss and right answers in each category, by mix, at the largest size."""
+    """Draws each category's loss and accuracy, by mix, at the largest size."""
     figure, panels = plt.subplots(1, 2, figsize=(10, 3.6))
     width = 0.8 / len(config.mixes)
     colors = plt.get_cmap("viridis")
     for panel, metric in zip(panels, ("loss", "accuracy"), strict=True):
         shown = [c for c in categories if metric in rows.base["scores"][c]]
         for n, mix in enumerate(config.mixes):
-            found = rows.arms.get((config.sizes[-1], "chosen", mix.name, "steps"), {}).values()
-            if not found:
+            setting = (config.sizes[-1], "chosen", mix.name, "steps")
+            by_seed = rows.arms.get(setting, {}).values()
+            if not by_seed:
                 continue
-            triples = [interval([r["scores"][c][metric] for r in found]) for c in shown]
+            triples = [interval([r["scores"][c][metric] for r in by_seed]) for c in shown]
             errors = [m - low if math.isfinite(low) else 0.0 for m, low, _ in triples]
             panel.bar(
                 np.arange(len(shown)) + (n - (len(config.mixes) - 1) / 2) * width,

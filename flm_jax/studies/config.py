@@ -21,10 +21,10 @@ class ArmConfig(Checked):
     """One of the growths that a probe compares.
 
     Attributes:
-      name: of the arm.
-      growth: how it grows.
-      model: what it grows to, with the source stage's other settings; the source's own model is a
-        control that does not grow. None: the probe's target.
+      name: the arm's name; it names a folder.
+      growth: the growth's recipe and its other settings.
+      model: the target model, trained with the source stage's other settings. The source's own
+        model makes a control arm that does not grow. None: the probe's target.
     """
 
     name: str
@@ -35,32 +35,34 @@ class ArmConfig(Checked):
         super().__post_init__()
         require(
             bool(self.name) and not set("/\\") & set(self.name),
-            f"ArmConfig.name is {self.name!r}; give some text without / and \\: it names a folder",
+            f"ArmConfig.name is {self.name!r}; it names a folder: give a text without / and \\",
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class ProbeConfig(Checked):
-    """Growths of one source by several recipes, trained for the same FLOPs.
+    """Compares growths of one source by several recipes, trained for the same FLOPs.
 
-    The experiment has two stages: the source, and a target whose steps are the budget. An arm of
-    another size takes as many steps as that budget gives. Growth and `rms_norm_eps` are each arm's
-    own.
+    The experiment has two stages: the source, and a target whose steps set the budget in FLOPs. An
+    arm of another size trains for as many steps as the budget allows. Each arm has its own growth
+    and its own `rms_norm_eps`.
     """
 
     experiment: ExperimentConfig
     arms: tuple[ArmConfig, ...]
-    seeds: int = 1  # of the source's initial parameters, the data's order and fresh entries
+    seeds: int = 1  # seeds of the initial parameters, the data's order and new parameters
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, "seeds")
         count = len(self.experiment.stages)
-        require(count == 2, f"ProbeConfig.experiment has {count} stages; give source and target")
+        require(
+            count == 2, f"ProbeConfig.experiment has {count} stages; give two, source and target"
+        )
         names = [arm.name for arm in self.arms]
         require(
             len(set(names)) == len(names) > 0,
-            f"ProbeConfig.arms has names {names}; give at least one, each a name of its own",
+            f"ProbeConfig.arms has names {names}; give at least one arm, and different names",
         )
 
 
@@ -80,20 +82,20 @@ class MupStudyConfig(Checked):
     coordinate_factors: tuple[int, ...] = (1, 2, 4, 8)
     coordinate_steps: int = 8
     coordinate_seeds: int = 2
-    growth_factor: int = 2  # of the width, for the growth
-    growth_steps: int = 40  # of the ramp; as many follow
-    family: tuple[StageConfig, ...] = ()  # widths to fit on, ascending, and the one to predict
+    growth_factor: int = 2  # target width over source width
+    growth_steps: int = 40  # steps of the ramp; the same number of steps follows it
+    family: tuple[StageConfig, ...] = ()  # ascending widths: the last is predicted from the others
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, "seeds", "coordinate_steps", "coordinate_seeds", "growth_steps")
         count = len(self.experiment.stages)
-        require(count == 1, f"MupStudyConfig.experiment has {count} stages; give the proxy alone")
+        require(count == 1, f"MupStudyConfig.experiment has {count} stages; give one, the proxy")
         base = self.experiment.stages[0].model
         require(
             base.width_mult == 1,
-            f"MupStudyConfig: the proxy has mup_base_width {base.mup_base_width} and d_model "
-            f"{base.d_model}; widths are multiples of the base, so make them equal",
+            f"MupStudyConfig.experiment: the proxy has mup_base_width {base.mup_base_width} and "
+            f"d_model {base.d_model}; widths are multiples of the base, so make them equal",
         )
         require_choice(self, "axis", ("width", "depth"))
         if self.axis == "depth":

@@ -23,13 +23,19 @@ from flm_jax.store.trials import Trials
 from flm_jax.train import optim, schedules
 from flm_jax.train.train_step import TrainState, TrainStep, init_state, make_train_step
 
-LAST = 0.2  # share of the steps whose mean training loss is the trial's
+LAST = 0.2  # share of the last steps, whose mean loss is the trial's training loss
 
 
 def widened(
     model: TransformerConfig, factor: int, parametrisation: str = "mup"
 ) -> TransformerConfig:
-    """The model with every width multiplied; its own width is µP's base."""
+    """Multiplies every width of a model.
+
+    Args:
+      model: the model; unless it names a µP base width, its own width becomes the base.
+      factor: of the widths.
+      parametrisation: of the result.
+    """
     return dataclasses.replace(
         model,
         parametrisation=parametrisation,
@@ -66,10 +72,10 @@ class Study:
 
         Args:
           experiment: the stages to train, and what they share.
-          path: file of the finished trials.
+          path: file that stores the finished trials.
 
         Raises:
-          UserError: the data cannot be opened, or has more tokens than a model.
+          UserError: the data cannot be opened, or its vocabulary is larger than a model's.
         """
         host.keep_freed()
         if experiment.quick_compile:
@@ -79,28 +85,30 @@ class Study:
         smallest = min(stage.model.vocab_size for stage in experiment.stages)
         if self.corpus.vocab_size > smallest:
             raise UserError(
-                f"config.experiment: vocab_size is {smallest}, but the vocabulary has "
-                f"{self.corpus.vocab_size} tokens; set vocab_size to that or more"
+                f"TransformerConfig.vocab_size is {smallest}, but the data's vocabulary has "
+                f"{self.corpus.vocab_size} tokens; set vocab_size to {self.corpus.vocab_size} or "
+                "more"
             )
         self.mesh = sharding.one_device()
         self.trials = Trials(path)
 
     @functools.cached_property
     def validation(self) -> list[dict[str, np.ndarray]]:
+        """The validation batches."""
         settings = self.experiment.eval
         return self.corpus.validation(settings.batch_size, settings.sequences)
 
     def batches(self, stage: StageConfig, seed: int) -> Any:
-        """The training stream of a seed."""
+        """Opens the training stream of a seed, in batches of the stage's size."""
         config = dataclasses.replace(self.corpus.config, seed=self.experiment.data.seed + seed)
         return self.corpus.with_length(config).train(stage.batch_size)
 
     def trial(self, stage: StageConfig, seed: int = 0, rate: float = 1.0) -> dict[str, Any]:
-        """Trains a stage from scratch, unless that is done already.
+        """Trains a stage from scratch, unless the trial is stored already.
 
         Args:
-          stage: what to train.
-          seed: of initial parameters and data.
+          stage: the model to train, its steps and its learning rates.
+          seed: of the initial parameters and of the data's order.
           rate: factor on both learning rates. One compiled step serves all rates.
 
         Returns:
@@ -114,23 +122,23 @@ class Study:
             **{key: shared[key] for key in ("data", "optimizer", "schedule", "eval", "seed")},
             "trial_seed": seed,
         }  # fmt: skip
-        about = {
+        description = {
             "name": stage.name, "width": stage.model.d_model, "depth": stage.model.num_layers,
             "parametrisation": stage.model.parametrisation, "seed": seed, "rate": rate,
         }  # fmt: skip
         return self.trials.result(
-            {"key": mapping.digest(decides)}, lambda: {**about, **self._train(stage, seed, rate)}
+            {"key": mapping.digest(decides)}, lambda: description | self._train(stage, seed, rate)
         )
 
     def optimizer(
         self, stage: StageConfig, grown_at: int | None = None
     ) -> optax.GradientTransformation:
-        """The stage's optimizer, on the experiment's schedule.
+        """Builds the stage's optimizer, on the experiment's schedule.
 
         Its state holds `rate`, a factor on the learning rates: one compiled step serves all rates.
 
         Args:
-          stage: its model, its learning rates and its growth.
+          stage: the model, its learning rates and its growth.
           grown_at: see `optim.optimizer`.
         """
         settings, schedule = self.experiment.optimizer, self.experiment.schedule
@@ -144,19 +152,27 @@ class Study:
     def start(
         self, stage: StageConfig, seed: int, tx: optax.GradientTransformation, rate: float = 1.0
     ) -> TrainState:
-        """A fresh train state; `tx` is from `optimizer`, `rate` the factor in its state."""
+        """Initialises a train state.
+
+        Args:
+          stage: the model.
+          seed: of the parameters, in addition to the experiment's.
+          tx: the optimizer, from `optimizer`.
+          rate: factor on the learning rates, stored in the optimizer's state.
+        """
         key = jax.random.fold_in(jax.random.key(self.experiment.seed), seed)
         state: TrainState = init_state(stage.model, tx, key)
         opt_state = optax.tree.set(state.opt_state, rate=jnp.float32(rate))
         return dataclasses.replace(state, opt_state=opt_state)
 
-    @functools.lru_cache(maxsize=1)  # noqa: B019  (the stage being trained)
+    @functools.lru_cache(maxsize=1)  # noqa: B019  (one entry: the stage in training)
     def compiled(self, stage: StageConfig) -> tuple[optax.GradientTransformation, TrainStep]:
-        """The stage's optimizer, and its train step, which is compiled once for all seeds."""
+        """Returns the stage's optimizer and its train step, compiled once for all seeds."""
         tx = self.optimizer(stage)
         return tx, make_train_step(stage, tx, self.mesh)
 
     def _train(self, stage: StageConfig, seed: int, rate: float) -> dict[str, Any]:
+        """Trains and evaluates; returns the results of `trial`."""
         tx, step = self.compiled(stage)
         state, batches = self.start(stage, seed, tx, rate), self.batches(stage, seed)
         losses = []
