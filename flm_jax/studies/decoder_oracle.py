@@ -74,7 +74,7 @@ def _width(config: Config) -> float:
 def _depth(config: Config) -> float:
     """Depth over the base depth; it scales nothing in a model without layers."""
     layers = config["num_layers"]
-    return float(layers / (config["mup_base_depth"] or layers)) if layers else 1.0
+    return float(layers / (config.get("mup_base_depth", 0) or layers)) if layers else 1.0
 
 
 def _branches(config: Config) -> float:
