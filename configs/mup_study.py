@@ -5,8 +5,8 @@ r"""µP on a small proxy: coordinate check, transfer sweep, growth and loss pred
   flm mup growth --config=configs/mup_study.py --workdir=runs/mup
   flm mup predict --config=configs/mup_study.py --workdir=runs/mup
 
-Two CPU cores: about 2, 15, 2 and 10 minutes. Real text, the Python standard library. Expected:
-docs/mup.md. `:smoke` is the same with few steps of tiny models.
+About 2, 15, 2 and 10 minutes on two CPU cores. The text is the Python standard library's source.
+docs/mup.md has the expected results. `:smoke` is the same study with tiny models and few steps.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ demo = config_files.shipped("demo")
 
 
 def _family(proxy: StageConfig) -> tuple[StageConfig, ...]:
-    """The demo's largest model (9 layers, 320 wide), and narrower ones of the same shape."""
+    """Returns the demo's largest model (9 layers, width 320) and narrower models of that shape."""
     large = demo.get_config().stages[2].model
     return tuple(
         dataclasses.replace(
