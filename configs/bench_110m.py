@@ -1,8 +1,8 @@
-"""A shape of 110 million parameters, for the speed of generation: 12 layers, hidden 768.
+"""A model of 110 million parameters to measure generation speed: 12 layers, hidden size 768.
 
   flm benchmark generate --config=configs/bench_110m.py
 
-Two CPU cores, under a minute. Nothing is trained; the numbers measured are in docs/generate.md.
+Less than a minute on two CPU cores. Nothing is trained. docs/generate.md has the results.
 """
 
 import ml_collections

@@ -1,8 +1,8 @@
-"""The reference shape for speed: 8 layers, hidden 512, 8 x 512 tokens, 34 million parameters.
+"""The reference model for training speed: 34 million parameters, 8 layers, 8 x 512 tokens.
 
   flm benchmark step --config=configs/bench_34m.py
 
-Two CPU cores, about a minute. Nothing is trained; the numbers measured are in README.md.
+About a minute on two CPU cores. Nothing is trained. README.md has the results.
 """
 
 import ml_collections
@@ -26,7 +26,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         num_heads=8,
         head_dim=64,
         d_ff=1408,
-        remat="dots",  # on a CPU, computing attention again is cheaper than keeping it
+        remat="dots",  # on a CPU, computing attention again is cheaper than storing it
     )
     stage = StageConfig(
         name="bench",

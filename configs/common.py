@@ -1,4 +1,4 @@
-"""The helpers of config files, under the name that older config files import."""
+"""Helpers of config files, under the name that older config files import."""
 
 from flm_jax.commands.config_files import no_variant, single, to_config_dict, unknown_variant
 

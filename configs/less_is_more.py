@@ -3,12 +3,12 @@ r"""Is less more? Few chosen conversations against many, on the demo's first sta
   make demo
   flm less_is_more --config=configs/less_is_more.py --workdir=runs/less_is_more
 
-Two CPU cores shared with other work, at low priority: about 36 minutes for 24 arms. Only the first
-stage of the demo is needed. Expected: docs/less_is_more.md.
+About 36 minutes for 24 arms, on two CPU cores shared with other work, at low priority. Only the
+demo's first stage is needed. docs/less_is_more.md has the expected results.
 
-`:smoke` is two arms of a run of `configs/demo.py:smoke` in runs/demo-smoke, for tests.
-On your own model and data: copy this file, set `base`, `paths` and, if the files are as found,
-`defects=0.0`.
+`:smoke` trains two arms from a run of `configs/demo.py:smoke` in runs/demo-smoke, for tests.
+For your own model and data, copy this file and set `base` and `paths`. Set `defects=0.0` to use
+your files without added defects.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
             MixConfig("answers", more=("arithmetic",), without=("arithmetic_steps",)),
             MixConfig("steps", more=("arithmetic_steps",), without=("arithmetic",)),
         ),
-        # A model this small ranks noise as hardest and half answers as likeliest; so neither.
+        # A model this small ranks noise first by IFD, and half answers first by loss.
         selection=SelectionConfig(size=1, worst_loss=0.1, rank="none"),
         defects=0.2,
         seeds=3,
@@ -61,7 +61,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         )  # fmt: skip
         config = dataclasses.replace(
             config, sft=sft, sizes=(8, 16), mixes=config.mixes[:1], seeds=1, defects=0.0,
-            # To a model of a few steps no question helps.
+            # For a model trained for a few steps, no question helps.
             selection=SelectionConfig(size=1, worst_loss=0.0, max_ifd=100.0, rank="none"),
         )  # fmt: skip
     return config_files.to_config_dict(config)

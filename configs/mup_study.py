@@ -7,9 +7,9 @@ r"""µP on a small proxy: coordinate check, transfer sweep, growth and loss pred
   flm mup check --config=configs/mup_study.py:depth --workdir=runs/mup_depth
   flm mup sweep --config=configs/mup_study.py:depth --workdir=runs/mup_depth
 
-Two CPU cores: about 2, 15, 2 and 10 minutes. Real text, the Python standard library. Expected:
-docs/mup.md. `:depth` varies the depth instead of the width: CompleteP against µP. `:smoke` is the
-study of the width with few steps of tiny models.
+About 2, 15, 2 and 10 minutes on two CPU cores. The text is the Python standard library's source.
+docs/mup.md has the expected results. `:depth` varies the depth instead of the width: CompleteP
+against µP. `:smoke` is the study of the width with tiny models and few steps.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ demo = config_files.shipped("demo")
 
 
 def _family(proxy: StageConfig) -> tuple[StageConfig, ...]:
-    """The demo's largest model (9 layers, 320 wide), and narrower ones of the same shape."""
+    """Returns the demo's largest model (9 layers, width 320) and narrower models of that shape."""
     large = demo.get_config().stages[2].model
     return tuple(
         dataclasses.replace(

@@ -1,14 +1,14 @@
-r"""Which growth? One small source, doubled by every operator, on the Python standard library.
+r"""Which growth operator? A small source, doubled by each, on the Python standard library's source.
 
   flm growth probe --config=configs/probe_growth.py --workdir=runs/probe
 
-Two CPU cores, about an hour for 18 arms and three seeds. The source has 0.17M parameters and
-600 steps behind it, the target 1.1M; every arm trains for 1.4e12 FLOPs after its growth, at a
-constant learning rate (LiGO's fit comes on top). Expected: docs/growth.md has the table. `:smoke`
-is three arms, one seed, seconds each.
+About an hour for 18 arms and three seeds on two CPU cores. The source has 0.17M parameters and is
+trained for 600 steps; the target has 1.1M parameters. Every arm trains for 1.4e12 FLOPs after its
+growth, at a constant learning rate (LiGO's fit is extra). docs/growth.md has the expected table.
+`:smoke` has three arms and one seed, and takes seconds for each.
 
-Choose arms and budget for a model of your own by copying this file; `--config.seeds=1` is a first
-look.
+To choose a growth for your own model, copy this file and set the arms and the budget. For a quick
+first result, pass `--config.seeds=1`.
 """
 
 import dataclasses
@@ -47,9 +47,9 @@ def _model(layers: int, hidden: int, ffn: int) -> TransformerConfig:
 
 
 def _arm(
-    name: str, recipe: str, model: TransformerConfig | None = None, **how: object
+    name: str, recipe: str, model: TransformerConfig | None = None, **options: object
 ) -> ArmConfig:
-    growth = GrowthConfig(recipe=recipe, ramp_steps=40, rewarmup_steps=10, **how)  # type: ignore[arg-type]
+    growth = GrowthConfig(recipe=recipe, ramp_steps=40, rewarmup_steps=10, **options)  # type: ignore[arg-type]
     return ArmConfig(name, growth, model)
 
 
@@ -70,7 +70,8 @@ ARMS = (
     _arm("tile + fresh", "tile,fresh"),
     _arm("net2net", "net2net,identity"),
     _arm("ligo", "ligo"),
-    # One axis each, to about the source's size: two key/value heads for one, half more vocabulary.
+    # These grow one axis and stay near the source's size: two key/value heads in place of one, and
+    # a vocabulary 1.5 times as large.
     _arm("repeat", "repeat", dataclasses.replace(SOURCE, num_kv_heads=2)),
     _arm("mean", "mean", dataclasses.replace(SOURCE, vocab_size=390)),
     _arm("not grown", "msg", SOURCE),

@@ -1,17 +1,18 @@
-r"""Fine-tune the demo's last stage on conversations made on the machine.
+r"""Fine-tune the demo's last stage on synthetic conversations.
 
   make demo
   flm sft --config=configs/sft_demo.py
 
-453 conversations, 83 steps of the demo's 17M parameters: 9 minutes on two CPU cores that others
-shared. Expected: response loss 3.06 -> 1.43 nats per token over all categories, 0% -> 7% of the
-answers right; the base's text 1.77 -> 1.94 bits per byte: it forgets. For the first stage (0.85M):
+It trains the demo's 17M parameters on 453 conversations for 83 steps: 9 minutes on two shared CPU
+cores. Expected: over all categories, the response loss falls from 3.06 to 1.43 nats per token and
+the accuracy rises from 0% to 7%. On the base's text, bits per byte rises from 1.77 to 1.94: the
+model forgets some of it. For the first stage (0.85M parameters):
 
   flm sft --config=configs/sft_demo.py --config.base_stage=small \
     --config.learning_rate=1e-3 --config.matrix_learning_rate=1e-3
 
-`:smoke` fine-tunes a run of `configs/demo.py:smoke` in runs/demo-smoke, for tests. For files of
-your own, copy this one and set `made=0, paths=("chats.jsonl",)`.
+`:smoke` fine-tunes a run of `configs/demo.py:smoke` in runs/demo-smoke, for tests. For your own
+conversations, copy this file and set `made=0, paths=("chats.jsonl",)`.
 """
 
 import dataclasses
@@ -31,7 +32,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         made=60,
         batch_size=4,
         epochs=2,
-        # Tele-FLM's 2.7e-5 is for 52B parameters; the demo's last stage began at 4e-4 and 1e-3.
+        # Tele-FLM's 2.7e-5 is for 52B parameters; the demo's last stage has 4e-4 and 1e-3.
         learning_rate=2e-4,
         matrix_learning_rate=5e-4,
         eval=EvalConfig(sequences=64, batch_size=8, every_steps=30),

@@ -2,8 +2,9 @@
 
   flm describe --config=configs/tele_flm_102b.py --json
 
-It was not trained here. Its sizes follow from the reported parameter count and the 52B's rule for
-the FFN; about 0.3 trillion tokens. What is marked "our choice" is not published.
+The authors trained it on about 0.3 trillion tokens. It was not trained here. Its sizes follow from
+the reported number of parameters and the 52B's rule for the FFN. Values marked "our choice" are not
+published.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ def stage() -> StageConfig:
         d_model=10_240,
         num_heads=80,
         d_ff=27_264,
-        # Our choice: the 52B's, so that the logits' multiplier falls to 1/40, which the 1T has too.
+        # Our choice: the 52B's. With it the logits' multiplier falls to 1/40, the same as the 1T's.
         output_mult=0.5,
     )
     return dataclasses.replace(

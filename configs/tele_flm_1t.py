@@ -3,7 +3,7 @@
   flm describe --config=configs/tele_flm_1t.py --json
 
 The authors trained it on about 15.7 billion tokens and published no scores. It was not trained
-here. What is marked "our choice" is not published.
+here. Values marked "our choice" are not published.
 """
 
 import dataclasses
@@ -27,8 +27,8 @@ def stage() -> StageConfig:
         d_ff=98_304,
         mup_base_width=256,  # mup_scale_factor 80
         output_mult=2.0,
-        # At half the base width the same matrices have a std and a learning rate larger by
-        # sqrt(2) and 2.
+        # The base width is half of the 102B's. For the same matrices, the std is therefore larger
+        # by sqrt(2), and the learning rate by 2.
         matrix_init_std=small.model.matrix_init_std * 2**0.5,
     )
     return dataclasses.replace(

@@ -2,13 +2,14 @@ r"""52B -> 102B -> 1T: the chain of arXiv 2407.02783, 2.3 trillion tokens.
 
   flm describe --config=configs/tele_flm_1t_chain.py --json
 
-Each stage holds topologies, meshes and batches that it fits; the accelerators' compilers say so
-(docs/scaling.md; ten minutes on two CPU cores, with the extras `[tpu]` and `[gpu-aot]`):
+LAYOUTS has, for each stage, topologies, meshes and batch sizes that fit in memory, as reported by
+the accelerators' compilers (docs/scaling.md). To compile them takes ten minutes on two CPU cores,
+with the extras `[tpu]` and `[gpu-aot]`:
 
   flm compile --config=configs/tele_flm_1t_chain.py
 
-The authors used 896 A800 GPUs. It was not trained here. Each stage is described in its own file;
-the learning rate stays on the 52B's cosine through both growths.
+The authors used 896 A800 GPUs. It was not trained here. Each stage has its own config file. The
+learning rate follows the 52B's cosine schedule through both growths.
 """
 
 import ml_collections

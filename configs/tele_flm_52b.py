@@ -3,7 +3,7 @@
   flm describe --config=configs/tele_flm_52b.py --json
 
 The authors trained it on 896 A800 GPUs for about two months, to a loss near 1.55 after 2 trillion
-tokens. It was not trained here. What is marked "our choice" is not published.
+tokens. It was not trained here. Values marked "our choice" are not published.
 """
 
 import ml_collections

@@ -3,8 +3,8 @@
   flm describe --config=configs/tele_flm_proxy.py --json
 
 The authors searched seven hyper-parameters on it, nine combinations of about 50,000 steps each; its
-loss falls from about 3.0 to 2.6 in their figure 1. It was not trained here. What is marked
-"our choice" is not published.
+loss falls from about 3.0 to 2.6 in their figure 1. It was not trained here. Values marked
+"our choice" are not published.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ tele_flm_52b = config_files.shipped("tele_flm_52b")
 def stage() -> StageConfig:
     large = tele_flm_52b.stage()
     model = dataclasses.replace(large.model, d_model=512, num_heads=4, d_ff=1344)
-    # Our choice: the proxy's batch. The learning rates are the 52B's, carried back by µP.
+    # Our choice: the proxy's batch size. The learning rates are the 52B's: µP transfers them.
     return dataclasses.replace(large, name="proxy", model=model, steps=50_000)
 
 

@@ -1,4 +1,4 @@
-"""Holds growth recipes to their claims: exactness in three dtypes, gradients, the first steps."""
+"""Checks growth recipes against their claims: exactness in three dtypes, gradients, first steps."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ from flm_jax.params import axes, sharding, trees
 from flm_jax.train import optim, schedules
 from flm_jax.train.train_step import Batch, TrainState, gradients, init_state, make_train_step
 
-# What an EXACT recipe may differ by: logits in float64, and in float32 over their scale;
-# gradients in float64 over the largest.
-EXACT_F64, EXACT_F32, EXACT_GRADIENT = 1e-10, 1e-4, 1e-9
-# Adam's first step is 1 learning rate; with a wrong step count it is several.
+# Largest differences that an EXACT recipe may make.
+EXACT_F64 = 1e-10  # logits in float64
+EXACT_F32 = 1e-4  # logits in float32, divided by their scale
+EXACT_GRADIENT = 1e-9  # gradients in float64, divided by the largest
+# Adam's first update is one learning rate; with a wrong step count it is several.
 FIRST_UPDATE = 1.2
 
 RANDOM_MODEL = TransformerConfig(
@@ -37,7 +38,14 @@ RANDOM_MODEL = TransformerConfig(
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A model to grow, mid-training, and a batch."""
+    """A model in the middle of its training, to grow, and a batch.
+
+    Attributes:
+      stage: the stage that trains the model.
+      optimizer: its optimizer's settings.
+      state: its train state.
+      batch: the next training batch.
+    """
 
     stage: StageConfig
     optimizer: OptimizerConfig
@@ -46,7 +54,10 @@ class Source:
 
 
 def random_source(model: TransformerConfig = RANDOM_MODEL, seed: int = 0) -> Source:
-    """Random parameters, norm gains in [0.5, 1.5], after five steps on random tokens."""
+    """Makes a source from random parameters by five training steps on random tokens.
+
+    Norm gains are drawn from [0.5, 1.5], so that a recipe cannot rely on gains of 1.
+    """
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, model.vocab_size, (4, 33))
     positions = np.broadcast_to(np.arange(32), (4, 32))
@@ -64,11 +75,10 @@ def random_source(model: TransformerConfig = RANDOM_MODEL, seed: int = 0) -> Sou
     tx = optim.optimizer(stage, settings, schedules.steady)
     state = init_state(model, tx, jax.random.key(seed))
     table = axes.table(model)
-    params = {
-        path: x if axes.Role.GAIN not in table[path].roles
-        else jnp.asarray(rng.uniform(0.5, 1.5, x.shape), x.dtype)
-        for path, x in trees.flatten(state.params)
-    }  # fmt: skip
+    params = dict(trees.flatten(state.params))
+    for path, x in params.items():
+        if axes.Role.GAIN in table[path].roles:
+            params[path] = jnp.asarray(rng.uniform(0.5, 1.5, x.shape), x.dtype)
     state = dataclasses.replace(state, params=trees.unflatten(params))
     step = make_train_step(stage, tx, sharding.one_device(), None)
     for _ in range(5):
@@ -77,7 +87,12 @@ def random_source(model: TransformerConfig = RANDOM_MODEL, seed: int = 0) -> Sou
 
 
 def run_source(workdir: str, sequences: int = 4) -> Source:
-    """The last stage of a run, and its next training sequences."""
+    """Makes a source from the last stage of a run.
+
+    Args:
+      workdir: the run's folder.
+      sequences: number of sequences in the batch.
+    """
     opened = opening.open_state(workdir)
     batches = data.open_corpus(opened.config.data).train(sequences)
     batches.set_state(opened.data)
@@ -86,20 +101,28 @@ def run_source(workdir: str, sequences: int = 4) -> Source:
 
 
 def target_of(small: TransformerConfig, recipe: str) -> TransformerConfig:
-    """A target that the recipe's operators can reach: every axis that they grow is larger.
+    """Returns a target that the recipe can reach: larger on every axis that the recipe grows.
 
-    Widths twice as large where an operator makes whole copies, else half as large again.
+    A width grows by a factor of 2 where the operator makes whole copies, by 2.5 where it also pads,
+    and by 1.5 otherwise.
+
+    Args:
+      small: the source model.
+      recipe: as in `growth.plan`.
     """
     chosen = choose(recipe)
 
     def grown(axis: str, size: int) -> int:
         if axis not in chosen:
             return size
+        name, half = chosen[axis].name, math.ceil(size / 2)
         if axis == "layers":
-            return 2 * size + 1 if chosen[axis].name not in ("stack", "interpose") else 2 * size
-        half, name = math.ceil(size / 2), chosen[axis].name
-        return {"tile": 2 * size, "uneven": 2 * size, "repeat": 2 * size,
-                "tile_pad": 2 * size + half}.get(name, size + half)  # fmt: skip
+            return 2 * size if name in ("stack", "interpose") else 2 * size + 1
+        if name in ("tile", "uneven", "repeat"):
+            return 2 * size
+        if name == "tile_pad":
+            return 2 * size + half
+        return size + half
 
     repeats = "kv_heads" in chosen and chosen["kv_heads"].name == "repeat"
     kv = grown("kv_heads", small.kv_heads)
@@ -117,31 +140,25 @@ def target_of(small: TransformerConfig, recipe: str) -> TransformerConfig:
 
 
 def check(
-    name: str, recipe: str, source: Source, big: TransformerConfig | None = None, **how: Any
+    name: str, recipe: str, source: Source, big: TransformerConfig | None = None, **options: Any
 ) -> dict[str, Any]:
-    """Grows the source by a recipe and compares what was claimed with what is measured.
+    """Grows the source by a recipe, and compares the recipe's claim with measurements.
 
     Args:
-      name: of the row.
-      recipe: as `growth.plan` takes it.
-      source: what to grow.
+      name: the row's name.
+      recipe: as in `growth.plan`.
+      source: the model to grow.
       big: the target; None: `target_of`.
-      how: further arguments of `growth.plan`.
+      **options: further arguments of `growth.plan`.
 
-    Returns: a row of the table, JSON-able; `ok` is False if anything contradicts the claim.
+    Returns:
+      A row of the table, as JSON values; `ok` is False if a measurement contradicts the claim.
     """
     small = source.stage.model
     big = big or target_of(small, recipe)
-    distances = np.asarray(measure.source(source.state.params, source.batch, small)["distances"])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", growth.LockedCopiesWarning)  # counted below
-        plan = growth.plan(small, big, recipe, layer_distances=distances.tolist(), **how)
-    stage = dataclasses.replace(source.stage, model=big)
     key = jax.random.key(1)
-    if any(e.learned for e in plan.expansions):
-        settings = dataclasses.replace(stage.growth, fit_steps=20)
-        batches, mesh = _again(source.batch), sharding.one_device()
-        plan = ligo.fit(plan, source.state.params, batches, mesh, settings, key)
+    stage = dataclasses.replace(source.stage, model=big)
+    plan = _plan(recipe, source, stage, options, key)
     grown = _grow(source.state, plan, key)
     by_dtype = {
         dtype: _exactness(plan, source.state.params, grown.params, source.batch, dtype)
@@ -152,8 +169,38 @@ def check(
         by_dtype["float64"] = _exactness(
             plan, params, _grow(params, plan, key), source.batch, "float64"
         )
-    f64, f32 = by_dtype["float64"], by_dtype["float32"]
     steps = measure.first_steps(grown, source.batch, plan, stage, source.optimizer)
+    return _row(name, recipe, plan, by_dtype, steps)
+
+
+def _plan(
+    recipe: str, source: Source, stage: StageConfig, options: dict[str, Any], key: jax.Array
+) -> Plan:
+    """Plans the growth of the source to the stage's model; fits the plan if it is learned."""
+    small, params = source.stage.model, source.state.params
+    distances = np.asarray(measure.source(params, source.batch, small)["distances"])
+    with warnings.catch_warnings():
+        # The row counts locked copies.
+        warnings.simplefilter("ignore", growth.LockedCopiesWarning)
+        plan = growth.plan(
+            small, stage.model, recipe, layer_distances=distances.tolist(), **options
+        )
+    if any(e.learned for e in plan.expansions):
+        settings = dataclasses.replace(stage.growth, fit_steps=20)
+        batches, mesh = _repeated(source.batch), sharding.one_device()
+        plan = ligo.fit(plan, params, batches, mesh, settings, key)
+    return plan
+
+
+def _row(
+    name: str,
+    recipe: str,
+    plan: Plan,
+    by_dtype: dict[str, dict[str, float]],
+    steps: dict[str, Any],
+) -> dict[str, Any]:
+    """Builds the row of `check`, and judges the measurements."""
+    f64, f32, bf16 = (by_dtype[dtype] for dtype in ("float64", "float32", "bfloat16"))
     exact = (
         f64["max_abs_logit_diff"] <= EXACT_F64
         and abs(f64["loss_after"] - f64["loss_before"]) <= EXACT_F64
@@ -165,14 +212,15 @@ def check(
         "axes": [e.axis for e in plan.expansions],
         "claimed": plan.exactness,
         "measured": EXACT if exact else "APPROX",
-        **{f"max_abs_logit_diff_{short}": by_dtype[dtype]["max_abs_logit_diff"]
-           for dtype, short in (("float64", "f64"), ("float32", "f32"), ("bfloat16", "bf16"))},
+        "max_abs_logit_diff_f64": f64["max_abs_logit_diff"],
+        "max_abs_logit_diff_f32": f32["max_abs_logit_diff"],
+        "max_abs_logit_diff_bf16": bf16["max_abs_logit_diff"],
         "logit_scale": f32["logit_scale"],
         "kl": f64["kl"],
         "loss_change": f64["loss_after"] - f64["loss_before"],
         "gradient_error": f64["gradient_error"],
         **steps,
-    }  # fmt: skip
+    }
     noiseless = plan.exactness == EXACT and not plan.noise_db
     row["ok"] = bool(
         (exact or plan.exactness != EXACT)
@@ -184,7 +232,8 @@ def check(
     return row
 
 
-def _again(batch: Batch) -> Iterator[dict[str, np.ndarray]]:
+def _repeated(batch: Batch) -> Iterator[dict[str, np.ndarray]]:
+    """Yields the same batch without end."""
     while True:
         yield jax.tree.map(np.asarray, batch)
 
@@ -194,19 +243,19 @@ _gradients = jax.jit(gradients, static_argnums=2)
 
 
 def _exactness(plan: Plan, params: Any, grown: Any, batch: Batch, dtype: str) -> dict[str, float]:
-    """Receipt fields of the function, computed in `dtype`; in float64 with the gradients'."""
+    """Measures how far growth changes the function, in `dtype`; in float64 also the gradients."""
     assert isinstance(plan.source, TransformerConfig)
     small, big = (dataclasses.replace(c, dtype=dtype) for c in (plan.source, plan.config))
     plan = dataclasses.replace(plan, source=small, target=big)
-    found = measure.function_change(measure.source(params, batch, small), grown, batch, plan)
+    change = measure.function_change(measure.source(params, batch, small), grown, batch, plan)
     if dtype == "float64":
         _, old, _ = _gradients(params, batch, small)
         _, new, _ = _gradients(grown, batch, big, plan.masks(0.0))
-        found["gradient_error"] = float(gradient_error(plan, old, new))
-    return found
+        change["gradient_error"] = float(gradient_error(plan, old, new))
+    return change
 
 
-# Rows of the table: every operator on all its axes at once, and what needs an option.
+# Rows of the table (name, recipe, options): every operator on all its axes, and some combinations.
 ALL: tuple[tuple[str, str, dict[str, Any]], ...] = (
     *((name, name, {}) for name in OPERATORS),
     ("net2net, hidden tiled", "net2net,embed=tile", {}),

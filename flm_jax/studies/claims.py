@@ -192,7 +192,7 @@ def claims(config: LessIsMoreConfig, categories: Sequence[str]) -> list[Claim]:
 
 
 def _worked_steps(mixes: Sequence[MixConfig], size: int) -> list[Claim]:
-    """Claims about pairs of mixes, each of which leaves out the categories that the other favours.
+    """Claims about pairs of mixes where each mix leaves out the categories that the other favours.
 
     Each mix is measured by the accuracy in its own categories.
     """

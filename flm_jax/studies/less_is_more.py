@@ -1,8 +1,8 @@
-"""Is less more? Fine-tunings of one base that differ in number, choice and mix of conversations.
+"""Is less more? Fine-tunes one base on conversations of different number, selection and mix.
 
 Every arm is a fine-tuning in its own run folder, and resumes by itself. An arm with a row in
-arms.jsonl is finished. Arms of one seed share a pool of conversations; what is trained on and what
-is scored are disjoint.
+arms.jsonl is finished. Arms of one seed share a pool of conversations. The conversations to train
+on and those to score are disjoint.
 """
 
 from __future__ import annotations
@@ -34,9 +34,15 @@ BUDGETS = ("steps", "epochs")
 
 @dataclasses.dataclass(frozen=True)
 class MixConfig(Checked):
-    """Shares of the categories: half of the conversations are of `more`, the others share the rest.
+    """The categories' shares of the conversations.
 
-    Without `more` all share evenly.
+    Half of the conversations come from the categories `more`, the other half from the remaining
+    categories, in equal shares. Without `more`, all categories have the same share.
+
+    Attributes:
+      name: the mix's name.
+      more: categories that make up half of the conversations.
+      without: categories that are left out.
     """
 
     name: str
@@ -44,41 +50,46 @@ class MixConfig(Checked):
     without: tuple[str, ...] = ()
 
     def check(self, categories: set[str]) -> None:
-        """Raises UserError if it names another category."""
+        """Raises UserError if the mix names a category that is not in `categories`."""
         for category in (*self.more, *self.without):
             if category not in categories:
                 raise UserError(
-                    f"mix {self.name} names category {category!r}; the pool has "
-                    f"{', '.join(map(repr, sorted(categories)))}"
+                    f"MixConfig {self.name!r} names category {category!r}, but the pool has "
+                    f"{', '.join(map(repr, sorted(categories)))}; name one of these"
                 )
 
     def shares(self, categories: Sequence[str]) -> dict[str, float]:
-        """Category -> share of the conversations; adds up to 1."""
+        """Returns category -> share of the conversations; the shares add up to 1.
+
+        >>> MixConfig("m", more=("a",), without=("d",)).shares(["a", "b", "c", "d"])
+        {'a': 0.5, 'b': 0.25, 'c': 0.25}
+        """
         others = [c for c in categories if c not in (*self.more, *self.without)]
         half = 0.5 if self.more else 0.0
-        few = dict.fromkeys(self.more, half / max(len(self.more), 1))
-        return few | dict.fromkeys(others, (1 - half) / len(others))
+        favoured = dict.fromkeys(self.more, half / max(len(self.more), 1))
+        return favoured | dict.fromkeys(others, (1 - half) / len(others))
 
 
 @dataclasses.dataclass(frozen=True)
 class LessIsMoreConfig(Checked):
     """A grid of fine-tunings.
 
-    The first mix is crossed with sizes, selections and budgets; the others are tried at the largest
-    size, chosen. `sft.steps` is the budget of equal steps; with equal epochs an arm's steps are in
-    proportion to its number of conversations, so that the largest arms are the same under both
-    budgets, and are run once.
+    The first mix is crossed with all sizes, selections and budgets. The other mixes are tried only
+    at the largest size, with chosen conversations. The selections are "random" (from the pool with
+    its defects) and "chosen" (by `selection.py`).
 
-    Selections: "random" from the pool with its defects; "chosen" by `selection.py`.
+    With the budget "steps", every arm trains for `sft.steps`. With "epochs", an arm's steps are in
+    proportion to its number of conversations. The largest arms are therefore the same under both
+    budgets, and run once.
     """
 
     sft: SftConfig  # its conversations are the pool
     sizes: tuple[int, ...]  # conversations, ascending
     mixes: tuple[MixConfig, ...]
-    selection: selection.SelectionConfig  # of the chosen; size and quotas are the arms'
-    defects: float = 0.0  # of each kind of spoiled copy, over the pool's number: `synthetic.spoil`
-    seeds: int = 3  # of what is made and spoiled, of choice and order
-    known: tuple[str, ...] = ("describe", "source", "code")  # categories like the base's own text
+    selection: selection.SelectionConfig  # of chosen conversations; the arms set size, quotas
+    defects: float = 0.0  # spoiled copies of each kind, as a share of the pool: `synthetic.spoil`
+    seeds: int = 3  # seeds of the synthetic conversations, defects, selection and order
+    known: tuple[str, ...] = ("describe", "source", "code")  # categories like the base's text
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -91,12 +102,14 @@ class LessIsMoreConfig(Checked):
         require_positive(self, "seeds")
         require(
             self.sft.steps > 0,
-            "LessIsMoreConfig.sft.steps is 0; give the steps of the largest arm",
+            f"LessIsMoreConfig.sft.steps is {self.sft.steps}; give the steps of the largest arm",
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
+    """One fine-tuning of the grid; see `LessIsMoreConfig` for the fields' values."""
+
     size: int
     selection: str
     mix: str
@@ -105,13 +118,14 @@ class Arm:
 
     @property
     def name(self) -> str:
+        """The arm's folder, and the name of its row."""
         return f"{self.size}-{self.selection}-{self.mix}-{self.budget}-{self.seed}"
 
 
 def arms_of(config: LessIsMoreConfig) -> list[Arm]:
-    """All arms, seed by seed, so that an unfinished grid has whole seeds.
+    """Returns all arms, seed by seed, so that an unfinished grid has complete seeds.
 
-    The first arm of a seed learns from conversations taken at random: see `Pool`.
+    The first arm of a seed learns from random conversations, because its model is the pool's judge.
     """
     large, first = config.sizes[-1], config.mixes[0].name
     crossed = [
@@ -130,18 +144,21 @@ def arms_of(config: LessIsMoreConfig) -> list[Arm]:
 
 
 def sides(config: SftConfig) -> tuple[list[Sample], list[Sample]]:
-    """The good conversations to train on, and those held out for scores."""
+    """Returns the good conversations to train on, and those held out to score."""
     if not config.paths:
-        held_out = synthetic.make(0, config.score_samples, split="evaluation")  # for every seed
+        held_out = synthetic.make(
+            0, config.score_samples, split="evaluation"
+        )  # the same for every seed
         return fine_tune.samples_of(config), held_out
     good, held_out = chats.split(fine_tune.samples_of(config), config.held_out)
     return good, few_of_each(held_out, config.score_samples)
 
 
 class Losses:
-    """A model's response losses; each sample's is computed once."""
+    """A model's response losses, computed once for each sample."""
 
     def __init__(self, compute: scoring.Losses):
+        """Caches the losses that `compute` returns."""
         self._compute = compute
         self._known: dict[Sample, scoring.ResponseLoss] = {}
 
@@ -152,19 +169,25 @@ class Losses:
 
 
 class Pool:
-    """The conversations that the arms of one seed choose from. All parts are computed when needed.
+    """The conversations that the arms of one seed choose from. Every part is computed when needed.
 
-    Quality is judged by the model of the seed's first arm, which learned from conversations taken
-    at random: a base that has never seen the template finds that no question helps. (arXiv
-    2308.12032 also lets the model see some of the data first.)
+    The model of the seed's first arm judges the quality; it learned from random conversations. The
+    base cannot judge, because for a model that has never seen the template no question helps.
+    (arXiv 2308.12032 also trains the model on some of the data first.)
     """
 
     def __init__(self, config: LessIsMoreConfig, seed: int, judge: Callable[[], ChatModel]):
-        """Args: `judge` opens the model of the seed's first arm, once that arm is finished."""
+        """Stores the arguments; nothing is computed yet.
+
+        Args:
+          config: the study.
+          seed: index of the seed, from 0.
+          judge: opens the model of the seed's first arm; called when that arm is finished.
+        """
         self._config, self._seed, self._open_judge = config, seed, judge
 
     def choose(self, arm: Arm) -> list[Sample]:
-        """The conversations of an arm. Raises UserError if the pool has too few."""
+        """Returns the conversations of an arm; raises UserError if the pool has too few."""
         (mix,) = (mix for mix in self._config.mixes if mix.name == arm.mix)
         shares = mix.shares(sorted({s.category for s in self._pile}))
         if arm.selection == "random":
@@ -176,12 +199,14 @@ class Pool:
         if len(chosen) < wanted:
             text = ", ".join(f"{c} {share:.0%}" for c, share in shares.items())
             raise UserError(
-                f"the pool gives {len(chosen)} conversations where {wanted} are wanted with shares "
-                f"{text}; give more (sft.paths, sft.made), or smaller sizes"
+                f"the pool gives {len(chosen)} conversations, but LessIsMoreConfig.sizes needs "
+                f"{wanted} with shares {text}; add conversations (sft.paths, sft.made), or give "
+                "smaller sizes"
             )
         return chosen
 
     def _at_random(self, shares: dict[str, float], size: int) -> list[Sample]:
+        """Draws conversations at random from the pile, up to each category's number."""
         room = _rooms(shares, size)
         taken: collections.Counter[str] = collections.Counter()
         chosen = []
@@ -192,8 +217,9 @@ class Pool:
         return chosen
 
     def _best(self, shares: dict[str, float], size: int) -> list[Sample]:
+        """Chooses the best of the filtered conversations."""
         quotas = tuple(selection.Quota(c, share) for c, share in shares.items())
-        # The filters ran already.
+        # `_filtered` has run these filters.
         settings = dataclasses.replace(
             self._config.selection, size=size, quotas=quotas, near=2.0, verify=False, worst_loss=0.0
         )
@@ -201,13 +227,14 @@ class Pool:
 
     @functools.cached_property
     def _filtered(self) -> list[Sample]:
-        """The pile after the filters: the costly part, shared by all arms."""
+        """The pile after the filters: the expensive part, shared by all arms."""
         settings = dataclasses.replace(self._config.selection, size=len(self._pile))
         return self._select(self._pile, settings)
 
     def _select(
         self, samples: Sequence[Sample], settings: selection.SelectionConfig
     ) -> list[Sample]:
+        """Selects by the judge's losses; held-out conversations must not leak into the result."""
         losses, unprompted = self._judged
         _, held_out = self._sides
         settings = dataclasses.replace(settings, seed=self._seed)
@@ -221,24 +248,26 @@ class Pool:
 
     @functools.cached_property
     def _sides(self) -> tuple[list[Sample], list[Sample]]:
+        """The seed's good conversations, and the held-out ones."""
         return sides(dataclasses.replace(self._config.sft, seed=self._seed))
 
     @functools.cached_property
     def _pile(self) -> list[Sample]:
+        """The seed's pool: good conversations and spoiled copies."""
         good, _ = self._sides
         return synthetic.spoil(good, self._seed, self._config.defects)
 
 
 def _rooms(shares: dict[str, float], size: int) -> dict[str, int]:
-    """Conversations of each category."""
+    """Returns the number of conversations of each category."""
     return {category: round(size * share) for category, share in shares.items()}
 
 
 class Bench:
-    """Everything that all arms share: base, data, samples to score, folder, results."""
+    """What all arms share: base, data, samples to score, folder and stored rows."""
 
     def __init__(self, config: LessIsMoreConfig, workdir: str):
-        """Raises UserError if base, config or pool do not fit."""
+        """Opens base and data; raises UserError if the base, the config or the pool do not fit."""
         self.config, self.root = config, pathlib.Path(workdir)
         self.base = fine_tune.open_base(config.sft)
         self.corpus = data.open_corpus(self.base.data)
@@ -246,35 +275,40 @@ class Bench:
         for mix in config.mixes:
             mix.check({s.category for s in good})
         self.trials = Trials(self.root / "arms.jsonl")
-        decides = mapping.to_dict(config)
-        del decides["seeds"], decides["known"]
-        del decides["sft"]["checkpoint"], decides["sft"]["mesh"]
-        self.key = mapping.digest({"config": decides, "corpus": self.corpus.fingerprint})
+        # The key holds the settings that affect the numbers; rows of another key are not reused.
+        settings = mapping.to_dict(config)
+        del settings["seeds"], settings["known"]
+        del settings["sft"]["checkpoint"], settings["sft"]["mesh"]
+        self.key = mapping.digest({"config": settings, "corpus": self.corpus.fingerprint})
 
     def row(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The stored row of this name; computed if there is none."""
+        """Returns the stored row of this name; computes and stores it if there is none."""
         return self.trials.result({"key": self.key, "name": name}, compute)
 
     def folder(self, arm: Arm) -> pathlib.Path:
+        """Returns the arm's run folder."""
         return self.root / "arms" / arm.name
 
     def model_of(self, arm: Arm) -> ChatModel:
-        """The model of a finished arm."""
+        """Opens the model of a finished arm."""
         return self.chat_model(open_model(str(self.folder(arm)), self.config.sft.name))
 
     def chat_model(self, model: OpenedModel) -> ChatModel:
+        """Wraps a model with the study's chat template."""
         settings = self.config.sft
         return ChatModel(model, settings.template, settings.max_new_tokens, batch_size=64)
 
     def score(self, model: ChatModel) -> dict[str, Any]:
+        """Scores a model on the held-out conversations."""
         scored = scoring.score(self.held_out, model.losses, model.answer)
         return {"scores": scoring.flat(scoring.summarise(scored))}
 
     def score_base(self) -> dict[str, Any]:
+        """Returns the fields of the base's row."""
         return self.score(self.chat_model(self.base.model))
 
     def train_and_score(self, arm: Arm, pool: Pool) -> dict[str, Any]:
-        """The fields of an arm's row."""
+        """Fine-tunes and scores an arm; returns the fields of its row."""
         sft, samples = self.config.sft, pool.choose(arm)
         share = arm.size / self.config.sizes[-1] if arm.budget == "epochs" else 1.0
         steps = max(round(sft.steps * share), 1)
@@ -289,21 +323,25 @@ class Bench:
 
 
 def run(config: LessIsMoreConfig, workdir: str) -> list[dict[str, Any]]:
-    """Runs what is left of the grid.
+    """Runs the unfinished part of the grid.
+
+    Args:
+      config: the study.
+      workdir: its folder.
 
     Returns:
-      The rows: the base's, then the arms'. A row has name and scores (category -> metric -> value);
-      an arm's also the arm's fields, steps, chosen (a digest of the conversations), params_digest
-      and bpb (of the base's data).
+      The rows: the base's, then the arms'. A row has name and scores (category -> metric -> value).
+      An arm's row also has the arm's fields, steps, chosen (a digest of the conversations),
+      params_digest and bpb (of the base's data).
 
     Raises:
-      UserError: base, config or pool do not fit.
-      RunStopped: a signal came; the same call resumes.
+      UserError: the base, the config or the pool do not fit.
+      RunStopped: a signal stopped the run; the same call resumes it.
     """
     bench = Bench(config, workdir)
     rows = [bench.row("base", bench.score_base)]
-    for seed, of_seed in itertools.groupby(arms_of(config), key=lambda arm: arm.seed):
-        arms = list(of_seed)
+    for seed, seed_arms in itertools.groupby(arms_of(config), key=lambda arm: arm.seed):
+        arms = list(seed_arms)
         pool = Pool(config, seed, functools.partial(bench.model_of, arms[0]))
         for arm in arms:
             rows.append(bench.row(arm.name, functools.partial(bench.train_and_score, arm, pool)))

@@ -1,7 +1,8 @@
-"""Loss prediction: L = a x^b + c over parameters or FLOPs, and L(N, D), with intervals.
+"""Predicts losses: L(x) = a x^b + c over parameters or FLOPs, with intervals, and L(N, D).
 
-Mu-scaling fits the first to losses of narrow models at an equal step and predicts wide ones (arXiv
-2304.06875); the second is the Chinchilla form E + A / N^alpha + B / D^beta (arXiv 2203.15556).
+Mu-scaling (arXiv 2304.06875) fits the first form to the losses of narrow models at an equal step,
+and predicts the losses of wide ones. The second is the Chinchilla form (arXiv 2203.15556),
+E + A / N^alpha + B / D^beta, over parameters N and tokens D.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ Numbers = Sequence[float] | np.ndarray
 
 BOOTSTRAPS = 1000
 INTERVAL = (2.5, 97.5)  # percentiles
-# Exponents are looked for in between; outside, a curve is a step or a straight line.
+# Bounds of the exponents. Beyond them, a curve is almost a step or a straight line.
 _LOWEST_B, _HIGHEST_B = -3.0, -0.01
 
 
 @dataclasses.dataclass(frozen=True)
 class PowerLaw:
-    """a x^b + c, with b below 0."""
+    """The function a x^b + c, with b below 0."""
 
     a: float
     b: float
@@ -37,14 +38,16 @@ class PowerLaw:
 
 
 def fit(x: Numbers, loss: Numbers) -> PowerLaw:
-    """Least squares. For a given b the other two are linear, so that only b is searched.
+    """Fits a x^b + c by least squares.
+
+    For a given b, a and c are linear, so only b is searched.
 
     Args:
-      x: parameters or FLOPs, above 0.
-      loss: one for each.
+      x: parameters or FLOPs, above 0 [points].
+      loss: losses [points].
 
     Raises:
-      UserError: fewer than four points, or x or loss that cannot be fitted.
+      UserError: there are fewer than four different sizes, or a value cannot be fitted.
     """
     xs, ys = np.asarray(x, float), np.asarray(loss, float)
     if len(xs) < 4:
@@ -52,7 +55,9 @@ def fit(x: Numbers, loss: Numbers) -> PowerLaw:
             f"a x^b + c has 3 parameters and there are {len(xs)} points; give at least 4"
         )
     if not (np.isfinite(xs).all() and np.isfinite(ys).all() and (xs > 0).all()):
-        raise UserError("the points hold a size that is not above 0, or a loss that is no number")
+        raise UserError(
+            "a size is not a finite number above 0, or a loss is not finite; leave out such points"
+        )
     if len(set(xs)) < 4:
         raise UserError(f"the points have {len(set(xs))} different sizes; give at least 4")
     unit = np.exp(np.mean(np.log(xs)))  # so that x^b is near 1 for any b
@@ -65,20 +70,34 @@ def fit(x: Numbers, loss: Numbers) -> PowerLaw:
     grid = np.linspace(_LOWEST_B, _HIGHEST_B, 61)
     best = int(np.argmin([linear(b)[1] for b in grid]))
     low, high = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
-    found = optimize.minimize_scalar(
+    result = optimize.minimize_scalar(
         lambda b: linear(b)[1], bounds=(low, high), method="bounded", options={"xatol": 1e-10}
     )
-    (a, c), _ = linear(found.x)
-    return PowerLaw(a=float(a * unit**-found.x), b=float(found.x), c=float(c))
+    (a, c), _ = linear(result.x)
+    return PowerLaw(a=float(a * unit**-result.x), b=float(result.x), c=float(c))
 
 
 def predictions(
     x: Numbers, loss: Numbers, at: Sequence[float], seed: int = 0, bootstraps: int = BOOTSTRAPS
 ) -> list[dict[str, float]]:
-    """Predicted losses with bootstrap intervals.
+    """Predicts losses, with 95% intervals by a residual bootstrap.
 
-    Residuals are drawn again with replacement, scaled by sqrt(n / (n - 3)) for the three fitted
-    numbers, added to the fit, and fitted again; a drawn residual is added to each prediction.
+    The residuals are scaled by sqrt(n / (n - 3)) to account for the three fitted numbers. Each
+    bootstrap adds drawn residuals to the fit, fits again, and adds a drawn residual to each
+    prediction.
+
+    Args:
+      x: parameters or FLOPs, above 0 [points].
+      loss: losses [points].
+      at: sizes to predict the loss at.
+      seed: of the bootstrap.
+      bootstraps: number of fits.
+
+    Returns:
+      For each size x, predicted, low and high.
+
+    Raises:
+      UserError: as in `fit`.
     """
     law = fit(x, loss)
     xs = np.asarray(x, float)
@@ -97,7 +116,7 @@ def predictions(
 
 @dataclasses.dataclass(frozen=True)
 class TwoLaw:
-    """E + A / N^alpha + B / D^beta."""
+    """The function E + A / N^alpha + B / D^beta, of parameters N and tokens D."""
 
     E: float
     A: float
@@ -111,9 +130,17 @@ class TwoLaw:
 
 
 def fit_two(params: Sequence[float], tokens: Sequence[float], loss: Sequence[float]) -> TwoLaw:
-    """Least squares in the two exponents, the other three being linear and not below 0.
+    """Fits E + A / N^alpha + B / D^beta by least squares.
 
-    Raises UserError with fewer than six points, or where one of the two never varies.
+    For given exponents, E, A and B are linear and not negative, so only the exponents are searched.
+
+    Args:
+      params: numbers of parameters [points].
+      tokens: numbers of training tokens [points].
+      loss: losses [points].
+
+    Raises:
+      UserError: there are fewer than six points, or too few different params or tokens.
     """
     n, d, ys = (np.asarray(v, float) for v in (params, tokens, loss))
     if len(ys) < 6:
@@ -122,24 +149,25 @@ def fit_two(params: Sequence[float], tokens: Sequence[float], loss: Sequence[flo
             "at least 6"
         )
     if len(set(n)) < 3 or len(set(d)) < 3:
-        raise UserError("L(N, D) needs at least 3 different params and 3 different tokens")
+        raise UserError(
+            f"L(N, D) has {len(set(n))} different params and {len(set(d))} different tokens; give "
+            "at least 3 of each"
+        )
     units = [np.exp(np.mean(np.log(v))) for v in (n, d)]
 
     def linear(exponents: np.ndarray) -> tuple[np.ndarray, float]:
-        basis = np.stack(
-            [np.ones_like(ys), *((v / u) ** -e for v, u, e in zip((n, d), units, exponents,
-                                                                 strict=True))], axis=1
-        )  # fmt: skip
+        powers = [(v / u) ** -e for v, u, e in zip((n, d), units, exponents, strict=True)]
+        basis = np.stack([np.ones_like(ys), *powers], axis=1)
         coefficients, rest = optimize.nnls(basis, ys)
         return coefficients, float(rest)
 
     grid = np.linspace(0.05, 1.5, 16)
     start = min(((p, q) for p in grid for q in grid), key=lambda e: linear(np.array(e))[1])
-    found = optimize.minimize(
+    result = optimize.minimize(
         lambda e: linear(np.clip(e, 0.01, 3.0))[1], start, method="Nelder-Mead",
         options={"xatol": 1e-8, "fatol": 1e-12, "maxiter": 4000},
     )  # fmt: skip
-    alpha, beta = np.clip(found.x, 0.01, 3.0)
+    alpha, beta = np.clip(result.x, 0.01, 3.0)
     (e, a, b), _ = linear(np.array([alpha, beta]))
     return TwoLaw(
         float(e), float(a * units[0] ** alpha), float(alpha), float(b * units[1] ** beta),
@@ -155,7 +183,16 @@ def draw(
     measured: Sequence[float],
     path: pathlib.Path,
 ) -> None:
-    """Draws the fitted points, the curve, predictions with intervals, and later measurements."""
+    """Draws the fitted points, the curve, the predictions, and later measurements.
+
+    Args:
+      x: parameters or FLOPs of the fitted points.
+      loss: their losses.
+      law: the curve, from `fit`.
+      predicted: predictions with intervals, from `predictions`.
+      measured: losses measured at the predicted sizes; empty: none.
+      path: PNG file to write.
+    """
     figure, panel = plt.subplots(figsize=(5.4, 3.6))
     highest = max([*x, *(p["x"] for p in predicted)])
     xs = np.geomspace(min(x), highest, 100)

@@ -1,7 +1,7 @@
-"""Compares growths by trying them: one source, several recipes, the same further FLOPs.
+"""Compares growths by training: one source, several recipes, the same FLOPs after the growth.
 
-Every arm and seed has its own run folder, branched off the seed's source. A run folder resumes by
-itself, so that no other record of what is finished is needed; each has lineage, receipt and report.
+Every arm and seed has its own run folder, branched off the seed's source, with its lineage, receipt
+and report. A run folder resumes by itself, so the probe keeps no other record of finished work.
 """
 
 from __future__ import annotations
@@ -26,7 +26,16 @@ from flm_jax.studies.config import ArmConfig, ProbeConfig
 
 
 def arm_experiment(config: ProbeConfig, arm: ArmConfig, seed: int) -> ExperimentConfig:
-    """The chain of an arm: the source's stage, then the arm's. Raises UserError as `plan` does."""
+    """Builds the chain of an arm: the source's stage, then the arm's.
+
+    Args:
+      config: the probe.
+      arm: one of its arms.
+      seed: index of the seed, from 0.
+
+    Raises:
+      UserError: the recipe does not fit the models, as in `growth.plan`.
+    """
     experiment = of_seed(config.experiment, seed)
     source, target = experiment.stages
     base, model = (source, arm.model) if arm.model else (target, target.model)
@@ -42,18 +51,19 @@ def arm_experiment(config: ProbeConfig, arm: ArmConfig, seed: int) -> Experiment
 
 
 def _flops(experiment: ExperimentConfig, stage: StageConfig) -> int:
-    """Training FLOPs of one step."""
+    """Returns the training FLOPs of one step."""
     length = stage.sequence_length or experiment.data.sequence_length
     return stage.batch_size * length * counts.flops_per_token_train(stage.model, length)
 
 
 def of_seed(experiment: ExperimentConfig, seed: int) -> ExperimentConfig:
-    # All arms read one stream, also those whose context does not grow.
+    """Returns the experiment with the given seed's parameters and data order."""
+    # All arms read the same stream, also those whose context does not grow.
     window = experiment.data_of(0).window_length
     data = dataclasses.replace(
         experiment.data, seed=experiment.data.seed + seed, window_length=window
     )
-    # Arms have different numbers of steps; the learning rate must not tell them apart.
+    # Arms differ in their number of steps, but must have the same learning rate schedule.
     schedule = dataclasses.replace(experiment.schedule, total_steps=experiment.total_steps)
     return dataclasses.replace(
         experiment, seed=experiment.seed + seed, data=data, schedule=schedule
@@ -61,20 +71,26 @@ def of_seed(experiment: ExperimentConfig, seed: int) -> ExperimentConfig:
 
 
 def run(config: ProbeConfig, workdir: str) -> list[dict[str, Any]]:
-    """Runs what is left of the probe; returns the arms, best first.
+    """Runs the unfinished part of the probe.
 
-    Each arm has name, recipe, bpb_start (right after the growth) and bpb_end (both one per seed),
-    their means, the standard deviation of bpb_end, and curves: per seed, (FLOPs, bits per byte).
+    Args:
+      config: the probe.
+      workdir: its folder.
+
+    Returns:
+      The arms, best first. Each has name, recipe, bpb_start (right after the growth) and bpb_end
+      (both one per seed), their means, the standard deviation of bpb_end, and curves: for each
+      seed, (FLOPs, bits per byte).
 
     Raises:
-      UserError: a config does not fit, before anything runs.
-      RunStopped: a signal came; the same call resumes.
+      UserError: a config does not fit; raised before anything runs.
+      RunStopped: a signal stopped the run; the same call resumes it.
     """
     arms = [arm_experiment(config, arm, 0) for arm in config.arms]
     for experiment in arms:
         plan_of(experiment.stages[0].model, experiment.stages[1])
     root = pathlib.Path(workdir)
-    found: dict[str, list[dict[str, Any]]] = {arm.name: [] for arm in config.arms}
+    runs: dict[str, list[dict[str, Any]]] = {arm.name: [] for arm in config.arms}
     for seed in range(config.seeds):
         source = RunFolder(root / f"source-{seed}")
         first = of_seed(config.experiment, seed)
@@ -83,22 +99,33 @@ def run(config: ProbeConfig, workdir: str) -> list[dict[str, Any]]:
             folder = RunFolder(root / "arms" / f"{arm.name}-{seed}")
             source.branch(folder)
             stages = chain.run(arm_experiment(config, arm, seed), str(folder.path))
-            found[arm.name].append({"stage": stages[1], "curve": _curve(folder, stages[1])})
-    return ranked(config, found)
+            runs[arm.name].append({"stage": stages[1], "curve": _curve(folder, stages[1])})
+    return ranked(config, runs)
 
 
 def _curve(folder: RunFolder, stage: dict[str, Any]) -> list[tuple[float, float]]:
-    """Further FLOPs and bits per byte at every evaluation."""
+    """Returns (FLOPs after the growth, bits per byte) of every evaluation."""
     rows = folder.stage(stage["index"], stage["name"]).metrics.rows("eval")
     per_step = stage["flops"] / stage["steps"]
     return [((row["step"] - rows[0]["step"]) * per_step, row["bpb"]) for row in rows]
 
 
-def ranked(config: ProbeConfig, found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+def ranked(
+    config: ProbeConfig, runs_by_arm: dict[str, list[dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    """Summarises the runs of each arm, best first.
+
+    Args:
+      config: the probe.
+      runs_by_arm: arm -> its runs, one per seed, each with stage and curve.
+
+    Returns:
+      The arms, as `run` returns them.
+    """
     results = []
     source = config.experiment.stages[0]
     for arm in config.arms:
-        runs = found[arm.name]
+        runs = runs_by_arm[arm.name]
         starts, ends = ([r["stage"]["eval"][key] for r in runs] for key in ("bpb_start", "bpb_end"))
         results.append(
             {
@@ -118,7 +145,7 @@ def ranked(config: ProbeConfig, found: dict[str, list[dict[str, Any]]]) -> list[
 
 
 def markdown(arms: Sequence[dict[str, Any]]) -> str:
-    """The ranking as a table."""
+    """Writes the ranking as a Markdown table."""
     rows = [
         "| arm | recipe | claim | right after | after equal FLOPs | std |",
         "|---|---|---|---|---|---|",
@@ -134,7 +161,7 @@ def markdown(arms: Sequence[dict[str, Any]]) -> str:
 
 
 def _probe_curves(arms: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
-    """Mean over seeds of each arm's validation bits per byte against its further FLOPs."""
+    """Draws each arm's mean validation bits per byte against the FLOPs after the growth."""
     figure, panel = plt.subplots(figsize=(8, 4.6))
     colors = plt.get_cmap("viridis")
     for n, arm in enumerate(arms):
@@ -150,13 +177,21 @@ def _probe_curves(arms: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
     panel.set_xlim(left=0)
     lowest = min(arm["mean_end"] for arm in arms)
     highest = max(bpb for arm in arms for curve in arm["curves"] for _, bpb in curve)
-    panel.set_ylim(0.97 * lowest, min(1.35 * lowest, 1.02 * highest))  # a wild start is cut off
+    panel.set_ylim(0.97 * lowest, min(1.35 * lowest, 1.02 * highest))  # cuts off extreme starts
     clean(panel)
     save(figure, path)
 
 
 def write_report(arms: Sequence[dict[str, Any]], workdir: str) -> pathlib.Path:
-    """Writes probe.md, probe.json and probe.png of a probe's ranked arms."""
+    """Writes report/probe.md, report/probe.json and report/probe.png.
+
+    Args:
+      arms: the ranked arms, from `run`.
+      workdir: the probe's folder.
+
+    Returns:
+      The path of probe.md.
+    """
     folder = pathlib.Path(workdir) / "report"
     folder.mkdir(parents=True, exist_ok=True)
     _probe_curves(arms, folder / "probe.png")

@@ -1,7 +1,7 @@
 """Scores that papers report, read from `reported.json`.
 
-They are the benchmarks of the Tele-FLM papers, and AlignBench's. No scores of the 1T model were
-published. The data file says where each score is from.
+They cover the benchmarks of the Tele-FLM papers, and AlignBench. No scores of the 1T model were
+published. The data file names the source of each score.
 """
 
 from __future__ import annotations
@@ -20,14 +20,13 @@ class Benchmark:
 
     Attributes:
       group: heading under which it is listed.
-      name: of the benchmark.
-      scores: model -> reported score, in percent; AlignBench's are from 1 to 10, bits per byte are
-        bits.
+      name: the benchmark's name.
+      scores: model -> reported score in percent; AlignBench: from 1 to 10; or bits per byte.
       source: a paper's arXiv number, or other pages; see `sources` in the data file.
       task: the nearest task of lm-evaluation-harness; "" if it has none. Prompts and the number of
         examples may differ from the paper's.
       metric: the task's metric to compare.
-      lower_is_better: true of bits per byte.
+      lower_is_better: true for bits per byte.
     """
 
     group: str
@@ -41,19 +40,19 @@ class Benchmark:
 
 @functools.cache
 def benchmarks() -> tuple[Benchmark, ...]:
-    """All reported benchmarks, group by group."""
+    """Returns all reported benchmarks, group by group."""
     file = importlib.resources.files("flm_jax.studies") / "reported.json"
     rows = json.loads(file.read_text(encoding="utf-8"))["benchmarks"]
     return tuple(Benchmark(**row) for row in rows)
 
 
 def own_score(benchmark: Benchmark, results: Mapping[str, Mapping[str, Any]]) -> float | None:
-    """The score of the same benchmark in results of the evaluation harness.
+    """Finds a benchmark's score in results of the evaluation harness.
 
     Args:
-      benchmark: what to look for.
+      benchmark: the benchmark to look for.
       results: task -> metric -> value, as `flm_jax.inference.harness.run` returns it. The harness
-        names a metric with the filter of the answers, as "acc,none".
+        appends the answers' filter to a metric's name: "acc,none".
 
     Returns:
       The score in percent; None if the benchmark was not run.

@@ -1,4 +1,4 @@
-"""How fast a train step is, and how fast text is generated with and without the cache."""
+"""Measures the speed of a train step, and of generation with and without a cache."""
 
 from __future__ import annotations
 
@@ -28,12 +28,13 @@ _PEAK_SIZE = 2048
 
 
 def matmul_peak(dtype: str, seconds: float = 1.0) -> float:
-    """FLOP/s of one square matrix product, the best of those that fit in `seconds`."""
+    """Measures the FLOP/s of a square matrix product: the fastest of those run in `seconds`."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=(_PEAK_SIZE,) * 2), dtype)
     product = jax.jit(jnp.matmul)
     product(x, x).block_until_ready()
-    best, began = float("inf"), time.perf_counter()
-    while time.perf_counter() - began < seconds:
+    best = float("inf")
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
         start = time.perf_counter()
         product(x, x).block_until_ready()
         best = min(best, time.perf_counter() - start)
@@ -41,7 +42,7 @@ def matmul_peak(dtype: str, seconds: float = 1.0) -> float:
 
 
 def _half(model: TransformerConfig) -> TransformerConfig:
-    """A source for the masks: about half of every axis."""
+    """Returns a model of about half the size on every axis; the masks grow from it."""
     groups = max(model.kv_heads // 2, 1)
     return dataclasses.replace(
         model,
@@ -56,6 +57,7 @@ def _half(model: TransformerConfig) -> TransformerConfig:
 
 
 def _batch(stage: StageConfig, length: int, mesh: Mesh) -> dict[str, jax.Array]:
+    """Draws a batch of random tokens."""
     shape = (stage.batch_size, length)
     rng = np.random.default_rng(0)
     batch = {
@@ -80,9 +82,10 @@ class _Timed:
 
 
 def _compile(step: Any, state: Any, batch: Any, extra: tuple[Any, ...]) -> _Timed:
-    began = time.perf_counter()
+    """Compiles the step, and reads the memory that it needs."""
+    start = time.perf_counter()
     compiled = step.lower(state, batch, *extra).compile()
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     peak = (
         memory.argument_size_in_bytes
@@ -94,18 +97,19 @@ def _compile(step: Any, state: Any, batch: Any, extra: tuple[Any, ...]) -> _Time
 
 
 def measure_step(config: ExperimentConfig, index: int, steps: int) -> dict[str, Any]:
-    """Times the train step of one stage, plain and masked in turns, on random tokens.
+    """Times the train step of one stage on random tokens; plain and masked steps alternate.
 
     Args:
       config: the experiment.
-      index: of the stage.
-      steps: timed steps of each kind.
+      index: the stage's index.
+      steps: number of timed steps of each kind.
 
     Returns:
-      tokens_per_s, step_s (median), compile_s, model_flops_per_s (without recomputation),
-      matmul_peak_flops_per_s (measured in the same run, in the compute dtype), utilisation (their
-      ratio), peak_bytes (arguments, outputs and temporaries of the compiled step, per device); the
-      same of the masked step under "masked"; and "mask_overhead", the ratio of the step times.
+      Of the plain step: tokens_per_s, step_s (median), compile_s, model_flops_per_s (without
+      recomputation), matmul_peak_flops_per_s (measured in the same run, in the compute dtype),
+      utilisation (the ratio of these two) and peak_bytes (arguments, outputs and temporaries of the
+      compiled step, per device). Under "masked" the same of the masked step. mask_overhead is the
+      ratio of the step times minus 1; device and devices are the device's kind and number.
     """
     host.keep_freed()
     stage, length = config.stages[index], config.data_of(index).sequence_length
@@ -124,11 +128,11 @@ def measure_step(config: ExperimentConfig, index: int, steps: int) -> dict[str, 
         peak = matmul_peak(stage.model.dtype)
         for repeat in range(steps + 1):  # the first is a warm-up
             for timed in variants:
-                began = time.perf_counter()
+                start = time.perf_counter()
                 state, metrics = timed.step(state, batch, *timed.extra)
                 jax.block_until_ready((state, metrics))
                 if repeat:
-                    timed.times.append(time.perf_counter() - began)
+                    timed.times.append(time.perf_counter() - start)
         peak = max(peak, matmul_peak(stage.model.dtype))
     tokens = stage.batch_size * length
     flops = tokens * counts.flops_per_token_train(stage.model, length)
@@ -144,6 +148,7 @@ def measure_step(config: ExperimentConfig, index: int, steps: int) -> dict[str, 
 
 
 def _result(timed: _Timed, tokens: int, flops: float, peak: float) -> dict[str, Any]:
+    """Returns one kind of step's results."""
     step_s = statistics.median(timed.times)
     return {
         "tokens_per_s": tokens / step_s,
@@ -160,7 +165,7 @@ def _result(timed: _Timed, tokens: int, flops: float, peak: float) -> dict[str, 
 def _uncached(
     params: Any, tokens_BT: jax.Array, last: jax.Array, config: TransformerConfig
 ) -> jax.Array:
-    """The token after position `last`, by a forward pass over the whole text."""
+    """Returns the most likely token after position `last`, int32 [B], by a full forward pass."""
     logits_BTV: jax.Array = Transformer(config).apply({"params": params}, tokens_BT)  # type: ignore[assignment]
     last_BV = jax.lax.dynamic_index_in_dim(logits_BTV, last, axis=1, keepdims=False)
     return jnp.argmax(last_BV, axis=-1).astype(jnp.int32)
@@ -169,31 +174,68 @@ def _uncached(
 def measure_generation(
     config: TransformerConfig, batch: int, prompt_tokens: int, new_tokens: int
 ) -> dict[str, Any]:
-    """Times greedy steps of both kinds in turns, on random weights and random prompts.
+    """Times greedy decoding with and without a cache, on random weights and random prompts.
 
-    The cache has the rounded length of prompt and new tokens together, and the pass without a
-    cache runs over that length: one program each.
+    Steps of both kinds alternate. The cache has room for prompt and new tokens, rounded up, and the
+    pass without a cache runs over the same length, so each kind is compiled once.
 
     Args:
-      config: the model's.
-      batch: texts at once.
+      config: the model.
+      batch: number of texts generated together.
       prompt_tokens: length of every prompt.
-      new_tokens: timed steps of each kind.
+      new_tokens: number of timed steps of each kind.
 
     Returns:
       cached_tokens_per_s and uncached_tokens_per_s (batch over the median step), ratio,
-      prefill_tokens_per_s (the prompt, once more after compilation), compile_s of prefill and step
-      together, and the sizes.
+      prefill_tokens_per_s (of the prompt, after compilation), compile_s (of prefill and cached step
+      together), the numbers of parameters, texts, tokens and cache slots, and the device's kind.
     """
     host.keep_freed()
     key = jax.random.key(0)
     params = jax.jit(lambda k: Transformer(config).init(k, jnp.zeros((1, 1), jnp.int32))["params"])(
         key
     )
-    own = by_layer(params, config)
     length = bucket(prompt_tokens + new_tokens)
     rng = np.random.default_rng(0)
     prompt_BT = rng.integers(0, config.vocab_size, (batch, prompt_tokens)).astype(np.int32)
+    times = _time_generation(params, prompt_BT, length, new_tokens, key, config)
+    cached, uncached = (batch / statistics.median(t) for t in (times.cached, times.uncached))
+    return {
+        "cached_tokens_per_s": cached,
+        "uncached_tokens_per_s": uncached,
+        "ratio": cached / uncached,
+        "prefill_tokens_per_s": batch * prompt_tokens / times.prefill_s,
+        "compile_s": times.compile_s,
+        "params": counts.params(config),
+        "batch": batch,
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "slots": length,
+        "device": jax.devices()[0].device_kind,
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class _GenerationTimes:
+    """Seconds of compilation (with the first run), of the prefill, and of every step."""
+
+    compile_s: float
+    prefill_s: float
+    cached: list[float]
+    uncached: list[float]
+
+
+def _time_generation(
+    params: Any,
+    prompt_BT: np.ndarray,
+    length: int,
+    new_tokens: int,
+    key: jax.Array,
+    config: TransformerConfig,
+) -> _GenerationTimes:
+    """Compiles and times prefill, cached steps and uncached steps; texts have `length` slots."""
+    batch, prompt_tokens = prompt_BT.shape
+    own = by_layer(params, config)
     padding_B = jnp.zeros(batch, jnp.int32)
     keys_B = jax.random.split(key, batch)
     limits = jnp.float32(1), jnp.int32(1), jnp.float32(1)
@@ -203,39 +245,26 @@ def measure_generation(
         cache: Cache = prefill(own, empty, prompt_BT, padding_B, config)
         return cache
 
-    began = time.perf_counter()
+    start = time.perf_counter()
     cache = jax.block_until_ready(prompt_cache())
     last_B = jnp.asarray(prompt_BT[:, -1])
     decoded = decode(own, cache, last_B, padding_B, keys_B, limits, config, True)
     jax.block_until_ready(decoded)
-    compile_s = time.perf_counter() - began
+    compile_s = time.perf_counter() - start
     text_BT = np.zeros((batch, length), np.int32)
     text_BT[:, :prompt_tokens] = prompt_BT
     _uncached(params, text_BT, jnp.int32(0), config).block_until_ready()
 
-    began = time.perf_counter()
+    start = time.perf_counter()
     cache = jax.block_until_ready(prompt_cache())
-    prefill_s = time.perf_counter() - began
-    times: dict[str, list[float]] = {"cached": [], "uncached": []}
+    prefill_s = time.perf_counter() - start
+    times = _GenerationTimes(compile_s, prefill_s, [], [])
     for step in range(new_tokens):
-        began = time.perf_counter()
+        start = time.perf_counter()
         cache, last_B = decode(own, cache, last_B, padding_B, keys_B, limits, config, True)
         last_B.block_until_ready()
-        times["cached"].append(time.perf_counter() - began)
-        began = time.perf_counter()
+        times.cached.append(time.perf_counter() - start)
+        start = time.perf_counter()
         _uncached(params, text_BT, jnp.int32(prompt_tokens + step - 1), config).block_until_ready()
-        times["uncached"].append(time.perf_counter() - began)
-    cached, uncached = (batch / statistics.median(times[kind]) for kind in ("cached", "uncached"))
-    return {
-        "cached_tokens_per_s": cached,
-        "uncached_tokens_per_s": uncached,
-        "ratio": cached / uncached,
-        "prefill_tokens_per_s": batch * prompt_tokens / prefill_s,
-        "compile_s": compile_s,
-        "params": counts.params(config),
-        "batch": batch,
-        "prompt_tokens": prompt_tokens,
-        "new_tokens": new_tokens,
-        "slots": length,
-        "device": jax.devices()[0].device_kind,
-    }
+        times.uncached.append(time.perf_counter() - start)
+    return times
