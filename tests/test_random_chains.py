@@ -1,7 +1,9 @@
 """Random chains of growths equal an independent model in numpy; planted errors are noticed."""
 
+import ast
 import collections
 import dataclasses
+import inspect
 import json
 
 import jax
@@ -14,7 +16,7 @@ from flm_jax.config import OptimizerConfig, TransformerConfig
 from flm_jax.errors import UserError
 from flm_jax.growth.operators import OPERATORS
 from flm_jax.params import trees
-from flm_jax.studies import chain_check, decoder_oracle, random_chains
+from flm_jax.studies import chain_check, chain_oracle, decoder_oracle, random_chains
 from flm_jax.studies.chain_check import Chain, ChainGrowth, Counts, adam_of, check, with_adam
 from flm_jax.studies.chain_oracle import Mismatch
 from tests.commands import call, json_of, mistake
@@ -269,6 +271,18 @@ def test_the_independent_gradient_is_that_of_its_own_loss():
 
         slope = (loss(1e-5) - loss(-1e-5)) / 2e-5
         assert slope == pytest.approx(float(np.sum(grads[path] * direction)), rel=1e-6), path
+
+
+@pytest.mark.parametrize("module", [chain_oracle, decoder_oracle], ids=lambda m: m.__name__)
+def test_the_independent_model_imports_nothing_that_it_checks(module):
+    names = set()
+    for node in ast.walk(ast.parse(inspect.getsource(module))):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+    own = {name for name in names if name.startswith(("flm_jax", "jax", "optax", "flax"))}
+    assert own <= {decoder_oracle.__name__}
 
 
 # Drawing and shrinking.

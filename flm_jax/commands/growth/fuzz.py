@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,6 +54,8 @@ def _text(result: Mapping[str, Any]) -> list[str]:
 
 def main(call: Call[Flags]) -> dict[str, Any]:
     host.compile_quickly()
+    # XLA warns that some moves between tiny meshes are slow.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import jax
 
     from flm_jax.runtime.display import Progress
