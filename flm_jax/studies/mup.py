@@ -248,7 +248,8 @@ def summarise_sweep(rows: list[dict[str, Any]], axis: str = "width") -> dict[str
         mine = [r for r in rows if (r["parametrisation"], r["hyper_parameter"]) == (
             parametrisation, name)]  # fmt: skip
         grid = sorted({r["value"] for r in mine})
-        best, losses, errors = {}, {}, {}
+        best, losses = {}, {}
+        errors: dict[int, list[float | None]] = {}
         for size in sorted({r[axis] for r in mine}):
             curve, errors[size] = [], []
             for value in grid:
