@@ -183,7 +183,9 @@ class Plan:
         Returns:
           axis -> positions of such copies on the grown axis; an axis without any is left out.
         """
-        return locks.locked(self, None if state is None else locks.history(state, self))
+        if state is None:
+            return locks.locked(self)
+        return locks.locked(self, locks.history(state, self), getattr(state, "params", None))
 
     def value_scale(self, path: str) -> float:
         """Factor on values that keeps `multiplier * parameter` when the multiplier changes."""

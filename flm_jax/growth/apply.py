@@ -53,6 +53,10 @@ def grow(tree: Tree, plan: Plan, key: jax.Array) -> Tree:
     Raises:
       UserError: the tree does not have the shapes of `plan.source`, its optimizer state is of an
         unknown kind, or an argument has the wrong type.
+
+    Warns:
+      LockedCopiesWarning: the state has no history that would separate copies.
+      UnfinishedRampWarning: multipliers of an earlier growth are still fading.
     """
     if not isinstance(plan, Plan):
         raise UserError(
@@ -62,6 +66,7 @@ def grow(tree: Tree, plan: Plan, key: jax.Array) -> Tree:
     if isinstance(tree, TrainState):
         params = _grow_params(tree.params, plan, key)
         opt_state = moments.grow_opt_state(tree.opt_state, plan)
+        moments.check(tree, plan)
         grown = dataclasses.replace(tree, params=params, opt_state=opt_state)
     elif isinstance(tree, Mapping):
         grown = _grow_params(tree, plan, key)

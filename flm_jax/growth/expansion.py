@@ -407,6 +407,8 @@ def weighted(
     """
     factor = jnp.asarray(scale**power, x.dtype)
     for dim, e, role in grown_dims(param, expansions):
+        if e.learned is not None:
+            continue  # the dense map holds the weights
         on_axis = e.factor(role, dual=dual, carried=e.axis in param.carries)
         if on_axis is not None:
             here = slots_in(jnp.asarray(on_axis**power, x.dtype), window[dim] if window else None)

@@ -17,6 +17,7 @@ import numpy as np
 import optax
 
 from flm_jax.growth.expansion import Expansion, divides, grown_dims
+from flm_jax.params import trees
 from flm_jax.params.axes import Param, Role
 from flm_jax.train.optim import SlotAdamState
 
@@ -26,26 +27,35 @@ if TYPE_CHECKING:
 History = Mapping[str, np.ndarray]  # kind of slot -> bool [size]: whether it was ever stepped
 
 
-def locked(plan: Plan, history: History | None = None) -> dict[str, tuple[int, ...]]:
+def locked(
+    plan: Plan, history: History | None = None, params: Mapping[str, Any] | None = None
+) -> dict[str, tuple[int, ...]]:
     """Finds the copies that never differ from an earlier slot of the same source.
 
     Args:
       plan: the growth.
       history: which slots of the source have taken a step; None: all of them.
+      params: the source's parameters, whose layers decide whether copies from the next layer
+        differ; None: layers are taken to differ.
 
     Returns:
       Positions on each axis that has such copies.
     """
     found = {}
     for e in plan.expansions:
-        params = {path: p for path, p in plan.table.items() if e.axis in p.axes}
-        if any(p.has(Role.STACK, e.axis) for p in params.values()):
-            continue  # layers differ by their place
-        if any(_separates(plan, path, e) for path in params):
+        paths = [
+            path
+            for path, p in plan.table.items()
+            if e.axis in p.axes and 0 not in plan.big.shape(path)
+        ]
+        # Layers differ by their place. Slots of empty parameters do nothing.
+        if not paths or e.axis in plan.stacks:
+            continue
+        if any(_separates(plan, path, e) for path in paths):
             continue
         seen: set[Hashable] = set()
         again = []
-        rows = zip(e.index.tolist(), *_traits(plan, e, history), strict=True)
+        rows = zip(e.index.tolist(), *_traits(plan, e, history, params), strict=True)
         for slot, traits in enumerate(rows):
             if not e.new[slot] and traits in seen:
                 again.append(slot)
@@ -104,14 +114,16 @@ def _separates(plan: Plan, path: str, e: Expansion) -> bool:
     return False
 
 
-def _traits(plan: Plan, e: Expansion, history: History | None) -> list[list[Any]]:
+def _traits(
+    plan: Plan, e: Expansion, history: History | None, params: Mapping[str, Any] | None
+) -> list[list[Any]]:
     """Lists over the slots; slots that are equal in all of them are locked."""
     kept = e.keeps_history(plan.moments) & _stepped(plan, e, history)
     traits = [kept.tolist()]
     if plan.rates != "carry":
         traits.append(np.round(e.weight, 12).tolist())
     if ahead_differs(plan, e):
-        traits.append(e.ahead.tolist())
+        traits.append((e.ahead & _next_differs(plan, e, params)[e.index]).tolist())
     if e.learned is not None:
         dense = e.learned.arrays(e.source)
         traits.append([row.tobytes() for row in np.concatenate([dense.reads, dense.writes], 1)])
@@ -149,6 +161,20 @@ def ahead_differs(plan: Plan, e: Expansion) -> bool:
     """Whether copies that are written as in the next layer differ: not if there is no next one."""
     writers = (p for p in plan.table.values() if p.stacked and p.has(Role.OUT, e.axis))
     return bool(e.ahead.any()) and any(plan.small.sizes[p.axes[0]] > 1 for p in writers)
+
+
+def _next_differs(plan: Plan, e: Expansion, params: Mapping[str, Any] | None) -> np.ndarray:
+    """bool [source]: whether a slot is written differently in some layer and the next."""
+    if params is None:
+        return np.ones(e.source, bool)
+    differs = np.zeros(e.source, bool)
+    for path, x in trees.flatten(params):
+        param = plan.table[path]
+        if param.stacked and param.has(Role.OUT, e.axis):
+            dim = param.axes.index(e.axis)
+            others = tuple(d for d in range(x.ndim) if d != dim)
+            differs |= np.asarray((x[1:] != x[:-1]).any(axis=others))
+    return differs
 
 
 def noised(plan: Plan, param: Param) -> int | None:

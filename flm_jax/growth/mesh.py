@@ -55,7 +55,7 @@ def grow_on_mesh(
     Returns:
       The grown state.
     """
-    moments.check(state.opt_state, plan)
+    moments.check(state, plan)
     mesh, rules = source
     same_order = Mesh(
         target.mesh.devices.reshape(mesh.devices.shape), mesh.axis_names, mesh.axis_types

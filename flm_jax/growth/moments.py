@@ -75,14 +75,8 @@ def grow_opt_state(opt_state: Any, plan: Plan) -> Any:
     Raises:
       UserError: another state holds something shaped like the parameters (see `register_moments`),
         parameters are frozen, or `plan.rates` needs multipliers of slots that the state lacks.
-
-    Warns:
-      LockedCopiesWarning: the state has no history that would separate copies.
-      UnfinishedRampWarning: multipliers of an earlier growth are still fading.
     """
-    grown = _grow_node(opt_state, plan)
-    check(opt_state, plan)
-    return grown
+    return _grow_node(opt_state, plan)
 
 
 def _grow_node(tree: Any, plan: Plan) -> Any:
@@ -138,20 +132,29 @@ def _check_foreign(path: tuple[Any, ...], leaf: Any, plan: Plan) -> None:
         )
 
 
-def check(opt_state: Any, plan: Plan) -> None:
-    """Warns of what only a state can tell about its growth. Does nothing for traced states."""
-    leaves = jax.tree.leaves(opt_state)
+def check(state: Any, plan: Plan) -> None:
+    """Warns of what only a state can tell about its growth. Does nothing for traced states.
+
+    Args:
+      state: a train state, or an optimizer's state.
+      plan: the growth.
+
+    Warns:
+      LockedCopiesWarning: the state has no history that would separate copies.
+      UnfinishedRampWarning: multipliers of an earlier growth are still fading.
+    """
+    leaves = jax.tree.leaves(state)
     if any(isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct) for x in leaves):
         return
-    found = plan.locks(opt_state)
+    found = plan.locks(state)
     if found and found != locks.expected(plan):
         warnings.warn(
             f"{locks.warning(plan, found)}; in this state the optimizer has no history that would "
             "separate them",
             LockedCopiesWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
-    states = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, SlotAdamState))
+    states = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, SlotAdamState))
     for kept in (float(x.kept) for x in states if isinstance(x, SlotAdamState)):
         if 0 < kept < 1 and plan.expansions:
             warnings.warn(
@@ -159,7 +162,7 @@ def check(opt_state: Any, plan: Plan) -> None:
                 f"are still fading (exponent {kept:.3g}), and rates {plan.rates!r} starts from "
                 "them; train to the end of its ramp (growth.ramp_steps) first",
                 UnfinishedRampWarning,
-                stacklevel=4,
+                stacklevel=3,
             )
 
 

@@ -29,6 +29,7 @@ from flm_jax.growth.expansion import (
 
 EXACT, APPROX = "EXACT", "APPROX"
 _LARGEST_DENSE = 1 << 22  # entries of a learned map: it is kept in the plan
+_FROM_NONE = ("fresh", "zero_pad", "msg")  # operators that grow from no layers
 HEADS = ("kv_heads", "q_per_kv")
 WIDTHS = ("embed", "mlp", *HEADS)
 
@@ -194,7 +195,7 @@ def _layers(
     def build(r: Request) -> Expansion:
         if r.source == 0:
             why = f"operator {name!r} copies layers, and there are none"
-            raise refusal(r, why, ("fresh", "zero_pad", "msg"))
+            raise refusal(r, why, _FROM_NONE)
         index = layer_map(r.source, r.target)
         return from_index(r.axis, r.source, index, operator=name, exactness=APPROX)
 
@@ -203,7 +204,7 @@ def _layers(
 
 def _identity(r: Request) -> Expansion:
     if r.source == 0:
-        raise refusal(r, "operator 'identity' copies layers, and there are none", ("zero_pad",))
+        raise refusal(r, "operator 'identity' copies layers, and there are none", _FROM_NONE)
     index = layer_maps.beside_smallest(r.distances, r.target)
     return from_index(r.axis, r.source, index, operator="identity", zero=("stack",))
 
@@ -224,6 +225,8 @@ def _ligo(r: Request) -> Expansion:
             f"most {_LARGEST_DENSE:,}"
         )
         raise refusal(r, why, ("tile_pad", "zero_pad", "msg"))
+    if r.source == 0:
+        raise refusal(r, "operator 'ligo' mixes layers, and there are none", _FROM_NONE)
     if r.axis == "layers":
         index, weights = layer_maps.stacked(r.source, r.target), [1.0] * r.target
     else:
