@@ -188,7 +188,14 @@ def change_of(plan, grown, params, batch):
 
 
 @pytest.mark.parametrize("recipe", ["identity", "zero_pad", "msg", "tile,identity"])
-@pytest.mark.parametrize("source", ["completep", "mup", "no layers"])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "completep",
+        pytest.param("mup", marks=pytest.mark.slow),
+        pytest.param("no layers", marks=pytest.mark.slow),
+    ],
+)
 def test_growth_of_the_depth_keeps_the_function(recipe, source, monkeypatch):
     """From the base depth, from µP, and from no layers; in width too, with "tile"."""
     small = changed(BASE, **{"no layers": {"num_layers": 0}, "mup": {"parametrisation": "mup"},

@@ -22,7 +22,7 @@ from flm_jax.studies.chain_oracle import Mismatch
 from tests.commands import call, json_of, mistake
 
 FAST = range(8)
-SLOW = range(1000, 1200)
+SLOW = range(1000, 1060)
 BLOCK = 20
 
 MODEL = TransformerConfig(
