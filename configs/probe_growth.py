@@ -5,7 +5,8 @@ r"""Which growth operator? A small source, doubled by each, on the Python standa
 About an hour for 18 arms and three seeds on two CPU cores. The source has 0.17M parameters and is
 trained for 600 steps; the target has 1.1M parameters. Every arm trains for 1.4e12 FLOPs after its
 growth, at a constant learning rate (LiGO's fit is extra). docs/growth.md has the expected table.
-`:smoke` has three arms and one seed, and takes seconds for each.
+`:rates` compares learning rates after a growth of the width: "target", "carry" and "ramp" under
+µP, for three recipes (docs/mup.md). `:smoke` has three arms and one seed, and takes seconds each.
 
 To choose a growth for your own model, copy this file and set the arms and the budget. For a quick
 first result, pass `--config.seeds=1`.
@@ -79,8 +80,8 @@ ARMS = (
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-    if variant not in ("", "smoke"):
-        raise config_files.unknown_variant(variant, ("smoke",))
+    if variant not in ("", "rates", "smoke"):
+        raise config_files.unknown_variant(variant, ("rates", "smoke"))
     source = StageConfig(
         name="source",
         model=SOURCE,
@@ -98,6 +99,19 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         checkpoint=CheckpointConfig(every_steps=1000, keep=1),
     )
     config = ProbeConfig(experiment, ARMS, seeds=3)
+    if variant == "rates":
+        small = dataclasses.replace(source, model=_model(2, 64, 168), steps=150, batch_size=8)
+        large = dataclasses.replace(small, name="grown", model=_model(2, 128, 336), steps=100)
+        experiment = dataclasses.replace(
+            experiment,
+            stages=(small, large),
+            data=DataConfig(sequence_length=128),
+            eval=EvalConfig(sequences=64, batch_size=16, every_steps=50),
+        )
+        rates = ("target", "carry", "ramp")
+        recipes = ("msg", "zero_pad", "tile")
+        arms = [_arm(f"{name}, {rate}", name, rates=rate) for name in recipes for rate in rates]
+        config = ProbeConfig(experiment, tuple(arms), seeds=3)
     if variant == "smoke":
         small = dataclasses.replace(source, model=_tiny(2, 16), steps=20)
         large = dataclasses.replace(target, model=_tiny(4, 32), steps=8)
