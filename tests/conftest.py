@@ -9,6 +9,7 @@ import os
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
+import pytest
 
 from flm_jax.runtime import host
 
@@ -16,3 +17,10 @@ host.compile_quickly()
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Frees a module's compiled programs; a process with too many memory mappings crashes."""
+    yield
+    jax.clear_caches()
