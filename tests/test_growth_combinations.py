@@ -477,3 +477,19 @@ def test_a_chain_grows_from_no_layers_through_ramp_and_carry(tmp_path):
     status, _, err = run(*call)
     assert status == 0, err
     assert lineage(tmp_path)[-1]["params_digest"] == stages[-1]["params_digest"]
+
+
+def test_repeated_heads_that_serve_copied_queries_are_locked():
+    """Copies of queries, then of the head that serves them, with no step between."""
+    with jax.enable_x64(True):
+        one = changed(SMALL, num_kv_heads=1, num_heads=2)
+        state = trained(one, None, BATCHES[:3])
+        tiled = quiet_plan(one, changed(one, num_heads=4), "tile", moments="dual")
+        repeated = quiet_plan(tiled.target, changed(tiled.target, num_kv_heads=2), "repeat")
+        assert repeated.locks() == {}
+        dual = dataclasses.replace(repeated, moments="dual")
+        grown = grow(state, tiled, KEY)
+        assert dual.locks(grown) == {"kv_heads": (1,)}
+        # Negative control: restarted queries have another history than the old ones.
+        asym = dataclasses.replace(tiled, moments="asym")
+        assert dual.locks(grow(state, asym, KEY)) == {}

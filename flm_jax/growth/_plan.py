@@ -185,7 +185,7 @@ class Plan:
         """
         if state is None:
             return locks.locked(self)
-        return locks.locked(self, locks.history(state, self), getattr(state, "params", None))
+        return locks.locked(self, locks.history(state, self), locks.values_of(state))
 
     def value_scale(self, path: str) -> float:
         """Factor on values that keeps `multiplier * parameter` when the multiplier changes."""

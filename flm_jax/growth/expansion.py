@@ -211,6 +211,18 @@ class Expansion:
         return [(np.maximum(slots, 0), slots >= 0) for slots in padded.T]
 
     @property
+    def pairs(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """All pairs of slots with one source, by their distance in its order: slots, earlier."""
+        order = np.argsort(self.index, kind="stable")
+        order = order[self.index[order] != NEW]
+        source = self.index[order]
+        pairs = []
+        for distance in range(1, len(self.occurrences)):
+            equal = source[distance:] == source[:-distance]
+            pairs.append((order[distance:][equal], order[:-distance][equal]))
+        return pairs
+
+    @property
     def silenced(self) -> bool:
         """Whether its copies are hidden by masks or zeros, and therefore have no weights."""
         return self.masked or Role.STACK.value in self.zero

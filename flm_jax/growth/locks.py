@@ -9,14 +9,15 @@ are drawn afresh, and readers or writers from another layer.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
-from flm_jax.growth.expansion import Expansion, divides, grown_dims
+from flm_jax.growth.expansion import Expansion, divides, grown_dims, split
 from flm_jax.params import trees
 from flm_jax.params.axes import Param, Role
 from flm_jax.train.optim import SlotAdamState
@@ -28,15 +29,15 @@ History = Mapping[str, np.ndarray]  # kind of slot -> bool [size]: whether it wa
 
 
 def locked(
-    plan: Plan, history: History | None = None, params: Mapping[str, Any] | None = None
+    plan: Plan, history: History | None = None, values: Sequence[Mapping[str, Any]] = ()
 ) -> dict[str, tuple[int, ...]]:
     """Finds the copies that never differ from an earlier slot of the same source.
 
     Args:
       plan: the growth.
       history: which slots of the source have taken a step; None: all of them.
-      params: the source's parameters, whose layers decide whether copies from the next layer
-        differ; None: layers are taken to differ.
+      values: the source's parameters, and its moments if there are any. They decide whether copies
+        from the next layer differ, and the queries of repeated heads; (): these are taken to.
 
     Returns:
       Positions on each axis that has such copies.
@@ -55,7 +56,7 @@ def locked(
             continue
         seen: set[Hashable] = set()
         again = []
-        rows = zip(e.index.tolist(), *_traits(plan, e, history, params), strict=True)
+        rows = zip(e.index.tolist(), *_traits(plan, e, history, values), strict=True)
         for slot, traits in enumerate(rows):
             if not e.new[slot] and traits in seen:
                 again.append(slot)
@@ -100,10 +101,23 @@ def history(state: Any, plan: Plan) -> History | None:
     return None
 
 
+def values_of(state: Any) -> list[Mapping[str, Any]]:
+    """Parameters and moments of a train state; [] if it has none, or not all on this process."""
+    params = getattr(state, "params", None)
+    if params is None:
+        return []
+    found = [params]
+    for node in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, SlotAdamState)):
+        if isinstance(node, SlotAdamState):
+            found += [node.mu, node.nu]
+    here = all(getattr(x, "is_fully_addressable", True) for x in jax.tree.leaves(found))
+    return found if here else []
+
+
 def _separates(plan: Plan, path: str, e: Expansion) -> bool:
     """Whether the parameter makes any two slots of e's axis differ."""
     param = plan.table[path]
-    if e.masked or divides(param, e) or noised(plan, param) is not None:
+    if e.masked or noised(plan, param) is not None:
         return True
     for _, other, role in grown_dims(param, plan.by_axis):
         if other is e or not other.new.any() or other.fill == "mean":
@@ -115,7 +129,7 @@ def _separates(plan: Plan, path: str, e: Expansion) -> bool:
 
 
 def _traits(
-    plan: Plan, e: Expansion, history: History | None, params: Mapping[str, Any] | None
+    plan: Plan, e: Expansion, history: History | None, values: Sequence[Mapping[str, Any]]
 ) -> list[list[Any]]:
     """Lists over the slots; slots that are equal in all of them are locked."""
     kept = e.keeps_history(plan.moments) & _stepped(plan, e, history)
@@ -123,7 +137,9 @@ def _traits(
     if plan.rates != "carry":
         traits.append(np.round(e.weight, 12).tolist())
     if ahead_differs(plan, e):
-        traits.append((e.ahead & _next_differs(plan, e, params)[e.index]).tolist())
+        traits.append((e.ahead & _next_differs(plan, e, values)[e.index]).tolist())
+    if e.splits:
+        traits.append(_served(plan, e, values).tolist())
     if e.learned is not None:
         dense = e.learned.arrays(e.source)
         traits.append([row.tobytes() for row in np.concatenate([dense.reads, dense.writes], 1)])
@@ -163,18 +179,39 @@ def ahead_differs(plan: Plan, e: Expansion) -> bool:
     return bool(e.ahead.any()) and any(plan.small.sizes[p.axes[0]] > 1 for p in writers)
 
 
-def _next_differs(plan: Plan, e: Expansion, params: Mapping[str, Any] | None) -> np.ndarray:
+def _next_differs(plan: Plan, e: Expansion, values: Sequence[Mapping[str, Any]]) -> np.ndarray:
     """bool [source]: whether a slot is written differently in some layer and the next."""
-    if params is None:
+    if not values:
         return np.ones(e.source, bool)
     differs = np.zeros(e.source, bool)
-    for path, x in trees.flatten(params):
+    for path, x in trees.flatten(values[0]):
         param = plan.table[path]
         if param.stacked and param.has(Role.OUT, e.axis):
             dim = param.axes.index(e.axis)
             others = tuple(d for d in range(x.ndim) if d != dim)
             differs |= np.asarray((x[1:] != x[:-1]).any(axis=others))
     return differs
+
+
+def _served(plan: Plan, e: Expansion, values: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """int [target]: the first slot of the same source that serves equal parts of the split axis."""
+    first = np.arange(e.target)
+    if not values:
+        return first
+    parts = [
+        jnp.moveaxis(split(x, param.axes.index(e.axis), e.target // e.source),
+                     param.axes.index(e.axis), 0)
+        for tree in values
+        for path, x in trees.flatten(tree)
+        if divides(param := plan.table[path], e)
+    ]  # fmt: skip
+    for slots, earlier in e.pairs:  # the farthest comes last, so that the first equal slot wins
+        same = np.ones(len(slots), bool)
+        for x in parts:
+            rest = tuple(range(1, x.ndim))
+            same &= np.asarray((x[slots] == x[earlier]).all(axis=rest))
+        first[slots[same]] = earlier[same]
+    return first
 
 
 def noised(plan: Plan, param: Param) -> int | None:

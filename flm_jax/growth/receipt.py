@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flm_jax.growth._plan import Plan
-from flm_jax.growth.expansion import NEW, Expansion, any_slot, grown_dims
+from flm_jax.growth.expansion import Expansion, any_slot, grown_dims
 from flm_jax.growth.moments import grow_moment
 from flm_jax.params import trees
 from flm_jax.params.axes import Param, Role
@@ -169,7 +169,7 @@ def locked_copies(plan: Plan, params: Mapping[str, Any], grads: Mapping[str, Any
     total = jnp.zeros((), jnp.int32)
     for e in plan.expansions:
         locked = jnp.zeros(e.target, bool)
-        for slots, earlier in _pairs(e):
+        for slots, earlier in e.pairs:
             same = jnp.ones(len(slots), bool)
             for path, param in plan.table.items():
                 if e.axis not in param.axes or (e.axis == "vocab" and param.has(Role.IN, "vocab")):
@@ -179,19 +179,6 @@ def locked_copies(plan: Plan, params: Mapping[str, Any], grads: Mapping[str, Any
             locked = locked.at[slots].set(locked[slots] | same)
         total += jnp.sum(locked, dtype=jnp.int32)
     return total
-
-
-def _pairs(e: Expansion) -> list[tuple[np.ndarray, np.ndarray]]:
-    """All pairs of slots with one source: for each distance in their order (slots, earlier)."""
-    order = np.argsort(e.index, kind="stable")
-    order = order[e.index[order] != NEW]
-    source = e.index[order]
-    most = int(np.bincount(source).max()) if len(source) else 0
-    pairs = []
-    for distance in range(1, most):
-        equal = source[distance:] == source[:-distance]
-        pairs.append((order[distance:][equal], order[:-distance][equal]))
-    return pairs
 
 
 def _proportional(
