@@ -55,7 +55,7 @@ def grow(tree: Tree, plan: Plan, key: jax.Array) -> Tree:
         unknown kind, or an argument has the wrong type.
 
     Warns:
-      LockedCopiesWarning: the state has no history that would separate copies.
+      LockedCopiesWarning: nothing in the state's values and history separates copies.
       UnfinishedRampWarning: multipliers of an earlier growth are still fading.
     """
     if not isinstance(plan, Plan):

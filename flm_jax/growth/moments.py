@@ -140,7 +140,7 @@ def check(state: Any, plan: Plan) -> None:
       plan: the growth.
 
     Warns:
-      LockedCopiesWarning: the state has no history that would separate copies.
+      LockedCopiesWarning: nothing in the state's values and history separates copies.
       UnfinishedRampWarning: multipliers of an earlier growth are still fading.
     """
     leaves = jax.tree.leaves(state)
@@ -149,8 +149,8 @@ def check(state: Any, plan: Plan) -> None:
     found = plan.locks(state)
     if found and found != locks.expected(plan):
         warnings.warn(
-            f"{locks.warning(plan, found)}; in this state the optimizer has no history that would "
-            "separate them",
+            f"{locks.warning(plan, found)}; nothing in this state's values and history separates "
+            "them",
             LockedCopiesWarning,
             stacklevel=3,
         )
