@@ -207,7 +207,8 @@ class Expansion:
             if source != NEW:
                 where[source].append(slot)
         most = max((len(slots) for slots in where), default=0)
-        padded = np.array([[*s, *[-1] * (most - len(s))] for s in where], int).reshape(-1, most)
+        padded = np.array([[*s, *[-1] * (most - len(s))] for s in where], int)
+        padded = padded.reshape(self.source, most)
         return [(np.maximum(slots, 0), slots >= 0) for slots in padded.T]
 
     @property
