@@ -20,6 +20,12 @@ MOMENTS = ("dual", "asym", "reset")
 RATES = ("target", "carry", "ramp")
 PARAMETRISATIONS = ("mup", "completep", "sp")
 MESH_AXES = ("data", "fsdp", "tensor")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+NORMS = ("before", "after", "both")
+QK_NORMS = ("none", "head", "all")
+ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "llama3")
+# Kinds of layers: attention to all earlier tokens or to a window; "nope": without RoPE.
+LAYER_KINDS = ("full", "sliding", "full_nope", "sliding_nope")
 
 
 def require(condition: bool, message: str) -> None:
@@ -53,8 +59,59 @@ def require_choice(config: Any, name: str, choices: tuple[str, ...]) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
+class RopeConfig(Checked):
+    """How RoPE's frequencies theta^(-2i/H) are changed for long contexts (`models/rope.py`).
+
+    Raises:
+      UserError: a field has the wrong type, or a value that its kind does not allow.
+    """
+
+    kind: str = "default"  # "linear", "dynamic", "yarn" or "llama3": as transformers has them
+    factor: float = 1.0  # how many times longer the context becomes
+    original_length: int = 0  # tokens of the context before; all kinds but "linear" need it
+    low_frequency: float = 1.0  # for "llama3": turns in the original context below which the
+    high_frequency: float = 4.0  # frequency is divided by factor, and above which it is kept
+    beta_fast: float = 32.0  # for "yarn": the same, as turns above which the frequency is kept,
+    beta_slow: float = 1.0  # and below which it is divided
+    truncate: bool = True  # for "yarn": whether the limits are rounded to whole frequencies
+    attention_factor: float = 0.0  # for "yarn": factor on cosine and sine; 0: 0.1 ln(factor) + 1
+    fraction: float = 1.0  # the part of each head that is rotated: its first coordinates
+    local_theta: float = 0.0  # theta of sliding layers, which are then not scaled; 0: as the others
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_choice(self, "kind", ROPE_KINDS)
+        require_positive(self, "low_frequency", "high_frequency", "beta_fast", "beta_slow")
+        require(
+            self.factor >= 1,
+            f"RopeConfig.factor is {self.factor}; give 1 (not longer) or more",
+        )
+        require(
+            0 < self.fraction <= 1,
+            f"RopeConfig.fraction is {self.fraction}; it must be in (0, 1]",
+        )
+        for name in ("original_length", "attention_factor", "local_theta"):
+            value = getattr(self, name)
+            require(value >= 0, f"RopeConfig.{name} is {value}; it must be 0 or above")
+        require(
+            self.original_length > 0 or self.kind in ("default", "linear"),
+            f"RopeConfig.original_length is 0, and kind {self.kind!r} needs it; give the length of "
+            "the context before it was extended, in tokens",
+        )
+        for low, high in (("low_frequency", "high_frequency"), ("beta_slow", "beta_fast")):
+            below, above = getattr(self, low), getattr(self, high)
+            require(
+                below < above,
+                f"RopeConfig.{low} is {below} and {high} {above}; give {low} the smaller one",
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class TransformerConfig(Checked):
     """Tele-FLM's decoder: Llama's block plus two µP multipliers (arXiv 2404.16645, section 3.1).
+
+    Further fields change this block into that of other families (docs/interop.md). Their defaults
+    are Tele-FLM's.
 
     Raises:
       UserError: a field has the wrong type, or the sizes do not fit each other.
@@ -85,6 +142,22 @@ class TransformerConfig(Checked):
     remat: str = "none"
     attention: str = "auto"  # kernel; "auto": the platform's (`models/attention.py`)
     scan_unroll: int = 1  # layers in one step of the scan over layers
+    # What other families change in the block.
+    tied: bool = added(False)  # the head is the embedding
+    qkv_bias: bool = added(False)  # biases of queries, keys and values
+    out_bias: bool = added(False)  # bias of attention's output
+    mlp_bias: bool = added(False)  # biases of the MLP's three maps
+    norms: str = added("before")  # where a branch has its norms: "before" it, "after" it or "both"
+    qk_norm: str = added("none")  # RMSNorm of queries and keys: of each "head", or of "all" heads
+    qk_norm_eps: float = added(0.0)  # its eps; 0: rms_norm_eps
+    activation: str = added("silu")  # of the MLP's gate; "gelu_tanh" is GELU's tanh approximation
+    layer_kinds: tuple[str, ...] = added(())  # of the layers in turn, repeated; (): all "full"
+    window: int = added(0)  # tokens that a sliding layer attends to, its own among them
+    rope: RopeConfig = added(RopeConfig())
+    attention_mult: float = added(0.0)  # factor on attention's scores; 0: head_dim^-0.5
+    attention_softcap: float = added(0.0)  # scores s become cap * tanh(s / cap); 0: unchanged
+    logit_softcap: float = added(0.0)  # likewise, of the logits
+    residual_mult: float = added(1.0)  # factor on every layer's two branches
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -121,11 +194,46 @@ class TransformerConfig(Checked):
             f"TransformerConfig.mup_base_depth is {self.mup_base_depth} and num_layers "
             f"{self.num_layers}; give 0 (off) or a depth that is not larger",
         )
+        self._check_block()
         require(
             not (self.depth_scaled_init and self.parametrisation == "completep"),
             "TransformerConfig.depth_scaled_init is True and parametrisation 'completep', which "
             "scales the branches by the depth itself; set depth_scaled_init to False",
         )
+
+    def _check_block(self) -> None:
+        """Raises UserError if what other families change has a value that is not allowed."""
+        require_positive(self, "residual_mult")
+        require_choice(self, "norms", NORMS)
+        require_choice(self, "qk_norm", QK_NORMS)
+        require_choice(self, "activation", ACTIVATIONS)
+        for name in ("qk_norm_eps", "window", "attention_mult", "attention_softcap",
+                     "logit_softcap"):  # fmt: skip
+            value = getattr(self, name)
+            require(value >= 0, f"TransformerConfig.{name} is {value}; give 0 (off) or more")
+        for kind in self.layer_kinds:
+            require(
+                kind in LAYER_KINDS,
+                f"TransformerConfig.layer_kinds has {kind!r}; choose from {', '.join(LAYER_KINDS)}",
+            )
+        sliding = any(kind.startswith("sliding") for kind in self.layer_kinds)
+        require(
+            self.window > 0 or not sliding,
+            f"TransformerConfig.layer_kinds has sliding layers and window is {self.window}; give "
+            "the number of tokens that they attend to",
+        )
+        rotated = self.head_dim * self.rope.fraction
+        require(
+            rotated >= 2 and rotated % 2 == 0,
+            f"TransformerConfig.rope.fraction is {self.rope.fraction}, which rotates {rotated:g} "
+            f"of head_dim {self.head_dim} coordinates; RoPE rotates pairs, so make them even",
+        )
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kind of every layer."""
+        pattern = self.layer_kinds or ("full",)
+        return tuple(pattern[layer % len(pattern)] for layer in range(self.num_layers))
 
     @property
     def kv_heads(self) -> int:
@@ -161,8 +269,13 @@ class TransformerConfig(Checked):
 
     @property
     def branch_mult(self) -> float:
-        """Factor on every layer's two branches: 1 / depth_mult under CompleteP, else 1."""
-        return 1 / self.depth_mult if self.parametrisation == "completep" else 1.0
+        """Factor on every layer's two branches: residual_mult; under CompleteP over depth_mult."""
+        return self.residual_mult / (self.depth_mult if self.parametrisation == "completep" else 1)
+
+    @property
+    def score_mult(self) -> float:
+        """Factor on attention's scores."""
+        return self.attention_mult or self.head_dim**-0.5
 
 
 @dataclasses.dataclass(frozen=True)
