@@ -58,6 +58,13 @@ def require_choice(config: Any, name: str, choices: tuple[str, ...]) -> None:
     )
 
 
+# Fields of `TransformerConfig` that set a layer's function, besides its sizes and multipliers.
+BLOCK_FIELDS = (
+    "tied", "qkv_bias", "out_bias", "mlp_bias", "norms", "qk_norm", "activation", "window", "rope",
+    "attention_mult", "attention_softcap", "logit_softcap",
+)  # fmt: skip
+
+
 @dataclasses.dataclass(frozen=True)
 class RopeConfig(Checked):
     """How RoPE's frequencies theta^(-2i/H) are changed for long contexts (`models/rope.py`).

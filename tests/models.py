@@ -29,7 +29,7 @@ SMALL = TransformerConfig(
     rms_norm_eps=1e-2,
     dtype="float64",
 )
-TABLE = axes.table(SMALL)  # the same for every decoder
+TABLE = axes.table(SMALL)
 # With and without µP's multipliers, each with its own eps.
 MUP = {
     "mup": {"mup_base_width": 8, "rms_norm_eps": 1e-2},
@@ -55,14 +55,14 @@ grow = jax.jit(growth.grow, static_argnums=1)
 
 
 def random_params(config: TransformerConfig, seed: int):
-    """Draws normal entries at the config's scales, and norm gains in [0.5, 1.5].
+    """Draws normal entries at the config's scales, biases of std 0.3, and gains in [0.5, 1.5].
 
-    Gains of one would hide bugs. numpy draws them, because it compiles nothing.
+    Biases of zero and gains of one would hide bugs. numpy draws them, because it compiles nothing.
     """
     rng = np.random.default_rng(seed)
     leaves, sizes = {}, axes.axis_sizes(config)
-    for path, param in TABLE.items():
-        shape, std = param.shape(sizes), mup.init_std(param, config)
+    for path, param in axes.table(config).items():
+        shape, std = param.shape(sizes), 0.3 if param.bias else mup.init_std(param, config)
         values = rng.normal(0, std, shape) if std else rng.uniform(0.5, 1.5, shape)
         leaves[path] = jnp.asarray(values, wide(config.dtype))
     return trees.unflatten(leaves)

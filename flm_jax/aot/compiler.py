@@ -31,7 +31,7 @@ from flm_jax.aot.roofline import CHIPS, Chip
 from flm_jax.config import MESH_AXES, ExperimentConfig, StageConfig
 from flm_jax.errors import UserError
 from flm_jax.params import counts, sharding
-from flm_jax.runs.stage import plan_of, with_norm_eps
+from flm_jax.runs.stage import plan_of, with_derived
 from flm_jax.train import optim, schedules
 from flm_jax.train.train_step import abstract_state, make_train_step
 
@@ -304,7 +304,7 @@ def compile_for(
       UserError: topology, mesh and batch do not fit each other, a compiler is missing, or it
         refuses the program for another reason than its memory.
     """
-    config = with_norm_eps(config)
+    config = with_derived(config)
     chip, devices = chip_of(topology), devices_of(topology)
     mesh = mesh_of(topology, mesh_shape, devices)
     stage = config.stages[index]

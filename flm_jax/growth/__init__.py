@@ -5,6 +5,7 @@ from flm_jax.growth._plan import (
     Plan,
     UnfinishedRampWarning,
     UselessNoiseWarning,
+    derived,
     norm_eps,
     plan,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "Plan",
     "UnfinishedRampWarning",
     "UselessNoiseWarning",
+    "derived",
     "fold",
     "grow",
     "grow_on_mesh",

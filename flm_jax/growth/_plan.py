@@ -19,11 +19,11 @@ import jax
 import jax.numpy as jnp
 
 from flm_jax import mapping
-from flm_jax.config import MOMENTS, RATES, TransformerConfig
+from flm_jax.config import BLOCK_FIELDS, MOMENTS, RATES, TransformerConfig
 from flm_jax.errors import UserError
 from flm_jax.growth import locks, operators
-from flm_jax.growth.expansion import Expansion
-from flm_jax.params import mup, trees
+from flm_jax.growth.expansion import NEW, Expansion
+from flm_jax.params import axes, mup, trees
 from flm_jax.params.axes import ModelSpec, Role, Table
 
 VERSION = 2
@@ -36,6 +36,7 @@ _KEPT = {
     "head_dim": "RoPE's frequencies depend on it; add heads instead (num_heads: operators "
     "'msg', 'zero_pad', 'tile')",
     "rope_theta": "it changes the angle by which every query and key is rotated",
+    **dict.fromkeys(BLOCK_FIELDS, "it is part of every layer's function"),
 }
 
 
@@ -250,9 +251,12 @@ def spec_of(model: Model) -> ModelSpec:
 
 
 def with_norm_eps(model: AnyModel, eps: float) -> AnyModel:
-    """Sets the eps of a model's RMSNorms."""
-    field = "norm_eps" if isinstance(model, ModelSpec) else "rms_norm_eps"
-    changes: dict[str, Any] = {field: eps}
+    """Sets the eps of a model's RMSNorms over `embed`; that of queries and keys stays."""
+    changes: dict[str, Any] = {"norm_eps": eps}
+    if isinstance(model, TransformerConfig):
+        changes = {"rms_norm_eps": eps}
+        if model.qk_norm != "none" and eps != model.rms_norm_eps:
+            changes["qk_norm_eps"] = model.qk_norm_eps or model.rms_norm_eps
     return dataclasses.replace(model, **changes)
 
 
@@ -268,8 +272,8 @@ def plan(
 ) -> Plan:
     """Compiles the difference of two models into one expansion per axis.
 
-    If a recipe adds zeros to the residual stream, the function stays the same only with a smaller
-    eps in the RMSNorms (`norm_eps`). If `big` has the eps of `small`, `Plan.target` gets this eps.
+    Two fields of the target follow from the growth (`derived`), and `Plan.target` has them: the eps
+    of the norms and, where layers differ in kind, the kind of each.
 
     Args:
       small: the model as it is: the decoder's config, or the `ModelSpec` of a model of your own.
@@ -302,16 +306,15 @@ def plan(
     [[0.5, 0.5], [0.5, 0.5], [0.5, 0.5], [0.5, 0.5]]
     """
     _check_models(small, big)
-    before, after = spec_of(small), spec_of(big)
-    layers = before.sizes.get("layers", 0)
+    layers = spec_of(small).sizes.get("layers", 0)
     distances = [0.0] * layers if layer_distances is None else list(layer_distances)
     if len(distances) != layers:
         raise UserError(
             f"layer_distances has {len(distances)} entries for {layers} layers; give one for each "
             "layer of the source"
         )
-    expansions = operators.expansions(recipe, before.sizes, after.sizes, distances)
-    big = _with_norm_eps(big, before.norm_eps, after.norm_eps, expansions, recipe)
+    expansions = _expansions(small, big, recipe, distances)
+    big = _with_derived(small, big, expansions, recipe)
     learned = [e.axis for e in expansions if e.learned]
     if learned:
         moments = "reset"  # a dense map mixes the histories of slots
@@ -360,16 +363,38 @@ def _check_models(small: Any, big: Any) -> None:
         )
 
 
-def norm_eps(small: Model, big: Model, recipe: str) -> float:
-    """The RMSNorm eps of the target with which the recipe is exact.
+def derived(small: AnyModel, big: AnyModel, recipe: str) -> AnyModel:
+    """Gives the target the fields that follow from the growth.
 
-    It is smaller than the source's if the recipe adds zeros. If q d of D coordinates are copies
-    and the rest are zero, gains times sqrt(q d / D) and eps times q d / D give the old output
-    (derived here, docs/growth.md).
+    The eps of the RMSNorms is smaller than the source's if the recipe adds zeros to the stream. If
+    q d of D coordinates are copies and the rest are zero, gains times sqrt(q d / D) and eps times
+    q d / D give the old output (derived here, docs/growth.md).
+
+    If the source's layers differ in kind (sliding window, no RoPE), each layer of the target is of
+    the kind of the layer that it comes from. Such layers are chosen by place, not by distance, so
+    that their kinds are known before the growth.
 
     Args:
       small: the model before.
-      big: the model after.
+      big: the model after; a field that still has the source's value is set.
+      recipe: names of operators.
+
+    Returns:
+      The target.
+
+    Raises:
+      UserError: the recipe cannot grow `small` to `big`, or `big` has another value.
+    """
+    distances = [0.0] * spec_of(small).sizes.get("layers", 0)
+    return _with_derived(small, big, _expansions(small, big, recipe, distances), recipe)
+
+
+def norm_eps(small: Model, big: Model, recipe: str) -> float:
+    """The RMSNorm eps of the target with which the recipe is exact (`derived`).
+
+    Args:
+      small: the model before.
+      big: the model after; its own eps is not used.
       recipe: names of operators.
 
     Returns:
@@ -378,10 +403,62 @@ def norm_eps(small: Model, big: Model, recipe: str) -> float:
     Raises:
       UserError: the recipe cannot grow `small` to `big`.
     """
+    distances = [0.0] * spec_of(small).sizes.get("layers", 0)
+    expansions = _expansions(small, big, recipe, distances)
+    return _needed_eps(spec_of(small).norm_eps, expansions, recipe) or 0.0
+
+
+def _expansions(
+    small: Model, big: Model, recipe: str, distances: Sequence[float]
+) -> tuple[Expansion, ...]:
+    """The recipe's expansions for two models."""
     before, after = spec_of(small), spec_of(big)
-    distances = [0.0] * before.sizes.get("layers", 0)
-    expansions = operators.expansions(recipe, before.sizes, after.sizes, distances)
-    return _needed_eps(before.norm_eps, expansions, recipe) or 0.0
+    if isinstance(small, TransformerConfig) and len(set(small.kinds)) > 1:
+        distances = [0.0] * small.num_layers  # see `derived`
+    return operators.expansions(
+        recipe, before.sizes, after.sizes, distances, axes.normed_axes(before.table)
+    )
+
+
+def _with_derived(
+    small: Model, big: AnyModel, expansions: Sequence[Expansion], recipe: str
+) -> AnyModel:
+    """Sets the target's fields that follow from these expansions."""
+    if isinstance(small, TransformerConfig) and isinstance(big, TransformerConfig):
+        big = dataclasses.replace(big, **_derived_kinds(small, big, expansions))
+    old, given = spec_of(small).norm_eps, spec_of(big).norm_eps
+    big = _with_norm_eps(big, old, given, expansions, recipe)
+    if isinstance(small, TransformerConfig) and isinstance(big, TransformerConfig):
+        of_small, of_big = (m.qk_norm_eps or m.rms_norm_eps for m in (small, big))
+        if small.qk_norm != "none" and of_small != of_big:
+            raise UserError(
+                f"growth from qk_norm_eps {of_small} to {of_big}: it is part of every layer's "
+                f"function; set qk_norm_eps to {of_small}"
+            )
+    return big
+
+
+def _derived_kinds(
+    small: TransformerConfig, big: TransformerConfig, expansions: Sequence[Expansion]
+) -> dict[str, Any]:
+    """The target's `layer_kinds`, if they are not as given."""
+    grown = [e for e in expansions if e.axis == "layers"]
+    if not grown or not small.num_layers:
+        return {}
+    index = grown[0].index.tolist()
+    kinds = tuple(
+        small.kinds[source] if source != NEW else big.kinds[layer]
+        for layer, source in enumerate(index)
+    )
+    if kinds == big.kinds:
+        return {}
+    if big.layer_kinds != small.layer_kinds:
+        raise UserError(
+            f"growth from layer_kinds {small.layer_kinds} to {big.layer_kinds}: by this recipe the "
+            f"layers come from layers {index}, whose kinds are {kinds}; leave the target's at "
+            f"{small.layer_kinds}, and the plan sets it"
+        )
+    return {"layer_kinds": kinds}
 
 
 def _needed_eps(eps: float | None, expansions: Sequence[Expansion], recipe: str) -> float | None:
@@ -399,12 +476,12 @@ def _needed_eps(eps: float | None, expansions: Sequence[Expansion], recipe: str)
 
 
 def _with_norm_eps(
-    big: Model,
+    big: AnyModel,
     old: float | None,
     given: float | None,
     expansions: Sequence[Expansion],
     recipe: str,
-) -> Model:
+) -> AnyModel:
     """Gives the target the eps that the recipe needs, unless it has it.
 
     Raises UserError if the target's eps is neither that nor the source's.

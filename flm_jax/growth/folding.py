@@ -13,8 +13,14 @@ x' = sqrt(m) x, and its plain mean square is M / D of the masked one, so that ex
 
     sqrt(m M / D) gain x' / sqrt(mean(x'^2) + eps M / D)  =  m gain x / sqrt(sum(m x^2) / M + eps)
 
-So gains are multiplied by sqrt(m M / D), and eps by M / D. A mask on `vocab` adds log m to the
-logits, which would need a bias, so only m = 1 can be folded.
+So gains are multiplied by sqrt(m M / D), and eps by M / D. Two kinds of gains differ. One that ends
+a branch writes the stream, so that its output must be sqrt(m) times the old one: m sqrt(M / D). One
+that is read by a tied head, whose entries have become sqrt(m) times the old ones: sqrt(M / D).
+
+A mask on `vocab` adds log m to the logits, which would need a bias, so only m = 1 can be folded.
+Nor can masks of heads be folded where a norm runs over all heads (its eps would have to change in
+the queries and in the keys by different factors), nor one on `embed` where branches read the stream
+without a norm.
 """
 
 from __future__ import annotations
@@ -24,10 +30,11 @@ from typing import Any
 
 import numpy as np
 
+from flm_jax.config import TransformerConfig
 from flm_jax.errors import UserError
 from flm_jax.growth._plan import AnyModel, Model, Plan, spec_of, with_norm_eps
 from flm_jax.params import trees
-from flm_jax.params.axes import Param, Role
+from flm_jax.params.axes import Param, Role, normed_axes
 from flm_jax.params.trees import along
 
 Masks = Mapping[str, np.ndarray]
@@ -56,12 +63,23 @@ def fold(params: Any, plan: Plan, value: float) -> tuple[Any, Model]:
 def masks_of(plan: Plan, value: float) -> dict[str, np.ndarray]:
     """`plan.masks(value)` as float64 on the host. Raises UserError if they cannot be folded."""
     masks = {axis: np.asarray(m, np.float64) for axis, m in plan.masks(value).items()}
-    if (masks.get("vocab", np.ones(1)) != 1).any():
-        raise UserError(
-            f"fold: axis 'vocab' is masked at {value}, which needs a bias on the logits, and plain "
-            "models have none; use a checkpoint after the ramp (masks at 1)"
-        )
+    for axis, why in _unfoldable(plan).items():
+        if (masks.get(axis, np.ones(1)) != 1).any():
+            raise UserError(
+                f"fold: axis {axis!r} is masked at {value}, which {why}; use a checkpoint after the "
+                "ramp (masks at 1)"
+            )
     return masks
+
+
+def _unfoldable(plan: Plan) -> dict[str, str]:
+    """Axes whose masks below 1 no plain model expresses, with the reason."""
+    reasons = {"vocab": "needs a bias on the logits, and plain models have none"}
+    heads = {"kv_heads", "q_per_kv"} & normed_axes(plan.table)
+    reasons |= dict.fromkeys(heads, "changes the mean of the norm over all queries or keys")
+    if isinstance(plan.target, TransformerConfig) and plan.target.norms == "after":
+        reasons["embed"] = "changes both what branches read without a norm and the last norm's mean"
+    return reasons
 
 
 def folded_model(model: AnyModel, masks: Masks) -> AnyModel:
@@ -108,8 +126,22 @@ def _factors(param: Param, masks: Masks) -> list[np.ndarray | None]:
         if axis == "layers":
             return mask if param.residual_writer else None
         if axis == "embed":
-            by_role = {Role.OUT: np.sqrt(mask), Role.GAIN: np.sqrt(mask * mask.mean())}
-            return by_role.get(role)
+            return _embed_factor(param, role, mask)
         return mask if role is Role.IN else None
 
     return [factor(axis, role) for axis, role in zip(param.axes, param.roles, strict=True)]
+
+
+def _embed_factor(param: Param, role: Role, mask: np.ndarray) -> np.ndarray | None:
+    """The factor along `embed`: see the head of this module."""
+    root: np.ndarray = np.sqrt(mask)
+    if role is Role.OUT:
+        return root
+    if role is not Role.GAIN:
+        return None
+    share = float(np.sqrt(mask.mean()))
+    if param.residual_writer:
+        return mask * share
+    if "embed" in param.carries:
+        return np.full_like(mask, share)
+    return root * share

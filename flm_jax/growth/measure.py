@@ -15,6 +15,7 @@ from flm_jax.config import OptimizerConfig, StageConfig, TransformerConfig
 from flm_jax.growth import Plan
 from flm_jax.growth.receipt import dead_slots, difference, largest_added, locked_copies
 from flm_jax.models import Transformer, layers
+from flm_jax.models.rope import angles_by_kind
 from flm_jax.params import axes, mup, sharding, trees
 from flm_jax.train import optim, schedules
 from flm_jax.train.optim import SlotAdamState
@@ -63,13 +64,13 @@ def layer_distances(
       config: the model.
     """
 
-    @jax.jit
-    def step(params: Any, x_BTD: jax.Array) -> tuple[jax.Array, Any]:
+    @functools.partial(jax.jit, static_argnums=2)
+    def step(params: Any, x_BTD: jax.Array, kind: str) -> tuple[jax.Array, Any]:
         segment_ids_BT, positions_BT = map(jnp.asarray, (batch["segment_ids"], batch["positions"]))
-        angles = layers.rotary_angles(positions_BT, config)
-        (x_BTD, _), sown = layers.Layer(config, axes.nested_table(config)["layers"]).apply(
-            {"params": params}, x_BTD, None, segment_ids_BT, angles, {}, mutable=["intermediates"]
-        )
+        angles = angles_by_kind(positions_BT, config)
+        inputs: tuple[Any, ...] = (x_BTD, None, None, segment_ids_BT, angles, {})
+        layer = layers.Layer(config, axes.nested_table(config)["layers"], kind)
+        (x_BTD, _), sown = layer.apply({"params": params}, *inputs, mutable=["intermediates"])
         return x_BTD, sown["intermediates"]["distance"][0]
 
     tokens, positions = np.unique(batch["tokens"], return_inverse=True)
@@ -78,7 +79,7 @@ def layer_distances(
         config.input_mult, rows.dtype
     )
     distances = []
-    for layer in range(config.num_layers):
+    for layer, kind in enumerate(config.kinds):
         params = trees.unflatten(
             {
                 path.removeprefix("layers/"): read(
@@ -88,7 +89,7 @@ def layer_distances(
                 if param.stacked
             }
         )
-        x_BTD, distance = step(params, x_BTD)
+        x_BTD, distance = step(params, x_BTD, kind)
         distances.append(float(distance))
     return tuple(distances)
 

@@ -44,6 +44,7 @@ class Request:
     small: Mapping[str, int]  # sizes of all axes before
     big: Mapping[str, int]  # and after
     distances: Sequence[float]  # of the source's layers from the identity
+    normed: frozenset[str]  # axes over which the model has norms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,13 +94,20 @@ def _msg(r: Request) -> Expansion:
     return append_new(r.axis, r.source, r.target, fill=fill, **how)
 
 
-def _norm_gain(axis: str, counted: int, target: int) -> float:
-    """sqrt(q d / D), since zeros lower the mean square from S / d to q S / D."""
-    return math.sqrt(counted / target) if axis == "embed" else 1.0
+def _norm_gain(r: Request, counted: int, instead: Sequence[str]) -> float:
+    """sqrt(q d / D), since zeros lower the mean square from S / d to q S / D.
+
+    Raises UserError for a norm over heads. Its queries and keys would both have to be zero in new
+    heads, so that neither would ever get a gradient.
+    """
+    if r.axis in r.normed and r.axis != "embed":
+        why = "the model has a norm over all heads, whose mean new heads would change"
+        raise refusal(r, why, instead)
+    return math.sqrt(counted / r.target) if r.axis == "embed" else 1.0
 
 
 def _zero_pad(r: Request) -> Expansion:
-    gain = _norm_gain(r.axis, r.source, r.target)
+    gain = _norm_gain(r, r.source, ("msg", "tile"))
     return append_new(
         r.axis, r.source, r.target, operator="zero_pad", zero=(_ACTS[r.axis],), gain=gain
     )
@@ -117,10 +125,11 @@ def _tile(r: Request) -> Expansion:
 def _tile_pad(r: Request) -> Expansion:
     q, rest = divmod(r.target, r.source)
     new = (Run(NEW, rest),) if rest else ()
+    gain = _norm_gain(r, q * r.source, ("msg", "net2net")) if rest else 1.0
     return Expansion(
         r.axis, r.source, (Run(0, r.source, 1 / q),) * q + new, operator="tile_pad",
         zero=(_ACTS[r.axis],) if rest else (),
-        gain=_norm_gain(r.axis, q * r.source, r.target),
+        gain=gain,
     )  # fmt: skip
 
 
@@ -128,6 +137,9 @@ def _uneven(r: Request) -> Expansion:
     if r.target % r.source:
         why = f"operator 'uneven' makes whole copies, and {r.target} is no multiple of {r.source}"
         raise refusal(r, why, ("net2net", "tile_pad", "zero_pad", "msg"))
+    if r.axis in r.normed:
+        why = "the model has a norm over all heads, which gives unequal copies equal gradients"
+        raise refusal(r, why, ("tile", "msg"))
     k = r.target // r.source
     total = k * (k + 1) / 2
     runs = tuple(Run(0, r.source, (i + 1) / total) for i in range(k))
@@ -146,8 +158,8 @@ def _random_copies(r: Request) -> tuple[list[int], list[float]]:
 
 def _net2net(r: Request) -> Expansion:
     index, weights = _random_copies(r)
-    # The norm counts every copy of a coordinate, so unequal numbers of copies change its mean.
-    exact = r.axis != "embed" or r.target % r.source == 0
+    # A norm counts every copy of a coordinate, so unequal numbers of copies change its mean.
+    exact = r.axis not in r.normed or r.target % r.source == 0
     return from_index(
         r.axis, r.source, index, weights, operator="net2net", exactness=EXACT if exact else APPROX
     )
@@ -352,7 +364,11 @@ def uses_distances(recipe: str, layers: int, grown_layers: int) -> bool:
 
 
 def expansions(
-    recipe: str, small: Mapping[str, int], big: Mapping[str, int], distances: Sequence[float]
+    recipe: str,
+    small: Mapping[str, int],
+    big: Mapping[str, int],
+    distances: Sequence[float],
+    normed: frozenset[str],
 ) -> tuple[Expansion, ...]:
     """Makes an expansion for every axis whose size changes.
 
@@ -361,6 +377,7 @@ def expansions(
       small: sizes of the source's axes.
       big: sizes of the target's axes.
       distances: distances of the source's layers from the identity.
+      normed: axes over which the model has norms.
 
     Raises:
       UserError: the recipe cannot grow an axis; names it, both sizes and operators that can.
@@ -368,7 +385,7 @@ def expansions(
     chosen = choose(recipe)
     by_axis: dict[str, Expansion] = {}
     for axis, source in small.items():
-        r = Request(axis, source, big[axis], small, big, distances)
+        r = Request(axis, source, big[axis], small, big, distances, normed)
         if any(e.splits == axis for e in by_axis.values()) or r.target == source:
             continue
         if r.target < source:

@@ -6,12 +6,14 @@ can see), K key/value heads, G query heads per key/value head, H head size.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from flm_jax.config import TransformerConfig
 from flm_jax.params.dtypes import wide
 from flm_jax.params.sharding import BATCH_AXES, head_axes
 
@@ -22,25 +24,53 @@ _SMALLEST_CHUNK = 64
 SPLASH_TILE = 128
 
 
+@dataclasses.dataclass(frozen=True)
+class Scoring:
+    """How scores are made, and which tokens a query sees.
+
+    Attributes:
+      mult: factor on the product of query and key.
+      softcap: scores s become softcap * tanh(s / softcap); 0: unchanged.
+      window: a query sees this many tokens, its own among them; 0: all earlier ones.
+    """
+
+    mult: float
+    softcap: float = 0.0
+    window: int = 0
+
+    @classmethod
+    def of(cls, config: TransformerConfig, kind: str) -> Scoring:
+        """That of a layer of this kind."""
+        window = config.window if kind.startswith("sliding") else 0
+        return cls(config.score_mult, config.attention_softcap, window)
+
+
+def soft_capped(x: jax.Array, cap: float) -> jax.Array:
+    """cap * tanh(x / cap); x itself where cap is 0."""
+    return x if cap == 0 else cap * jnp.tanh(x / cap)
+
+
 def attention(
     q_BTKGH: jax.Array,
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
     segment_ids_BT: jax.Array,
+    scoring: Scoring,
     implementation: str = "auto",
 ) -> jax.Array:
     """Softmax attention of each token to itself and to earlier tokens of its segment.
 
-    Scores are divided by sqrt(H). Scores and softmax are float32 or wider.
+    Scores and softmax are float32 or wider.
 
     Args:
       q_BTKGH: queries.
       k_BTKH: keys.
       v_BTKH: values.
       segment_ids_BT: int32 document of each token, 0 for padding.
+      scoring: factor, cap and window.
       implementation: "plain"; "splash", the TPU's Pallas kernel; "cudnn", the GPU's; "auto": the
-        platform's own. A kernel needs lengths and head sizes that are multiples of its tiles; for
-        others "plain" is used.
+        platform's own. A kernel needs lengths and head sizes that are multiples of its tiles, and
+        cuDNN's has no cap; for others "plain" is used.
 
     Returns:
       [B, T, K, G, H], in the dtype of the values.
@@ -50,12 +80,16 @@ def attention(
     T, H = q_BTKGH.shape[1], q_BTKGH.shape[-1]
     supported = {
         "splash": T % SPLASH_TILE == 0 and H % SPLASH_TILE == 0,
-        "cudnn": T % 64 == 0 and H % 8 == 0 and H <= 128 and q_BTKGH.dtype == jnp.bfloat16,
+        "cudnn": T % 64 == 0
+        and H % 8 == 0
+        and H <= 128
+        and q_BTKGH.dtype == jnp.bfloat16
+        and scoring.softcap == 0,
     }
     if not supported.get(implementation, False):
         implementation = "plain"
     compute = {"splash": splash, "cudnn": cudnn, "plain": plain}[implementation]
-    return compute(q_BTKGH, k_BTKH, v_BTKH, segment_ids_BT)
+    return compute(q_BTKGH, k_BTKH, v_BTKH, segment_ids_BT, scoring)
 
 
 def splash(
@@ -63,6 +97,7 @@ def splash(
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
     segment_ids_BT: jax.Array,
+    scoring: Scoring,
     interpret: bool = False,
 ) -> jax.Array:
     """JAX's Pallas kernel for TPUs, on each device's own sequences and heads.
@@ -76,7 +111,7 @@ def splash(
         splash_attention_mask as masks,
     )
 
-    T, H = q_BTKGH.shape[1], q_BTKGH.shape[-1]
+    T = q_BTKGH.shape[1]
     block = next(b for b in (512, 256, SPLASH_TILE) if T % b == 0)
     names = ("block_q", "block_kv", "block_kv_compute")
     names_backward = ("block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
@@ -86,9 +121,13 @@ def splash(
         q_BTKGH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array
     ) -> jax.Array:
         G = q_BTKGH.shape[3]  # on this device
+        seen: Any = masks.CausalMask((T, T))
+        if scoring.window:
+            seen = masks.LocalMask((T, T), window_size=(scoring.window - 1, 0), offset=0)
         kernel = kernels.make_splash_mqa_single_device(
-            mask=masks.MultiHeadMask([masks.CausalMask((T, T))] * G),
+            mask=masks.MultiHeadMask([seen] * G),
             block_sizes=kernels.BlockSizes(**blocks, use_fused_bwd_kernel=True),
+            attn_logits_soft_cap=scoring.softcap or None,
             interpret=interpret,
         )
 
@@ -104,7 +143,7 @@ def splash(
 
         return jax.vmap(one_sequence)(q_BTKGH, k_BTKH, v_BTKH, segment_ids_BT)
 
-    scaled_BTKGH = q_BTKGH * jnp.asarray(H**-0.5, q_BTKGH.dtype)
+    scaled_BTKGH = q_BTKGH * jnp.asarray(scoring.mult, q_BTKGH.dtype)
     if jax.sharding.get_abstract_mesh().empty:
         return local(scaled_BTKGH, k_BTKH, v_BTKH, segment_ids_BT)
     groups, queries = head_axes(*q_BTKGH.shape[2:4])
@@ -118,7 +157,11 @@ def splash(
 
 
 def cudnn(
-    q_BTKGH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array
+    q_BTKGH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    segment_ids_BT: jax.Array,
+    scoring: Scoring,
 ) -> jax.Array:
     """cuDNN's flash attention, with a mask for documents. Shapes as in `attention`."""
     B, T, K, G, H = q_BTKGH.shape
@@ -128,18 +171,24 @@ def cudnn(
         k_BTKH,
         v_BTKH,
         mask=same_B1TT,
+        scale=scoring.mult,
         is_causal=True,
+        local_window_size=(scoring.window - 1, 0) if scoring.window else None,
         implementation="cudnn",
     )
     return out_BTNH.reshape(B, T, K, G, H)
 
 
 def plain(
-    q_BTKGH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array
+    q_BTKGH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    segment_ids_BT: jax.Array,
+    scoring: Scoring,
 ) -> jax.Array:
     """Attention without a kernel: any platform, length and dtype. Shapes as in `attention`."""
     k_BKTH, v_BKTH = k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3)
-    return in_slots(q_BTKGH, k_BKTH, v_BKTH, segment_ids_BT, segment_ids_BT, 0)
+    return in_slots(q_BTKGH, k_BKTH, v_BKTH, segment_ids_BT, segment_ids_BT, 0, scoring)
 
 
 def in_slots(
@@ -149,12 +198,13 @@ def in_slots(
     segment_ids_BT: jax.Array,
     segment_ids_BS: jax.Array,
     start: int | jax.Array,
+    scoring: Scoring,
 ) -> jax.Array:
     """Attention to keys and values in slots.
 
-    Query t is in slot start + t, and attends to this slot and to earlier slots of its segment. It
-    is computed in chunks of queries. If `start` is known at compile time, a chunk uses only the
-    slots up to its end.
+    Query t is in slot start + t, and attends to this slot and to earlier slots of its segment, all
+    or those in its window. It is computed in chunks of queries. If `start` is known at compile
+    time, a chunk uses only the slots that its queries can see.
 
     Args:
       q_BTKGH: queries.
@@ -163,31 +213,38 @@ def in_slots(
       segment_ids_BT: int32 document of each query.
       segment_ids_BS: int32 document of each slot.
       start: slot of the first query.
+      scoring: factor, cap and window.
 
     Returns:
       [B, T, K, G, H], in the dtype of the values.
     """
-    T, S, H = q_BTKGH.shape[1], k_BKSH.shape[2], q_BTKGH.shape[-1]
+    T, S, window = q_BTKGH.shape[1], k_BKSH.shape[2], scoring.window
     # Heads come before tokens, so that the batch axes of every product lead.
-    q_BKGTH = (q_BTKGH * jnp.asarray(H**-0.5, q_BTKGH.dtype)).transpose(0, 2, 3, 1, 4)
+    q_BKGTH = (q_BTKGH * jnp.asarray(scoring.mult, q_BTKGH.dtype)).transpose(0, 2, 3, 1, 4)
     chunk = max(_SMALLEST_CHUNK, -(-T // _CHUNKS))
     out = []
     for first in range(0, T, chunk):
         end = min(first + chunk, T)
-        seen = start + end if isinstance(start, int) else S
+        known = isinstance(start, int)
+        lead = max(0, start + first - window + 1) if known and window else 0
+        seen = start + end if known else S
         scores_BKGQS = jnp.einsum(
             "BKGQH,BKSH->BKGQS",
             q_BKGTH[:, :, :, first:end],
-            k_BKSH[:, :, :seen],
+            k_BKSH[:, :, lead:seen],
             preferred_element_type=wide(q_BTKGH.dtype),
         )
+        scores_BKGQS = soft_capped(scores_BKGQS, scoring.softcap)
         slots_Q = start + jnp.arange(first, end, dtype=jnp.int32)
-        causal_QS = slots_Q[:, None] >= jnp.arange(seen, dtype=jnp.int32)[None]
-        same_BQS = segment_ids_BT[:, first:end, None] == segment_ids_BS[:, None, :seen]
+        slots_S = jnp.arange(lead, seen, dtype=jnp.int32)
+        visible_QS = slots_Q[:, None] >= slots_S[None]
+        if window:
+            visible_QS &= slots_Q[:, None] - slots_S[None] < window
+        same_BQS = segment_ids_BT[:, first:end, None] == segment_ids_BS[:, None, lead:seen]
         # A bias is added, not selected: it costs one cheap pass forward and none backward.
         lowest = jnp.asarray(jnp.finfo(scores_BKGQS.dtype).min / 2, scores_BKGQS.dtype)
-        bias_BQS = jnp.where(causal_QS[None] & same_BQS, jnp.zeros_like(lowest), lowest)
+        bias_BQS = jnp.where(visible_QS[None] & same_BQS, jnp.zeros_like(lowest), lowest)
         scores_BKGQS += bias_BQS[:, None, None]
         probs_BKGQS = jax.nn.softmax(scores_BKGQS, axis=-1).astype(v_BKSH.dtype)
-        out.append(jnp.einsum("BKGQS,BKSH->BKGQH", probs_BKGQS, v_BKSH[:, :, :seen]))
+        out.append(jnp.einsum("BKGQS,BKSH->BKGQH", probs_BKGQS, v_BKSH[:, :, lead:seen]))
     return jnp.concatenate(out, axis=3).transpose(0, 3, 1, 2, 4)

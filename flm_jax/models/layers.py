@@ -1,11 +1,14 @@
-"""One pre-norm decoder layer: RMSNorm, rotary grouped-query attention, SwiGLU.
+"""One decoder layer: RMSNorm, rotary grouped-query attention, a gated MLP.
+
+The config says where the norms are, which maps have biases, and what kind of layer it is; the axis
+table has the parameters for it.
 
 Shapes: B batch, T length, S slots of a cache, D embed, F mlp, K key/value heads, G queries per
 key/value head, H head size.
 
 Every layer takes `masks`: axis -> [size] values in [0, 1], only for axes that are growing under a
 run-time mask (Masked Structural Growth, arXiv 2305.02869, adapted to pre-norm). A masked slot is
-hidden from its readers: inside the norms for `embed`, after attention for heads, after the gating
+hidden from its readers: inside the norms for `embed` (or before a branch without one), after attention for heads, after the gating
 for `mlp`, on a layer's branches for `layers`, and as log(mask) on the logits for `vocab`. With
 masks at 0 the model equals the smaller one exactly; with masks at 1 it is the plain model.
 """
@@ -14,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -22,8 +25,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from flm_jax.config import TransformerConfig
-from flm_jax.models.attention import attention, in_slots
+from flm_jax.models.attention import Scoring, attention, in_slots
 from flm_jax.models.cache import KeysValues, Slots, write
+from flm_jax.models.rope import Angles, rotate
 from flm_jax.params import mup
 from flm_jax.params.axes import Param, axis_sizes
 from flm_jax.params.draws import initial
@@ -31,6 +35,12 @@ from flm_jax.params.dtypes import wide
 from flm_jax.params.sharding import BATCH_AXES, constrain, head_axes
 
 Masks = Mapping[str, jax.Array]
+
+_ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
 
 
 def create(
@@ -84,95 +94,145 @@ def linear(x_BTI: jax.Array, w_IO: jax.Array, dtype: Any = None) -> jax.Array:
     return flat.reshape(B, T, *w_IO.shape[split:])
 
 
-def rms_norm(
-    x_BTD: jax.Array, gain_D: jax.Array, eps: float, mask_D: jax.Array | None = None
-) -> jax.Array:
+def rms_norm(x: jax.Array, gain: jax.Array, eps: float, mask: jax.Array | None = None) -> jax.Array:
     """RMSNorm: gain * x / sqrt(mean(x^2) + eps), with statistics in float32 or wider.
 
     Args:
-      x_BTD: activations.
-      gain_D: the norm's gain.
+      x: activations.
+      gain: the norm's gain; the mean is over the last axes of x, as many as the gain has.
       eps: added to the mean square.
-      mask_D: run-time mask; None: all ones. It weights the mean and multiplies the output, so that
-        a coordinate masked at 0 has no effect.
+      mask: run-time mask, shaped like the gain; None: all ones. It weights the mean and multiplies
+        the output, so that a coordinate masked at 0 has no effect.
     """
-    x2_BTD = jnp.square(x_BTD.astype(wide(x_BTD.dtype)))
-    if mask_D is None:
-        mean_square_BT1 = jnp.mean(x2_BTD, axis=-1, keepdims=True)
+    x2 = jnp.square(x.astype(wide(x.dtype)))
+    own = tuple(range(-gain.ndim, 0))
+    if mask is None:
+        mean_square = jnp.mean(x2, axis=own, keepdims=True)
     else:
-        mask_D = mask_D.astype(x2_BTD.dtype)
-        mean_square_BT1 = (x2_BTD @ mask_D)[..., None] / mask_D.sum()
-        gain_D = gain_D * mask_D.astype(gain_D.dtype)
-    scale_BT1 = jax.lax.rsqrt(mean_square_BT1 + jnp.asarray(eps, x2_BTD.dtype))
-    return x_BTD * scale_BT1.astype(x_BTD.dtype) * gain_D[None, None]
+        mask = mask.astype(x2.dtype)
+        mean_square = jnp.expand_dims(jnp.tensordot(x2, mask, axes=gain.ndim) / mask.sum(), own)
+        gain = gain * mask.astype(gain.dtype)
+    scale = jax.lax.rsqrt(mean_square + jnp.asarray(eps, x2.dtype))
+    return x * scale.astype(x.dtype) * gain.reshape((1,) * (x.ndim - gain.ndim) + gain.shape)
 
 
-def rotary_angles(
-    positions_BT: jax.Array, config: TransformerConfig
-) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine [B, T, H/2] of position * theta^(-2i/H), float32 or wider."""
-    dtype = wide(config.dtype)
-    half = config.head_dim // 2
-    inverse_frequency_i = config.rope_theta ** (-jnp.arange(half, dtype=dtype) / half)
-    angle_BTi = positions_BT.astype(dtype)[..., None] * inverse_frequency_i[None, None]
-    return jnp.cos(angle_BTi), jnp.sin(angle_BTi)
+def _mapped(w: Mapping[str, jax.Array], name: str, x_BTI: jax.Array) -> jax.Array:
+    """Applies a linear map and its bias, if it has one: [B, T, *O]."""
+    y_BTO = linear(x_BTI, w[name])
+    bias_O = w.get(f"{name}_bias")
+    return y_BTO if bias_O is None else y_BTO + bias_O[None, None]
 
 
-def rotate(x_BTNH: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotary embedding: rotates the halves of the last axis against each other (Llama's layout)."""
-    cos_BT1i, sin_BT1i = (a[:, :, None].astype(x_BTNH.dtype) for a in angles)
-    a, b = jnp.split(x_BTNH, 2, axis=-1)
-    return jnp.concatenate([a * cos_BT1i - b * sin_BT1i, b * cos_BT1i + a * sin_BT1i], axis=-1)
+def _branch_input(
+    w: Mapping[str, jax.Array], x_BTD: jax.Array, config: TransformerConfig, masks: Masks
+) -> jax.Array:
+    """What a branch reads: the stream, normed if the branch has a norm before it."""
+    if "norm" in w:
+        x_BTD = rms_norm(x_BTD, w["norm"], config.rms_norm_eps, masks.get("embed"))
+    elif "embed" in masks:
+        x_BTD = x_BTD * masks["embed"].astype(x_BTD.dtype)[None, None]
+    return constrain(x_BTD, BATCH_AXES, None, None)
+
+
+def _branch_output(
+    w: Mapping[str, jax.Array], y_BTD: jax.Array, config: TransformerConfig, masks: Masks
+) -> jax.Array:
+    """What a branch adds to the stream: its last map's output, normed if it has a norm after it."""
+    if "after_norm" not in w:
+        return y_BTD
+    return rms_norm(y_BTD, w["after_norm"], config.rms_norm_eps, masks.get("embed"))
 
 
 class Attention(nn.Module):
-    """The attention branch of a layer."""
+    """The attention branch of a layer.
+
+    `kind` is the layer's (`LAYER_KINDS`). "": it is given at run time, as an index into the
+    model's kinds, because a scan over layers of several kinds compiles one layer for all.
+    """
 
     config: TransformerConfig
     table: Mapping[str, Param]
+    kind: str
 
     @nn.compact
     def __call__(
         self,
         x_BTD: jax.Array,
+        kind_index: jax.Array | None,
         segment_ids_BT: jax.Array,
-        angles: tuple[jax.Array, jax.Array],
+        angles: Mapping[str, Angles],
         masks: Masks,
         past: KeysValues | None = None,
         slots: Slots | None = None,
     ) -> tuple[jax.Array, KeysValues | None]:
         """The branch's output, and the layer's cache (if `past` is given) with the new tokens."""
-        w = create(self, self.table, self.config)
-        B, T, _ = x_BTD.shape
-        y_BTD = rms_norm(x_BTD, w["norm"], self.config.rms_norm_eps, masks.get("embed"))
-        y_BTD = constrain(y_BTD, BATCH_AXES, None, None)
-        q_BTKGH = linear(y_BTD, w["query"])
-        k_BTKH = rotate(linear(y_BTD, w["key"]), angles)
-        v_BTKH = linear(y_BTD, w["value"])
-        K, G, H = q_BTKGH.shape[2:]
-        q_BTKGH = rotate(q_BTKGH.reshape(B, T, K * G, H), angles).reshape(B, T, K, G, H)
-        groups, queries = head_axes(K, G)
-        q_BTKGH = constrain(q_BTKGH, BATCH_AXES, None, groups, queries, None)
-        k_BTKH, v_BTKH = (constrain(x, BATCH_AXES, None, groups, None) for x in (k_BTKH, v_BTKH))
-        if past is None or slots is None:
-            out_BTKGH = attention(q_BTKGH, k_BTKH, v_BTKH, segment_ids_BT, self.config.attention)
-        else:
+        config = self.config
+        w = create(self, self.table, config)
+        y_BTD = _branch_input(w, x_BTD, config, masks)
+        q_BTKGH, k_BTKH, v_BTKH = (_mapped(w, name, y_BTD) for name in ("query", "key", "value"))
+        if config.qk_norm != "none":
+            eps = config.qk_norm_eps or config.rms_norm_eps
+            of_q, of_k = (
+                _head_masks(masks, q_BTKGH.shape) if config.qk_norm == "all" else (None, None)
+            )
+            q_BTKGH = rms_norm(q_BTKGH, w["query_norm"], eps, of_q)
+            k_BTKH = rms_norm(k_BTKH, w["key_norm"], eps, of_k)
+        groups, queries = head_axes(*q_BTKGH.shape[2:4])
+
+        def attend(
+            kind: str, q_BTKGH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array
+        ) -> tuple[jax.Array, KeysValues | None]:
+            B, T, K, G, H = q_BTKGH.shape
+            if kind in angles:
+                k_BTKH = rotate(k_BTKH, angles[kind])
+                q_BTKGH = rotate(q_BTKGH.reshape(B, T, K * G, H), angles[kind])
+                q_BTKGH = q_BTKGH.reshape(B, T, K, G, H)
+            q_BTKGH = constrain(q_BTKGH, BATCH_AXES, None, groups, queries, None)
+            k_BTKH, v_BTKH = (
+                constrain(x, BATCH_AXES, None, groups, None) for x in (k_BTKH, v_BTKH)
+            )
+            scoring = Scoring.of(config, kind)
+            if past is None or slots is None:
+                out_BTKGH = attention(
+                    q_BTKGH, k_BTKH, v_BTKH, segment_ids_BT, scoring, config.attention
+                )
+                return out_BTKGH, None
             segment_ids_BS, start = slots
-            k_BKSH, v_BKSH = past = (
+            k_BKSH, v_BKSH = extended = (
                 write(past[0], k_BTKH.transpose(0, 2, 1, 3), start, axis=2),
                 write(past[1], v_BTKH.transpose(0, 2, 1, 3), start, axis=2),
             )
-            out_BTKGH = in_slots(q_BTKGH, k_BKSH, v_BKSH, segment_ids_BT, segment_ids_BS, start)
+            out_BTKGH = in_slots(
+                q_BTKGH, k_BKSH, v_BKSH, segment_ids_BT, segment_ids_BS, start, scoring
+            )
+            return out_BTKGH, extended
+
+        if self.kind:
+            out_BTKGH, past = attend(self.kind, q_BTKGH, k_BTKH, v_BTKH)
+        else:
+            each = [functools.partial(attend, kind) for kind in dict.fromkeys(config.kinds)]
+            out_BTKGH, past = jax.lax.switch(kind_index, each, q_BTKGH, k_BTKH, v_BTKH)
         out_BTKGH = constrain(out_BTKGH, BATCH_AXES, None, groups, queries, None)
         if "kv_heads" in masks:
             out_BTKGH *= masks["kv_heads"].astype(out_BTKGH.dtype)[None, None, :, None, None]
         if "q_per_kv" in masks:
             out_BTKGH *= masks["q_per_kv"].astype(out_BTKGH.dtype)[None, None, None, :, None]
-        return linear(out_BTKGH, w["out"]), past
+        return _branch_output(w, _mapped(w, "out", out_BTKGH), config, masks), past
+
+
+def _head_masks(masks: Masks, shape: tuple[int, ...]) -> tuple[jax.Array | None, jax.Array | None]:
+    """The masks of a norm over all queries and of one over all keys: [K, G, H] and [K, H]."""
+    if not {"kv_heads", "q_per_kv"} & set(masks):
+        return None, None
+    K, G, H = shape[2:]
+    of_kv = masks.get("kv_heads", jnp.ones(K))
+    of_q = of_kv[:, None] * masks.get("q_per_kv", jnp.ones(G))[None]
+    of_keys = jnp.broadcast_to(of_kv[:, None], (K, H)) if "kv_heads" in masks else None
+    return jnp.broadcast_to(of_q[..., None], (K, G, H)), of_keys
 
 
 class MLP(nn.Module):
-    """The SwiGLU branch of a layer."""
+    """The gated MLP branch of a layer (SwiGLU with the activation "silu")."""
 
     config: TransformerConfig
     table: Mapping[str, Param]
@@ -180,32 +240,34 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array, masks: Masks) -> jax.Array:
         w = create(self, self.table, self.config)
-        y_BTD = rms_norm(x_BTD, w["norm"], self.config.rms_norm_eps, masks.get("embed"))
-        y_BTD = constrain(y_BTD, BATCH_AXES, None, None)
-        a_BTF = jax.nn.silu(linear(y_BTD, w["gate"])) * linear(y_BTD, w["up"])
+        y_BTD = _branch_input(w, x_BTD, self.config, masks)
+        activation = _ACTIVATIONS[self.config.activation]
+        a_BTF = activation(_mapped(w, "gate", y_BTD)) * _mapped(w, "up", y_BTD)
         a_BTF = constrain(a_BTF, BATCH_AXES, None, "tensor")
         if "mlp" in masks:
             a_BTF *= masks["mlp"].astype(a_BTF.dtype)[None, None]
-        return linear(a_BTF, w["down"])
+        return _branch_output(w, _mapped(w, "down", a_BTF), self.config, masks)
 
 
 class Layer(nn.Module):
     """Adds the attention branch, then the MLP branch, to x. Under `nn.scan`, x is the carry.
 
-    Both branches are multiplied by `branch_mult`, which is 1 except under CompleteP (`mup.py`).
+    Both branches are multiplied by `branch_mult`: `residual_mult`, and CompleteP's factor.
     Also returns the layer's cache, and sows its `relative_distance`.
     """
 
     config: TransformerConfig
     table: Mapping[str, Any]
+    kind: str = ""  # as in `Attention`
 
     @nn.compact
     def __call__(
         self,
         x_BTD: jax.Array,
         layer_mask: jax.Array | None,
+        kind_index: jax.Array | None,
         segment_ids_BT: jax.Array,
-        angles: tuple[jax.Array, jax.Array],
+        angles: Mapping[str, Angles],
         masks: Masks,
         past: KeysValues | None = None,
         slots: Slots | None = None,
@@ -217,12 +279,12 @@ class Layer(nn.Module):
                 return branch_BTD
             return branch_BTD * layer_mask.astype(branch_BTD.dtype)
 
-        attend = Attention(self.config, self.table["attention"], name="attention")
+        attend = Attention(self.config, self.table["attention"], self.kind, name="attention")
         feed_forward = MLP(self.config, self.table["mlp"], name="mlp")
         # Between the branches the stream is also split over its tokens: norms and sums are local,
         # and each device keeps only its part of the stream for the gradient.
         stream = (BATCH_AXES, "tensor", None)
-        branch_BTD, past = attend(x_BTD, segment_ids_BT, angles, masks, past, slots)
+        branch_BTD, past = attend(x_BTD, kind_index, segment_ids_BT, angles, masks, past, slots)
         h_BTD = constrain(x_BTD + scaled(branch_BTD), *stream)
         out_BTD = constrain(h_BTD + scaled(feed_forward(h_BTD, masks)), *stream)
         self.sow("intermediates", "distance", relative_distance(x_BTD, out_BTD, segment_ids_BT))

@@ -1,5 +1,7 @@
 """The Tele-FLM decoder (arXiv 2404.16645, section 3.1): Llama's block and two µP multipliers.
 
+Fields of the config change the block into that of other families (docs/interop.md).
+
 The letters at the end of a name give its shape, here and in the other files of this package:
   B batch   T length   S keys   D embed   F mlp   V vocab   L layers
   K key/value heads   G query heads per key/value head   H head size
@@ -7,6 +9,7 @@ The letters at the end of a name give its shape, here and in the other files of 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,7 +18,9 @@ from flax import linen as nn
 
 from flm_jax.config import TransformerConfig, require_type
 from flm_jax.models import layers as nn_layers
+from flm_jax.models.attention import soft_capped
 from flm_jax.models.cache import Cache, layer_name, write
+from flm_jax.models.rope import Angles, angles_by_kind
 from flm_jax.params.axes import Param, nested_table
 from flm_jax.params.dtypes import wide
 from flm_jax.params.sharding import BATCH_AXES, constrain
@@ -110,52 +115,69 @@ class Transformer(nn.Module):
         x_BTD = constrain(embedding_VD[tokens_BT], BATCH_AXES, None, "tensor")
         x_BTD = x_BTD * jnp.asarray(config.input_mult, config.dtype)
         x_BTD = constrain(x_BTD, BATCH_AXES, "tensor", None)
-        angles = nn_layers.rotary_angles(positions_BT, config)
+        angles = angles_by_kind(positions_BT, config)
         if cache is None:
-            x_BTD, _ = self._layers()(x_BTD, layer_mask_L, segment_ids_BT, angles, masks)
+            x_BTD = self._scanned_layers(x_BTD, layer_mask_L, segment_ids_BT, angles, masks)
         else:
             x_BTD, cache = self._cached_layers(x_BTD, segment_ids_BT, angles, cache)
         x_BTD = nn_layers.rms_norm(x_BTD, w["final_norm"], config.rms_norm_eps, masks.get("embed"))
         stats = wide(config.dtype)
-        logits_BTV = nn_layers.linear(constrain(x_BTD, BATCH_AXES, None, None), w["head"], stats)
+        head_DV = w["embedding"].T if config.tied else w["head"]
+        logits_BTV = nn_layers.linear(constrain(x_BTD, BATCH_AXES, None, None), head_DV, stats)
         logits_BTV = constrain(logits_BTV, BATCH_AXES, None, "tensor")
-        logits_BTV = logits_BTV * jnp.asarray(config.logit_mult, stats)
+        logits_BTV = soft_capped(
+            logits_BTV * jnp.asarray(config.logit_mult, stats), config.logit_softcap
+        )
         if "vocab" in masks:
             # A token's probability is multiplied by its mask, up to the normaliser.
             hidden_V = jnp.log(masks["vocab"].astype(stats))
             logits_BTV += jnp.maximum(hidden_V, jnp.finfo(stats).min / 2)[None, None]
         return logits_BTV, cache
 
-    def _layers(self) -> Any:
-        """All layers as one scanned module; parameters and layer mask are stacked on axis 0."""
+    def _scanned_layers(
+        self,
+        x_BTD: jax.Array,
+        layer_mask_L: jax.Array | None,
+        segment_ids_BT: jax.Array,
+        angles: Mapping[str, Angles],
+        masks: nn_layers.Masks,
+    ) -> jax.Array:
+        """Applies all layers as one scanned module; what differs by layer is stacked on axis 0."""
         config = self.config
         layer: Any = nn_layers.Layer
         if config.remat != "none":
             layer = nn.remat(layer, policy=_REMAT_POLICIES[config.remat], prevent_cse=False)
+        kinds = list(dict.fromkeys(config.kinds)) or ["full"]
+        kind, kind_index_L = kinds[0], None
+        if len(kinds) > 1:
+            kind, kind_index_L = "", jnp.array([kinds.index(k) for k in config.kinds])
         scanned = nn.scan(
             layer,
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=config.num_layers,
             unroll=config.scan_unroll,
         )
-        return scanned(config, nested_table(config)["layers"], name="layers")
+        layers = scanned(config, nested_table(config)["layers"], kind, name="layers")
+        inputs = (layer_mask_L, kind_index_L, segment_ids_BT, angles, masks)
+        out_BTD: jax.Array = layers(x_BTD, *inputs)[0]
+        return out_BTD
 
     def _cached_layers(
         self,
         x_BTD: jax.Array,
         segment_ids_BT: jax.Array,
-        angles: tuple[jax.Array, jax.Array],
+        angles: Mapping[str, Angles],
         cache: Cache,
     ) -> tuple[jax.Array, Cache]:
         """Applies all layers in turn, each with its own parameters and its own cache."""
         ids_BS = write(cache.segment_ids_BS, segment_ids_BT, cache.length, axis=1)
         slots, layers = (ids_BS, cache.length), list(cache.layers)
         table = nested_table(self.config)["layers"]
-        for index, past in enumerate(cache.layers):
-            layer = nn_layers.Layer(self.config, table, name=layer_name(index))
-            x_BTD, extended = layer(x_BTD, None, segment_ids_BT, angles, {}, past, slots)
+        for index, (kind, past) in enumerate(zip(self.config.kinds, cache.layers, strict=True)):
+            layer = nn_layers.Layer(self.config, table, kind, name=layer_name(index))
+            x_BTD, extended = layer(x_BTD, None, None, segment_ids_BT, angles, {}, past, slots)
             assert extended is not None  # there is a cache
             layers[index] = extended
         return x_BTD, Cache(tuple(layers), ids_BS, cache.length + x_BTD.shape[1])

@@ -54,11 +54,13 @@ class Param:
     Attributes:
       axes: names of its dimensions.
       roles: what it does on each of them.
-      multiplier: factor that the decoder applies to its output: "", "input", "output" or
+      multiplier: factor that the decoder applies to its output: "", "input", "output", "tied" or
         "residual" (`mup.py`).
       carries: axes whose copy weights this parameter carries, because their reader cannot. Example:
         a tied embedding both writes and reads `embed`, in one leaf. The last norm's gain and bias,
         which only the tied head reads, then carry the weights of the copies.
+      ends_branch: whether a layer's branch ends with it, so that the branch is off while it is
+        zero. None: if it writes `embed`. A norm after the branch ends it in place of the last map.
 
     Raises:
       UserError: axes and roles do not match.
@@ -68,6 +70,7 @@ class Param:
     roles: tuple[Role, ...]
     multiplier: str = ""
     carries: tuple[str, ...] = ()
+    ends_branch: bool | None = added(None)
 
     def __post_init__(self) -> None:
         if len(self.axes) != len(self.roles) or not set(self.carries) <= set(self.axes):
@@ -77,16 +80,21 @@ class Param:
             )
 
     @classmethod
-    def of(cls, spec: str, multiplier: str = "", carries: tuple[str, ...] = ()) -> Param:
+    def of(
+        cls,
+        spec: str,
+        multiplier: str = "",
+        carries: tuple[str, ...] = (),
+        ends_branch: bool | None = None,
+    ) -> Param:
         """Reads a parameter from text: "axis:role axis:role".
 
         >>> Param.of("layers:stack embed:in mlp:out").axes
         ('layers', 'embed', 'mlp')
         """
         pairs = [item.split(":") for item in spec.split()]
-        return cls(
-            tuple(a for a, _ in pairs), tuple(Role(r) for _, r in pairs), multiplier, carries
-        )
+        axes, roles = tuple(a for a, _ in pairs), tuple(Role(r) for _, r in pairs)
+        return cls(axes, roles, multiplier, carries, ends_branch)
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Its shape, for these sizes of all axes."""
@@ -143,12 +151,29 @@ class Param:
         return self.kind == "matrix"
 
     @property
+    def bias(self) -> bool:
+        """Whether it is added to activations: it only writes."""
+        return bool(self.writes()) and not self.reads() and Role.GAIN not in self.roles
+
+    @property
     def residual_writer(self) -> bool:
-        """Whether it ends a layer's branch: attention's output or the MLP's down projection."""
-        return self.has(Role.STACK, "layers") and self.has(Role.OUT, "embed")
+        """Whether a layer's branch ends with it (`ends_branch`): its zeros turn the branch off."""
+        if self.ends_branch is None:
+            return self.has(Role.STACK, "layers") and self.has(Role.OUT, "embed")
+        return self.ends_branch
 
 
 Table = Mapping[str, Param]  # path ("layers/mlp/up") -> parameter
+
+
+def normed_axes(table: Table) -> frozenset[str]:
+    """The axes over which some norm takes its mean: those on which a parameter is a gain."""
+    return frozenset(
+        axis
+        for param in table.values()
+        for axis, role in zip(param.axes, param.roles, strict=True)
+        if role is Role.GAIN
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,31 +269,66 @@ class ModelSpec:
         return math.prod(self.sizes[axis] for axis in self.slots[kind])
 
 
+# Query head g of group k is [k, g], so a new head is always added inside its group.
+_QUERY = "kv_heads:{0} q_per_kv:{0} head_dim:{0}"
+_KEY = "kv_heads:{0} head_dim:{0}"
+_LAYER = "layers:stack "
+
+
 @functools.lru_cache
 def table(config: TransformerConfig) -> dict[str, Param]:
     """The decoder's axis table: path -> parameter, sorted by path. Do not change it."""
-    del config  # every decoder has the same parameters
-    layer = "layers:stack "
-    # Query head g of group k is [k, g], so a new head is always added inside its group.
-    query = "kv_heads:{0} q_per_kv:{0} head_dim:{0}"
-    key = layer + "embed:in kv_heads:out head_dim:out"
-    params = {
-        "embedding": Param.of("vocab:in embed:out", multiplier="input"),
-        "layers/attention/norm": Param.of(layer + "embed:gain"),
-        "layers/attention/query": Param.of(layer + "embed:in " + query.format("out")),
-        "layers/attention/key": Param.of(key),
-        "layers/attention/value": Param.of(key),
-        "layers/attention/out": Param.of(
-            layer + query.format("in") + " embed:out", multiplier="residual"
-        ),
-        "layers/mlp/norm": Param.of(layer + "embed:gain"),
-        "layers/mlp/gate": Param.of(layer + "embed:in mlp:out"),
-        "layers/mlp/up": Param.of(layer + "embed:in mlp:out"),
-        "layers/mlp/down": Param.of(layer + "mlp:in embed:out", multiplier="residual"),
-        "final_norm": Param.of("embed:gain"),
-        "head": Param.of("embed:in vocab:out", multiplier="output"),
-    }
+    params = {"embedding": Param.of("vocab:in embed:out", multiplier="input")}
+    for name, branch in (("attention", _attention(config)), ("mlp", _mlp(config))):
+        params |= {f"layers/{name}/{leaf}": param for leaf, param in branch.items()}
+    if config.tied:
+        # The embedding writes the stream and cannot also be weighted for the head that reads it.
+        params["final_norm"] = Param.of("embed:gain", multiplier="tied", carries=("embed",))
+    else:
+        params["final_norm"] = Param.of("embed:gain")
+        params["head"] = Param.of("embed:in vocab:out", multiplier="output")
     return dict(trees.flatten(trees.unflatten(params)))
+
+
+def _attention(config: TransformerConfig) -> dict[str, Param]:
+    """The parameters of a layer's attention branch."""
+    outputs = {
+        "query": _QUERY.format("out"),
+        "key": _KEY.format("out"),
+        "value": _KEY.format("out"),
+    }
+    params = {name: Param.of(f"{_LAYER}embed:in {axes}") for name, axes in outputs.items()}
+    if config.qkv_bias:
+        params |= {f"{name}_bias": Param.of(_LAYER + axes) for name, axes in outputs.items()}
+    if config.qk_norm == "head":
+        params |= {f"{name}_norm": Param.of(_LAYER + "head_dim:gain") for name in ("query", "key")}
+    if config.qk_norm == "all":
+        params["query_norm"] = Param.of(_LAYER + _QUERY.format("gain"))
+        params["key_norm"] = Param.of(_LAYER + _KEY.format("gain"))
+    return params | _branch_end(config, "out", _QUERY.format("in"), config.out_bias)
+
+
+def _mlp(config: TransformerConfig) -> dict[str, Param]:
+    """The parameters of a layer's MLP branch."""
+    params = {name: Param.of(_LAYER + "embed:in mlp:out") for name in ("gate", "up")}
+    if config.mlp_bias:
+        params |= {f"{name}_bias": Param.of(_LAYER + "mlp:out") for name in ("gate", "up")}
+    return params | _branch_end(config, "down", "mlp:in", config.mlp_bias)
+
+
+def _branch_end(config: TransformerConfig, name: str, inputs: str, bias: bool) -> dict[str, Param]:
+    """A branch's norms and its last map, with its bias; the norm after it, if any, ends it."""
+    params = {}
+    if config.norms != "after":
+        params["norm"] = Param.of(_LAYER + "embed:gain")
+    ends: dict[str, Any] = {"multiplier": "residual"}
+    if config.norms != "before":
+        params["after_norm"] = Param.of(_LAYER + "embed:gain", ends_branch=True, **ends)
+        ends = {"ends_branch": False}
+    params[name] = Param.of(f"{_LAYER}{inputs} embed:out", **ends)
+    if bias:
+        params[f"{name}_bias"] = Param.of(_LAYER + "embed:out", **ends)
+    return params
 
 
 def nested_table(config: TransformerConfig) -> dict[str, Any]:

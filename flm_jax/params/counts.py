@@ -41,7 +41,8 @@ def flops_per_token_forward(config: TransformerConfig, length: int) -> int:
     """FLOPs of the forward pass per token (PaLM's convention, arXiv 2204.02311, appendix B).
 
     A multiply-add counts 2. Counted are matrix products, and attention scores and values over all
-    `length` tokens, masked or not. The embedding is a lookup and counts 0.
+    `length` tokens, masked or not, in a window or not. The embedding is a lookup and counts 0;
+    biases are not counted.
 
     Args:
       config: the model.
@@ -51,8 +52,10 @@ def flops_per_token_forward(config: TransformerConfig, length: int) -> int:
     ...     vocab_size=10, num_layers=1, d_model=4, num_heads=2, head_dim=2, d_ff=8), length=16)
     656
     """
-    by_component = params_by_component(config)
-    matrices = by_component["attention"] + by_component["mlp"] + by_component["head"]
+    table, sizes = axes.table(config), axes.param_sizes(config)
+    matrices = sum(size for path, size in sizes.items() if table[path].reads() & axes.WIDTHS)
+    if config.tied:
+        matrices += sizes["embedding"]
     attention = 4 * config.num_layers * length * config.num_heads * config.head_dim
     return 2 * matrices + attention
 

@@ -37,7 +37,7 @@ from flm_jax.params.axes import ModelSpec, Param, Role, Scale
 
 
 def init_std(param: Param, config: TransformerConfig) -> float:
-    """Standard deviation of a parameter's initial entries (0 for a gain, which starts at 1).
+    """Standard deviation of a parameter's initial entries: 0 for gains, at 1, and biases, at 0.
 
     >>> up = Param(("embed", "mlp"), (Role.IN, Role.OUT))
     >>> wide = TransformerConfig(
@@ -46,7 +46,7 @@ def init_std(param: Param, config: TransformerConfig) -> float:
     >>> init_std(up, wide)  # 0.1 / sqrt(64 / 16)
     0.05
     """
-    if Role.GAIN in param.roles:
+    if Role.GAIN in param.roles or param.bias:
         return 0.0
     fan_in = math.sqrt(config.width_mult)
     if not param.matrix_like:
@@ -78,7 +78,7 @@ def learning_rate_mult(param: Param, config: TransformerConfig) -> float:
 
 
 def decay_mult(param: Param, config: TransformerConfig) -> float:
-    """Factor on a parameter's decay: m for matrix-like ones (under "sp" 1), 0 for gains, else 1.
+    """Factor on a parameter's decay: m for matrices (under "sp" 1), 0 for gains and biases, else 1.
 
     >>> up, gain = Param(("embed", "mlp"), (Role.IN, Role.OUT)), Param(("embed",), (Role.GAIN,))
     >>> wide = TransformerConfig(
@@ -87,15 +87,22 @@ def decay_mult(param: Param, config: TransformerConfig) -> float:
     >>> decay_mult(up, wide), decay_mult(gain, wide)
     (4.0, 0.0)
     """
-    return 0.0 if Role.GAIN in param.roles else _matrix_mult(param, config)
+    if Role.GAIN in param.roles or param.bias:
+        return 0.0
+    return _matrix_mult(param, config)
 
 
 def multiplier(param: Param, config: TransformerConfig) -> float:
-    """Factor that the model applies to a parameter's output."""
+    """Factor that the model applies to a parameter's output.
+
+    The last norm before a tied head ("tied") has what a head's multiplier is over the embedding's:
+    if a growth changes either, only this norm can compensate for the head.
+    """
     return {
         "": 1.0,
         "input": config.input_mult,
         "output": config.logit_mult,
+        "tied": config.logit_mult / config.input_mult,
         "residual": config.branch_mult,
     }[param.multiplier]
 

@@ -26,7 +26,7 @@ from flm_jax.interop.weights import place
 from flm_jax.params import sharding
 from flm_jax.params.sharding import Layout
 from flm_jax.runs.loop import run_stages
-from flm_jax.runs.stage import Batches, Parent, Position, Stage, plan_of, restore, with_norm_eps
+from flm_jax.runs.stage import Batches, Parent, Position, Stage, plan_of, restore, with_derived
 from flm_jax.runtime import host, processes
 from flm_jax.store.checkpoint import Checkpoints
 from flm_jax.store.lineage import RunFolder, identity
@@ -59,7 +59,7 @@ def run(config: ExperimentConfig, workdir: str) -> list[dict[str, Any]]:
     host.keep_freed()
     if config.quick_compile:
         host.compile_quickly()
-    config = with_norm_eps(config)
+    config = with_derived(config)
     layouts = layouts_of(config)
     check(config, layouts)
     processes.check_same("the config", mapping.digest(mapping.to_dict(config)))

@@ -22,7 +22,7 @@ from flm_jax.growth import measure, stream
 from flm_jax.growth.operators import uses_distances
 from flm_jax.growth.receipt import unmeasured
 from flm_jax.runs import chain
-from flm_jax.runs.stage import calibration_batch, plan_of, with_norm_eps
+from flm_jax.runs.stage import calibration_batch, plan_of, with_derived
 from flm_jax.runtime.display import Progress
 from flm_jax.store.checkpoint import by_name, check_fits, shapes
 from flm_jax.store.chunked import CheckpointReader, CheckpointWriter, disk_refusals
@@ -109,7 +109,7 @@ def grow(
         the disk fails. A checkpoint that is not complete has another path; the same call
         continues it.
     """
-    config = with_norm_eps(config)
+    config = with_derived(config)
     growing = _checked(config, RunFolder(source_dir), RunFolder(target_dir), stage)
     reader = CheckpointReader(growing.source.path / growing.entries[-1]["checkpoint"])
     tx = optim.optimizer(growing.small, config.optimizer, schedules.steady)

@@ -181,10 +181,10 @@ def begin(
     return position
 
 
-def with_norm_eps(config: ExperimentConfig) -> ExperimentConfig:
-    """Gives every stage the RMSNorm eps that its growth needs (`growth.norm_eps`).
+def with_derived(config: ExperimentConfig) -> ExperimentConfig:
+    """Gives every stage's model the fields that follow from its growth (`growth.derived`).
 
-    A stage whose config has its parent's eps gets the derived eps. Any other eps stays as it is;
+    A field that has the parent's value in the config follows; any other value stays as it is, and
     the growth refuses it unless it equals the derived one.
 
     Raises:
@@ -192,10 +192,17 @@ def with_norm_eps(config: ExperimentConfig) -> ExperimentConfig:
     """
     stages = [config.stages[0]]
     for parent, stage in itertools.pairwise(config.stages):
-        model = stage.model
-        if model.rms_norm_eps == parent.model.rms_norm_eps:
-            eps = growth.norm_eps(stages[-1].model, model, stage.growth.recipe)
-            model = dataclasses.replace(model, rms_norm_eps=eps)
+        small, model = stages[-1].model, stage.model
+        inherited: dict[str, Any] = {
+            name: getattr(small, name)
+            for name in ("qk_norm_eps", "layer_kinds")
+            if getattr(model, name) == getattr(parent.model, name)
+        }
+        model = dataclasses.replace(model, **inherited, rms_norm_eps=small.rms_norm_eps)
+        model = growth.derived(small, model, stage.growth.recipe)
+        # Another eps is left to the growth, which names the one that it needs.
+        if stage.model.rms_norm_eps != parent.model.rms_norm_eps:
+            model = dataclasses.replace(model, rms_norm_eps=stage.model.rms_norm_eps)
         stages.append(dataclasses.replace(stage, model=model))
     return dataclasses.replace(config, stages=tuple(stages))
 

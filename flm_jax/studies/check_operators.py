@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flm_jax import data, growth
-from flm_jax.config import OptimizerConfig, StageConfig, TransformerConfig
+from flm_jax.config import OptimizerConfig, RopeConfig, StageConfig, TransformerConfig
 from flm_jax.growth import Plan, ligo, measure
 from flm_jax.growth.operators import EXACT, OPERATORS, choose
 from flm_jax.growth.receipt import gradient_error
@@ -34,6 +34,26 @@ RANDOM_MODEL = TransformerConfig(
     mup_base_width=16, input_mult=1.3, output_mult=0.7, matrix_init_std=0.2, vector_init_std=0.5,
     rms_norm_eps=1e-3,
 )  # fmt: skip
+
+# What the block of each family has, with values that are not the usual ones (`check` of a family).
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"rope": RopeConfig("llama3", 4.0, 16), "qkv_bias": True, "out_bias": True, "mlp_bias": True},
+    "mistral": {"layer_kinds": ("sliding",), "window": 7},
+    "qwen2": {"qkv_bias": True, "tied": True, "rope": RopeConfig("yarn", 4.0, 16)},
+    "qwen3": {"qk_norm": "head", "layer_kinds": ("full", "sliding"), "window": 9},
+    "olmo2": {"norms": "after", "qk_norm": "all"},
+    "smollm3": {"layer_kinds": ("full", "full_nope"), "tied": True, "rope": RopeConfig("dynamic", 2.0, 16)},
+    "gemma2": {
+        "norms": "both", "tied": True, "activation": "gelu_tanh", "layer_kinds": ("sliding", "full"),
+        "window": 5, "attention_mult": 0.3, "attention_softcap": 3.0, "logit_softcap": 4.0,
+    },
+    "gemma3_text": {
+        "norms": "both", "tied": True, "activation": "gelu_tanh", "layer_kinds": ("sliding", "full"),
+        "window": 6, "qk_norm": "head", "rope": RopeConfig("linear", 3.0, local_theta=50.0),
+    },
+    "granite": {"residual_mult": 0.3, "attention_mult": 0.2, "tied": True},
+    "teleflm": {},
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +76,8 @@ class Source:
 def random_source(model: TransformerConfig = RANDOM_MODEL, seed: int = 0) -> Source:
     """Makes a source from random parameters by five training steps on random tokens.
 
-    Norm gains are drawn from [0.5, 1.5], so that a recipe cannot rely on gains of 1.
+    Norm gains are drawn from [0.5, 1.5] and biases from a normal distribution, so that a recipe
+    cannot rely on gains of 1 or biases of 0.
     """
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, model.vocab_size, (4, 33))
@@ -79,6 +100,8 @@ def random_source(model: TransformerConfig = RANDOM_MODEL, seed: int = 0) -> Sou
     for path, x in params.items():
         if axes.Role.GAIN in table[path].roles:
             params[path] = jnp.asarray(rng.uniform(0.5, 1.5, x.shape), x.dtype)
+        elif table[path].bias:
+            params[path] = jnp.asarray(rng.normal(0, 0.3, x.shape), x.dtype)
     state = dataclasses.replace(state, params=trees.unflatten(params))
     step = make_train_step(stage, tx, sharding.one_device(), None)
     for _ in range(5):
@@ -136,7 +159,7 @@ def target_of(small: TransformerConfig, recipe: str) -> TransformerConfig:
         num_kv_heads=kv,
         num_heads=kv * queries,
     )
-    return dataclasses.replace(big, rms_norm_eps=growth.norm_eps(small, big, recipe))
+    return growth.derived(small, big, recipe)
 
 
 def check(

@@ -369,8 +369,7 @@ def through_growth(
     arms: dict[str, Any] = {}
     for recipe in RECIPES:
         note(f"{recipe}: width {proxy.model.d_model} -> {wide.d_model}")
-        eps = growth.norm_eps(proxy.model, wide, recipe)
-        model = dataclasses.replace(wide, rms_norm_eps=eps)
+        model = growth.derived(proxy.model, wide, recipe)
         settings = GrowthConfig(recipe=recipe, rates="ramp", ramp_steps=ramp)
         stage = dataclasses.replace(proxy, model=model, growth=settings)
         plan = growth.plan(proxy.model, model, recipe, rates="ramp")

@@ -39,11 +39,10 @@ def arm_experiment(config: ProbeConfig, arm: ArmConfig, seed: int) -> Experiment
     experiment = of_seed(config.experiment, seed)
     source, target = experiment.stages
     base, model = (source, arm.model) if arm.model else (target, target.model)
-    eps = growth.norm_eps(source.model, model, arm.growth.recipe)
     stage = dataclasses.replace(
         base,
         name=target.name,
-        model=dataclasses.replace(model, rms_norm_eps=eps),
+        model=growth.derived(source.model, model, arm.growth.recipe),
         growth=arm.growth,
     )
     steps = round(target.steps * _flops(experiment, target) / _flops(experiment, stage))
