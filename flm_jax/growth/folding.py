@@ -66,8 +66,8 @@ def masks_of(plan: Plan, value: float) -> dict[str, np.ndarray]:
     for axis, why in _unfoldable(plan).items():
         if (masks.get(axis, np.ones(1)) != 1).any():
             raise UserError(
-                f"fold: axis {axis!r} is masked at {value}, which {why}; use a checkpoint after the "
-                "ramp (masks at 1)"
+                f"fold: axis {axis!r} is masked at {value}, which {why}; use a checkpoint after "
+                "the ramp (masks at 1)"
             )
     return masks
 

@@ -8,9 +8,10 @@ key/value head, H head size.
 
 Every layer takes `masks`: axis -> [size] values in [0, 1], only for axes that are growing under a
 run-time mask (Masked Structural Growth, arXiv 2305.02869, adapted to pre-norm). A masked slot is
-hidden from its readers: inside the norms for `embed` (or before a branch without one), after attention for heads, after the gating
-for `mlp`, on a layer's branches for `layers`, and as log(mask) on the logits for `vocab`. With
-masks at 0 the model equals the smaller one exactly; with masks at 1 it is the plain model.
+hidden from its readers: inside the norms for `embed` (or before a branch without one), after
+attention for heads, after the gating for `mlp`, on a layer's branches for `layers`, and as
+log(mask) on the logits for `vocab`. With masks at 0 the model equals the smaller one exactly; with
+masks at 1 it is the plain model.
 """
 
 from __future__ import annotations

@@ -35,20 +35,25 @@ RANDOM_MODEL = TransformerConfig(
     rms_norm_eps=1e-3,
 )  # fmt: skip
 
-# What the block of each family has, with values that are not the usual ones (`check` of a family).
+_GEMMA = {
+    "norms": "both", "tied": True, "activation": "gelu_tanh", "layer_kinds": ("sliding", "full"),
+}  # fmt: skip
+# What the block of each family has, with values that are not the usual ones.
 FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {"rope": RopeConfig("llama3", 4.0, 16), "qkv_bias": True, "out_bias": True, "mlp_bias": True},
+    "llama": {
+        "rope": RopeConfig("llama3", 4.0, 16), "qkv_bias": True, "out_bias": True, "mlp_bias": True,
+    },
     "mistral": {"layer_kinds": ("sliding",), "window": 7},
     "qwen2": {"qkv_bias": True, "tied": True, "rope": RopeConfig("yarn", 4.0, 16)},
     "qwen3": {"qk_norm": "head", "layer_kinds": ("full", "sliding"), "window": 9},
     "olmo2": {"norms": "after", "qk_norm": "all"},
-    "smollm3": {"layer_kinds": ("full", "full_nope"), "tied": True, "rope": RopeConfig("dynamic", 2.0, 16)},
-    "gemma2": {
-        "norms": "both", "tied": True, "activation": "gelu_tanh", "layer_kinds": ("sliding", "full"),
+    "smollm3": {
+        "layer_kinds": ("full", "full_nope"), "tied": True, "rope": RopeConfig("dynamic", 2.0, 16),
+    },
+    "gemma2": _GEMMA | {
         "window": 5, "attention_mult": 0.3, "attention_softcap": 3.0, "logit_softcap": 4.0,
     },
-    "gemma3_text": {
-        "norms": "both", "tied": True, "activation": "gelu_tanh", "layer_kinds": ("sliding", "full"),
+    "gemma3_text": _GEMMA | {
         "window": 6, "qk_norm": "head", "rope": RopeConfig("linear", 3.0, local_theta=50.0),
     },
     "granite": {"residual_mult": 0.3, "attention_mult": 0.2, "tied": True},
