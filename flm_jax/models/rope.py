@@ -71,10 +71,12 @@ def rotate(x_BTNH: jax.Array, angles: Angles) -> jax.Array:
     Coordinates beyond the angles' stay as they are (partial rotary).
     """
     cos_BT1i, sin_BT1i = (a[:, :, None].astype(x_BTNH.dtype) for a in angles)
-    half = cos_BT1i.shape[-1]
-    a, b = x_BTNH[..., :half], x_BTNH[..., half : 2 * half]
-    rotated = [a * cos_BT1i - b * sin_BT1i, b * cos_BT1i + a * sin_BT1i]
-    return jnp.concatenate([*rotated, x_BTNH[..., 2 * half :]], axis=-1)
+    rotated = 2 * cos_BT1i.shape[-1]
+    if rotated < x_BTNH.shape[-1]:
+        turned_BTNi = rotate(x_BTNH[..., :rotated], angles)
+        return jnp.concatenate([turned_BTNi, x_BTNH[..., rotated:]], axis=-1)
+    a, b = jnp.split(x_BTNH, 2, axis=-1)
+    return jnp.concatenate([a * cos_BT1i - b * sin_BT1i, b * cos_BT1i + a * sin_BT1i], axis=-1)
 
 
 def _plain(theta: Any, rotated: int, dtype: Any) -> jax.Array:
