@@ -174,7 +174,7 @@ def losses_on(mesh_config: MeshConfig, model: TransformerConfig, steps: int = 4)
     batch = jax.tree.map(np.asarray, packed_batch(model, batch=stage.batch_size))
     with jax.set_mesh(mesh):
         state = init_state(model, tx, jax.random.key(0))
-        state = jax.device_put(state, sharding.shardings(state, TABLE, mesh, rules))
+        state = jax.device_put(state, sharding.shardings(state, axes.table(model), mesh, rules))
         step = make_train_step(stage, tx, mesh, None, rules)
         losses = []
         for _ in range(steps):

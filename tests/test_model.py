@@ -1,5 +1,6 @@
 """The decoder: against an independent numpy model, and its packing through gradients."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from flm_jax.models import Transformer, attention
+from flm_jax.models.attention import Scoring
 from flm_jax.params import trees
 from tests.models import (
     SMALL,
@@ -115,8 +117,12 @@ def test_the_accumulated_gradient_equals_that_of_the_whole_batch():
         assert abs(float(sum(halves) / 2 - loss)) > 1e-4
 
 
-@pytest.mark.parametrize("heads", [(2, 1), (1, 2)], ids=["multi-head", "grouped"])
-def test_splash_attention_equals_plain_attention(heads):
+@pytest.mark.parametrize(
+    ("heads", "scoring"),
+    [((2, 1), Scoring(128**-0.5)), ((1, 2), Scoring(0.05, softcap=1.5, window=70))],
+    ids=["multi-head", "grouped, window, cap"],
+)
+def test_splash_attention_equals_plain_attention(heads, scoring):
     """The TPU's kernel, in interpret mode: forward and gradients, on packed documents."""
     K, G = heads
     rng = np.random.default_rng(0)
@@ -126,7 +132,7 @@ def test_splash_attention_equals_plain_attention(heads):
 
     def through(compute):
         def total(q, k, v):
-            return jnp.sum(compute(q, k, v, ids) * out)
+            return jnp.sum(compute(q, k, v, ids, scoring) * out)
 
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             return jax.value_and_grad(total, argnums=(0, 1, 2))(q, k, v)
@@ -136,7 +142,13 @@ def test_splash_attention_equals_plain_attention(heads):
     np.testing.assert_allclose(got, value, rtol=1e-4)
     for a, b in zip(got_grads, grads, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-3 * float(jnp.abs(b).max()))
-    other = jnp.ones_like(ids)  # negative control: without documents the result differs
-    assert (
-        float(jnp.abs(attention.plain(q, k, v, other) - attention.plain(q, k, v, ids)).max()) > 0.1
-    )
+    # Negative controls: without documents, window or cap the result differs.
+    want = attention.plain(q, k, v, ids, scoring)
+    others = [attention.plain(q, k, v, jnp.ones_like(ids), scoring)]
+    if scoring.window:
+        others += [
+            attention.plain(q, k, v, ids, dataclasses.replace(scoring, **{name: 0}))
+            for name in ("window", "softcap")
+        ]
+    for other in others:
+        assert float(jnp.abs(other - want).max()) > 0.03
