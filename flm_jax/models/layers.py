@@ -226,8 +226,8 @@ def _head_masks(masks: Masks, shape: tuple[int, ...]) -> tuple[jax.Array | None,
     if not {"kv_heads", "q_per_kv"} & set(masks):
         return None, None
     K, G, H = shape[2:]
-    of_kv = masks.get("kv_heads", jnp.ones(K))
-    of_q = of_kv[:, None] * masks.get("q_per_kv", jnp.ones(G))[None]
+    of_kv = masks.get("kv_heads", jnp.ones(K, jnp.float32))
+    of_q = of_kv[:, None] * masks.get("q_per_kv", jnp.ones(G, jnp.float32))[None]
     of_keys = jnp.broadcast_to(of_kv[:, None], (K, H)) if "kv_heads" in masks else None
     return jnp.broadcast_to(of_q[..., None], (K, G, H)), of_keys
 
