@@ -19,11 +19,12 @@ from flm_jax import mapping
 from flm_jax.config import DataConfig, ExperimentConfig, StageConfig, TransformerConfig
 from flm_jax.errors import UserError
 from flm_jax.interop import hf_config, names, tensor_files
-from flm_jax.interop.names import TENSORS, Index
+from flm_jax.interop.families import FAMILIES
+from flm_jax.interop.names import Index
 from flm_jax.interop.opening import StoredModel, open_stored_model
 from flm_jax.interop.tensor_files import TensorsWriter
 from flm_jax.interop.tokenizer_files import BYTES, Vocabulary, write_config
-from flm_jax.interop.weights import Resized, Weights, scaled
+from flm_jax.interop.weights import Resized, Weights, scaled, without_offset
 from flm_jax.params import axes, counts, trees
 from flm_jax.runtime.display import Progress
 from flm_jax.store.checkpoint import CHUNK_BYTES, digest_of_leaves
@@ -105,7 +106,7 @@ def convert(
     """
     opened = open_stored_model(source, stage, step)
     weights = opened.weights
-    notes = []
+    notes = list(opened.notes)
     if opened.masks is not None:
         notes.append(f"masks of the growth at {opened.masks:g} are folded into the parameters")
     if vocab_size:
@@ -179,8 +180,9 @@ def write_hf(
         raise UserError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
     config, scales = hf_config.folded(weights.config, format)
     weights = scaled(weights, config, scales)
+    weights = without_offset(weights, FAMILIES[format].gain_offset)
     notes = [
-        f"{path} is multiplied by {scale:.6g}: format {format!r} has no field for this factor"
+        f"{path} is multiplied by {scale:.6g}: format {format!r} has no key for this factor"
         for path, scale in scales.items()
     ]
     carried = vocabulary.values()
@@ -189,10 +191,11 @@ def write_hf(
     with appearing(target) as folder:
         vocabulary.copy(folder, code=carried.get("model_type") == values["model_type"])
         table, sizes = axes.table(config), axes.axis_sizes(config)
+        tensors = names.tensors(table)
         writer = TensorsWriter(folder, names.shapes(table, sizes), DTYPES[dtype], shard_bytes)
 
         def write(path: str, index: Index) -> int:
-            param, tensor, own = table[path], TENSORS[path], index
+            param, tensor, own = table[path], tensors[path], index
             block, layer = weights.read(path, index), 0
             if param.stacked:
                 block, layer, own = block[0], index[0].start, index[1:]

@@ -1,19 +1,13 @@
-"""Converts config.json of Llama, TeleFLM and Granite to `TransformerConfig`, and back.
+"""Converts config.json to `TransformerConfig`, and back.
 
-All three are the architecture of this decoder. They differ in their scalar multipliers:
-
-    llama     none
-    teleflm   embedding times input_mult, logits times output_mult / mup_scale_factor (if use_mup)
-    granite   embedding times embedding_multiplier, logits over logits_scaling, attention scores
-              times attention_multiplier, branches times residual_multiplier
-
-A multiplier that the target has no field for is folded into the parameters (`Scales`).
+What differs between families is in `families.py`. Sizes, RoPE, the activation and the multipliers
+are handled here. A multiplier that the target's family has no key for is folded into the parameters
+(`folded`), so that the function stays the same.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import pathlib
 from collections.abc import Mapping
@@ -21,29 +15,28 @@ from typing import Any
 
 from flm_jax.config import TransformerConfig
 from flm_jax.errors import UserError
+from flm_jax.interop import rope_keys
+from flm_jax.interop.config_keys import Keys, read_object
+from flm_jax.interop.families import FAMILIES, Family, families_with, family_of
+from flm_jax.params import axes
+from flm_jax.params.axes import Role
 
-# Format -> (model_type, architecture).
-FORMATS = {
-    "llama": ("llama", "LlamaForCausalLM"),
-    "teleflm": ("TeleFLM", "TeleFLMForCausalLM"),
-    "granite": ("granite", "GraniteForCausalLM"),
-}
-_BY_MODEL_TYPE = {model_type.lower(): name for name, (model_type, _) in FORMATS.items()}
+FORMATS = tuple(FAMILIES)
 
-# Keys with the only values that this decoder supports. A missing key is fine.
-_ONLY: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu", "swish"),
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
-    "partial_rotary_factor": (1, None),
-    "sliding_window": (None,),
-    "quantization_config": (None,),
-}
-# A format's own scalars: not carried into another format.
-_SCALARS = ("use_mup", "input_mult", "output_mult", "mup_scale_factor", "embedding_multiplier",
-            "logits_scaling", "attention_multiplier", "residual_multiplier")  # fmt: skip
-# Every layer adds the outputs of these to the stream.
-_BRANCH_ENDS = ("layers/attention/out", "layers/mlp/down")
+# The activation of the gate, by its names in transformers.
+_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh",
+                "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh"}  # fmt: skip
+_ACTIVATION_KEYS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
+# Keys of another architecture's features: not carried into an export. `write` sets those it needs.
+_DROPPED = ("use_mup", "input_mult", "output_mult", "mup_scale_factor", "embedding_multiplier",
+            "logits_scaling", "attention_multiplier", "residual_multiplier", "rope_scaling",
+            "rope_parameters", "rope_local_base_freq", "partial_rotary_factor", "layer_types",
+            "no_rope_layers", "no_rope_layer_interval", "sliding_window", "use_sliding_window",
+            "sliding_window_pattern", "_sliding_window_pattern", "max_window_layers",
+            "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping",
+            "attention_bias", "mlp_bias", "hidden_act", "hidden_activation", "torch_dtype",
+            "transformers_version", "_name_or_path", "pretraining_tp", "cache_implementation",
+            "original_max_position_embeddings")  # fmt: skip
 
 Scales = Mapping[str, float]  # path -> factor that the parameter is multiplied by
 
@@ -53,16 +46,16 @@ class Described:
     """The contents of a config.json.
 
     Attributes:
-      config: config of the model after `scales` are applied.
-      scales: factors for the parameters in the files.
-      tied: whether the head is the embedding.
+      config: config of the model; tied if the file says so.
+      family: the model's family.
       values: every key of the file.
+      context: the longest sequence in tokens; 0: not known.
     """
 
     config: TransformerConfig
-    scales: Scales
-    tied: bool
+    family: Family
     values: dict[str, Any]
+    context: int
 
 
 def read(folder: pathlib.Path) -> Described:
@@ -75,127 +68,56 @@ def read(folder: pathlib.Path) -> Described:
     path = folder / "config.json"
     if not path.exists():
         raise UserError(f"{path}: missing; give a folder with a Hugging Face model")
-    return _described(read_object(path), path)
-
-
-def read_object(file: pathlib.Path) -> dict[str, Any]:
-    """Reads a file with one JSON object. Raises UserError, naming the file, if it has none."""
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file}: not JSON ({error}); fetch it again") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{file}: no JSON object; fetch it again")
-    return values
-
-
-def _described(values: dict[str, Any], path: pathlib.Path) -> Described:
-    format = _BY_MODEL_TYPE.get(str(values.get("model_type")).lower())
-    if format is None:
+    values = read_object(path)
+    family = family_of(values.get("model_type"), str(path))
+    if values.get("quantization_config") is not None:
         raise UserError(
-            f"{path}: model_type is {values.get('model_type')!r}; this decoder is one of "
-            f"{', '.join(model_type for model_type, _ in FORMATS.values())}"
+            f"{path}: quantization_config is set, and flm_jax reads plain weights; fetch the model "
+            "that is not quantized"
         )
-    for key, allowed in _ONLY.items():
-        if (value := values.get(key)) is not None and value not in allowed:
-            raise UserError(
-                f"{path}: {key} is {value!r}, and this decoder has only {allowed[0]!r}; the model "
-                "cannot be imported"
-            )
+    keys = Keys({"rope_theta": 10_000.0, **family.defaults, **values}, str(path))
+    try:
+        config = _config(keys, family)
+    except UserError as error:
+        if str(error).startswith(str(path)):
+            raise
+        raise UserError(f"{path}: {error}") from None  # a value that our config refuses
+    return Described(config, family, values, keys.get("max_position_embeddings", 0))
 
-    def number(key: str, default: float | None = None) -> Any:
-        value = values.get(key)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise UserError(f"{path}: {key} is {value!r}; it must be a number")
-        return value
 
-    def size(key: str, default: int | None = None) -> int:
-        value = number(key, default)
-        if not isinstance(value, int) or value < 1:
-            raise UserError(f"{path}: {key} is {value!r}; it must be an integer above 0")
-        return value
-
-    d_model, heads = size("hidden_size"), size("num_attention_heads")
-    head_dim = size("head_dim", d_model // heads)
-    multipliers: dict[str, Any] = {}
-    scales: dict[str, float] = {}
-    if format == "teleflm" and values.get("use_mup"):
-        multipliers = {
-            "input_mult": float(number("input_mult", 1.0)),
-            "output_mult": float(number("output_mult", 1.0)),
-            "mup_base_width": _base_width(d_model, float(number("mup_scale_factor", 1.0)), path),
-        }
-    elif format == "granite":
-        multipliers = {
-            "input_mult": float(number("embedding_multiplier", 1.0)),
-            "output_mult": 1 / float(number("logits_scaling", 1.0)),
-        }
-        attention = float(number("attention_multiplier", 1.0)) * math.sqrt(head_dim)
-        branch = float(number("residual_multiplier", 1.0))
-        usual = math.isclose(attention, 1, rel_tol=1e-12)
-        scales = {
-            "layers/attention/query": 1.0 if usual else attention,
-            **dict.fromkeys(_BRANCH_ENDS, branch),
-        }
-    config = TransformerConfig(
-        vocab_size=size("vocab_size"),
-        num_layers=size("num_hidden_layers"),
+def _config(keys: Keys, family: Family) -> TransformerConfig:
+    d_model, heads = keys.size("hidden_size"), keys.size("num_attention_heads")
+    kv_heads = keys.size("num_key_value_heads", heads)
+    head_dim = keys.size("head_dim", d_model // heads)
+    theta, rope = rope_keys.read(keys, family.rope_by_layer)
+    fields = family.read(keys)
+    if math.isclose(fields.get("attention_mult", 0.0), head_dim**-0.5, rel_tol=1e-12):
+        del fields["attention_mult"]  # it is the usual one
+    return TransformerConfig(
+        vocab_size=keys.size("vocab_size"),
+        num_layers=keys.size("num_hidden_layers"),
         d_model=d_model,
         num_heads=heads,
-        num_kv_heads=_kv_heads(heads, size("num_key_value_heads", heads)),
+        num_kv_heads=0 if kv_heads == heads else kv_heads,
         head_dim=head_dim,
-        d_ff=size("intermediate_size"),
-        rope_theta=_rope_theta(values, path),
-        rms_norm_eps=float(number("rms_norm_eps", 1e-6)),
-        **multipliers,
+        d_ff=keys.size("intermediate_size"),
+        rope_theta=theta,
+        rope=rope,
+        rms_norm_eps=keys.positive("rms_norm_eps", 1e-6),
+        activation=keys.text(family.activation, "silu", _ACTIVATIONS),
+        tied=keys.flag("tie_word_embeddings"),
+        **fields,
     )
-    tied = bool(values.get("tie_word_embeddings", False))
-    return Described(config, {p: s for p, s in scales.items() if s != 1}, tied, values)
-
-
-def _kv_heads(heads: int, kv_heads: int) -> int:
-    """Returns 0 where there are as many key/value heads as query heads."""
-    return 0 if kv_heads == heads else kv_heads
-
-
-def _base_width(d_model: int, factor: float, path: pathlib.Path) -> int:
-    base = round(d_model / factor) if factor > 0 else 0
-    if not 1 <= base <= d_model or not math.isclose(d_model / base, factor, rel_tol=1e-12):
-        raise UserError(
-            f"{path}: mup_scale_factor is {factor:g} and hidden_size {d_model}; their ratio, the "
-            "width at which hyper-parameters were found, must be a whole number of at most "
-            "hidden_size"
-        )
-    return base
-
-
-def _rope_theta(values: Mapping[str, Any], path: pathlib.Path) -> float:
-    """Reads a RoPE setting: from its key, or `rope_parameters`, where transformers 5 has it."""
-    theta = values.get("rope_theta")
-    for key in ("rope_scaling", "rope_parameters"):
-        about = values.get(key) or {}
-        kind = about.get("rope_type", about.get("type", "default"))
-        if kind != "default":
-            raise UserError(
-                f"{path}: {key} is of type {kind!r}, and this decoder rotates by plain RoPE; the "
-                "model cannot be imported"
-            )
-        if about.get("partial_rotary_factor", 1) != 1:
-            raise UserError(
-                f"{path}: {key}.partial_rotary_factor is {about['partial_rotary_factor']}, and "
-                "this decoder rotates whole heads; the model cannot be imported"
-            )
-        theta = about.get("rope_theta", theta)
-    return 10_000.0 if theta is None else float(theta)
 
 
 def folded(config: TransformerConfig, format: str) -> tuple[TransformerConfig, Scales]:
-    """Folds the multipliers that a format has no field for into the parameters.
+    """Folds the multipliers that a family has no key for into the parameters.
 
-    Llama has no multipliers: `input_mult` is folded into the embedding, `logit_mult` into the head,
-    and CompleteP's `branch_mult` into the two parameters that end a layer's branches. TeleFLM has
-    no field for `branch_mult`; Granite has one for each.
+    `input_mult` goes into the embedding and `logit_mult` into the head; if they are tied, what the
+    head needs goes into the last norm. `branch_mult` goes into the parameters that end a layer's
+    branches, and what `score_mult` has beyond head_dim^-0.5 into the queries. An eps of the
+    queries' and keys' norms that differs from that of the others goes into the maps before them,
+    because RMSNorm(c x; c^2 eps) = RMSNorm(x; eps).
 
     Args:
       config: config of the model.
@@ -204,14 +126,56 @@ def folded(config: TransformerConfig, format: str) -> tuple[TransformerConfig, S
     Returns:
       The config to write, and the factors for the parameters.
     """
-    if format == "granite":
-        return config, {}
-    scales = dict.fromkeys(_BRANCH_ENDS, config.branch_mult)
-    plain = dataclasses.replace(config, mup_base_depth=0)
-    if format == "llama":
-        scales |= {"embedding": config.input_mult, "head": config.logit_mult}
-        plain = dataclasses.replace(plain, input_mult=1.0, output_mult=1.0, mup_base_width=0)
+    family, table = FAMILIES[format], axes.table(config)
+    scales = dict.fromkeys(table, 1.0)
+    values: dict[str, Any] = {}
+
+    def multiply(factor: float, *paths: str) -> None:
+        for path in paths:
+            if path in scales:
+                scales[path] *= factor
+
+    if family.gain_offset:  # Gemma multiplies the embedding by sqrt(d_model)
+        _fold_input(config.input_mult / math.sqrt(config.d_model), config, multiply)
+        values["input_mult"] = math.sqrt(config.d_model)
+    elif "input" not in family.multipliers:
+        _fold_input(config.input_mult, config, multiply)
+        values["input_mult"] = 1.0
+    if "logit" not in family.multipliers:
+        multiply(config.logit_mult, "final_norm" if config.tied else "head")
+        values |= {"output_mult": 1.0, "mup_base_width": 0}
+    if "branch" not in family.multipliers:
+        ends = [path for path, param in table.items() if param.multiplier == "residual"]
+        multiply(config.branch_mult, *ends)
+        values |= {"residual_mult": 1.0, "mup_base_depth": 0}
+    score = config.score_mult * math.sqrt(config.head_dim)
+    integer = family.gain_offset and (round(config.score_mult**-2) or 1) ** -0.5
+    if integer and math.isclose(integer, config.score_mult, rel_tol=1e-9):
+        values["attention_mult"] = integer
+    elif "score" not in family.multipliers and not math.isclose(score, 1, rel_tol=1e-12):
+        normed = "layers/attention/query_norm" in table
+        queries = ("query_norm",) if normed else ("query", "query_bias")
+        multiply(score, *(f"layers/attention/{name}" for name in queries))
+        values["attention_mult"] = 0.0
+    if config.qk_norm != "none" and config.qk_norm_eps not in (0, config.rms_norm_eps):
+        maps = ("query", "key", "query_bias", "key_bias")
+        ratio = math.sqrt(config.rms_norm_eps / config.qk_norm_eps)
+        multiply(ratio, *(f"layers/attention/{name}" for name in maps))
+        values["qk_norm_eps"] = 0.0
+    plain = dataclasses.replace(config, **values)
     return plain, {path: scale for path, scale in scales.items() if scale != 1}
+
+
+def _fold_input(factor: float, config: TransformerConfig, multiply: Any) -> None:
+    """Folds a factor on the embedding's output into the embedding."""
+    multiply(factor, "embedding")
+    if config.tied:
+        multiply(1 / factor, "final_norm")
+
+
+def gain_paths(config: TransformerConfig) -> frozenset[str]:
+    """The paths of the norms' gains."""
+    return frozenset(path for path, p in axes.table(config).items() if Role.GAIN in p.roles)
 
 
 def write(
@@ -220,36 +184,24 @@ def write(
     """Returns the values of config.json for a model.
 
     Args:
-      config: config of the model, without the multipliers that the format lacks (see `folded`).
+      config: config of the model, without the multipliers that the family lacks (see `folded`).
       format: one of `FORMATS`.
       dtype: dtype of the files: float32, bfloat16 or float16.
       carried: another config.json, whose other keys are copied.
       context: the longest sequence in tokens, used if `carried` does not give one.
 
     Raises:
-      UserError: the format cannot express this model.
+      UserError: the family cannot express this model.
     """
-    model_type, architecture = FORMATS[format]
-    if config.d_model % config.num_heads:
-        raise UserError(
-            f"format {format!r}: transformers wants d_model to be a multiple of num_heads, but "
-            f"they are {config.d_model} and {config.num_heads}; grow one of them to suit"
-        )
-    if format == "teleflm" and config.head_dim * config.num_heads != config.d_model:
-        raise UserError(
-            f"format 'teleflm': a head's size is d_model / num_heads there, but head_dim "
-            f"{config.head_dim} times num_heads {config.num_heads} is not d_model "
-            f"{config.d_model}; choose llama or granite"
-        )
-    if config.num_layers == 0:
-        raise UserError(f"format {format!r}: the model has no layers; grow it first")
-    dropped = {*_SCALARS, "rope_scaling", "torch_dtype", "transformers_version", "_name_or_path"}
-    if carried.get("model_type") != model_type:
+    family = FAMILIES[format]
+    _check(config, family, format)
+    dropped = set(_DROPPED)
+    if carried.get("model_type") != family.model_type:
         dropped.add("auto_map")  # another architecture's code
     values = {key: value for key, value in carried.items() if key not in dropped}
     values |= {
-        "architectures": [architecture],
-        "model_type": model_type,
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
         "vocab_size": config.vocab_size,
         "hidden_size": config.d_model,
         "intermediate_size": config.d_ff,
@@ -258,30 +210,32 @@ def write(
         "num_key_value_heads": config.kv_heads,
         "head_dim": config.head_dim,
         "rms_norm_eps": config.rms_norm_eps,
+        family.activation: _ACTIVATION_KEYS[config.activation],
+        "tie_word_embeddings": config.tied,
         # Both names are written: transformers 4 and vLLM read the first, transformers 5 the second.
-        "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": False,
         "torch_dtype": dtype,
         "dtype": dtype,
     }
     values.setdefault("max_position_embeddings", context)
-    if format == "teleflm":
-        sp = config.parametrisation == "sp"
-        values |= {
-            "use_mup": True,
-            "input_mult": config.input_mult,
-            "output_mult": config.output_mult * (config.width_mult if sp else 1),
-            "mup_scale_factor": config.width_mult,
-        }
-    if format == "granite":
-        values |= {
-            "embedding_multiplier": config.input_mult,
-            "logits_scaling": 1 / config.logit_mult,
-            "attention_multiplier": config.head_dim**-0.5,
-            "residual_multiplier": config.branch_mult,
-        }
-    return values
+    return values | rope_keys.write(config, family.rope_by_layer) | family.write(config)
+
+
+def _check(config: TransformerConfig, family: Family, format: str) -> None:
+    """Raises UserError if the family cannot express the model."""
+    if lacks := family.lacks(config):
+        others = [name for name in families_with(config) if name != format]
+        advice = f"choose {' or '.join(others)}" if others else "no family has all that it has"
+        raise UserError(f"format {format!r} has no {', '.join(lacks)}; {advice}")
+    if config.d_model % config.num_heads:
+        raise UserError(
+            f"format {format!r}: transformers wants d_model to be a multiple of num_heads, but "
+            f"they are {config.d_model} and {config.num_heads}; grow one of them to suit"
+        )
+    if family.model_type == "TeleFLM" and config.head_dim * config.num_heads != config.d_model:
+        raise UserError(
+            f"format 'teleflm': a head's size is d_model / num_heads there, but head_dim "
+            f"{config.head_dim} times num_heads {config.num_heads} is not d_model "
+            f"{config.d_model}; choose llama or granite"
+        )
+    if config.num_layers == 0:
+        raise UserError(f"format {format!r}: the model has no layers; grow it first")

@@ -1,7 +1,7 @@
-"""The name map between parameters of the axis table and tensors of Llama's state dict.
+"""The name map between parameters of the axis table and tensors of Hugging Face's state dicts.
 
 Hugging Face's linear layers have the shape [outputs, inputs], one tensor per layer, with merged
-heads. Tele-FLM and Granite use Llama's names. Shapes come from the axis table.
+heads. All families use Llama's names. Shapes come from the axis table.
 """
 
 from __future__ import annotations
@@ -42,34 +42,64 @@ class Tensor:
         return math.prod(sizes[axis] for axis in self.layout[0][1:])
 
 
-def _tensor(name: str, layout: str) -> Tensor:
-    """Parses a layout: a space separates dimensions, a dot the axes merged into one."""
-    return Tensor(name, tuple(tuple(merged.split(".")) for merged in layout.split()))
-
-
 _LAYER = "model.layers.{layer}."
+_ATTENTION, _MLP = _LAYER + "self_attn.", _LAYER + "mlp."
 
-# In file order. The query heads of one key/value head are next to each other.
-TENSORS: dict[str, Tensor] = {
-    "embedding": _tensor("model.embed_tokens.weight", "vocab embed"),
-    "layers/attention/norm": _tensor(_LAYER + "input_layernorm.weight", "embed"),
-    "layers/attention/query": _tensor(
-        _LAYER + "self_attn.q_proj.weight", "kv_heads.q_per_kv.head_dim embed"
-    ),
-    "layers/attention/key": _tensor(_LAYER + "self_attn.k_proj.weight", "kv_heads.head_dim embed"),
-    "layers/attention/value": _tensor(
-        _LAYER + "self_attn.v_proj.weight", "kv_heads.head_dim embed"
-    ),
-    "layers/attention/out": _tensor(
-        _LAYER + "self_attn.o_proj.weight", "embed kv_heads.q_per_kv.head_dim"
-    ),
-    "layers/mlp/norm": _tensor(_LAYER + "post_attention_layernorm.weight", "embed"),
-    "layers/mlp/gate": _tensor(_LAYER + "mlp.gate_proj.weight", "mlp embed"),
-    "layers/mlp/up": _tensor(_LAYER + "mlp.up_proj.weight", "mlp embed"),
-    "layers/mlp/down": _tensor(_LAYER + "mlp.down_proj.weight", "embed mlp"),
-    "final_norm": _tensor("model.norm.weight", "embed"),
-    "head": _tensor("lm_head.weight", "vocab embed"),
+# In file order. Names of tensors; a weight's bias has "bias" in place of "weight".
+_NAMES = {
+    "embedding": "model.embed_tokens.weight",
+    "layers/attention/norm": _LAYER + "input_layernorm.weight",
+    "layers/attention/query": _ATTENTION + "q_proj.weight",
+    "layers/attention/query_bias": _ATTENTION + "q_proj.bias",
+    "layers/attention/key": _ATTENTION + "k_proj.weight",
+    "layers/attention/key_bias": _ATTENTION + "k_proj.bias",
+    "layers/attention/value": _ATTENTION + "v_proj.weight",
+    "layers/attention/value_bias": _ATTENTION + "v_proj.bias",
+    "layers/attention/out": _ATTENTION + "o_proj.weight",
+    "layers/attention/out_bias": _ATTENTION + "o_proj.bias",
+    "layers/attention/query_norm": _ATTENTION + "q_norm.weight",
+    "layers/attention/key_norm": _ATTENTION + "k_norm.weight",
+    "layers/attention/after_norm": _LAYER + "post_attention_layernorm.weight",
+    "layers/mlp/norm": _LAYER + "post_attention_layernorm.weight",
+    "layers/mlp/gate": _MLP + "gate_proj.weight",
+    "layers/mlp/gate_bias": _MLP + "gate_proj.bias",
+    "layers/mlp/up": _MLP + "up_proj.weight",
+    "layers/mlp/up_bias": _MLP + "up_proj.bias",
+    "layers/mlp/down": _MLP + "down_proj.weight",
+    "layers/mlp/down_bias": _MLP + "down_proj.bias",
+    "layers/mlp/after_norm": _LAYER + "post_feedforward_layernorm.weight",
+    "final_norm": "model.norm.weight",
+    "head": "lm_head.weight",
 }
+# With a norm after attention too, the one before the MLP has this name.
+_BEFORE_MLP = _LAYER + "pre_feedforward_layernorm.weight"
+
+# The axes merged into each dimension of a matrix. The query heads of one key/value head are next
+# to each other.
+_MATRICES: dict[str, str] = {
+    "embedding": "vocab embed",
+    "layers/attention/query": "kv_heads.q_per_kv.head_dim embed",
+    "layers/attention/key": "kv_heads.head_dim embed",
+    "layers/attention/value": "kv_heads.head_dim embed",
+    "layers/attention/out": "embed kv_heads.q_per_kv.head_dim",
+    "layers/mlp/gate": "mlp embed",
+    "layers/mlp/up": "mlp embed",
+    "layers/mlp/down": "embed mlp",
+    "head": "vocab embed",
+}
+
+
+def tensors(table: Table) -> dict[str, Tensor]:
+    """The tensor of each parameter of a table, in file order."""
+    names = dict(_NAMES)
+    if "layers/attention/after_norm" in table:
+        names["layers/mlp/norm"] = _BEFORE_MLP
+    found = {}
+    for path, name in names.items():
+        if path in table:
+            layout = _MATRICES.get(path, ".".join(own_axes(table[path])))
+            found[path] = Tensor(name, tuple(tuple(m.split(".")) for m in layout.split()))
+    return found
 
 
 def own_axes(param: Param) -> tuple[str, ...]:
@@ -79,11 +109,11 @@ def own_axes(param: Param) -> tuple[str, ...]:
 
 def shapes(table: Table, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
     """Returns the shape of each tensor of a model by name, in file order."""
-    shape_of = {}
-    for path, layer in _in_file_order(table, sizes):
-        tensor = TENSORS[path]
-        shape_of[tensor.name.format(layer=layer)] = tensor.shape(sizes)
-    return shape_of
+    of = tensors(table)
+    return {
+        of[path].name.format(layer=layer): of[path].shape(sizes)
+        for path, layer in _in_file_order(table, sizes)
+    }
 
 
 def blocks(table: Table, sizes: Mapping[str, int], most_bytes: int) -> Iterator[tuple[str, Index]]:
@@ -92,8 +122,9 @@ def blocks(table: Table, sizes: Mapping[str, int], most_bytes: int) -> Iterator[
     A block lies in one layer and is cut only along the axis `Tensor.rows`. A block of one slot on
     that axis may be larger than `most_bytes`.
     """
+    of = tensors(table)
     for path, layer in _in_file_order(table, sizes):
-        names, rows = own_axes(table[path]), TENSORS[path].rows
+        names, rows = own_axes(table[path]), of[path].rows
         row_bytes = 4 * math.prod(sizes[axis] for axis in names) // sizes[rows]
         step = max(1, most_bytes // row_bytes)
         lead = (slice(layer, layer + 1),) if table[path].stacked else ()
@@ -105,7 +136,7 @@ def blocks(table: Table, sizes: Mapping[str, int], most_bytes: int) -> Iterator[
 
 def _in_file_order(table: Table, sizes: Mapping[str, int]) -> Iterator[tuple[str, int]]:
     """Yields (path, layer) in file order, layer by layer; layer is 0 if there is no layer axis."""
-    paths = list(TENSORS)
+    paths = list(tensors(table))
     layered = [path for path in paths if table[path].stacked]
     first = paths.index(layered[0])
     yield from ((path, 0) for path in paths[:first])

@@ -23,7 +23,7 @@ from flm_jax.errors import UserError
 from flm_jax.growth._plan import Plan
 from flm_jax.growth.folding import masks_of
 from flm_jax.interop.tokenizer_files import Vocabulary
-from flm_jax.interop.weights import Checkpoint, HuggingFace, Weights, folded, place, scaled
+from flm_jax.interop.weights import Checkpoint, HuggingFace, Weights, folded, place
 from flm_jax.params import axes, sharding
 from flm_jax.params.sharding import Layout
 from flm_jax.store.checkpoint import Checkpoints
@@ -186,6 +186,7 @@ class StoredModel:
       num_bytes: size of the parameters on disk.
       context: the longest sequence, in tokens; 0: not known.
       masks: value of the run-time masks that were folded in; None if there were none.
+      notes: what is unusual about the files.
     """
 
     path: pathlib.Path
@@ -197,6 +198,7 @@ class StoredModel:
     num_bytes: int
     context: int
     masks: float | None
+    notes: tuple[str, ...] = ()
 
 
 def open_stored_model(path: str, stage: str = "", step: int | None = None) -> StoredModel:
@@ -258,13 +260,14 @@ def open_huggingface(folder: pathlib.Path) -> StoredModel:
     return StoredModel(
         path=folder,
         name=folder.resolve().name,
-        weights=scaled(files, files.config, files.described.scales),
+        weights=files,
         vocabulary=Vocabulary(str(folder)),
         config=None,
         dtype=tensors.dtype,
         num_bytes=tensors.num_bytes,
-        context=files.described.values.get("max_position_embeddings") or 0,
+        context=files.described.context,
         masks=None,
+        notes=tuple(files.notes),
     )
 
 

@@ -17,7 +17,7 @@ import math
 import os
 import pathlib
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import ml_dtypes
@@ -180,12 +180,13 @@ class Tensors:
         self.files: dict[str, TensorFile] = {}
         for single, kind in ((WEIGHTS, SafetensorsFile), (BIN, BinFile)):
             index = folder / f"{single}.index.json"
-            if index.exists():
-                self._read_index(index, kind)
-                return
+            # The order of transformers, which prefers one file to shards.
             if (folder / single).exists():
                 file = kind(folder / single)
                 self.files = dict.fromkeys(file.shapes, file)
+                return
+            if index.exists():
+                self._read_index(index, kind)
                 return
         raise UserError(
             f"{folder}: no weights ({WEIGHTS}, {BIN}, or either's .index.json); give a folder that "
@@ -221,12 +222,14 @@ class Tensors:
                 )
             self.files |= dict.fromkeys(expected, shard)
 
-    def check(self, expected: Mapping[str, tuple[int, ...]], optional: frozenset[str]) -> None:
+    def check(
+        self, expected: Mapping[str, tuple[int, ...]], ignored: Callable[[str], bool]
+    ) -> None:
         """Checks names and shapes of the tensors.
 
         Args:
           expected: shape of each tensor that must be there.
-          optional: names of further tensors that are allowed.
+          ignored: says whether a further tensor is allowed.
 
         Raises:
           UserError: a tensor is missing, unexpected or of another shape; the message names it.
@@ -242,11 +245,26 @@ class Tensors:
                     f"{file.path}: {name} is {list(file.shapes[name])}, config.json says "
                     f"{list(shape)}; fix config.json or fetch the file again"
                 )
-        if extra := set(self.files) - set(expected) - optional:
+        if extra := {name for name in set(self.files) - set(expected) if not ignored(name)}:
             raise UserError(
                 f"{self.files[min(extra)].path}: tensor {min(extra)}{_more(extra)} has no place in "
                 "this architecture; is config.json of another model?"
             )
+
+    @property
+    def notes(self) -> list[str]:
+        """What is unusual: files that are not read, and tensors of several dtypes."""
+        notes = []
+        read = {file.path.name for file in self.files.values()}
+        weights = {p.name for pattern in ("*.safetensors", "pytorch_model*.bin")
+                   for p in self.folder.glob(pattern)}  # fmt: skip
+        if unread := sorted(weights - read):
+            notes.append(f"{', '.join(unread)}: not read, because {min(read)} has the weights")
+        counts = collections.Counter(file.dtypes[name].name for name, file in self.files.items())
+        if len(counts) > 1:
+            found = ", ".join(f"{count} in {dtype}" for dtype, count in sorted(counts.items()))
+            notes.append(f"tensors are of several dtypes: {found}; all are written in one")
+        return notes
 
     @property
     def num_bytes(self) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 from flm_jax.data.tokenizer import byte_alphabet, open_tokenizer
 from flm_jax.errors import UserError
-from flm_jax.interop.hf_config import read_object
+from flm_jax.interop.config_keys import read_object
 
 # Files that define how text becomes tokens, chat templates included.
 _TOKENIZER = ("tokenizer*", "tokenization_*.py", "special_tokens_map.json", "added_tokens.json",

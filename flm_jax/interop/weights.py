@@ -18,9 +18,10 @@ from flm_jax.config import TransformerConfig
 from flm_jax.errors import UserError
 from flm_jax.growth.folding import Masks, fold_block, folded_model
 from flm_jax.interop import hf_config, names
-from flm_jax.interop.names import TENSORS, Index
+from flm_jax.interop.names import Index
 from flm_jax.interop.tensor_files import Tensors
 from flm_jax.params import axes, mup, trees
+from flm_jax.params.axes import Role
 from flm_jax.params.dtypes import wide
 from flm_jax.store.chunked import CheckpointReader
 
@@ -89,11 +90,13 @@ class HuggingFace:
     Attributes:
       described: contents of its config.json.
       tensors: its weight files.
-      config: config of the model after `described.scales` are applied.
+      config: config of the model. As in transformers, a head in the files that is not the embedding
+        stays, even if config.json says that they are tied.
+      notes: what is unusual about the files.
     """
 
     def __init__(self, folder: pathlib.Path):
-        """Reads config.json and the files' headers.
+        """Reads config.json and the files' headers; also the head's values, if it may be tied.
 
         Raises:
           UserError: a file is missing or damaged, or the tensors are not those of the
@@ -102,14 +105,34 @@ class HuggingFace:
         self.described = hf_config.read(folder)
         self.config = self.described.config
         self.tensors = Tensors(folder)
-        self._table, self._sizes = axes.table(self.config), axes.axis_sizes(self.config)
+        self.notes = list(self.tensors.notes)
+        self._lay_out()
         expected = names.shapes(self._table, self._sizes)
-        head = TENSORS["head"].name
-        if self.described.tied:
-            del expected[head]  # some files have it nevertheless
-        buffers = (f"model.layers.{i}.self_attn.rotary_emb.inv_freq"
-                   for i in range(self.config.num_layers))  # fmt: skip
-        self.tensors.check(expected, frozenset({head, *buffers}))
+        if self.config.tied and _HEAD in self.tensors.files:
+            self.tensors.check({**expected, _HEAD: expected[_EMBEDDING]}, _is_buffer)
+            if not self._head_is_embedding():
+                self.config = dataclasses.replace(self.config, tied=False)
+                self._lay_out()
+                self.notes.append(
+                    f"config.json says tie_word_embeddings, but {_HEAD} differs from {_EMBEDDING}; "
+                    "both are kept, as in transformers"
+                )
+        else:
+            self.tensors.check(expected, _is_buffer)
+
+    def _lay_out(self) -> None:
+        self._table, self._sizes = axes.table(self.config), axes.axis_sizes(self.config)
+        self._of = names.tensors(self._table)
+
+    def _head_is_embedding(self) -> bool:
+        """Compares the two tensors by rows."""
+        rows = self.config.vocab_size
+        step = max(1, _COMPARED_BYTES // (8 * self.config.d_model))
+        blocks = ((start, min(start + step, rows)) for start in range(0, rows, step))
+        return all(
+            np.array_equal(self.tensors.read(_HEAD, *b), self.tensors.read(_EMBEDDING, *b))
+            for b in blocks
+        )
 
     def read(self, path: str, index: Index) -> np.ndarray:
         if self._table[path].stacked:
@@ -120,18 +143,32 @@ class HuggingFace:
 
     def _read(self, path: str, layer: int, index: Index) -> np.ndarray:
         """Reads the rows of one tensor that `index` needs, then cuts its other axes."""
-        tensor = TENSORS["embedding" if path == "head" and self.described.tied else path]
-        param = self._table[path]
+        tensor, param = self._of[path], self._table[path]
         own = names.own_axes(param)
         dim, row_size = own.index(tensor.rows), tensor.row_size(self._sizes)
-        rows = self.tensors.read(
-            tensor.name.format(layer=layer), index[dim].start * row_size, index[dim].stop * row_size
-        )
+        name = tensor.name.format(layer=layer)
+        rows = self.tensors.read(name, index[dim].start * row_size, index[dim].stop * row_size)
+        if not np.isfinite(rows).all():
+            raise UserError(
+                f"{self.tensors.files[name].path}: {name} has values that are NaN or infinite; "
+                "fetch the file again, or train the model again"
+            )
         sizes = self._sizes | {tensor.rows: index[dim].stop - index[dim].start}
         x = names.from_rows(rows, param, tensor, sizes)
         others = tuple(slice(None) if d == dim else cut for d, cut in enumerate(index))
         # The order in memory stays: writing in the same layout again then copies nothing.
-        return x[others].astype(wide(rows.dtype), order="K", copy=False)
+        x = x[others].astype(wide(rows.dtype), order="K", copy=False)
+        offset = self.described.family.gain_offset
+        return x + np.asarray(offset, x.dtype) if offset and Role.GAIN in param.roles else x
+
+
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_COMPARED_BYTES = 64 << 20
+
+
+def _is_buffer(name: str) -> bool:
+    """Whether a tensor is RoPE's frequencies, which older versions saved; config.json has them."""
+    return name.endswith("rotary_emb.inv_freq")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,6 +242,16 @@ def scaled(weights: Weights, config: TransformerConfig, scales: Mapping[str, flo
         return x * np.asarray(scales[path], x.dtype) if path in scales else x
 
     return Changed(weights, config, change)
+
+
+def without_offset(weights: Weights, offset: float) -> Weights:
+    """Subtracts `offset` from the norms' gains, as a family's files have them."""
+    gains = hf_config.gain_paths(weights.config)
+
+    def change(x: np.ndarray, path: str, index: Index) -> np.ndarray:
+        return x - np.asarray(offset, x.dtype) if offset and path in gains else x
+
+    return Changed(weights, weights.config, change)
 
 
 def folded(weights: Weights, masks: Masks) -> Weights:

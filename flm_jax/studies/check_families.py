@@ -1,0 +1,232 @@
+"""Checks every family of models against transformers: imported, exported, and grown.
+
+For each family, transformers makes a tiny model with random weights, gains and biases, and with
+values in its config that are not the usual ones. Distances are the largest difference of two
+logits, divided by their root mean square, over ragged sequences.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import tempfile
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flm_jax import growth
+from flm_jax.config import TransformerConfig
+from flm_jax.errors import UserError
+from flm_jax.interop import converter, opening, weights
+from flm_jax.interop.families import FAMILIES
+from flm_jax.interop.tokenizer_files import Vocabulary
+from flm_jax.params import trees
+from flm_jax.studies.check_operators import target_of
+from flm_jax.train.train_step import logits_of
+
+LARGEST = 1e-4  # distance that counts as the same model, in float32
+# Recipes, and what they leave as it is: transformers wants as many queries for each key/value head.
+RECIPES = ("msg", "tile", "identity")
+_LENGTHS = (21, 9, 14)  # tokens of the ragged sequences
+_VOCAB = 96
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": _VOCAB, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12, "rms_norm_eps": 3e-4,
+    "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+
+
+def _rope(kind: str, theta: float, **values: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **values}}
+
+
+# What each family's model has. A family may have several models: they are told apart by a suffix.
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu",
+              **_rope("llama3", 700.0, factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                      original_max_position_embeddings=16)},
+    "llama, linear": {"tie_word_embeddings": True, **_rope("linear", 900.0, factor=2.5)},
+    "llama, dynamic": {"max_position_embeddings": 12, **_rope("dynamic", 900.0, factor=3.0)},
+    "llama, yarn": _rope("yarn", 900.0, factor=4.0, original_max_position_embeddings=12,
+                         beta_fast=4.0, beta_slow=0.5),
+    "mistral": {"sliding_window": 6, **_rope("default", 500.0)},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2,
+              "tie_word_embeddings": True, "head_dim": 8, **_rope("yarn", 800.0, factor=2.0,
+              original_max_position_embeddings=16)},
+    "qwen3": {"attention_bias": True, "use_sliding_window": True, "sliding_window": 7,
+              "max_window_layers": 1, **_rope("default", 600.0)},
+    "olmo2": {"attention_bias": True, "head_dim": 8, **_rope("default", 400.0)},
+    "smollm3": {"no_rope_layers": [1, 0, 1, 1], "use_sliding_window": True, "sliding_window": 6,
+                "layer_types": ["full_attention", "sliding_attention", "sliding_attention",
+                                "full_attention"],
+                "attention_bias": True, "mlp_bias": True, "head_dim": 8,
+                "tie_word_embeddings": True, **_rope("default", 600.0)},
+    "gemma2": {"sliding_window": 6, "query_pre_attn_scalar": 7, "attn_logit_softcapping": 3.0,
+               "final_logit_softcapping": 5.0, "attention_bias": True, **_rope("default", 300.0)},
+    "gemma3_text": {"sliding_window": 5, "query_pre_attn_scalar": 20,
+                    "layer_types": ["sliding_attention", "sliding_attention", "full_attention",
+                                    "sliding_attention"],
+                    "rope_parameters": {
+                        "full_attention": {"rope_type": "linear", "rope_theta": 900.0, "factor": 3.0},
+                        "sliding_attention": {"rope_type": "default", "rope_theta": 70.0}}},
+    "granite": {"embedding_multiplier": 3.0, "logits_scaling": 2.5, "residual_multiplier": 0.4,
+                "attention_multiplier": 0.11, "attention_bias": True, "mlp_bias": True,
+                "head_dim": 8, "tie_word_embeddings": True, **_rope("default", 600.0)},
+}  # fmt: skip
+
+
+def make(name: str, folder: pathlib.Path, seed: int = 0, **values: Any) -> None:
+    """Writes a random model of a family, as transformers saves it.
+
+    Args:
+      name: a key of `MODELS`.
+      folder: where to write.
+      seed: of the weights.
+      **values: further keys of its config.
+    """
+    import torch
+    import transformers
+
+    family = FAMILIES[name.split(",")[0]]
+    settings = _SIZES | MODELS[name] | values
+    config = transformers.AutoConfig.for_model(family.model_type, **settings)
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if "norm" in parameter_name:
+                parameter.uniform_(0.5, 1.5)
+                parameter -= family.gain_offset
+            else:
+                parameter.normal_(0, 0.3 if parameter_name.endswith("bias") else 0.15)
+    model.save_pretrained(folder)
+
+
+def sequences(seed: int = 0) -> list[np.ndarray]:
+    """Random sequences of different lengths."""
+    rng = np.random.default_rng(seed)
+    return [rng.integers(3, _VOCAB, length) for length in _LENGTHS]
+
+
+def torch_logits(folder: pathlib.Path, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """transformers' logits of each sequence, in float32; the batch is padded on the right."""
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    longest = max(map(len, rows))
+    tokens = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.zeros_like(tokens)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)], mask[i, : len(row)] = torch.from_numpy(row), 1
+    with torch.no_grad():
+        logits = model(tokens, attention_mask=mask).logits.numpy()
+    return [logits[i, : len(row)] for i, row in enumerate(rows)]
+
+
+def our_logits(
+    params: Any, config: TransformerConfig, rows: Sequence[np.ndarray]
+) -> list[np.ndarray]:
+    """Our logits of each sequence, from one padded batch."""
+    longest = max(map(len, rows))
+    shape = (len(rows), longest)
+    tokens, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)], segments[i, : len(row)] = row, 1
+    batch = {
+        "tokens": jnp.asarray(tokens),
+        "segment_ids": jnp.asarray(segments),
+        "positions": jnp.broadcast_to(jnp.arange(longest, dtype=jnp.int32), shape),
+    }
+    logits = np.asarray(jax.jit(logits_of, static_argnums=0)(config, params, batch))
+    return [logits[i, : len(row)] for i, row in enumerate(rows)]
+
+
+def distance(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> float:
+    """The largest difference, over the root mean square of the first."""
+    scale = np.sqrt(np.mean(np.concatenate([x.ravel() for x in a]) ** 2))
+    return max(float(np.abs(x - y).max()) for x, y in zip(a, b, strict=True)) / float(scale)
+
+
+def recipe_for(config: TransformerConfig, recipe: str) -> tuple[str, TransformerConfig]:
+    """The recipe, and a target that transformers can hold: embed a multiple of the heads."""
+    target = target_of(config, recipe)
+    if recipe == "msg":  # half as many heads more would not divide the width; vocabulary stays
+        target = dataclasses.replace(
+            config, d_model=config.d_model * 3 // 2, d_ff=config.d_ff + 20,
+            num_layers=config.num_layers + 1, num_heads=config.num_heads * 2,
+            num_kv_heads=config.kv_heads * 2,
+        )  # fmt: skip
+    return recipe, growth.derived(config, target, recipe)
+
+
+def check(name: str, seed: int = 0) -> dict[str, Any]:
+    """Imports, exports and grows a random model of a family.
+
+    Args:
+      name: a key of `MODELS`.
+      seed: of weights and tokens.
+
+    Returns:
+      A row of the table, as JSON values: distances to transformers' logits after the import, after
+      the export, and of each grown model after its export. `ok`: all are at most `LARGEST`.
+    """
+    family = name.split(",")[0]
+    rows = sequences(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        source = pathlib.Path(folder) / "source"
+        make(name, source, seed)
+        want = torch_logits(source, rows)
+        stored = opening.open_stored_model(str(source))
+        config, params = stored.weights.config, weights.load(stored.weights)
+        row: dict[str, Any] = {"name": name, "family": family}
+        row["imported"] = distance(want, our_logits(params, config, rows))
+
+        def exported(params: Any, config: TransformerConfig, to: str) -> float:
+            target = pathlib.Path(folder) / to
+            tree = weights.Tree(params, config)
+            vocabulary = Vocabulary(str(source))
+            converter.write_hf(target, tree, family, "float32", vocabulary)
+            return distance(want, torch_logits(target, rows))
+
+        row["exported"] = exported(params, config, "exported")
+        for recipe in RECIPES:
+            row[recipe] = _grown(params, config, recipe, exported)
+    distances = [row[key] for key in ("imported", "exported", *RECIPES)]
+    row["ok"] = all(d is not None and d <= LARGEST for d in distances)
+    return row
+
+
+def _grown(params: Any, config: TransformerConfig, recipe: str, exported: Any) -> float:
+    """Grows the parameters, folds masks at 1... and returns the exported model's distance."""
+    recipe, target = recipe_for(config, recipe)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", growth.LockedCopiesWarning)
+        plan = growth.plan(config, target, recipe)
+    grown = growth.grow(jax.tree.map(jnp.asarray, params), plan, jax.random.key(1))
+    model = plan.config
+    if plan.masked:
+        grown, folded = growth.fold(grown, plan, 0.0)
+        assert isinstance(folded, TransformerConfig)
+        model = folded
+    return float(exported(trees.unflatten({p: np.asarray(x) for p, x in trees.flatten(grown)}),
+                          model, recipe))  # fmt: skip
+
+
+def check_all(names: Sequence[str] = tuple(MODELS), seed: int = 0) -> list[dict[str, Any]]:
+    """Checks several families.
+
+    Raises:
+      UserError: a family is unknown.
+    """
+    for name in names:
+        if name not in MODELS:
+            raise UserError(f"family is {name!r}; choose one of {', '.join(MODELS)}")
+    return [check(name, seed) for name in names]
