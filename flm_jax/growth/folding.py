@@ -18,9 +18,9 @@ a branch writes the stream, so that its output must be sqrt(m) times the old one
 that is read by a tied head, whose entries have become sqrt(m) times the old ones: sqrt(M / D).
 
 A mask on `vocab` adds log m to the logits, which would need a bias, so only m = 1 can be folded.
-Nor can masks of heads be folded where a norm runs over all heads (its eps would have to change in
-the queries and in the keys by different factors), nor one on `embed` where branches read the stream
-without a norm.
+Nor can masks of heads be folded where a norm runs over all heads: its eps would have to change in
+the queries and in the keys by different factors. A branch without a norm before it reads sqrt(m) x,
+and therefore needs no change.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from typing import Any
 
 import numpy as np
 
-from flm_jax.config import TransformerConfig
 from flm_jax.errors import UserError
 from flm_jax.growth._plan import AnyModel, Model, Plan, spec_of, with_norm_eps
 from flm_jax.params import trees
@@ -76,10 +75,7 @@ def _unfoldable(plan: Plan) -> dict[str, str]:
     """Axes whose masks below 1 no plain model expresses, with the reason."""
     reasons = {"vocab": "needs a bias on the logits, and plain models have none"}
     heads = {"kv_heads", "q_per_kv"} & normed_axes(plan.table)
-    reasons |= dict.fromkeys(heads, "changes the mean of the norm over all queries or keys")
-    if isinstance(plan.target, TransformerConfig) and plan.target.norms == "after":
-        reasons["embed"] = "changes both what branches read without a norm and the last norm's mean"
-    return reasons
+    return reasons | dict.fromkeys(heads, "changes the mean of the norm over all queries or keys")
 
 
 def folded_model(model: AnyModel, masks: Masks) -> AnyModel:

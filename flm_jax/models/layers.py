@@ -131,7 +131,8 @@ def _branch_input(
     if "norm" in w:
         x_BTD = rms_norm(x_BTD, w["norm"], config.rms_norm_eps, masks.get("embed"))
     elif "embed" in masks:
-        x_BTD = x_BTD * masks["embed"].astype(x_BTD.dtype)[None, None]
+        # The root is what folded parameters can do (`growth/folding.py`).
+        x_BTD = x_BTD * jnp.sqrt(masks["embed"]).astype(x_BTD.dtype)[None, None]
     return constrain(x_BTD, BATCH_AXES, None, None)
 
 
