@@ -28,7 +28,7 @@ COMMANDS = (
     "growth draw",
     "mup check", "mup sweep", "mup growth", "mup predict",
     "generate", "evaluate", "compare", "harness", "reported",
-    "inspect", "describe", "compile", "convert", "vocabulary",
+    "inspect", "describe", "compile", "convert", "families", "vocabulary",
     "samples make", "samples select", "less_is_more", "benchmark step", "benchmark generate",
 )  # fmt: skip
 GROUPS = tuple(dict.fromkeys(name.split()[0] for name in COMMANDS if " " in name))
