@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
@@ -34,7 +35,9 @@ class Tokenizer:
       eos_id: the token that ends a document.
       start_id: the model's input at the start of a document: token 0 if it is padding, else the
         beginning-of-sequence token that the tokenizer adds, else `eos_id`.
-      adds_start: whether the tokenizer's own files put `start_id` before every text.
+      starts: the tokens that the tokenizer's own files put before every text.
+      ends: the tokens that they put after every text.
+      bos_id: the token that its files name as the beginning of a sequence; None: they name none.
       digest: SHA-256, hex, of the file; "bytes" for bytes.
       encode_batch: encodes several texts; the second argument is `special` of `encode`.
     """
@@ -43,7 +46,9 @@ class Tokenizer:
     pieces: tuple[bytes, ...]
     eos_id: int
     start_id: int
-    adds_start: bool
+    starts: tuple[int, ...]
+    ends: tuple[int, ...]
+    bos_id: int | None
     digest: str
     encode_batch: Callable[[Sequence[str], bool], list[list[int]]] = dataclasses.field(repr=False)
 
@@ -72,6 +77,20 @@ class Tokenizer:
         [100, 101]
         """
         return self.encode_batch([text], special)[0]
+
+    def with_special(self, ids: Sequence[int]) -> list[int]:
+        """Puts the start and end tokens around a text's tokens that the tokenizer's files add.
+
+        Args:
+          ids: tokens of a whole text, as `encode` returns them.
+
+        Returns:
+          The ids that the tokenizer's own library gives for the text.
+
+        >>> open_tokenizer("bytes").with_special([100, 101])
+        [0, 100, 101]
+        """
+        return [*self.starts, *ids, *self.ends]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Decodes to bytes. Special tokens, and ids beyond the vocabulary, give nothing.
@@ -128,7 +147,7 @@ def _bytes() -> Tokenizer:
     def encode(texts: Sequence[str], special: bool) -> list[list[int]]:
         return [[byte + 3 for byte in text.encode("utf-8")] for text in texts]
 
-    return Tokenizer("bytes", pieces, 1, 0, True, "bytes", encode)
+    return Tokenizer("bytes", pieces, 1, 0, (0,), (), 0, "bytes", encode)
 
 
 def _sentencepiece(path: pathlib.Path, where: str) -> Tokenizer:
@@ -158,13 +177,21 @@ def _sentencepiece(path: pathlib.Path, where: str) -> Tokenizer:
         ids: list[list[int]] = model.encode(list(texts))
         return ids
 
-    start = model.bos_id() if model.bos_id() >= 0 else model.eos_id()
+    bos = model.bos_id() if model.bos_id() >= 0 else None
+    start = 0 if model.pad_id() == 0 else model.eos_id() if bos is None else bos
+    config = _beside(path, "tokenizer_config.json")
+    if start == 0 and not config:  # trained here: padding starts every document
+        bos, config = 0, {"add_bos_token": True}
+    ids = {name: model.piece_to_id(name) for name in _names(path, "bos_token")}
+    named = [token for name, token in ids.items() if model.id_to_piece(token) == name]
     return Tokenizer(
         name=str(path),
         pieces=tuple(piece(token) for token in range(model.get_piece_size())),
         eos_id=model.eos_id(),
-        start_id=0 if model.pad_id() == 0 else start,
-        adds_start=bool(_beside(path, "tokenizer_config.json").get("add_bos_token", False)),
+        start_id=start,
+        starts=(start,) if config.get("add_bos_token", False) else (),
+        ends=(model.eos_id(),) if config.get("add_eos_token", False) else (),
+        bos_id=next(iter(named), bos),
         digest=hashlib.sha256(data).hexdigest(),
         encode_batch=encode,
     )
@@ -182,6 +209,8 @@ def _hugging_face(path: pathlib.Path, where: str) -> Tokenizer:
         raise UserError(
             f"{where}, which is not a tokenizer.json: {error}; give another file"
         ) from error
+    model.no_truncation()
+    model.no_padding()
     added = {token["id"]: token for token in fields.get("added_tokens", ())}
     piece_of = _piece_reader(fields, where)
     size = max(model.get_vocab(with_added_tokens=True).values()) + 1
@@ -197,16 +226,30 @@ def _hugging_face(path: pathlib.Path, where: str) -> Tokenizer:
         return [e.ids for e in model.encode_batch(list(texts), add_special_tokens=False)]
 
     eos = _eos_id(path, model, where)
-    starts = [token for token in model.encode("").ids if token != eos]
+    starts, ends = _added_tokens(model)
+    named = [model.token_to_id(name) for name in _names(path, "bos_token")]
     return Tokenizer(
         name=str(path),
         pieces=tuple(piece(token) for token in range(size)),
         eos_id=eos,
         start_id=starts[0] if starts else eos,
-        adds_start=bool(starts),
+        starts=starts,
+        ends=ends,
+        bos_id=next((i for i in named if i is not None), None),
         digest=hashlib.sha256(data).hexdigest(),
         encode_batch=encode,
     )
+
+
+def _added_tokens(model: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns the tokens that the post-processor puts before and after a text."""
+    encoding = model.encode("a")
+    added = list(zip(encoding.ids, encoding.special_tokens_mask, strict=True))
+    first, last = (
+        tuple(token for token, _ in itertools.takewhile(lambda item: item[1], tokens))
+        for tokens in (added, reversed(added))
+    )
+    return first, last[::-1] if len(first) < len(added) else ()
 
 
 def _piece_reader(fields: dict[str, Any], where: str) -> Callable[[str], bytes]:
@@ -253,17 +296,22 @@ def byte_alphabet() -> list[str]:
 
 def _eos_id(path: pathlib.Path, model: Any, where: str) -> int:
     """Reads the end token from the files beside tokenizer.json, else finds it by a usual name."""
-    named = []
-    for file in ("tokenizer_config.json", "special_tokens_map.json"):
-        token = _beside(path, file).get("eos_token")
-        named.append(token.get("content") if isinstance(token, dict) else token)
-    for name in [*named, *_EOS_NAMES]:
-        if name is not None and model.token_to_id(name) is not None:
+    for name in [*_names(path, "eos_token"), *_EOS_NAMES]:
+        if model.token_to_id(name) is not None:
             return int(model.token_to_id(name))
     raise UserError(
         f"{where}, which has no end-of-sequence token: eos_token in tokenizer_config.json beside "
         f"it names none of its tokens, and it has none of {', '.join(_EOS_NAMES)}; add eos_token"
     )
+
+
+def _names(path: pathlib.Path, role: str) -> list[str]:
+    """Returns the names that the files beside the tokenizer give to a role, as "eos_token"."""
+    names = []
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        token = _beside(path, file).get(role)
+        names.append(token.get("content") if isinstance(token, dict) else token)
+    return [name for name in names if isinstance(name, str)]
 
 
 def _beside(path: pathlib.Path, name: str) -> dict[str, Any]:

@@ -94,7 +94,7 @@ class OpenedModel:
         Returns:
           The tokens that the model reads.
         """
-        start = self.trained or self.tokenizer.adds_start or not ids
+        start = self.trained or self.tokenizer.starts or not ids
         return [*([self.tokenizer.start_id] if start else []), *ids]
 
 
