@@ -59,11 +59,12 @@ def check_text(text: str) -> str:
     return text
 
 
-def rows(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
+def rows(path: pathlib.Path, advice: str) -> Iterator[tuple[int, Any]]:
     """Reads a JSONL file: one value per line. Only a line feed ends a line.
 
     Args:
       path: the file; a byte order mark and empty lines are skipped.
+      advice: what to do about a line that cannot be read, for the error.
 
     Returns:
       Line numbers, from 1, and values.
@@ -78,15 +79,13 @@ def rows(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
                 continue
             if line.startswith(b"["):
                 raise UserError(
-                    f"{path}, line {number}: a JSON array begins here; write one object per line "
-                    "(JSONL)"
+                    f"{path}, line {number}: a JSON array begins here, and one object per line "
+                    f"(JSONL) is read; {advice}"
                 )
             try:
                 yield number, parse(line)
             except ValueError as error:
-                raise UserError(
-                    f"{path}, line {number}: {error}; fix or remove the line"
-                ) from error
+                raise UserError(f"{path}, line {number}: {error}; {advice}") from error
 
 
 def dump(value: Any, indent: int | None = None) -> str:

@@ -409,15 +409,15 @@ def _text_documents(config: DataConfig) -> list[Document]:
 
 def _jsonl_documents(config: DataConfig) -> list[Document]:
     documents = []
+    advice = (
+        f"make every row a JSON object with text in its field {config.text_field!r} "
+        "(DataConfig.text_field)"
+    )
     for path, name in _files(config, "*.jsonl"):
-        for number, row in json_text.rows(path):
+        for number, row in json_text.rows(path, advice):
             value = row.get(config.text_field) if isinstance(row, dict) else None
             if not isinstance(value, str):
-                raise UserError(
-                    f"{path}, line {number}: no text in a field named {config.text_field!r}; "
-                    f"DataConfig.text_field is {config.text_field!r}: make every row a JSON object "
-                    "with text in this field"
-                )
+                raise UserError(f"{path}, line {number}: it has no such text; {advice}")
             if text := value.encode("utf-8"):
                 documents.append(Document(f"{name}:{number}", text, _sha256(text)))
     return documents

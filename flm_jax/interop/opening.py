@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from flm_jax.config import DataConfig, ExperimentConfig, StageConfig, TransformerConfig
+from flm_jax.data import json_text
 from flm_jax.data.tokenizer import Tokenizer, open_tokenizer
 from flm_jax.errors import UserError
 from flm_jax.growth._plan import Plan
@@ -274,7 +275,7 @@ def _is_huggingface(folder: pathlib.Path) -> bool:
     if not file.is_file():
         return False
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = json_text.parse(file.read_bytes())
     except ValueError:
         return True  # `open_huggingface` reports the error
     return not (isinstance(values, dict) and "stage" in values)
