@@ -92,7 +92,7 @@ def main(call: Call[Flags]) -> dict[str, Any]:
     chosen = selection.select(samples, config, evaluation, **model)
     report = {**chosen.report, "judge": flags.checkpoint}
     path = pathlib.Path(flags.output)
-    chats.write_resultl(path, chosen.chosen)
+    chats.write_jsonl(path, chosen.chosen)
     write_result(path.with_name(path.name + ".report.json"), report)
     page = selection.markdown(report)
     write_atomically(path.with_name(path.name + ".report.md"), page)
