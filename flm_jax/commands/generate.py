@@ -56,15 +56,14 @@ def main(call: Call[Flags]) -> dict[str, Any]:
     model = flags.open()
     tokens = [_tokens(model, prompt, flags.chat) for prompt in prompts]
     check_context(tokens, sampling.max_new_tokens, flags.context or model.context)
-    stops = (*sampling.stop_tokens, model.tokenizer.eos_id)
-    sampling = Sampling(*settings, stop_tokens=stops)
+    sampling = Sampling(*settings, stop_tokens=model.tokenizer.stop_ids)
 
     shown = len(prompts) == 1 and not call.json
     if shown:
         print(prompts[0], end="", flush=True)
     streams = [TextStream(model.tokenizer, flags.stop, _show if shown else None) for _ in prompts]
     new = generate(
-        model.params, model.config, tokens, sampling, jax.random.key(flags.seed),
+        model.params, model.token_config, tokens, sampling, jax.random.key(flags.seed),
         on_token=lambda row, token: streams[row].add(token),
     )  # fmt: skip
     texts = [stream.end() for stream in streams]

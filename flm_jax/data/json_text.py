@@ -77,15 +77,16 @@ def rows(path: pathlib.Path, advice: str) -> Iterator[tuple[int, Any]]:
             line = (line.removeprefix(_BOM) if number == 1 else line).strip()
             if not line:
                 continue
-            if line.startswith(b"["):
-                raise UserError(
-                    f"{path}, line {number}: a JSON array begins here, and one object per line "
-                    f"(JSONL) is read; {advice}"
-                )
             try:
-                yield number, parse(line)
+                value = parse(line)
             except ValueError as error:
+                if line.startswith(b"["):
+                    raise UserError(
+                        f"{path}, line {number}: a JSON array over several lines begins here, and "
+                        f"one object per line (JSONL) is read; {advice}"
+                    ) from error
                 raise UserError(f"{path}, line {number}: {error}; {advice}") from error
+            yield number, value
 
 
 def dump(value: Any, indent: int | None = None) -> str:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from flm_jax.config import TransformerConfig
 from flm_jax.params import sharding
-from flm_jax.train.train_step import Batch, MasksAt, summed_loss
+from flm_jax.train.train_step import Batch, MasksAt, cross_entropy, logits_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +53,9 @@ def score(
 ) -> Score:
     """Scores the targets of all batches.
 
+    Ids beyond the tokenizer, and beyond the config's tokens, are padding of the vocabulary. The
+    softmax leaves them out.
+
     Args:
       params: nested dicts of arrays, the model's parameters.
       config: the model's config.
@@ -66,6 +69,7 @@ def score(
       Nats, tokens and bytes, summed over all batches.
     """
     nats, tokens, count = 0.0, 0, 0
+    config = config.with_tokens(len(token_bytes))
     value = None if mask_value is None else np.float32(mask_value)
     for batch in batches:
         placed = sharding.place_batch(batch, mesh)
@@ -86,4 +90,5 @@ def _nats(
 ) -> jax.Array:
     """Returns the summed negative log-likelihood of a batch's targets."""
     masks = None if masks_at is None or mask_value is None else masks_at(mask_value)
-    return summed_loss(params, batch, config, masks)[0]
+    logits_BTV = logits_of(config, params, batch, masks)[..., : config.tokens]
+    return cross_entropy(logits_BTV, batch["targets"], batch["weights"])[0]

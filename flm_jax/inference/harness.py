@@ -152,7 +152,7 @@ class Adapter(TemplateLM):
             temperature=options.get("temperature", 1.0 if options.get("do_sample") else 0.0),
             top_k=options.get("top_k", 0),
             top_p=options.get("top_p", 1.0),
-            stop_tokens=(self.eot_token_id,),
+            stop_tokens=self.model.tokenizer.stop_ids,
         )
         streams = [TextStream(self.model.tokenizer, options["until"]) for _ in prompts]
         rows = [prompt[-room:] for prompt in prompts]
@@ -161,7 +161,7 @@ class Adapter(TemplateLM):
         self._key, key = jax.random.split(self._key)
         generate(
             self.model.params,
-            self.model.config,
+            self.model.token_config,
             rows,
             sampling,
             key,
