@@ -53,12 +53,9 @@ def score(
 ) -> Score:
     """Scores the targets of all batches.
 
-    Ids beyond the tokenizer, and beyond the config's tokens, are padding of the vocabulary. The
-    softmax leaves them out.
-
     Args:
       params: nested dicts of arrays, the model's parameters.
-      config: the model's config.
+      config: the model's config; ids beyond its tokens are not in the softmax.
       batches: packed batches, as `flm_jax.data` makes them.
       token_bytes: int [vocabulary], number of bytes of text in each token.
       mesh: the devices that compute.
@@ -69,7 +66,6 @@ def score(
       Nats, tokens and bytes, summed over all batches.
     """
     nats, tokens, count = 0.0, 0, 0
-    config = config.with_tokens(len(token_bytes))
     value = None if mask_value is None else np.float32(mask_value)
     for batch in batches:
         placed = sharding.place_batch(batch, mesh)
