@@ -369,6 +369,9 @@ class ScheduleConfig(Checked):
             0 <= self.final_ratio <= 1,
             f"ScheduleConfig.final_ratio is {self.final_ratio}; it must be in [0, 1]",
         )
+        for name in ("warmup_steps", "total_steps", "decay_steps"):
+            value = getattr(self, name)
+            require(value >= 0, f"ScheduleConfig.{name} is {value}; it must be 0 or more")
 
 
 @dataclasses.dataclass(frozen=True)

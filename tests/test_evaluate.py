@@ -80,8 +80,8 @@ def test_a_file_is_scored_whole(tmp_path):
         mesh = sharding.one_device()
         batches = list(corpus.sequences("all", 4))
         with jax.set_mesh(mesh):
-            tokens = config.with_tokens(corpus.vocab_size)
-            got = evaluation.score(params, tokens, batches, corpus.token_bytes, mesh)
+            unpadded = config.with_tokens(corpus.vocab_size)
+            got = evaluation.score(params, unpadded, batches, corpus.token_bytes, mesh)
         size = sum(len(text.encode()) for text in TEXTS)
         assert (got.bytes, got.tokens) == (size, size + len(TEXTS))
         stream = [[byte + 3 for byte in text.encode()] + [1] for text in TEXTS]
@@ -101,7 +101,7 @@ def test_a_file_is_scored_whole(tmp_path):
         for batch in batches:
             batch["segment_ids"] = np.minimum(batch["segment_ids"], 1)
         with jax.set_mesh(mesh):
-            control = evaluation.score(params, tokens, batches, corpus.token_bytes, mesh)
+            control = evaluation.score(params, unpadded, batches, corpus.token_bytes, mesh)
         assert abs(control.nats / want - 1) > 1e-6
 
 
