@@ -13,13 +13,13 @@ A multiplier that the target has no field for is folded into the parameters (`Sc
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from flm_jax.config import TransformerConfig
+from flm_jax.data import json_text
 from flm_jax.errors import UserError
 
 # Format -> (model_type, architecture).
@@ -81,7 +81,7 @@ def read(folder: pathlib.Path) -> Described:
 def read_object(file: pathlib.Path) -> dict[str, Any]:
     """Reads a file with one JSON object. Raises UserError, naming the file, if it has none."""
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = json_text.parse(file.read_bytes())
     except ValueError as error:
         raise UserError(f"{file}: not JSON ({error}); fetch it again") from None
     if not isinstance(values, dict):
