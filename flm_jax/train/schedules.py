@@ -32,11 +32,14 @@ def schedule_shape(schedule: ScheduleConfig, total_steps: int) -> Schedule:
 
     Raises:
       UserError: its parts are longer than the whole: it would never reach its peak or its end.
+        The default warm-up alone may be longer.
     """
     total = schedule.total_steps or total_steps
     warmup = schedule.warmup_steps
     decay = schedule.decay_steps if schedule.kind == "wsd" else 0
-    if total and warmup + decay > total:
+    # Short chains, also those of earlier versions, may leave the default warm-up as it is.
+    chosen = decay or warmup != ScheduleConfig.warmup_steps
+    if total and chosen and warmup + decay > total:
         parts = f"ScheduleConfig.warmup_steps is {warmup}"
         if decay:
             parts += f" and decay_steps {decay}, together {warmup + decay}"
