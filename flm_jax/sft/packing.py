@@ -1,7 +1,7 @@
 """Conversations packed into rows, and a resumable stream of their batches.
 
 Letters in array names: B rows of a batch, T tokens of a row. Features are those of
-`data.pipeline.BatchIterator`: the conversations in a row are segments that do not see each other,
+`data.iterator.BatchIterator`: the conversations in a row are segments that do not see each other,
 each with positions from 0; `weights` are 1 on learned targets and 0 elsewhere.
 """
 
