@@ -17,7 +17,7 @@ from flm_jax.errors import UserError
 if TYPE_CHECKING:
     from flm_jax.data.pipeline import Corpus
 
-# Sequences of a mixture whose parts are drawn from one seed.
+# Windows of a mixture whose parts are drawn from one seed.
 _DRAWS = 1024
 
 
@@ -36,7 +36,8 @@ class BatchIterator(BatchStream):
     next window.
 
     Each part of a mixture repeats by itself: all its documents are read before any of them is read
-    again. Which part a sequence comes from is drawn by the rates.
+    again. Which part a window comes from is drawn by the parts' shares. It depends on the seed and
+    the window's number alone, so sequences of every length read the same stream.
     """
 
     def __init__(self, corpus: Corpus, batch_size: int, host_index: int, host_count: int) -> None:
@@ -48,11 +49,12 @@ class BatchIterator(BatchStream):
         super().__init__(batch_size, identity, host_index, host_count)
         self._corpus = corpus
         self._length = corpus.config.sequence_length
-        self._sequences = 0  # sequences returned so far
+        self._sequences = 0  # sequences returned so far, counted in this length
         self._parts = [_Part(corpus, n, batch_size) for n in range(len(corpus.parts))]
 
     def __next__(self) -> Batch:
-        owner_B = self._owners(self._sequences, self.batch_size)
+        numbers_B = np.arange(self._sequences, self._sequences + self.batch_size)
+        owner_B = self._owners(numbers_B * self._length // self._corpus.config.window)
         self._sequences += self.batch_size
         order_B = np.argsort(owner_B, kind="stable")  # row of the batch -> place after the parts
         rows = [
@@ -63,19 +65,19 @@ class BatchIterator(BatchStream):
         place_B = np.argsort(order_B, kind="stable")[self.host_rows]
         return {name: np.concatenate([row[name] for row in rows])[place_B] for name in rows[0]}
 
-    def _owners(self, start: int, count: int) -> np.ndarray:
-        """Returns the part that each of these sequences comes from; it depends on its number."""
+    def _owners(self, windows_B: np.ndarray) -> np.ndarray:
+        """Returns the parts that these successive windows come from; some may be repeated."""
         if len(self._parts) == 1:
-            return np.zeros(count, np.int64)
-        blocks = range(start // _DRAWS, (start + count - 1) // _DRAWS + 1)
+            return np.zeros_like(windows_B)
+        blocks = range(windows_B[0] // _DRAWS, windows_B[-1] // _DRAWS + 1)
         drawn = [
             np.random.default_rng((self._corpus.config.seed, block)).choice(
-                len(self._parts), _DRAWS, p=self._corpus.rates
+                len(self._parts), _DRAWS, p=self._corpus.shares
             )
             for block in blocks
         ]
-        first = start - blocks[0] * _DRAWS
-        return np.concatenate(drawn)[first : first + count]
+        owners: np.ndarray = np.concatenate(drawn)[windows_B - blocks[0] * _DRAWS]
+        return owners
 
     def _position(self) -> dict[str, Any]:
         parts = [{"epoch": part.epoch, "offset": part.offset} for part in self._parts]
@@ -85,13 +87,16 @@ class BatchIterator(BatchStream):
     def _seek(self, state: Mapping[str, Any]) -> None:
         """Moves to a position, which may be of another sequence length over the same windows.
 
-        The rest of a partly read sequence is skipped. The epoch's earlier sequences are read and
-        tokenised again.
+        The rest of a partly read sequence is skipped: of a mixture, in the one part that the
+        stream's last window comes from. The epoch's earlier sequences are read and tokenised again.
         """
+
+        def converted(sequences: int) -> int:
+            return -(-sequences * int(state["sequence_length"]) // self._length)
+
         for part, place in zip(self._parts, state.get("parts", [state]), strict=True):
-            offset = -(-place["offset"] * state["sequence_length"] // self._length)
-            part.seek(place["epoch"], offset)
-        self._sequences = state["sequences"]
+            part.seek(place["epoch"], converted(place["offset"]))
+        self._sequences = converted(state["sequences"])
 
 
 class _Part:

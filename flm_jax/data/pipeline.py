@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import hashlib
 import io
 import pathlib
@@ -26,6 +27,8 @@ from flm_jax.errors import UserError
 
 # Documents that are concatenated before they are cut into windows.
 GROUP_DOCUMENTS = 256
+# Documents of a mixture's part whose mean length is measured.
+MEASURED_DOCUMENTS = 1024
 # Seed of the order of validation windows: the same for every config.
 VALIDATION_SEED = 0
 
@@ -37,7 +40,7 @@ class Corpus:
       config: the config it was opened with.
       task: the seqio task or mixture.
       parts: the tasks of a mixture that have a rate above 0; the task alone if it is none.
-      rates: the share of the training sequences that each part gets; they sum to 1.
+      rates: the share of the training documents that each part gives; they sum to 1.
       vocabulary: the task's seqio vocabulary.
       vocab_size: number of tokens, special tokens included.
       token_bytes: int32 [vocab_size], number of UTF-8 bytes of each token, 0 for special tokens.
@@ -81,6 +84,25 @@ class Corpus:
           UserError: the processes cannot share the batch equally.
         """
         return BatchIterator(self, batch_size, host_index, host_count)
+
+    @functools.cached_property
+    def shares(self) -> list[float]:
+        """The share of the training tokens that each part gives; they sum to 1.
+
+        It is the part's rate times the mean length of the part's first training documents.
+        """
+        lengths = []
+        for part in self.parts:
+            documents = self._part_documents(part, "train").take(MEASURED_DOCUMENTS)
+            tokens = [len(document) for document in documents.as_numpy_iterator()]
+            lengths.append(np.mean(tokens) if tokens else 0.0)
+        weights = np.array(self.rates) * lengths
+        if not all(weights):
+            raise UserError(
+                f"DataConfig.task is {self.config.task!r}, but the training split of "
+                f"{self.parts[int(weights.argmin())].name!r} is empty; add documents"
+            )
+        return [float(share) for share in weights / weights.sum()]
 
     def validation(self, batch_size: int, num_sequences: int) -> list[Batch]:
         """Reads a fixed sample of the validation split: the same sequences at every call.

@@ -262,13 +262,27 @@ def vocabulary_digest(vocabulary: seqio.Vocabulary) -> str:
 
 
 def parts_of(task: seqio.Task | seqio.Mixture) -> tuple[list[seqio.Task], list[float]]:
-    """Returns a mixture's tasks with a rate above 0, and their shares; a task is its only part."""
+    """Returns a mixture's tasks with a rate above 0, and their rates; a task is its only part.
+
+    Rates count documents, as in seqio, and sum to 1.
+
+    Raises:
+      UserError: a rate is below 0 or not finite, or all are 0.
+    """
     if isinstance(task, seqio.Task):
         return [task], [1.0]
     rates = {part.name: float(task.get_rate(part)) for part in task.tasks}
-    parts = [part for part in task.tasks if rates[part.name] > 0]
+    for name, rate in rates.items():
+        if not 0 <= rate < float("inf"):
+            raise UserError(
+                f"DataConfig.task is {task.name!r}, a mixture that gives {name!r} the rate {rate}; "
+                "give it 0 (not read) or more"
+            )
+    parts = [part for part in task.tasks if rates[part.name]]
     if not parts:
-        raise UserError(f"DataConfig.task is {task.name!r}, a mixture without a rate above 0")
+        raise UserError(
+            f"DataConfig.task is {task.name!r}, a mixture without a rate above 0; give one"
+        )
     total = sum(rates.values())
     return parts, [rates[part.name] / total for part in parts]
 
