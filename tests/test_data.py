@@ -557,7 +557,9 @@ def test_parts_of_a_mixture_repeat_by_themselves(rates):
     corpus = data.open_corpus(DataConfig(task=name, sequence_length=T, seed=3))
 
     def documents(batches):
-        texts = [bytes((row[:-1] - 3).tolist()).decode() for batch in batches for row in batch["targets"]]
+        texts = [
+            bytes((row[:-1] - 3).tolist()).decode() for batch in batches for row in batch["targets"]
+        ]
         return {p: [int(t[1:]) for t in texts if t[0] == p[6]] for p in sizes}
 
     iterator = corpus.train(6)
