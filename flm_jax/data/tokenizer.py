@@ -272,7 +272,10 @@ def _hugging_face(path: pathlib.Path, where: str) -> Tokenizer:
     try:
         fields = json_text.parse(data)
         model = tokenizers.Tokenizer.from_buffer(data)
-        without_prefix = tokenizers.Tokenizer.from_str(json.dumps(_without_prefix(fields)))
+        plain = _without_prefix(fields)
+        without_prefix = (
+            model if plain == fields else tokenizers.Tokenizer.from_str(json.dumps(plain))
+        )
     except Exception as error:  # the library raises bare Exceptions
         raise UserError(
             f"{where}, which is not a tokenizer.json: {error}; give another file"
