@@ -11,7 +11,7 @@ from flm_jax.config import DataConfig
 from flm_jax.errors import UserError
 
 T = 8  # even: documents of one byte and its end token are never cut
-BYTES = {"lower": "abcdefghijklmnopqrst", "upper": "ABCDEFGH", "digits": "01234567"}
+BYTES = {"lower": "abcdefghijklmnopqrst", "upper": "ABCDEFGH", "digits": "0123456789"}
 names = (f"mixture_test_{number}" for number in itertools.count())
 
 
