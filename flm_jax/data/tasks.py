@@ -10,7 +10,6 @@ import codecs
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
 import pathlib
 import sysconfig
@@ -38,6 +37,9 @@ NOT_STDLIB = {
     "__pycache__",
     "pydoc_data",
 }
+
+# Documents that a tokenizer encodes at once: its results take far more memory than the ids.
+_ENCODED_AT_ONCE = 256
 
 # TensorFlow must leave the accelerators to JAX.
 tf.config.set_visible_devices([], "GPU")
@@ -115,8 +117,11 @@ def _examples(texts: list[bytes], tokenizer: Tokenizer | None) -> tf.Tensor | tf
     """The texts as strings, or as rows of int32 tokens."""
     if tokenizer is None:
         return tf.constant(texts)
-    rows = tokenizer.encode_batch([text.decode("utf-8") for text in texts], False, False)
-    values = np.fromiter(itertools.chain.from_iterable(rows), np.int32)
+    rows: list[np.ndarray] = []
+    for start in range(0, len(texts), _ENCODED_AT_ONCE):
+        block = [text.decode("utf-8") for text in texts[start : start + _ENCODED_AT_ONCE]]
+        rows += (np.array(ids, np.int32) for ids in tokenizer.encode_batch(block, False, False))
+    values = np.concatenate([np.zeros(0, np.int32), *rows])
     return tf.RaggedTensor.from_row_lengths(values, [len(row) for row in rows])
 
 
