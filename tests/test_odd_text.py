@@ -35,10 +35,11 @@ def test_only_a_line_feed_ends_a_row(tmp_path, bom):
 
 
 def test_prompts_are_json_or_the_line_itself(tmp_path):
-    lines = ['"a\\nb"', "plain \u2028 text", '{"other": 1}', "", '{"prompt": "p"}', NESTED]
+    lines = ['"a\\nb"', "plain \u2028 text", '{"other": 1}', "", '{"prompt": "p"}', NESTED, "a\rb"]
     path = tmp_path / "p.txt"
-    path.write_bytes("\n".join(lines).encode())
-    assert _read_prompts(str(path)) == ["a\nb", lines[1], lines[2], "p", NESTED]
+    for end in ("\n", "\r\n"):
+        path.write_bytes(end.join(lines).encode())
+        assert _read_prompts(str(path)) == ["a\nb", lines[1], lines[2], "p", NESTED, "a\rb"]
 
 
 @pytest.mark.parametrize("row", ['{"prompt": "cut \\ud83d"}', '"\\udc00 cut"'])

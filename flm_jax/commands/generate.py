@@ -9,7 +9,8 @@ A model is a run, one of its checkpoints, or a folder of Hugging Face files.
 the line as it is. Several prompts are generated as one batch. With --chat a prompt is what the user
 says, and is put into the chat format of Tele-FLM's instruct model.
 
-A text ends at --max_new_tokens, at one of the model's end-of-sequence tokens, or at a text given by --stop.
+A text ends at --max_new_tokens, at one of the model's end-of-sequence tokens, or at a text given by
+--stop.
 """
 
 from __future__ import annotations
@@ -96,12 +97,13 @@ def _show(text: str) -> None:
 def _read_prompts(path: str) -> list[str]:
     """The prompts of a file, one per line; empty lines are skipped."""
     try:
-        text = pathlib.Path(path).expanduser().read_text(encoding="utf-8-sig")
+        # Not `read_text`, which also ends lines at carriage returns.
+        text = pathlib.Path(path).expanduser().read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompts={path}: {error}; give a text file") from error
     prompts = []
     # Only a line feed ends a line: JSON strings may hold every other separator.
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), start=1):
         if line.strip():
             try:
                 prompts.append(json_text.check_text(_prompt(line)))
