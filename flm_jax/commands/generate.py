@@ -9,7 +9,8 @@ A model is a run, one of its checkpoints, or a folder of Hugging Face files.
 the line as it is. Several prompts are generated as one batch. With --chat a prompt is what the user
 says, and is put into the chat format of Tele-FLM's instruct model.
 
-A text ends at --max_new_tokens, at one of the model's end-of-sequence tokens, or at a text given by --stop.
+A text ends at --max_new_tokens, at one of the model's end-of-sequence tokens, or at a text given by
+--stop.
 """
 
 from __future__ import annotations
