@@ -56,8 +56,9 @@ setuptools.setup(
             "ruff",
             "safetensors",  # the oracle of our reader and writer of Hugging Face weights
         ],
-        # Oracles of the weights' tests, older .bin files, and EleutherAI's evaluation harness.
-        "hf": ["lm-eval", "torch==2.13.0", "transformers"],
+        # Oracles of the weights' tests, older .bin files, and EleutherAI's evaluation harness,
+        # whose own model needs accelerate.
+        "hf": ["accelerate", "lm-eval", "torch==2.13.0", "transformers"],
         "tpu": ["jax[tpu]"],
         # XLA's GPU compiler and ptxas, without cuDNN and the rest: `flm compile`.
         "gpu-aot": ["jax-cuda12-pjrt", "jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12"],

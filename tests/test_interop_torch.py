@@ -288,8 +288,9 @@ def test_a_chain_starts_from_imported_weights(tmp_path):
     )
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     text = "def f(x):\n\treturn 'é\x00\x7f\xad漢'"
-    assert tokenizer(text).input_ids == [byte + 3 for byte in text.encode()]
-    assert tokenizer.decode(tokenizer(text).input_ids) == text
+    ids = tokenizer(text).input_ids  # token 0 starts it, as in training
+    assert ids == [0, *(byte + 3 for byte in text.encode())]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
 def test_a_run_survives_a_round_trip_bit_identically(saved, tmp_path):

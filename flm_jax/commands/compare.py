@@ -28,7 +28,7 @@ from flm_jax.runtime.display import Progress
 from flm_jax.sft import chats, comparison, judge, scoring, synthetic
 from flm_jax.sft.chat_model import ChatModel, open_chat_model, retention
 from flm_jax.sft.chats import Sample
-from flm_jax.store.files import write_atomically, write_json
+from flm_jax.store.files import write_atomically, write_result
 from flm_jax.studies import reported
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ def main(call: Call[Flags]) -> dict[str, Any]:
         result["judge"] = judge.report(verdicts, flags.seed)
         _print_verdicts(result["judge"], console)
     if folder:
-        write_json(folder / "compare.json", result)
+        write_result(folder / "compare.json", result)
     return result
 
 

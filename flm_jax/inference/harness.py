@@ -26,8 +26,10 @@ from flm_jax.interop.opening import OpenedModel
 class Adapter(TemplateLM):
     """Gives a model the harness's interface: log-likelihood, rolling log-likelihood, generation.
 
-    `OpenedModel.prompt` writes the context of each request. If it is longer than the model's
-    context, its start is cut off.
+    Follows the harness's own model for Hugging Face files (`lm_eval.models.huggingface.HFLM`), so
+    that both give the same figures: names of special tokens in a text are these tokens, and the
+    vocabulary's padding takes part in the softmax. `OpenedModel.with_start` begins the context of
+    each request. If it is longer than the model's context, its start is cut off.
     """
 
     def __init__(self, model: OpenedModel, context: int, batch_size: int = 8, seed: int = 0):
@@ -50,8 +52,9 @@ class Adapter(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """The token before the first one of a text."""
-        return self.model.tokenizer.start_id
+        """The token before a text without context: the one named as the beginning, else the end."""
+        bos = self.model.tokenizer.bos_id
+        return self.eot_token_id if bos is None else bos
 
     @property
     def tokenizer_name(self) -> str:
@@ -61,10 +64,21 @@ class Adapter(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Returns a text's tokens, as a prompt (`OpenedModel.prompt`) or without special tokens."""
-        if add_special_tokens is False:
-            return self.model.tokenizer.encode(string)
-        return self.model.prompt(string)
+        """Returns a text's tokens, as the beginning of a document or without a start token.
+
+        A text that begins with the name of the start token gets no second one.
+        """
+        ids = self.model.tokenizer.encode(string, special=True)
+        if add_special_tokens is False or ids[:1] == [self.prefix_token_id]:
+            return ids
+        return self.model.with_start(ids)
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Encodes a pair; a context of white space alone belongs to the continuation."""
+        if not context.strip():
+            return [self.prefix_token_id], self.tok_encode(context + continuation, False)
+        pair: tuple[list[int], list[int]] = super()._encode_pair(context, continuation)
+        return pair
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
@@ -86,10 +100,16 @@ class Adapter(TemplateLM):
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Scores whole texts in windows of the model's context; each token is predicted once."""
+        """Scores whole texts in windows of the model's context; each token is predicted once.
+
+        The tokens are those of the tokenizer's own library. As in the harness's own model, the
+        prefix token precedes them, so a start token that the tokenizer adds is predicted too.
+        """
         pairs, owners = [], []
         for owner, request in enumerate(requests):
-            tokens = self.model.tokenizer.encode(request.args[0])
+            tokens = self.model.tokenizer.encode(request.args[0], special=True)
+            if tokens[:1] != [self.prefix_token_id]:
+                tokens = self.model.tokenizer.with_special(tokens)
             for window in get_rolling_token_windows(
                 tokens, self.prefix_token_id, self.max_length, context_len=1
             ):
@@ -117,7 +137,9 @@ class Adapter(TemplateLM):
 
     def _continue(self, prompts: Sequence[list[int]], settings: dict[str, Any]) -> list[str]:
         """Continues prompts with one request's settings, as the harness writes them."""
-        options = normalize_gen_kwargs(settings, default_max_gen_toks=self.max_length // 2)
+        options = normalize_gen_kwargs(
+            settings, default_max_gen_toks=min(256, self.max_length // 2)
+        )
         room = self.max_length - options["max_gen_toks"]
         if room < 1:
             raise UserError(
@@ -130,7 +152,7 @@ class Adapter(TemplateLM):
             temperature=options.get("temperature", 1.0 if options.get("do_sample") else 0.0),
             top_k=options.get("top_k", 0),
             top_p=options.get("top_p", 1.0),
-            stop_tokens=(self.eot_token_id,),
+            stop_tokens=self.model.tokenizer.stop_ids,
         )
         streams = [TextStream(self.model.tokenizer, options["until"]) for _ in prompts]
         rows = [prompt[-room:] for prompt in prompts]
@@ -139,7 +161,7 @@ class Adapter(TemplateLM):
         self._key, key = jax.random.split(self._key)
         generate(
             self.model.params,
-            self.model.config,
+            self.model.token_config,
             rows,
             sampling,
             key,

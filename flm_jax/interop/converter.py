@@ -23,7 +23,7 @@ from flm_jax.interop.families import FAMILIES
 from flm_jax.interop.names import Index
 from flm_jax.interop.opening import StoredModel, open_stored_model
 from flm_jax.interop.tensor_files import TensorsWriter
-from flm_jax.interop.tokenizer_files import BYTES, Vocabulary, write_config
+from flm_jax.interop.tokenizer_files import BYTES, Vocabulary, padding_of, write_config
 from flm_jax.interop.weights import Resized, Weights, scaled, without_offset
 from flm_jax.params import axes, counts, trees
 from flm_jax.runtime.display import Progress
@@ -187,7 +187,7 @@ def write_hf(
     ]
     carried = vocabulary.values()
     values = hf_config.write(config, format, dtype, carried, context or 2048)
-    values |= vocabulary.special_tokens()
+    values |= vocabulary.special_tokens() | padding_of(config)
     with appearing(target) as folder:
         vocabulary.copy(folder, code=carried.get("model_type") == values["model_type"])
         table, sizes = axes.table(config), axes.axis_sizes(config)
@@ -363,7 +363,9 @@ def with_vocab_size(source: StoredModel, weights: Weights, vocab_size: int, memo
             "not zero, and no tokenizer says how many rows are tokens; give "
             f"{have} or more, or put the tokenizer's files beside the weights"
         )
-    return Resized(weights, dataclasses.replace(weights.config, vocab_size=vocab_size))
+    tokens = tokens or min(weights.config.tokens, vocab_size)
+    plain = dataclasses.replace(weights.config, vocab_size=vocab_size, num_tokens=0)
+    return Resized(weights, plain.with_tokens(tokens))
 
 
 def _padding(weights: Weights, start: int, memory: int) -> bool:

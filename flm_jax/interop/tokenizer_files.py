@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
+from flm_jax.config import TransformerConfig
 from flm_jax.data.tokenizer import byte_alphabet, open_tokenizer
 from flm_jax.errors import UserError
 from flm_jax.interop.config_keys import read_object
@@ -15,8 +16,10 @@ from flm_jax.interop.config_keys import read_object
 # Files that define how text becomes tokens, chat templates included.
 _TOKENIZER = ("tokenizer*", "tokenization_*.py", "special_tokens_map.json", "added_tokens.json",
               "vocab.json", "merges.txt", "chat_template*")  # fmt: skip
+_CONFIG = "tokenizer_config.json"
 _GENERATION = "generation_config.json"
 _MODEL_CODE = ("configuration_*.py", "modeling_*.py")  # for models not in transformers
+_NUM_TOKENS = "unpadded_vocab_size"  # of config.json: its vocab_size without padding rows
 BYTES = "bytes"  # seqio's byte vocabulary: three special tokens, then the bytes
 _BYTES_SPECIAL = ("<pad>", "</s>", "<unk>")
 
@@ -71,19 +74,36 @@ class Vocabulary:
         """Copies the files into a folder; with `code`, also the model's own Python files."""
         if self.path == BYTES:
             _write_byte_tokenizer(target)
-        elif self._folder is None:
             return
-        elif self._folder.is_file():
+        if self._folder is None:
+            return
+        if self._folder.is_file():
             shutil.copyfile(self._folder, target / "tokenizer.model")
         else:
             for pattern in (*_TOKENIZER, _GENERATION, *(_MODEL_CODE if code else ())):
                 for file in self._folder.glob(pattern):
                     if file.is_file():
                         shutil.copyfile(file, target / file.name)
+        if not any((target / name).exists() for name in ("tokenizer.json", _CONFIG)):
+            _name_special_tokens(target)
+
+
+def with_padding(config: TransformerConfig, values: Mapping[str, Any]) -> TransformerConfig:
+    """Returns the config with the number of tokens that `padding_of` wrote to config.json."""
+    tokens = values.get(_NUM_TOKENS)
+    if isinstance(tokens, int) and 0 < tokens <= config.vocab_size:
+        return config.with_tokens(tokens)
+    return config
+
+
+def padding_of(config: TransformerConfig) -> dict[str, Any]:
+    """Returns what config.json says about padding rows; a value of None is left out."""
+    return {_NUM_TOKENS: config.num_tokens or None}
 
 
 def write_config(folder: pathlib.Path, values: Mapping[str, Any]) -> None:
     """Writes config.json, and a generation_config.json that matches it."""
+    values = {key: value for key, value in values.items() if (key, value) != (_NUM_TOKENS, None)}
     _write(folder / "config.json", values)
     file = folder / _GENERATION
     generation = read_object(file) if file.exists() else {}
@@ -114,12 +134,25 @@ def _write_byte_tokenizer(folder: pathlib.Path) -> None:
     )
     made.decoder = tokenizers.decoders.ByteLevel()
     made.add_special_tokens(list(_BYTES_SPECIAL))
-    made.save(str(folder / "tokenizer.json"))
     pad, eos, unknown = _BYTES_SPECIAL
-    special = {"pad_token": pad, "eos_token": eos, "unk_token": unknown}
-    _write(
-        folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **special}
+    # Padding starts every document in training.
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{pad} $A", special_tokens=[(pad, 0)]
     )
+    made.save(str(folder / "tokenizer.json"))
+    special = {"bos_token": pad, "pad_token": pad, "eos_token": eos, "unk_token": unknown}
+    _write(folder / _CONFIG, {"tokenizer_class": "PreTrainedTokenizerFast", **special})
+
+
+def _name_special_tokens(folder: pathlib.Path) -> None:
+    """Writes tokenizer_config.json for a SentencePiece model whose padding starts documents."""
+    file = folder / "tokenizer.model"
+    library = _sentencepiece(file) if file.is_file() else None
+    if library is None or library.pad_id() != 0 or library.eos_id() < 0:
+        return
+    ids = {"bos": 0, "pad": 0, "eos": library.eos_id(), "unk": library.unk_id()}
+    names = {f"{role}_token": library.id_to_piece(token) for role, token in ids.items()}
+    _write(folder / _CONFIG, {"add_bos_token": True, **names})
 
 
 def _sentencepiece(file: pathlib.Path) -> Any:

@@ -14,10 +14,12 @@ import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from flm_jax.data import json_text
 from flm_jax.errors import UserError
 from flm_jax.store.files import write_atomically
 
 ROLES = ("system", "user", "assistant")
+_ADVICE = "fix or remove the line"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,15 +87,11 @@ def read(paths: Sequence[str]) -> list[Sample]:
     """
     samples = []
     for path in (file for given in paths for file in _files(given)):
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    try:
-                        samples.append(sample(json.loads(line)))
-                    except ValueError as error:  # JSON's and UTF-8's errors are ValueErrors
-                        raise UserError(
-                            f"{path}, line {number}: {error}; fix or remove the line"
-                        ) from error
+        for number, row in json_text.rows(path, _ADVICE):
+            try:
+                samples.append(sample(row))
+            except ValueError as error:
+                raise UserError(f"{path}, line {number}: {error}; {_ADVICE}") from error
     return samples
 
 

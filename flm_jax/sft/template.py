@@ -110,7 +110,8 @@ def _encode(parts: Iterator[Piece], tokenizer: Tokenizer) -> Encoded:
     tokens: list[int] = []
     learned: list[bool] = []
     for piece in parts:
-        ids = tokenizer.encode(piece.text, special=piece.markup) if piece.text else []
+        # No piece is the beginning of a text, where a tokenizer may add a space.
+        ids = tokenizer.encode(piece.text, special=piece.markup, inside=True) if piece.text else []
         if piece.ends:
             ids = [*ids, tokenizer.eos_id]
         tokens += ids

@@ -92,7 +92,7 @@ def make(name: str, folder: pathlib.Path, seed: int = 0, **values: Any) -> None:
     import torch
     import transformers
 
-    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     family = FAMILIES[name.split(",")[0]]
     settings = _SIZES | MODELS[name] | values
     config = transformers.AutoConfig.for_model(family.model_type, **settings)

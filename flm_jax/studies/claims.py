@@ -18,7 +18,7 @@ import numpy as np
 from scipy import stats
 
 from flm_jax.runtime.figures import ACCENT, GUIDE, LINE, clean, plt, save
-from flm_jax.store.files import write_atomically, write_json
+from flm_jax.store.files import write_atomically, write_result
 from flm_jax.studies.less_is_more import BUDGETS, LessIsMoreConfig, MixConfig
 
 Row = dict[str, Any]
@@ -232,7 +232,7 @@ def write(config: LessIsMoreConfig, results: Sequence[Row], workdir: str) -> lis
     verdicts = [v for v in decided if v]
     _sizes_figure(config, rows, groups(config, categories), folder / "less_is_more_sizes.png")
     _mixes_figure(config, rows, categories, folder / "less_is_more_mixes.png")
-    write_json(
+    write_result(
         folder / "less_is_more.json", {"rows": list(results), "verdicts": verdict_rows(verdicts)}
     )
     write_atomically(folder / "less_is_more.md", _markdown(config, rows, categories, verdicts))

@@ -24,7 +24,7 @@ from flm_jax.commands.command import Call, Command, flag
 from flm_jax.errors import UserError
 from flm_jax.sft import chats, selection
 from flm_jax.sft.chat_model import open_chat_model
-from flm_jax.store.files import write_atomically, write_json
+from flm_jax.store.files import write_atomically, write_result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +93,7 @@ def main(call: Call[Flags]) -> dict[str, Any]:
     report = {**chosen.report, "judge": flags.checkpoint}
     path = pathlib.Path(flags.output)
     chats.write_jsonl(path, chosen.chosen)
-    write_json(path.with_name(path.name + ".report.json"), report)
+    write_result(path.with_name(path.name + ".report.json"), report)
     page = selection.markdown(report)
     write_atomically(path.with_name(path.name + ".report.md"), page)
     console.print(rich.markdown.Markdown(page))
