@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from flm_jax.config import DataConfig, ExperimentConfig, StageConfig, TransformerConfig
-from flm_jax.data import json_text
+from flm_jax.data import chat_template, json_text
+from flm_jax.data.chat_template import TemplateConfig
 from flm_jax.data.tokenizer import Tokenizer, open_tokenizer
 from flm_jax.errors import UserError
 from flm_jax.growth._plan import Plan
@@ -50,6 +51,7 @@ class OpenedModel:
       path: the opened checkpoint of a run, or the folder of Hugging Face files.
       context: the sequence length of the training, in tokens; 0: not known.
       trained: whether this library trained it, so that a start token precedes every document.
+      stage_template: the chat template of its fine-tuning; None: it was not fine-tuned.
     """
 
     params: Any
@@ -59,6 +61,22 @@ class OpenedModel:
     path: pathlib.Path
     context: int
     trained: bool
+    stage_template: TemplateConfig | None = None
+
+    @functools.cached_property
+    def template(self) -> TemplateConfig:
+        """The chat template: of its fine-tuning, or else its tokenizer's own, or else Tele-FLM's.
+
+        Raises:
+          UserError: the tokenizer's files are damaged.
+        """
+        if self.stage_template is not None:
+            return self.stage_template
+        return TemplateConfig(jinja=chat_template.own(self._vocabulary))
+
+    @property
+    def _vocabulary(self) -> str:
+        return self.data.vocabulary if self.data else str(self.path)
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -67,7 +85,7 @@ class OpenedModel:
         Raises:
           UserError: the tokenizer is missing, or has more tokens than the model.
         """
-        tokenizer = open_tokenizer(self.data.vocabulary if self.data else str(self.path))
+        tokenizer = open_tokenizer(self._vocabulary)
         if tokenizer.vocab_size > self.config.vocab_size:
             raise UserError(
                 f"{tokenizer.name} has {tokenizer.vocab_size} tokens, but the model {self.path} "
@@ -82,6 +100,10 @@ class OpenedModel:
     def with_data(self, data: DataConfig) -> OpenedModel:
         """Returns the model with other data, and therefore with that data's tokenizer."""
         return dataclasses.replace(self, data=data)
+
+    def with_template(self, template: TemplateConfig) -> OpenedModel:
+        """Returns the model with another chat template."""
+        return dataclasses.replace(self, stage_template=template)
 
     def with_start(self, ids: Sequence[int]) -> list[int]:
         """Puts the start token before a document's tokens, as in the model's training.
@@ -124,8 +146,9 @@ def open_model(path: str, stage: str = "") -> OpenedModel:
     )
     params = place(stored.weights, placed)
     return OpenedModel(
-        params, stored.weights.config, data, stored.name, stored.path, stored.context, trained
-    )
+        params, stored.weights.config, data, stored.name, stored.path, stored.context, trained,
+        stored.template,
+    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,6 +210,7 @@ class StoredModel:
       num_bytes: size of the parameters on disk.
       context: the longest sequence, in tokens; 0: not known.
       masks: value of the run-time masks that were folded in; None if there were none.
+      template: the chat template of its fine-tuning; None: it was not fine-tuned.
     """
 
     path: pathlib.Path
@@ -198,6 +222,7 @@ class StoredModel:
     num_bytes: int
     context: int
     masks: float | None
+    template: TemplateConfig | None = None
 
 
 def open_stored_model(path: str, stage: str = "", step: int | None = None) -> StoredModel:
@@ -303,6 +328,7 @@ def _checkpoint(path: pathlib.Path) -> StoredModel:
         num_bytes=sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves),
         context=config.data_of(0).sequence_length,
         masks=masks,
+        template=folder.template(),
     )
 
 

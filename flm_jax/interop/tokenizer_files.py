@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
-from flm_jax.data.tokenizer import byte_alphabet, open_tokenizer
+from flm_jax.data.tokenizer import BYTES_SPECIAL, byte_alphabet, open_tokenizer
 from flm_jax.errors import UserError
 from flm_jax.interop.hf_config import read_object
 
@@ -19,7 +19,6 @@ _CONFIG = "tokenizer_config.json"
 _GENERATION = "generation_config.json"
 _MODEL_CODE = ("configuration_*.py", "modeling_*.py")  # for models not in transformers
 BYTES = "bytes"  # seqio's byte vocabulary: three special tokens, then the bytes
-_BYTES_SPECIAL = ("<pad>", "</s>", "<unk>")
 
 
 class Vocabulary:
@@ -38,7 +37,7 @@ class Vocabulary:
     def num_tokens(self) -> int | None:
         """Returns the largest token id plus 1, or None if no file lists the tokens."""
         if self.path == BYTES:
-            return len(_BYTES_SPECIAL) + 256
+            return len(BYTES_SPECIAL) + 256
         if self._folder is None:
             return None
         if self._folder.is_file():
@@ -109,7 +108,7 @@ def _write_byte_tokenizer(folder: pathlib.Path) -> None:
     """Writes the byte vocabulary as a byte-level tokenizer.json without merges."""
     import tokenizers
 
-    tokens = [*_BYTES_SPECIAL, *byte_alphabet()]
+    tokens = [*BYTES_SPECIAL, *byte_alphabet()]
     made = tokenizers.Tokenizer(
         tokenizers.models.BPE({token: i for i, token in enumerate(tokens)}, merges=[])
     )
@@ -117,8 +116,8 @@ def _write_byte_tokenizer(folder: pathlib.Path) -> None:
         add_prefix_space=False, use_regex=False
     )
     made.decoder = tokenizers.decoders.ByteLevel()
-    made.add_special_tokens(list(_BYTES_SPECIAL))
-    pad, eos, unknown = _BYTES_SPECIAL
+    made.add_special_tokens(list(BYTES_SPECIAL))
+    pad, eos, unknown = BYTES_SPECIAL
     # Padding starts every document in training.
     made.post_processor = tokenizers.processors.TemplateProcessing(
         single=f"{pad} $A", special_tokens=[(pad, 0)]

@@ -17,6 +17,7 @@ from typing import Any
 from flm_jax import config as config_lib
 from flm_jax import mapping
 from flm_jax.config import ExperimentConfig
+from flm_jax.data.chat_template import TemplateConfig
 from flm_jax.errors import UserError
 from flm_jax.store.files import MetricsFile, link, write_atomically, write_json
 
@@ -71,15 +72,31 @@ class StageFolder:
 
         Raises UserError if config.json is not the config of a stage.
         """
-        try:
-            saved = json.loads(self.config.read_text(encoding="utf-8"))
-            stage = saved["stage"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{self.config}: not the config of a stage; restore the file") from None
+        saved = self._saved()
         # Fine-tuning adds fields of its own, and so does the data (its fingerprint).
         fields = {field.name for field in dataclasses.fields(ExperimentConfig)}
         shared = {name: value for name, value in saved.items() if name in fields}
-        return config_lib.experiment({**shared, "stages": [stage]})
+        return config_lib.experiment({**shared, "stages": [saved["stage"]]})
+
+    def _saved(self) -> dict[str, Any]:
+        try:
+            saved: dict[str, Any] = json.loads(self.config.read_text(encoding="utf-8"))
+            saved["stage"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{self.config}: not the config of a stage; restore the file") from None
+        return saved
+
+    def template(self) -> TemplateConfig | None:
+        """Returns the chat template of the latest fine-tuning up to this stage; None without one.
+
+        Raises UserError if a config.json is not the config of a stage.
+        """
+        for index in range(self.index, -1, -1):
+            for file in self.path.parent.glob(f"{index}-*/config.json"):
+                saved = StageFolder(self.run, index, file.parent.name.partition("-")[2])._saved()
+                if "sft" in saved:
+                    return mapping.from_mapping(TemplateConfig, saved["sft"]["template"])
+        return None
 
     def start(self) -> int:
         """Returns the global step at which this stage starts."""
