@@ -170,7 +170,7 @@ def main(call: Call[Flags]) -> dict[str, Any]:
     for name, counts in zip(arguments, lost, strict=True):
         for what, count in counts.items():
             console.print(f"{name}: {count} {what} left out by its template")
-    result: dict[str, Any] = {  # fmt: skip
+    result: dict[str, Any] = {
         "samples": {
             "scored": len(samples),
             "without_answer": unanswered,

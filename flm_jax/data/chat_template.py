@@ -7,8 +7,10 @@ from the files beside it; `as_jinja` writes patterns as a template for other lib
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pathlib
+from collections.abc import Mapping
 
 from flm_jax.config import require
 from flm_jax.data import special_tokens
@@ -115,8 +117,12 @@ def own(vocabulary: str) -> str:
     return ""
 
 
-def names_of_tokens(vocabulary: str) -> dict[str, str]:
+@functools.lru_cache(maxsize=8)
+def names_of_tokens(vocabulary: str) -> Mapping[str, str]:
     """Reads the names of special tokens that a tokenizer's files give to its template.
+
+    Args:
+      vocabulary: as `DataConfig.vocabulary`.
 
     Returns:
       Variables of the template, as bos_token and eos_token.
@@ -125,13 +131,25 @@ def names_of_tokens(vocabulary: str) -> dict[str, str]:
         return dict(zip(("bos_token", "eos_token", "unk_token"), BYTES_SPECIAL, strict=True))
     path = pathlib.Path(vocabulary).expanduser()
     folder = path if path.is_dir() else path.parent
-    names: dict[str, str] = {}
+    names = _names_in_model(path)
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
         for key, value in special_tokens.object_in(folder / file).items():
             name = value.get("content") if isinstance(value, dict) else value
             if key.endswith("_token") and isinstance(name, str):
                 names[key] = name
     return names
+
+
+def _names_in_model(path: pathlib.Path) -> dict[str, str]:
+    """The names in a SentencePiece model; none for another tokenizer."""
+    if path.suffix == ".json" or not path.is_file():
+        return {}
+    import sentencepiece
+
+    model = sentencepiece.SentencePieceProcessor()
+    model.load(str(path))
+    ids = {"bos": model.bos_id(), "eos": model.eos_id(), "unk": model.unk_id()}
+    return {f"{role}_token": model.id_to_piece(i) for role, i in ids.items() if i >= 0}
 
 
 def as_jinja(config: TemplateConfig, start: str, end: str) -> str:

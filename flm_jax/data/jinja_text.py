@@ -24,7 +24,7 @@ TRAINING_DAY = datetime.datetime(2024, 7, 26)
 class _Generation(jinja2.ext.Extension):
     """`{% generation %}...{% endgeneration %}` around what the assistant says."""
 
-    tags = {"generation"}
+    tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: parser.Parser) -> nodes.Node:
         line = next(parser.stream).lineno

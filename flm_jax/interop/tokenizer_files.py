@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
+from flm_jax.data.chat_template import TemplateConfig, as_jinja
 from flm_jax.data.tokenizer import BYTES_SPECIAL, byte_alphabet, open_tokenizer
 from flm_jax.errors import UserError
 from flm_jax.interop.hf_config import read_object
@@ -83,6 +84,36 @@ class Vocabulary:
                         shutil.copyfile(file, target / file.name)
         if not any((target / name).exists() for name in ("tokenizer.json", _CONFIG)):
             _name_special_tokens(target)
+
+    def name_of(self, token: int) -> str:
+        """Returns the name of a special token."""
+        if self.path == BYTES:
+            return BYTES_SPECIAL[token]
+        assert self._folder is not None
+        file = self._folder if self._folder.is_file() else self._folder / "tokenizer.json"
+        if file.suffix == ".json" and file.is_file():
+            return str(_tokenizer_json(file).id_to_token(token))
+        file = file if file.is_file() else self._folder / "tokenizer.model"
+        return str(_sentencepiece(file).id_to_piece(token))
+
+    def template_text(self, template: TemplateConfig) -> str:
+        """Writes a chat template in Jinja, with the names of this tokenizer's tokens.
+
+        The start token precedes every conversation, as in training.
+        """
+        if template.jinja:
+            return template.jinja
+        tokenizer = open_tokenizer(self.path)
+        names = (self.name_of(token) for token in (tokenizer.start_id, tokenizer.eos_id))
+        return as_jinja(template, *names)
+
+
+def write_chat_template(folder: pathlib.Path, text: str) -> None:
+    """Writes a chat template into tokenizer_config.json, in place of every other one there."""
+    for other in folder.glob("chat_template*"):
+        other.unlink()
+    file = folder / _CONFIG
+    _write(file, {**(read_object(file) if file.exists() else {}), "chat_template": text})
 
 
 def write_config(folder: pathlib.Path, values: Mapping[str, Any]) -> None:

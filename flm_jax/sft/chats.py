@@ -45,8 +45,8 @@ class Message:
 
     @property
     def empty(self) -> bool:
-        """Whether it says nothing, and calls no tool."""
-        return not (self.content.strip() or "tool_calls" in self.fields)
+        """Whether it says nothing, not even white space, and calls no tool."""
+        return not (self.content or "tool_calls" in self.fields)
 
 
 @dataclasses.dataclass(frozen=True)

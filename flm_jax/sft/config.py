@@ -68,7 +68,7 @@ class SftConfig(Checked):
     made: int = 0  # synthetic conversations per category, in addition to `paths`
     held_out: float = 0.05  # share of the conversations, chosen by hash, for the response loss
     overlong: str = "drop"  # conversations longer than the context: "drop" or "truncate"
-    template: TemplateConfig = TemplateConfig()
+    template: TemplateConfig = field(default_factory=TemplateConfig)
     data: DataConfig | None = None  # vocabulary and text to retain; None: the base run's
     sequence_length: int = 0  # tokens; 0: the data's
     batch_size: int = 8  # packed sequences in one optimizer step

@@ -55,8 +55,8 @@ if TYPE_CHECKING:
 
 # Fields that do not affect the stage's results, or are in its identity in another form.
 _NOT_IDENTITY = (
-    "base", "base_stage", "paths", "fields", "bad_rows", "made", "template", "data", "optimizer", "eval", "checkpoint", "mesh",
-    "score_samples", "max_new_tokens", "quick_compile",
+    "base", "base_stage", "paths", "fields", "bad_rows", "made", "template", "data", "optimizer",
+    "eval", "checkpoint", "mesh", "score_samples", "max_new_tokens", "quick_compile",
 )  # fmt: skip
 
 

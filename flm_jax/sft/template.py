@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from flm_jax.data import jinja_text
-from flm_jax.data.chat_template import TEXT, TemplateConfig, names_of_tokens
+from flm_jax.data.chat_template import TEXT, TemplateConfig, as_jinja, names_of_tokens
 from flm_jax.data.tokenizer import Tokenizer
 from flm_jax.errors import UserError
 from flm_jax.interop.opening import OpenedModel
@@ -208,6 +208,19 @@ def model_prompt(model: OpenedModel, messages: Sequence[Message], tools: str = "
     """
     ids = encode_prompt(messages, model.tokenizer, model.template, tools)
     return list(ids) if model.template.jinja else model.with_start(ids)
+
+
+def prompt_text(model: OpenedModel, messages: Sequence[Message]) -> str:
+    """Returns the text of `model_prompt`, with the names of end tokens, without the start token.
+
+    Args:
+      model: its template and tokenizer apply.
+      messages: the conversation so far.
+    """
+    names = names_of_tokens(model.tokenizer.name)
+    text = as_jinja(model.template, start="", end=names.get("eos_token", ""))
+    rows = [{"role": m.role, "content": m.content, **m.fields} for m in messages]
+    return jinja_text.render(text, rows, names, prompt=True, now=datetime.datetime.now())[0]
 
 
 def stop_ids(tokenizer: Tokenizer, template: TemplateConfig = TELE_FLM) -> tuple[int, ...]:

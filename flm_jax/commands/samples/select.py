@@ -24,8 +24,8 @@ from flm_jax.commands.chat_flags import ChatFlags
 from flm_jax.commands.command import Call, Command, flag
 from flm_jax.errors import UserError
 from flm_jax.sft import chats, selection
-from flm_jax.sft.chats import BadRows
 from flm_jax.sft.chat_model import open_chat_model
+from flm_jax.sft.chats import BadRows
 from flm_jax.store.files import write_atomically, write_result
 
 
