@@ -66,10 +66,9 @@ def rows(path: pathlib.Path) -> Iterator[tuple[int, Callable[[], Any]]]:
 
 
 def _opened(path: pathlib.Path) -> BinaryIO:
-    file = path.open("rb")
-    compressed = file.read(2) == b"\x1f\x8b"
-    file.seek(0)
-    return cast(BinaryIO, gzip.GzipFile(fileobj=file)) if compressed else file
+    with path.open("rb") as file:
+        compressed = file.read(2) == b"\x1f\x8b"
+    return cast(BinaryIO, gzip.open(path)) if compressed else path.open("rb")
 
 
 def _elements(path: pathlib.Path, data: bytes) -> Iterator[tuple[int, Callable[[], Any]]]:
