@@ -12,7 +12,7 @@ from flm_jax.errors import UserError
 from flm_jax.mapping import from_mapping, to_dict
 from flm_jax.sft import chats, packing, template
 from flm_jax.sft.chats import BadRows
-from flm_jax.sft.config import FieldsConfig, SftConfig
+from flm_jax.sft.config import USUAL_FIELDS, FieldsConfig, SftConfig
 from tests.commands import mistake
 
 BYTES = open_tokenizer("bytes")
@@ -23,7 +23,7 @@ SHAREGPT = [
 ]
 
 
-def turns(row, fields=FieldsConfig()):
+def turns(row, fields=USUAL_FIELDS):
     return [(m.role, m.content) for m in chats.sample(row, fields).messages]
 
 
