@@ -307,11 +307,12 @@ def _start(
     batches: Callable[[int], Batches],
 ) -> Position:
     """Puts a copy of the base's parameters and a new optimizer state onto the layout."""
-    params = base.model.params
+    # A copy on the host, because training consumes it: on several devices, a `device_put` with
+    # `may_alias=False` does not copy the part that is already in its place.
+    params = jax.tree.map(np.array, base.model.params)
     state = TrainState(jnp.int32(base.steps), params, tx.init(params))
     placed = state_shardings(base.model.config, state, layout)
-    # A copy, because training consumes it.
-    state = jax.device_put(state, placed, may_alias=False)
+    state = jax.device_put(state, placed)
     return Position(state, batches(1).get_state(), 0.0)
 
 
