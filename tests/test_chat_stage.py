@@ -17,7 +17,7 @@ from flm_jax.sft.chats import Message
 from flm_jax.sft.config import SftConfig
 from flm_jax.sft.template import TELE_FLM, TemplateConfig, model_prompt
 from tests import runs
-from tests.commands import json_of, mistake
+from tests.commands import ROOT, json_of, mistake
 from tests.models import changed
 
 JINJA = (
@@ -181,6 +181,14 @@ def test_a_later_stage_inherits_the_template(name, tuned, tmp_path):
     stored = json.loads(open_model(run).path.parent.parent.joinpath("config.json").read_text())
     file.write_text(json.dumps(values | {"sft": stored["sft"]}))
     assert open_model(grown).template == TEMPLATES[name]
+    # A chain that starts from the run's weights.
+    chain, _ = runs.save(tmp_path / "chain", [runs.BYTES])
+    file = tmp_path / "chain/stages/0-s0/config.json"
+    values = json.loads(file.read_text())
+    for source in (run, str(open_model(run).path)):
+        values["stage"]["source"] = source
+        file.write_text(json.dumps(values))
+        assert open_model(chain).template == TEMPLATES[name]
 
 
 def test_a_category_of_empty_answers_has_null_scores(tuned):
@@ -233,3 +241,31 @@ def test_compare_reads_all_forms_and_prints_null_scores(tuned, tmp_path):
         assert status["failed"] == []
     write_talk(tmp_path, [*rows, {"prompt": "q"}])
     assert "talk.jsonl, line 4" in mistake(*args)
+
+
+def test_the_harness_asks_in_the_template(tuned, monkeypatch):
+    pytest.importorskip("lm_eval", reason="needs the extra [hf]")
+    from flm_jax.commands.harness import _chat
+    from flm_jax.inference import harness
+
+    run, _, _ = tuned("patterns")
+    model = open_model(run)
+    asked = []
+
+    def score(self, pairs):
+        asked.extend(pairs)
+        return [(0.0, False)] * len(pairs)
+
+    monkeypatch.setattr(harness.Adapter, "_score", score)
+    monkeypatch.chdir(ROOT)
+    adapter = harness.Adapter(model, 64, chat=lambda messages: _chat(model, messages))
+    harness.run(adapter, ["flm_choice"], include_path=str(ROOT / "tests/harness_tasks"))
+    samples = ROOT / "tests/harness_tasks/samples.jsonl"
+    rows = [json.loads(line) for line in samples.read_text().splitlines()]
+    wanted = {
+        (tuple(model_prompt(model, [Message("user", row["question"])])), choice.strip())
+        for row in rows
+        for choice in row["choices"]
+    }
+    decode = model.tokenizer.decode
+    assert {(tuple(context), decode(new).strip()) for context, new in asked} == wanted

@@ -72,7 +72,8 @@ class OpenedModel:
         """
         if self.stage_template is not None:
             return self.stage_template
-        return TemplateConfig(jinja=chat_template.own(self._vocabulary))
+        own = chat_template.own(self._vocabulary) or chat_template.own(str(self.path))
+        return TemplateConfig(jinja=own)
 
     @property
     def _vocabulary(self) -> str:

@@ -89,6 +89,8 @@ class StageFolder:
     def template(self) -> TemplateConfig | None:
         """Returns the chat template of the latest fine-tuning up to this stage; None without one.
 
+        A chain that starts from the weights of a run has the template of that run.
+
         Raises UserError if a config.json is not the config of a stage.
         """
         for index in range(self.index, -1, -1):
@@ -96,11 +98,24 @@ class StageFolder:
                 saved = StageFolder(self.run, index, file.parent.name.partition("-")[2])._saved()
                 if "sft" in saved:
                     return mapping.from_mapping(TemplateConfig, saved["sft"]["template"])
+                if source := saved["stage"].get("source"):
+                    return _template_of(pathlib.Path(source).expanduser())
         return None
 
     def start(self) -> int:
         """Returns the global step at which this stage starts."""
         return sum(s["steps"] for s in self.run.stages() if s["index"] < self.index)
+
+
+def _template_of(source: pathlib.Path) -> TemplateConfig | None:
+    """The chat template of a chain's source; None if it is no run, or no longer there."""
+    run = RunFolder(source)
+    if run.lineage.exists():
+        entry = run.finished_stage()
+        return run.stage(entry["index"], entry["name"]).template()
+    if source.parent.name == "checkpoints" and source.is_dir():
+        return StageFolder.of_checkpoint(source).template()
+    return None
 
 
 class RunFolder:
