@@ -158,6 +158,9 @@ class TransformerConfig(Checked):
     attention_softcap: float = added(0.0)  # scores s become cap * tanh(s / cap); 0: unchanged
     logit_softcap: float = added(0.0)  # likewise, of the logits
     residual_mult: float = added(1.0)  # factor on every layer's two branches
+    # Ids that are tokens. The embedding's and the head's other rows are padding: they are not drawn
+    # in generation and are left out of evaluation's softmax. 0: all.
+    num_tokens: int = added(0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -169,6 +172,11 @@ class TransformerConfig(Checked):
         require(
             self.num_layers >= 0,
             f"TransformerConfig.num_layers is {self.num_layers}; give 0 (to grow from) or more",
+        )
+        require(
+            0 <= self.num_tokens <= self.vocab_size,
+            f"TransformerConfig.num_tokens is {self.num_tokens} and vocab_size {self.vocab_size}; "
+            "give 0 (all ids) or a number that is not larger",
         )
         require_choice(self, "dtype", COMPUTE_DTYPES)
         require_choice(self, "remat", REMAT_POLICIES)
@@ -234,6 +242,16 @@ class TransformerConfig(Checked):
         """The kind of every layer."""
         pattern = self.layer_kinds or ("full",)
         return tuple(pattern[layer % len(pattern)] for layer in range(self.num_layers))
+
+    @property
+    def tokens(self) -> int:
+        """Number of ids that are tokens."""
+        return self.num_tokens or self.vocab_size
+
+    def with_tokens(self, tokens: int) -> TransformerConfig:
+        """Returns the config for a tokenizer of this size: the ids beyond it are padding."""
+        tokens = min(tokens, self.tokens)
+        return dataclasses.replace(self, num_tokens=0 if tokens == self.vocab_size else tokens)
 
     @property
     def kv_heads(self) -> int:
@@ -351,6 +369,9 @@ class ScheduleConfig(Checked):
             0 <= self.final_ratio <= 1,
             f"ScheduleConfig.final_ratio is {self.final_ratio}; it must be in [0, 1]",
         )
+        for name in ("warmup_steps", "total_steps", "decay_steps"):
+            value = getattr(self, name)
+            require(value >= 0, f"ScheduleConfig.{name} is {value}; it must be 0 or more")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -186,7 +186,7 @@ def test_weights_of_messages_and_rows_multiply():
     sample = chats.sample({"messages": [OPENAI[0], one, *OPENAI[2:]], "weight": 3})
     (encoded,), _ = packing.encode_all([sample], BYTES, template.TELE_FLM, 99, "drop")
     assert [w for w in encoded.weights if w] == [1.5, 1.5, 3.0, 3.0]  # each with its end token
-    batch = packing.features([[encoded]], 99, 0)
+    batch = packing.features([[encoded]], 99, (0,))
     assert batch["weights"].sum() == 9
     with pytest.raises(UserError, match="1 without an answer to learn"):
         packing.encode_all(

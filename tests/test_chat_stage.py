@@ -158,7 +158,7 @@ def test_harness_requests_have_the_tokens_of_the_template(name, tuned):
 
     run, _, _ = tuned(name)
     model = open_model(run)
-    adapter = Adapter(model, 64, chat=lambda messages: _chat(model, messages))
+    adapter = Adapter(model, 64, chat=_chat(model))
     rows = [{"role": m.role, "content": m.content} for m in TURNS]
     text = adapter.apply_chat_template(rows)
     wanted = ids_of(model.tokenizer, PROMPTS[name])
@@ -258,7 +258,7 @@ def test_the_harness_asks_in_the_template(tuned, monkeypatch):
 
     monkeypatch.setattr(harness.Adapter, "_score", score)
     monkeypatch.chdir(ROOT)
-    adapter = harness.Adapter(model, 64, chat=lambda messages: _chat(model, messages))
+    adapter = harness.Adapter(model, 64, chat=_chat(model))
     harness.run(adapter, ["flm_choice"], include_path=str(ROOT / "tests/harness_tasks"))
     samples = ROOT / "tests/harness_tasks/samples.jsonl"
     rows = [json.loads(line) for line in samples.read_text().splitlines()]

@@ -522,6 +522,75 @@ def test_registered_task_and_mixture(vocabulary_path):
         data.open_corpus(DataConfig(task="ours_without_validation"))
 
 
+def read_in_turn(numbers, size):
+    """Whether each run of `size` numbers, the last one cut, holds no number twice."""
+    runs = [numbers[n : n + size] for n in range(0, len(numbers), size)]
+    return all(len(set(run)) == len(run) for run in runs)
+
+
+@pytest.mark.parametrize("rates", [(1, 1), (1, 5)])
+def test_parts_of_a_mixture_repeat_by_themselves(rates):
+    """Every document of a part is read once before one is read twice, at any rate.
+
+    Each document fills one sequence.
+    """
+    import seqio
+    import tensorflow as tf
+
+    sizes = {"mixed_few": 5, "mixed_many": 23}
+    name = f"mixed_{rates[0]}_{rates[1]}"
+    for part, size in sizes.items():
+        if part not in seqio.TaskRegistry.names():
+
+            def dataset(split, shuffle_files, seed=None, part=part, size=size):
+                rows = [f"{part[6]}{number:0{T - 2}}" for number in range(size)]
+                return tf.data.Dataset.from_tensor_slices({"targets": rows})
+
+            seqio.TaskRegistry.add(
+                part,
+                source=seqio.FunctionDataSource(dataset, ("train", "validation")),
+                preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
+                output_features={"targets": seqio.Feature(seqio.ByteVocabulary())},
+            )
+    if name not in seqio.MixtureRegistry.names():
+        seqio.MixtureRegistry.add(name, list(zip(sizes, rates, strict=True)))
+    corpus = data.open_corpus(DataConfig(task=name, sequence_length=T, seed=3))
+
+    def documents(batches):
+        texts = [
+            bytes((row[:-1] - 3).tolist()).decode() for batch in batches for row in batch["targets"]
+        ]
+        return {p: [int(t[1:]) for t in texts if t[0] == p[6]] for p in sizes}
+
+    iterator = corpus.train(6)
+    read = [next(iterator) for _ in range(16)]
+    numbers = documents(read)
+    for part, size in sizes.items():
+        assert len(numbers[part]) > size // 2
+        assert read_in_turn(numbers[part], size)
+        assert not read_in_turn(numbers[part][1:], size) or len(numbers[part]) <= size  # control
+    assert len(numbers["mixed_few"]) > 5  # it repeats while the other part does not
+    share = len(numbers["mixed_few"]) / 96
+    assert abs(share - rates[0] / sum(rates)) < 0.15
+
+    # The order depends neither on the batch size nor on the process, nor on a restart.
+    other = corpus.train(4)
+    got = documents([next(other) for _ in range(24)])
+    assert got == numbers
+    halves = [corpus.train(6, index, 2) for index in range(2)]
+    rows = np.concatenate([next(half)["targets"] for half in halves])
+    np.testing.assert_array_equal(rows, read[0]["targets"])
+    resumed = corpus.train(6)
+    resumed.set_state(iterator.get_state())
+    np.testing.assert_array_equal(next(resumed)["targets"], next(iterator)["targets"])
+
+    # Evaluation reads each document once.
+    once = documents(corpus.sequences("validation", 4))
+    assert {part: sorted(read) for part, read in once.items()} == {
+        part: list(range(size)) for part, size in sizes.items()
+    }
+
+
 # User errors
 
 

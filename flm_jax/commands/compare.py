@@ -171,11 +171,8 @@ def main(call: Call[Flags]) -> dict[str, Any]:
         for what, count in counts.items():
             console.print(f"{name}: {count} {what} left out by its template")
     result: dict[str, Any] = {
-        "samples": {
-            "scored": len(samples),
-            "without_answer": unanswered,
-            "bad_rows": bad.reasons,
-        },
+        "samples": {"scored": len(samples), "without_answer": unanswered},
+        "bad_rows": bad.reasons,
         "a": {
             "model": arguments[0],
             "scores": scoring.flat(scoring.summarise(scored[0])),

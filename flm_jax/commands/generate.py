@@ -10,7 +10,8 @@ the line as it is. Several prompts are generated as one batch. With --chat a pro
 says, and is put into the model's chat template: of its fine-tuning, or else its tokenizer's own, or
 else Tele-FLM's.
 
-A text ends at --max_new_tokens, at the model's end-of-sequence token, or at a text given by --stop.
+A text ends at --max_new_tokens, at one of the model's end-of-sequence tokens, or at a text given by
+--stop.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def main(call: Call[Flags]) -> dict[str, Any]:
         print(prompts[0], end="", flush=True)
     streams = [TextStream(model.tokenizer, flags.stop, _show if shown else None) for _ in prompts]
     new = generate(
-        model.params, model.config, tokens, sampling, jax.random.key(flags.seed),
+        model.params, model.token_config, tokens, sampling, jax.random.key(flags.seed),
         on_token=lambda row, token: streams[row].add(token),
     )  # fmt: skip
     texts = [stream.end() for stream in streams]

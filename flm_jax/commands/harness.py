@@ -12,15 +12,17 @@ its fine-tuning, or else its tokenizer's own, or else Tele-FLM's.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flm_jax.commands.command import Call, Command, flag
 from flm_jax.commands.model_flags import ModelFlags
 from flm_jax.errors import UserError
 from flm_jax.interop.opening import OpenedModel
+
+if TYPE_CHECKING:
+    from flm_jax.inference.harness import Chat
 
 DEFAULT_CONTEXT = 2048  # for weights whose files do not give one
 
@@ -52,7 +54,7 @@ def main(call: Call[Flags]) -> dict[str, Any]:
         ) from error
     model = flags.open()
     context = flags.context or model.context or DEFAULT_CONTEXT
-    chat = functools.partial(_chat, model) if flags.chat else None
+    chat = _chat(model) if flags.chat else None
     adapter = harness.Adapter(model, context, flags.batch_size, flags.seed, chat)
     results = harness.run(
         adapter, list(flags.tasks), flags.include_path, flags.num_fewshot, flags.limit
@@ -67,13 +69,17 @@ def main(call: Call[Flags]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _chat(model: OpenedModel, messages: Sequence[Mapping[str, str]]) -> tuple[str, list[int]]:
-    """Writes a prompt in the model's chat template: its text and its tokens."""
+def _chat(model: OpenedModel) -> Chat:
+    """The model's chat template."""
+    from flm_jax.inference.harness import Chat
     from flm_jax.sft.chats import Message
-    from flm_jax.sft.template import model_prompt, prompt_text
+    from flm_jax.sft.template import model_prompt, prompt_text, stop_ids
 
-    turns = [Message(message["role"], message["content"]) for message in messages]
-    return prompt_text(model, turns), model_prompt(model, turns)
+    def write(messages: Sequence[Mapping[str, str]]) -> tuple[str, list[int]]:
+        turns = [Message(message["role"], message["content"]) for message in messages]
+        return prompt_text(model, turns), model_prompt(model, turns)
+
+    return Chat(write, stop_ids(model.tokenizer, model.template))
 
 
 COMMAND = Command(main, Flags, config="none", unexpected="give tasks as --tasks=NAME,NAME")

@@ -74,15 +74,16 @@ def rows(path: pathlib.Path, advice: str) -> Iterator[tuple[int, Any]]:
     """
     with path.open("rb") as file:
         for number, line in lines(file):
-            if line.startswith(b"["):
-                raise UserError(
-                    f"{path}, line {number}: a JSON array begins here, and one object per line "
-                    f"(JSONL) is read; {advice}"
-                )
             try:
-                yield number, parse(line)
+                value = parse(line)
             except ValueError as error:
+                if line.startswith(b"["):
+                    raise UserError(
+                        f"{path}, line {number}: a JSON array over several lines begins here, and "
+                        f"one object per line (JSONL) is read; {advice}"
+                    ) from error
                 raise UserError(f"{path}, line {number}: {error}; {advice}") from error
+            yield number, value
 
 
 def lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:

@@ -24,8 +24,8 @@ class Named:
     Attributes:
       bos: names of the token that begins a text, the best one first.
       eos: names of the token that ends a text, the best one first.
-      adds: whether the tokenizer puts the first before and the second after every text; None: its
-        own settings decide.
+      adds: whether the first is put before and the second after every text; None: not said. As
+        in transformers, this is for SentencePiece models; a tokenizer.json has a post-processor.
       bos_ids: ids of the tokens that begin a text, of the model's config.
       eos_ids: ids of the tokens that end a text, of the model's config.
     """
@@ -39,9 +39,6 @@ class Named:
 
 def named(folder: pathlib.Path) -> Named:
     """Reads what the files in a tokenizer's folder say about special tokens.
-
-    As in transformers, `add_bos_token` and `add_eos_token` of tokenizer_config.json replace what
-    the tokenizer itself adds if one of them is there; the other one is then false.
 
     Raises:
       UserError: a file is not JSON.

@@ -261,6 +261,18 @@ def vocabulary_digest(vocabulary: seqio.Vocabulary) -> str:
     return "bytes" if isinstance(vocabulary, seqio.ByteVocabulary) else str(vocabulary)
 
 
+def parts_of(task: seqio.Task | seqio.Mixture) -> tuple[list[seqio.Task], list[float]]:
+    """Returns a mixture's tasks with a rate above 0, and their shares; a task is its only part."""
+    if isinstance(task, seqio.Task):
+        return [task], [1.0]
+    rates = {part.name: float(task.get_rate(part)) for part in task.tasks}
+    parts = [part for part in task.tasks if rates[part.name] > 0]
+    if not parts:
+        raise UserError(f"DataConfig.task is {task.name!r}, a mixture without a rate above 0")
+    total = sum(rates.values())
+    return parts, [rates[part.name] / total for part in parts]
+
+
 def fingerprint(task: seqio.Task | seqio.Mixture) -> str:
     """SHA-256, hex, of the task's data.
 
@@ -269,6 +281,7 @@ def fingerprint(task: seqio.Task | seqio.Mixture) -> str:
     """
     if isinstance(task, seqio.Mixture):
         parts: Any = [(part.name, task.get_rate(part), fingerprint(part)) for part in task.tasks]
+        parts.append("parts repeat by themselves")  # earlier versions had another order
     elif isinstance(task.source, DocumentSource):
         documents = [d for rows in task.source.documents.values() for d in rows]
         parts = sorted((d.name, _sha256(d.text)) for d in documents)

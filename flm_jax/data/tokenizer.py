@@ -7,6 +7,7 @@ token by token as it is generated, and counts the bytes for bits per byte.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -214,7 +215,8 @@ def _sentencepiece(path: pathlib.Path, where: str) -> Tokenizer:
     adds = named.adds or (False, False)
     if model.pad_id() == 0 and not named.adds and not named.bos:
         bos, adds = 0, (True, False)  # trained here: padding starts a document
-    starts, ends = _added_by_config(adds, bos, eos)
+    starts = (bos,) if adds[0] and bos is not None else ()
+    ends = (eos,) if adds[1] else ()
     usual = 0 if model.pad_id() == 0 else eos if bos is None else bos
     return Tokenizer(
         name=str(path),
@@ -251,6 +253,7 @@ def _sentencepiece_encoder(model: Any, data: bytes) -> Encode:
     }
     longest_first = sorted(control, key=len, reverse=True)
     names = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+    encode_inside = _inside(model.encode, without_prefix.encode)
 
     def with_control(text: str, inside: bool) -> list[int]:
         ids: list[int] = []
@@ -258,13 +261,15 @@ def _sentencepiece_encoder(model: Any, data: bytes) -> Encode:
             if number % 2:
                 ids.append(control[part])
             elif part:
-                ids += (without_prefix if inside or number else model).encode(part)
+                ids += encode_inside(part) if inside or number else model.encode(part)
         return ids
 
     def encode(texts: Sequence[str], special: bool, inside: bool) -> list[list[int]]:
         if special and control:
             return [with_control(text, inside) for text in texts]
-        ids: list[list[int]] = (without_prefix if inside else model).encode(list(texts))
+        if inside:
+            return [encode_inside(text) for text in texts]
+        ids: list[list[int]] = model.encode(list(texts))
         return ids
 
     return encode
@@ -278,7 +283,10 @@ def _hugging_face(path: pathlib.Path, where: str) -> Tokenizer:
     try:
         fields = json_text.parse(data)
         model = tokenizers.Tokenizer.from_buffer(data)
-        without_prefix = tokenizers.Tokenizer.from_str(json.dumps(_without_prefix(fields)))
+        plain = _without_prefix(fields)
+        without_prefix = (
+            model if plain == fields else tokenizers.Tokenizer.from_str(json.dumps(plain))
+        )
     except Exception as error:  # the library raises bare Exceptions
         raise UserError(
             f"{where}, which is not a tokenizer.json: {error}; give another file"
@@ -297,10 +305,19 @@ def _hugging_face(path: pathlib.Path, where: str) -> Tokenizer:
         text = model.id_to_token(token)
         return b"" if text is None else piece_of(text)
 
+    def ids_of(library: Any, text: str) -> list[int]:
+        ids: list[int] = library.encode(text, add_special_tokens=False).ids
+        return ids
+
+    encode_inside = _inside(
+        functools.partial(ids_of, model), functools.partial(ids_of, without_prefix)
+    )
+
     def encode(texts: Sequence[str], special: bool, inside: bool) -> list[list[int]]:
-        library = without_prefix if inside else model
-        library.encode_special_tokens = not special
-        return [e.ids for e in library.encode_batch(list(texts), add_special_tokens=False)]
+        model.encode_special_tokens = without_prefix.encode_special_tokens = not special
+        if inside:
+            return [encode_inside(text) for text in texts]
+        return [e.ids for e in model.encode_batch(list(texts), add_special_tokens=False)]
 
     named = special_tokens.named(path.parent)
     eos = _first(named.eos, model.token_to_id, named.eos_ids, size)
@@ -314,8 +331,6 @@ def _hugging_face(path: pathlib.Path, where: str) -> Tokenizer:
         )
     bos = _first(named.bos, model.token_to_id, named.bos_ids, size)
     starts, ends = _added_tokens(model)
-    if named.adds:
-        starts, ends = _added_by_config(named.adds, bos, eos)
     return Tokenizer(
         name=str(path),
         pieces=tuple(piece(token) for token in range(size)),
@@ -330,19 +345,32 @@ def _hugging_face(path: pathlib.Path, where: str) -> Tokenizer:
     )
 
 
+def _inside(
+    encode: Callable[[str], list[int]], without_prefix: Callable[[str], list[int]]
+) -> Callable[[str], list[int]]:
+    """Returns the function that encodes a text after another one.
+
+    A tokenizer that removes white space around a text puts its own space back: it stands for the
+    text's first space.
+
+    Args:
+      encode: encodes a whole text.
+      without_prefix: the same, without an added space.
+    """
+    replaces = encode(" a") == encode("a") != without_prefix("a")
+
+    def inside(text: str) -> list[int]:
+        return encode(text) if replaces and text.startswith(" ") else without_prefix(text)
+
+    return inside
+
+
 def _first(
     names: Iterable[str], id_of: Callable[[str], int | None], ids: Iterable[int], size: int
 ) -> int | None:
     """Returns the id of the first name that is a token, else the first id below `size`."""
     by_name = (token for name in names if (token := id_of(name)) is not None)
     return next(itertools.chain(by_name, (i for i in ids if 0 <= i < size)), None)
-
-
-def _added_by_config(
-    adds: tuple[bool, bool], bos: int | None, eos: int
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Returns the tokens before and after every text, as tokenizer_config.json switches them."""
-    return (bos,) if adds[0] and bos is not None else (), (eos,) if adds[1] else ()
 
 
 def _added_tokens(model: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from flm_jax.config import TransformerConfig
 from flm_jax.params import sharding
-from flm_jax.train.train_step import Batch, MasksAt, summed_loss
+from flm_jax.train.train_step import Batch, MasksAt, cross_entropy, logits_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ def score(
 
     Args:
       params: nested dicts of arrays, the model's parameters.
-      config: the model's config.
+      config: the model's config; ids beyond its tokens are not in the softmax.
       batches: packed batches, as `flm_jax.data` makes them.
       token_bytes: int [vocabulary], number of bytes of text in each token.
       mesh: the devices that compute.
@@ -89,4 +89,5 @@ def _nats(
 ) -> jax.Array:
     """Returns the summed negative log-likelihood of a batch's targets."""
     masks = None if masks_at is None or mask_value is None else masks_at(mask_value)
-    return summed_loss(params, batch, config, masks)[0]
+    logits_BTV = logits_of(config, params, batch, masks)[..., : config.tokens]
+    return cross_entropy(logits_BTV, batch["targets"], batch["weights"])[0]

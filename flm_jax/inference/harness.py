@@ -5,6 +5,7 @@ Import it inside a function: without the extra it cannot be imported.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -22,8 +23,18 @@ from flm_jax.inference.generation import Sampling, TextStream, generate
 from flm_jax.inference.likelihood import Pair, batched, loglikelihoods
 from flm_jax.interop.opening import OpenedModel
 
-# Writes messages as a prompt: returns its text and its tokens.
-Chat = Callable[[Sequence[Mapping[str, str]]], tuple[str, list[int]]]
+
+@dataclasses.dataclass(frozen=True)
+class Chat:
+    """A chat template, as the adapter uses it.
+
+    Attributes:
+      write: writes messages with role and content as a prompt: its text and its tokens.
+      stop_ids: the tokens that end an answer.
+    """
+
+    write: Callable[[Sequence[Mapping[str, str]]], tuple[str, list[int]]]
+    stop_ids: tuple[int, ...]
 
 
 class Adapter(TemplateLM):
@@ -89,7 +100,7 @@ class Adapter(TemplateLM):
         """
         assert self._chat is not None
         before = chat_history if add_generation_prompt else chat_history[:-1]
-        text, ids = self._chat(before)
+        text, ids = self._chat.write(before)
         if not add_generation_prompt:
             begun = chat_history[-1]["content"]
             text += begun
@@ -203,7 +214,7 @@ class Adapter(TemplateLM):
             temperature=options.get("temperature", 1.0 if options.get("do_sample") else 0.0),
             top_k=options.get("top_k", 0),
             top_p=options.get("top_p", 1.0),
-            stop_tokens=(self.eot_token_id,),
+            stop_tokens=(self._chat or self.model.tokenizer).stop_ids,
         )
         streams = [TextStream(self.model.tokenizer, options["until"]) for _ in prompts]
         rows = [prompt[-room:] for prompt in prompts]
@@ -212,7 +223,7 @@ class Adapter(TemplateLM):
         self._key, key = jax.random.split(self._key)
         generate(
             self.model.params,
-            self.model.config,
+            self.model.token_config,
             rows,
             sampling,
             key,

@@ -23,7 +23,13 @@ from flm_jax.interop import hf_config, names, tensor_files
 from flm_jax.interop.names import TENSORS, Index
 from flm_jax.interop.opening import StoredModel, open_stored_model
 from flm_jax.interop.tensor_files import TensorsWriter
-from flm_jax.interop.tokenizer_files import BYTES, Vocabulary, write_chat_template, write_config
+from flm_jax.interop.tokenizer_files import (
+    BYTES,
+    Vocabulary,
+    padding_of,
+    write_chat_template,
+    write_config,
+)
 from flm_jax.interop.weights import Resized, Weights, scaled
 from flm_jax.params import axes, counts, trees
 from flm_jax.runtime.display import Progress
@@ -188,7 +194,7 @@ def write_hf(
     ]
     carried = vocabulary.values()
     values = hf_config.write(config, format, dtype, carried, context or 2048)
-    values |= vocabulary.special_tokens()
+    values |= vocabulary.special_tokens() | padding_of(config)
     with appearing(target) as folder:
         vocabulary.copy(folder, code=carried.get("model_type") == values["model_type"])
         if template is not None and vocabulary.num_tokens() is not None:
@@ -367,7 +373,9 @@ def with_vocab_size(source: StoredModel, weights: Weights, vocab_size: int, memo
             "not zero, and no tokenizer says how many rows are tokens; give "
             f"{have} or more, or put the tokenizer's files beside the weights"
         )
-    return Resized(weights, dataclasses.replace(weights.config, vocab_size=vocab_size))
+    tokens = tokens or min(weights.config.tokens, vocab_size)
+    plain = dataclasses.replace(weights.config, vocab_size=vocab_size, num_tokens=0)
+    return Resized(weights, plain.with_tokens(tokens))
 
 
 def _padding(weights: Weights, start: int, memory: int) -> bool:

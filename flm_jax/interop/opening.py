@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from flm_jax.config import DataConfig, ExperimentConfig, StageConfig, TransformerConfig
-from flm_jax.data import chat_template, json_text
+from flm_jax.data import chat_template, json_text, special_tokens
 from flm_jax.data.chat_template import TemplateConfig
 from flm_jax.data.tokenizer import Tokenizer, open_tokenizer
 from flm_jax.errors import UserError
@@ -87,12 +87,30 @@ class OpenedModel:
           UserError: the tokenizer is missing, or has more tokens than the model.
         """
         tokenizer = open_tokenizer(self._vocabulary)
+        # The model's files may lie in another folder than its tokenizer.
+        ends = special_tokens.model_ids(self.path, "eos_token_id")
+        stops = tuple(dict.fromkeys((*tokenizer.stop_ids, *ends)))
+        tokenizer = dataclasses.replace(tokenizer, stop_ids=stops)
         if tokenizer.vocab_size > self.config.vocab_size:
             raise UserError(
                 f"{tokenizer.name} has {tokenizer.vocab_size} tokens, but the model {self.path} "
                 f"has vocab_size {self.config.vocab_size}; give the tokenizer of this model"
             )
         return tokenizer
+
+    @functools.cached_property
+    def token_config(self) -> TransformerConfig:
+        """The model's config with the number of its tokens, to generate and to score with."""
+        return self.config.with_tokens(self.tokenizer.vocab_size)
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """The tokens before every document that the model reads.
+
+        Every document of this library's training begins with the start token. Another model reads
+        what its tokenizer puts before a text. All callers rely on this rule.
+        """
+        return (self.tokenizer.start_id,) if self.trained else self.tokenizer.starts
 
     def prompt(self, text: str) -> list[int]:
         """Encodes a text as the beginning of a document, with the start token where needed."""
@@ -107,19 +125,19 @@ class OpenedModel:
         return dataclasses.replace(self, stage_template=template)
 
     def with_start(self, ids: Sequence[int]) -> list[int]:
-        """Puts the start token before a document's tokens, as in the model's training.
+        """Puts `starts` before a document's tokens, unless the document begins with them.
 
-        A model that this library did not train gets none if its tokenizer adds none, unless `ids`
-        is empty. All callers rely on this rule.
+        A model always reads one token or more: without `ids` and `starts`, the start token.
 
         Args:
-          ids: tokens without a start token.
+          ids: the document's tokens; a chat template may begin with the start token itself.
 
         Returns:
           The tokens that the model reads.
         """
-        start = self.trained or self.tokenizer.starts or not ids
-        return [*([self.tokenizer.start_id] if start else []), *ids]
+        starts = self.starts or (() if ids else (self.tokenizer.start_id,))
+        begun = tuple(ids[: len(starts)]) == starts
+        return [*(() if begun else starts), *ids]
 
 
 def open_model(path: str, stage: str = "") -> OpenedModel:

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
+from flm_jax.config import TransformerConfig
 from flm_jax.data.chat_template import TemplateConfig, as_jinja
 from flm_jax.data.tokenizer import BYTES_SPECIAL, byte_alphabet, open_tokenizer
 from flm_jax.errors import UserError
@@ -19,6 +20,7 @@ _TOKENIZER = ("tokenizer*", "tokenization_*.py", "special_tokens_map.json", "add
 _CONFIG = "tokenizer_config.json"
 _GENERATION = "generation_config.json"
 _MODEL_CODE = ("configuration_*.py", "modeling_*.py")  # for models not in transformers
+_NUM_TOKENS = "unpadded_vocab_size"  # of config.json: its vocab_size without padding rows
 BYTES = "bytes"  # seqio's byte vocabulary: three special tokens, then the bytes
 
 
@@ -116,8 +118,22 @@ def write_chat_template(folder: pathlib.Path, text: str) -> None:
     _write(file, {**(read_object(file) if file.exists() else {}), "chat_template": text})
 
 
+def with_padding(config: TransformerConfig, values: Mapping[str, Any]) -> TransformerConfig:
+    """Returns the config with the number of tokens that `padding_of` wrote to config.json."""
+    tokens = values.get(_NUM_TOKENS)
+    if isinstance(tokens, int) and 0 < tokens <= config.vocab_size:
+        return config.with_tokens(tokens)
+    return config
+
+
+def padding_of(config: TransformerConfig) -> dict[str, Any]:
+    """Returns what config.json says about padding rows; a value of None is left out."""
+    return {_NUM_TOKENS: config.num_tokens or None}
+
+
 def write_config(folder: pathlib.Path, values: Mapping[str, Any]) -> None:
     """Writes config.json, and a generation_config.json that matches it."""
+    values = {key: value for key, value in values.items() if (key, value) != (_NUM_TOKENS, None)}
     _write(folder / "config.json", values)
     file = folder / _GENERATION
     generation = read_object(file) if file.exists() else {}

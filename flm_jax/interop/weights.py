@@ -20,6 +20,7 @@ from flm_jax.growth.folding import Masks, fold_block, folded_model
 from flm_jax.interop import hf_config, names
 from flm_jax.interop.names import TENSORS, Index
 from flm_jax.interop.tensor_files import Tensors
+from flm_jax.interop.tokenizer_files import with_padding
 from flm_jax.params import axes, mup, trees
 from flm_jax.params.dtypes import wide
 from flm_jax.store.chunked import CheckpointReader
@@ -100,7 +101,7 @@ class HuggingFace:
             architecture. The message names file and tensor.
         """
         self.described = hf_config.read(folder)
-        self.config = self.described.config
+        self.config = with_padding(self.described.config, self.described.values)
         self.tensors = Tensors(folder)
         self._table, self._sizes = axes.table(self.config), axes.axis_sizes(self.config)
         expected = names.shapes(self._table, self._sizes)

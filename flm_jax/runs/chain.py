@@ -94,8 +94,10 @@ def check(config: ExperimentConfig, layouts: Sequence[Layout]) -> None:
       layouts: mesh and sharding of each stage.
 
     Raises:
-      UserError: a stage's sizes or batch do not divide over its mesh, or its growth is impossible.
+      UserError: a stage's sizes or batch do not divide over its mesh, its growth is impossible, or
+        the schedule is longer than the chain.
     """
+    schedules.schedule_shape(config.schedule, config.total_steps)
     for stage, (mesh, rules) in zip(config.stages, layouts, strict=True):
         rows = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
         sharding.check_divisible(stage.model, mesh, rules)

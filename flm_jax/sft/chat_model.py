@@ -69,7 +69,7 @@ class ChatModel:
 
     @property
     def config(self) -> TransformerConfig:
-        return self.model.config
+        return self.model.token_config
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -154,11 +154,10 @@ class ChatModel:
 
     def _batch(self, rows: list[Encoded]) -> Batch:
         """One conversation to a row, filled up to `batch_size` rows."""
-        length = bucket(max(_tokens(e) for e in rows))
+        length = bucket(max(_tokens(e) for e in rows) + len(self.model.starts) - 1)
         packed = [[e] for e in rows] + [[]] * (self.batch_size - len(rows))
         return {
-            name: jnp.asarray(x)
-            for name, x in features(packed, length, self.tokenizer.start_id).items()
+            name: jnp.asarray(x) for name, x in features(packed, length, self.model.starts).items()
         }
 
     def _by_length(
@@ -246,7 +245,7 @@ def _batches(order: list[int], size: int) -> Iterator[list[int]]:
 @functools.partial(jax.jit, static_argnames="config")
 def _nats(params: Any, batch: Batch, config: TransformerConfig) -> jax.Array:
     """[B]: the loss in nats, summed over a row's learned tokens."""
-    logits_BTV = logits_of(config, params, batch)
+    logits_BTV = logits_of(config, params, batch)[..., : config.tokens]
     return jax.vmap(cross_entropy)(logits_BTV, batch["targets"], batch["weights"])[0]
 
 

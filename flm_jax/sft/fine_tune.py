@@ -235,7 +235,7 @@ def experiment_of(config: SftConfig, base: Base, steps: int) -> ExperimentConfig
             kind="wsd",
             warmup_steps=config.warmup_steps,
             total_steps=steps,
-            decay_steps=max(steps - config.warmup_steps, 1),
+            decay_steps=max(steps - config.warmup_steps, 0),
             final_ratio=config.final_learning_rate / config.learning_rate,
         ),
         eval=config.eval,

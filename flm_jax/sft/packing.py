@@ -1,7 +1,7 @@
 """Conversations packed into rows, and a resumable stream of their batches.
 
 Letters in array names: B rows of a batch, T tokens of a row. Features are those of
-`data.pipeline.BatchIterator`: the conversations in a row are segments that do not see each other,
+`data.iterator.BatchIterator`: the conversations in a row are segments that do not see each other,
 each with positions from 0; `weights` are those of the targets in the loss, 0 where nothing is
 learned.
 """
@@ -168,13 +168,15 @@ def first_fit(lengths: Iterable[int], capacity: int) -> list[list[int]]:
     return rows
 
 
-def features(rows: Sequence[Sequence[Encoded]], length: int, start_id: int) -> Batch:
+def features(rows: Sequence[Sequence[Encoded]], length: int, starts: tuple[int, ...]) -> Batch:
     """Computes the model's features of packed rows.
 
     Args:
       rows: conversations, row by row.
       length: T, tokens in a row; the rest of a row is padding with weight 0.
-      start_id: the input token at the start of a conversation that has none of its own.
+      starts: the tokens before every conversation, unless it begins with them or its template
+        writes its own. Without one, nothing predicts a conversation's first token, and it is no
+        target.
 
     Returns:
       tokens, targets, segment_ids and positions, int32; weights, float32; all [B, T].
@@ -188,13 +190,16 @@ def features(rows: Sequence[Sequence[Encoded]], length: int, start_id: int) -> B
     for b, row in enumerate(rows):
         start = 0
         for number, conversation in enumerate(row, start=1):
-            end = start + len(conversation.tokens)
-            batch["targets"][b, start:end] = conversation.tokens
-            first = start_id if conversation.start is None else conversation.start
-            batch["tokens"][b, start:end] = (first, *conversation.tokens[:-1])
+            begun = conversation.begun or conversation.tokens[: len(starts)] == starts
+            added = () if begun else starts
+            tokens = (*added, *conversation.tokens)
+            weights = (*(0.0 for _ in added), *conversation.weights)
+            end = start + len(tokens) - 1
+            batch["tokens"][b, start:end] = tokens[:-1]
+            batch["targets"][b, start:end] = tokens[1:]
             batch["segment_ids"][b, start:end] = number
             batch["positions"][b, start:end] = np.arange(end - start)
-            batch["weights"][b, start:end] = conversation.weights
+            batch["weights"][b, start:end] = weights[1:]
             start = end
     return batch
 
@@ -217,7 +222,7 @@ def in_order(
     rows = [[conversations[i] for i in row] for row in packed]
     rows += [[] for _ in range(-len(rows) % batch_size)]
     return [
-        features(rows[n : n + batch_size], length, start_id)
+        features(rows[n : n + batch_size], length, (start_id,))
         for n in range(0, len(rows), batch_size)
     ]
 
@@ -273,7 +278,7 @@ class ChatBatches(BatchStream):
             epoch, offset = divmod(place, len(self.rows))
             rows.append(self.rows[order(epoch)[offset]])
         self._place += self.batch_size
-        return features(rows, self._length, self._start_id)
+        return features(rows, self._length, (self._start_id,))
 
     def _order(self, epoch: int) -> np.ndarray:
         return np.random.default_rng((self._seed, 1, epoch)).permutation(len(self.rows))

@@ -45,14 +45,14 @@ class Encoded:
     """A conversation as tokens.
 
     Attributes:
-      tokens: the tokens to predict.
+      tokens: its tokens.
       weights: for each the weight of its prediction in the loss; 0: not learned.
-      start: the input before the first token; None: the model's start token.
+      begun: the template writes the start token itself, or none; no other is added.
     """
 
     tokens: tuple[int, ...]
     weights: tuple[float, ...]
-    start: int | None = None
+    begun: bool = False
 
     @property
     def learned(self) -> tuple[bool, ...]:
@@ -65,7 +65,7 @@ class Encoded:
 
     def cut(self, length: int) -> Encoded:
         """The first `length` tokens."""
-        return Encoded(self.tokens[:length], self.weights[:length], self.start)
+        return Encoded(self.tokens[:length], self.weights[:length], self.begun)
 
 
 def weight_of(message: Message) -> float:
@@ -128,7 +128,7 @@ def encode(
 ) -> Encoded:
     """Encodes a whole conversation, without the model's start token.
 
-    A Jinja template writes the start token itself, if there is one; its first token is `start`.
+    A Jinja template writes the start token itself, if there is one.
 
     Args:
       messages: the conversation.
@@ -145,8 +145,7 @@ def encode(
     whole = _encode(_jinja_pieces(messages, tokenizer, template, tools), tokenizer, inside=False)
     if not whole.tokens:
         raise UserError("the chat template writes nothing; give another template")
-    weights = _without_space_after_end(whole, tokenizer)
-    return Encoded(whole.tokens[1:], weights[1:], start=whole.tokens[0])
+    return Encoded(whole.tokens, _without_space_after_end(whole, tokenizer), begun=True)
 
 
 def encode_sample(sample: Sample, tokenizer: Tokenizer, template: TemplateConfig) -> Encoded:

@@ -22,6 +22,8 @@ from flm_jax.errors import UserError
 from flm_jax.store.files import MetricsFile, link, write_atomically, write_json
 
 VERSION = 1
+# A stage's settings that may change on resume: they change only the order of a sum.
+_MAY_CHANGE = ("accumulate",)
 
 
 class StageFolder:
@@ -159,19 +161,26 @@ class RunFolder:
                 argument="workdir",
             )
 
-    def check_stage(self, folder: StageFolder, identity: Mapping[str, Any]) -> None:
+    def check_stage(self, folder: StageFolder, identity: Mapping[str, Any]) -> list[str]:
         """Checks that a stage was started with the same settings, if it was started.
+
+        `accumulate` may differ: the sums of a step are then added in another order.
 
         Args:
           folder: the stage's folder.
           identity: the settings that affect the stage's results; see `lineage.identity`.
 
+        Returns:
+          The allowed differences.
+
         Raises:
           UserError: the saved config differs; the error names the first difference.
         """
         if not folder.config.exists():
-            return
-        differences = mapping.differences(json.loads(folder.config.read_text()), dict(identity))
+            return []
+        found = mapping.differences(json.loads(folder.config.read_text()), dict(identity))
+        allowed = tuple(f"config.stage.{name}: " for name in _MAY_CHANGE)
+        differences = [line for line in found if not line.startswith(allowed)]
         if differences:
             more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""
             raise UserError(
@@ -179,10 +188,17 @@ class RunFolder:
                 "restore the value, or give another workdir",
                 argument="workdir",
             )
+        return found
 
     def begin_stage(self, folder: StageFolder, identity: Mapping[str, Any]) -> None:
-        """Writes config.json after `check_stage`, with its arguments and errors."""
-        self.check_stage(folder, identity)
+        """Writes config.json after `check_stage`, with its arguments and errors.
+
+        A setting that changes on resume is recorded in metrics.jsonl, in a row of the kind
+        "changed" at the step of the latest checkpoint.
+        """
+        if changes := self.check_stage(folder, identity):
+            done = [int(path.name) for path in folder.checkpoints.glob("*") if path.name.isdigit()]
+            folder.metrics.append("changed", max(done, default=folder.start()), settings=changes)
         write_json(folder.config, identity)
 
     def stages(self) -> list[dict[str, Any]]:
