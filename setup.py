@@ -27,6 +27,7 @@ setuptools.setup(
         "datasketch",  # MinHash: near-duplicates among chat samples
         "flax>=0.12",  # the model's modules
         "jax>=0.10",
+        "jinja2>=3.1.6",  # chat templates, in its sandbox
         "matplotlib",  # figures of reports
         "ml_collections",  # config files and their overrides
         "numpy",

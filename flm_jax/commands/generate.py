@@ -7,7 +7,8 @@ A model is a run, one of its checkpoints, or a folder of Hugging Face files.
 
 --prompts reads a file with one prompt per line: a JSON string, a JSON object with `prompt`, or else
 the line as it is. Several prompts are generated as one batch. With --chat a prompt is what the user
-says, and is put into the chat format of Tele-FLM's instruct model.
+says, and is put into the model's chat template: of its fine-tuning, or else its tokenizer's own, or
+else Tele-FLM's.
 
 A text ends at --max_new_tokens, at one of the model's end-of-sequence tokens, or at a text given by
 --stop.
@@ -43,7 +44,7 @@ class Flags(ModelFlags):
     top_p: float = flag(1.0, "Only the likeliest tokens that together have this probability.")
     seed: int = flag(0, "Seed of the random draws.")
     stop: tuple[str, ...] = flag((), "Text that ends a continuation and is left out; repeatable.")
-    chat: bool = flag(False, "Put prompts into the chat format.")
+    chat: bool = flag(False, "Put prompts into the model's chat template.")
     context: int = flag(0, "Most tokens, prompt included; 0: the trained context.")
 
 
@@ -57,7 +58,7 @@ def main(call: Call[Flags]) -> dict[str, Any]:
     model = flags.open()
     tokens = [_tokens(model, prompt, flags.chat) for prompt in prompts]
     check_context(tokens, sampling.max_new_tokens, flags.context or model.context)
-    sampling = Sampling(*settings, stop_tokens=model.tokenizer.stop_ids)
+    sampling = Sampling(*settings, stop_tokens=_stops(model, flags.chat))
 
     shown = len(prompts) == 1 and not call.json
     if shown:
@@ -84,9 +85,17 @@ def _tokens(model: OpenedModel, prompt: str, chat: bool) -> list[int]:
     if not chat:
         return model.prompt(prompt)
     from flm_jax.sft.chats import Message
-    from flm_jax.sft.template import encode_prompt
+    from flm_jax.sft.template import model_prompt
 
-    return model.with_start(encode_prompt([Message("user", prompt)], model.tokenizer))
+    return model_prompt(model, [Message("user", prompt)])
+
+
+def _stops(model: OpenedModel, chat: bool) -> tuple[int, ...]:
+    if not chat:
+        return model.tokenizer.stop_ids
+    from flm_jax.sft.template import stop_ids
+
+    return stop_ids(model.tokenizer, model.template)
 
 
 def _show(text: str) -> None:

@@ -10,7 +10,7 @@ import math
 import pathlib
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
 from flm_jax.errors import UserError
 
@@ -73,10 +73,7 @@ def rows(path: pathlib.Path, advice: str) -> Iterator[tuple[int, Any]]:
       UserError: a line is not JSON; the error names file and line.
     """
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            line = (line.removeprefix(_BOM) if number == 1 else line).strip()
-            if not line:
-                continue
+        for number, line in lines(file):
             try:
                 value = parse(line)
             except ValueError as error:
@@ -87,6 +84,14 @@ def rows(path: pathlib.Path, advice: str) -> Iterator[tuple[int, Any]]:
                     ) from error
                 raise UserError(f"{path}, line {number}: {error}; {advice}") from error
             yield number, value
+
+
+def lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """Reads the lines that are not empty, with their numbers from 1, without white space around."""
+    for number, line in enumerate(file, start=1):
+        text = (line.removeprefix(_BOM) if number == 1 else line).strip()
+        if text:
+            yield number, text
 
 
 def dump(value: Any, indent: int | None = None) -> str:

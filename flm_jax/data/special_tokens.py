@@ -43,8 +43,8 @@ def named(folder: pathlib.Path) -> Named:
     Raises:
       UserError: a file is not JSON.
     """
-    config = _object(folder / "tokenizer_config.json")
-    files = [config, _object(folder / "special_tokens_map.json")]
+    config = object_in(folder / "tokenizer_config.json")
+    files = [config, object_in(folder / "special_tokens_map.json")]
     keys = ("add_bos_token", "add_eos_token")
     adds = None
     if any(key in config for key in keys):
@@ -71,7 +71,7 @@ def model_ids(folder: pathlib.Path, key: str) -> tuple[int, ...]:
       UserError: a file is not JSON.
     """
     for name in ("generation_config.json", "config.json"):
-        values = _object(folder / name)
+        values = object_in(folder / name)
         for value in (values.get(key), _inner(values).get(key)):
             ids = value if isinstance(value, list) else [value]
             found = tuple(i for i in ids if isinstance(i, int) and not isinstance(i, bool))
@@ -92,8 +92,8 @@ def _names(files: list[dict[str, Any]], key: str) -> tuple[str, ...]:
     return tuple(name for name in names if isinstance(name, str))
 
 
-def _object(file: pathlib.Path) -> dict[str, Any]:
-    """Reads a file with one JSON object; empty if there is none."""
+def object_in(file: pathlib.Path) -> dict[str, Any]:
+    """Reads a file with one JSON object; {} if there is no file. Raises UserError if damaged."""
     if not file.is_file():
         return {}
     try:

@@ -23,6 +23,8 @@ from flm_jax.errors import UserError
 
 # SentencePiece's character for a space.
 SPACE = "\u2581"
+# Names of the byte vocabulary's first tokens, as exported files give them.
+BYTES_SPECIAL = ("<pad>", "</s>", "<unk>")
 # (texts, special, inside) -> ids of each text; see `Tokenizer.encode`.
 Encode = Callable[[Sequence[str], bool, bool], list[list[int]]]
 
@@ -158,8 +160,17 @@ def open_tokenizer(vocabulary: str) -> Tokenizer:
 def _bytes() -> Tokenizer:
     """seqio's byte vocabulary: byte + 3; 0 is padding, 1 end of sequence, 2 unknown."""
     pieces = (b"", b"", b"", *(bytes([i]) for i in range(256)))
+    names = re.compile(f"({'|'.join(BYTES_SPECIAL)})")
+
+    def with_names(text: str) -> list[int]:
+        ids: list[int] = []
+        for number, part in enumerate(names.split(text)):
+            ids += [BYTES_SPECIAL.index(part)] if number % 2 else (b + 3 for b in part.encode())
+        return ids
 
     def encode(texts: Sequence[str], special: bool, inside: bool) -> list[list[int]]:
+        if special:
+            return [with_names(text) for text in texts]
         return [[byte + 3 for byte in text.encode("utf-8")] for text in texts]
 
     return Tokenizer(

@@ -5,8 +5,9 @@ Import it inside a function: without the extra it cannot be imported.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +24,19 @@ from flm_jax.inference.likelihood import Pair, batched, loglikelihoods
 from flm_jax.interop.opening import OpenedModel
 
 
+@dataclasses.dataclass(frozen=True)
+class Chat:
+    """A chat template, as the adapter uses it.
+
+    Attributes:
+      write: writes messages with role and content as a prompt: its text and its tokens.
+      stop_ids: the tokens that end an answer.
+    """
+
+    write: Callable[[Sequence[Mapping[str, str]]], tuple[str, list[int]]]
+    stop_ids: tuple[int, ...]
+
+
 class Adapter(TemplateLM):
     """Gives a model the harness's interface: log-likelihood, rolling log-likelihood, generation.
 
@@ -32,7 +46,14 @@ class Adapter(TemplateLM):
     each request. If it is longer than the model's context, its start is cut off.
     """
 
-    def __init__(self, model: OpenedModel, context: int, batch_size: int = 8, seed: int = 0):
+    def __init__(
+        self,
+        model: OpenedModel,
+        context: int,
+        batch_size: int = 8,
+        seed: int = 0,
+        chat: Chat | None = None,
+    ):
         """Adapts a model.
 
         Args:
@@ -40,10 +61,13 @@ class Adapter(TemplateLM):
           context: the longest prompt with its continuation, in tokens.
           batch_size: number of requests in a batch.
           seed: seed of all draws, for generation with a temperature.
+          chat: writes conversations; None: tasks are not put into a chat template.
         """
         super().__init__()
         self.model, self.max_length, self.batch_size = model, context, batch_size
         self._key = jax.random.key(seed)
+        self._chat = chat
+        self._chats: dict[str, list[int]] = {}  # a written conversation -> its tokens
 
     @property
     def eot_token_id(self) -> int:
@@ -57,6 +81,39 @@ class Adapter(TemplateLM):
         return self.eot_token_id if bos is None else bos
 
     @property
+    def chats(self) -> bool:
+        """Whether tasks are put into a chat template."""
+        return self._chat is not None
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Writes a conversation in the model's own chat template.
+
+        Args:
+          chat_history: messages with role and content.
+          add_generation_prompt: whether the assistant's next message begins; False: the last
+            message is the beginning of its answer.
+
+        Returns:
+          A text; `tok_encode` gives it the tokens that fine-tuning and generation use.
+        """
+        assert self._chat is not None
+        before = chat_history if add_generation_prompt else chat_history[:-1]
+        text, ids = self._chat.write(before)
+        if not add_generation_prompt:
+            begun = chat_history[-1]["content"]
+            text += begun
+            ids = [*ids, *self.model.tokenizer.encode(begun, inside=True)]
+        self._chats[text] = ids
+        return text
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """Returns the text of the model's chat template, for the harness's records."""
+        template = self.model.template
+        return template.jinja or repr(template)
+
+    @property
     def tokenizer_name(self) -> str:
         """A name for the harness's cache; it identifies the tokenizer."""
         return self.model.tokenizer.digest
@@ -68,6 +125,8 @@ class Adapter(TemplateLM):
 
         A text that begins with the name of the start token gets no second one.
         """
+        if string in self._chats:
+            return list(self._chats[string])
         ids = self.model.tokenizer.encode(string, special=True)
         if add_special_tokens is False or ids[:1] == [self.prefix_token_id]:
             return ids
@@ -77,6 +136,9 @@ class Adapter(TemplateLM):
         """Encodes a pair; a context of white space alone belongs to the continuation."""
         if not context.strip():
             return [self.prefix_token_id], self.tok_encode(context + continuation, False)
+        if context in self._chats:
+            new = self.model.tokenizer.encode(continuation, special=True, inside=True)
+            return self.tok_encode(context), new
         pair: tuple[list[int], list[int]] = super()._encode_pair(context, continuation)
         return pair
 
@@ -152,7 +214,7 @@ class Adapter(TemplateLM):
             temperature=options.get("temperature", 1.0 if options.get("do_sample") else 0.0),
             top_k=options.get("top_k", 0),
             top_p=options.get("top_p", 1.0),
-            stop_tokens=self.model.tokenizer.stop_ids,
+            stop_tokens=(self._chat or self.model.tokenizer).stop_ids,
         )
         streams = [TextStream(self.model.tokenizer, options["until"]) for _ in prompts]
         rows = [prompt[-room:] for prompt in prompts]
@@ -210,6 +272,7 @@ def run(
         limit=limit,
         task_manager=manager,
         log_samples=False,
+        apply_chat_template=adapter.chats,
     )
     assert evaluation is not None
     samples = evaluation["n-samples"]

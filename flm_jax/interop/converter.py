@@ -17,13 +17,20 @@ import numpy as np
 
 from flm_jax import mapping
 from flm_jax.config import DataConfig, ExperimentConfig, StageConfig, TransformerConfig
+from flm_jax.data.chat_template import TemplateConfig
 from flm_jax.errors import UserError
 from flm_jax.interop import hf_config, names, tensor_files
 from flm_jax.interop.families import FAMILIES
 from flm_jax.interop.names import Index
 from flm_jax.interop.opening import StoredModel, open_stored_model
 from flm_jax.interop.tensor_files import TensorsWriter
-from flm_jax.interop.tokenizer_files import BYTES, Vocabulary, padding_of, write_config
+from flm_jax.interop.tokenizer_files import (
+    BYTES,
+    Vocabulary,
+    padding_of,
+    write_chat_template,
+    write_config,
+)
 from flm_jax.interop.weights import Resized, Weights, scaled, without_offset
 from flm_jax.params import axes, counts, trees
 from flm_jax.runtime.display import Progress
@@ -124,7 +131,7 @@ def convert(
         dtype = dtype or (opened.dtype.name if opened.dtype.name in DTYPES else "float32")
         num_bytes, more = write_hf(
             pathlib.Path(target), weights, format, dtype, opened.vocabulary, memory,
-            context=opened.context,
+            context=opened.context, template=opened.template,
         )  # fmt: skip
         notes += more
     if not np.can_cast(opened.dtype, DTYPES[dtype]):
@@ -154,6 +161,7 @@ def write_hf(
     *,
     context: int = 0,
     shard_bytes: int = SHARD_BYTES,
+    template: TemplateConfig | None = None,
 ) -> tuple[int, list[str]]:
     """Writes a folder that transformers opens.
 
@@ -167,6 +175,7 @@ def write_hf(
       context: the longest sequence in tokens, used if that config.json does not give one; 0 means
         2048.
       shard_bytes: largest size of one file, unless a single tensor is larger.
+      template: the chat template of the model's fine-tuning; None: that of the vocabulary's files.
 
     Returns:
       The size of the written parameters in bytes, and one note for each change to them.
@@ -190,6 +199,8 @@ def write_hf(
     values |= vocabulary.special_tokens() | padding_of(config)
     with appearing(target) as folder:
         vocabulary.copy(folder, code=carried.get("model_type") == values["model_type"])
+        if template is not None and vocabulary.num_tokens() is not None:
+            write_chat_template(folder, vocabulary.template_text(template))
         table, sizes = axes.table(config), axes.axis_sizes(config)
         tensors = names.tensors(table)
         writer = TensorsWriter(folder, names.shapes(table, sizes), DTYPES[dtype], shard_bytes)
@@ -253,6 +264,8 @@ def write_run(
             vocabulary = str(target.absolute() / files.relative_to(run.path))
         experiment = _imported(weights.config, source, vocabulary)
         saved = identity(experiment, 0, "")
+        if source.template is not None:
+            saved["sft"] = {"template": mapping.to_dict(source.template)}
         write_json(stage.config, saved)
         path = stage.checkpoints / "0"
         num_bytes = _write_checkpoint(path, weights, memory)

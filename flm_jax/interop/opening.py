@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from flm_jax.config import DataConfig, ExperimentConfig, StageConfig, TransformerConfig
-from flm_jax.data import json_text, special_tokens
+from flm_jax.data import chat_template, json_text, special_tokens
+from flm_jax.data.chat_template import TemplateConfig
 from flm_jax.data.tokenizer import Tokenizer, open_tokenizer
 from flm_jax.errors import UserError
 from flm_jax.growth._plan import Plan
@@ -50,6 +51,7 @@ class OpenedModel:
       path: the opened checkpoint of a run, or the folder of Hugging Face files.
       context: the sequence length of the training, in tokens; 0: not known.
       trained: whether this library trained it, so that a start token precedes every document.
+      stage_template: the chat template of its fine-tuning; None: it was not fine-tuned.
     """
 
     params: Any
@@ -59,6 +61,23 @@ class OpenedModel:
     path: pathlib.Path
     context: int
     trained: bool
+    stage_template: TemplateConfig | None = None
+
+    @functools.cached_property
+    def template(self) -> TemplateConfig:
+        """The chat template: of its fine-tuning, or else its tokenizer's own, or else Tele-FLM's.
+
+        Raises:
+          UserError: the tokenizer's files are damaged.
+        """
+        if self.stage_template is not None:
+            return self.stage_template
+        own = chat_template.own(self._vocabulary) or chat_template.own(str(self.path))
+        return TemplateConfig(jinja=own)
+
+    @property
+    def _vocabulary(self) -> str:
+        return self.data.vocabulary if self.data else str(self.path)
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -67,7 +86,7 @@ class OpenedModel:
         Raises:
           UserError: the tokenizer is missing, or has more tokens than the model.
         """
-        tokenizer = open_tokenizer(self.data.vocabulary if self.data else str(self.path))
+        tokenizer = open_tokenizer(self._vocabulary)
         # The model's files may lie in another folder than its tokenizer.
         ends = special_tokens.model_ids(self.path, "eos_token_id")
         stops = tuple(dict.fromkeys((*tokenizer.stop_ids, *ends)))
@@ -100,6 +119,10 @@ class OpenedModel:
     def with_data(self, data: DataConfig) -> OpenedModel:
         """Returns the model with other data, and therefore with that data's tokenizer."""
         return dataclasses.replace(self, data=data)
+
+    def with_template(self, template: TemplateConfig) -> OpenedModel:
+        """Returns the model with another chat template."""
+        return dataclasses.replace(self, stage_template=template)
 
     def with_start(self, ids: Sequence[int]) -> list[int]:
         """Puts `starts` before a document's tokens, unless the document begins with them.
@@ -142,8 +165,9 @@ def open_model(path: str, stage: str = "") -> OpenedModel:
     )
     params = place(stored.weights, placed)
     return OpenedModel(
-        params, stored.weights.config, data, stored.name, stored.path, stored.context, trained
-    )
+        params, stored.weights.config, data, stored.name, stored.path, stored.context, trained,
+        stored.template,
+    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,6 +230,7 @@ class StoredModel:
       context: the longest sequence, in tokens; 0: not known.
       masks: value of the run-time masks that were folded in; None if there were none.
       notes: what is unusual about the files.
+      template: the chat template of its fine-tuning; None: it was not fine-tuned.
     """
 
     path: pathlib.Path
@@ -218,6 +243,7 @@ class StoredModel:
     context: int
     masks: float | None
     notes: tuple[str, ...] = ()
+    template: TemplateConfig | None = None
 
 
 def open_stored_model(path: str, stage: str = "", step: int | None = None) -> StoredModel:
@@ -324,6 +350,7 @@ def _checkpoint(path: pathlib.Path) -> StoredModel:
         num_bytes=sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves),
         context=config.data_of(0).sequence_length,
         masks=masks,
+        template=folder.template(),
     )
 
 

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from flm_jax.config import TransformerConfig
-from flm_jax.data.tokenizer import byte_alphabet, open_tokenizer
+from flm_jax.data.chat_template import TemplateConfig, as_jinja
+from flm_jax.data.tokenizer import BYTES_SPECIAL, byte_alphabet, open_tokenizer
 from flm_jax.errors import UserError
 from flm_jax.interop.config_keys import read_object
 
@@ -21,7 +22,6 @@ _GENERATION = "generation_config.json"
 _MODEL_CODE = ("configuration_*.py", "modeling_*.py")  # for models not in transformers
 _NUM_TOKENS = "unpadded_vocab_size"  # of config.json: its vocab_size without padding rows
 BYTES = "bytes"  # seqio's byte vocabulary: three special tokens, then the bytes
-_BYTES_SPECIAL = ("<pad>", "</s>", "<unk>")
 
 
 class Vocabulary:
@@ -40,7 +40,7 @@ class Vocabulary:
     def num_tokens(self) -> int | None:
         """Returns the largest token id plus 1, or None if no file lists the tokens."""
         if self.path == BYTES:
-            return len(_BYTES_SPECIAL) + 256
+            return len(BYTES_SPECIAL) + 256
         if self._folder is None:
             return None
         if self._folder.is_file():
@@ -87,6 +87,36 @@ class Vocabulary:
         if not any((target / name).exists() for name in ("tokenizer.json", _CONFIG)):
             _name_special_tokens(target)
 
+    def name_of(self, token: int) -> str:
+        """Returns the name of a special token."""
+        if self.path == BYTES:
+            return BYTES_SPECIAL[token]
+        assert self._folder is not None
+        file = self._folder if self._folder.is_file() else self._folder / "tokenizer.json"
+        if file.suffix == ".json" and file.is_file():
+            return str(_tokenizer_json(file).id_to_token(token))
+        file = file if file.is_file() else self._folder / "tokenizer.model"
+        return str(_sentencepiece(file).id_to_piece(token))
+
+    def template_text(self, template: TemplateConfig) -> str:
+        """Writes a chat template in Jinja, with the names of this tokenizer's tokens.
+
+        The start token precedes every conversation, as in training.
+        """
+        if template.jinja:
+            return template.jinja
+        tokenizer = open_tokenizer(self.path)
+        names = (self.name_of(token) for token in (tokenizer.start_id, tokenizer.eos_id))
+        return as_jinja(template, *names)
+
+
+def write_chat_template(folder: pathlib.Path, text: str) -> None:
+    """Writes a chat template into tokenizer_config.json, in place of every other one there."""
+    for other in folder.glob("chat_template*"):
+        other.unlink()
+    file = folder / _CONFIG
+    _write(file, {**(read_object(file) if file.exists() else {}), "chat_template": text})
+
 
 def with_padding(config: TransformerConfig, values: Mapping[str, Any]) -> TransformerConfig:
     """Returns the config with the number of tokens that `padding_of` wrote to config.json."""
@@ -125,7 +155,7 @@ def _write_byte_tokenizer(folder: pathlib.Path) -> None:
     """Writes the byte vocabulary as a byte-level tokenizer.json without merges."""
     import tokenizers
 
-    tokens = [*_BYTES_SPECIAL, *byte_alphabet()]
+    tokens = [*BYTES_SPECIAL, *byte_alphabet()]
     made = tokenizers.Tokenizer(
         tokenizers.models.BPE({token: i for i, token in enumerate(tokens)}, merges=[])
     )
@@ -133,8 +163,8 @@ def _write_byte_tokenizer(folder: pathlib.Path) -> None:
         add_prefix_space=False, use_regex=False
     )
     made.decoder = tokenizers.decoders.ByteLevel()
-    made.add_special_tokens(list(_BYTES_SPECIAL))
-    pad, eos, unknown = _BYTES_SPECIAL
+    made.add_special_tokens(list(BYTES_SPECIAL))
+    pad, eos, unknown = BYTES_SPECIAL
     # Padding starts every document in training.
     made.post_processor = tokenizers.processors.TemplateProcessing(
         single=f"{pad} $A", special_tokens=[(pad, 0)]
