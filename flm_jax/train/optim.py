@@ -22,7 +22,7 @@ from flm_jax.params.axes import ModelSpec, Param, Role
 from flm_jax.params.dtypes import wide
 from flm_jax.train.schedules import Schedule
 from flm_jax.train.slots import combined
-from flm_jax.train.trained import Trained, clip_by_trained_norm, scale_by_trained_rate
+from flm_jax.train.trained import Trained, at_trained_rate, clip_by_trained_norm
 
 
 class SlotAdamState(NamedTuple):
@@ -244,10 +244,10 @@ def optimizer(
     require_type(settings, OptimizerConfig, "optimizer: settings")
     spec, trained = mup.spec(stage.model), Trained.of(stage)
     growth = None if grown_at is None else since_growth(stage, grown_at)
+    rate = scale_by_mup_learning_rate(spec, stage.learning_rate, stage.matrix_learning_rate, shape)
     return optax.chain(
         clip_by_trained_norm(settings.clip_norm, trained),
         scale_by_slot_adam(spec, settings.b1, settings.b2, settings.eps, growth),
         add_mup_decay(settings.weight_decay, spec),
-        scale_by_mup_learning_rate(spec, stage.learning_rate, stage.matrix_learning_rate, shape),
-        scale_by_trained_rate(trained),
+        at_trained_rate(rate, trained),
     )

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -152,46 +152,47 @@ def clip_by_trained_norm(
 ) -> optax.GradientTransformationExtraArgs:
     """Scales all gradients so that the norm of those that train is at most `max_norm`.
 
-    Gradients of frozen entries are scaled alike, and only their moments see them. Where everything
-    trains it is `optax.clip_by_global_norm`.
+    It is `optax.clip_by_global_norm` with another norm. Gradients of frozen entries are scaled
+    alike; only their moments see them.
 
     Args:
       max_norm: the largest norm.
       trained: what the stage trains.
-    """
-    if trained.everything:
-        return optax.with_extra_args_support(optax.clip_by_global_norm(max_norm))
 
-    def clip(updates: Any, added: AddedSlots | None) -> Any:
-        norm = trained.norm(updates, added)
+    Returns:
+      The transformation; its update takes `added` (`Trained.rate`).
+    """
+
+    def update(
+        grads: Any, state: optax.EmptyState, params: Any = None, **extra: Any
+    ) -> tuple[Any, optax.EmptyState]:
+        del params
+        norm = trained.norm(grads, extra.get("added"))
 
         def clipped(g: jax.Array) -> jax.Array:
             return jnp.where(norm < max_norm, g, g / norm.astype(g.dtype) * max_norm)
 
-        return jax.tree.map(clipped, updates)
-
-    return _of_added(clip)
-
-
-def scale_by_trained_rate(trained: Trained) -> optax.GradientTransformationExtraArgs:
-    """Multiplies updates, decay included, by the factor of each entry (`Trained.rate`)."""
-    return _of_added(trained.scaled)
-
-
-def _of_added(
-    function: Callable[[Any, AddedSlots | None], Any],
-) -> optax.GradientTransformationExtraArgs:
-    """A transformation without a state that also needs the slots that the growth added."""
-
-    def update(
-        updates: Any,
-        state: optax.EmptyState,
-        params: Any = None,
-        *,
-        added: AddedSlots | None = None,
-        **extra: Any,
-    ) -> tuple[Any, optax.EmptyState]:
-        del params, extra
-        return function(updates, added), state
+        return jax.tree.map(clipped, grads), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def at_trained_rate(
+    tx: optax.GradientTransformation, trained: Trained
+) -> optax.GradientTransformationExtraArgs:
+    """Multiplies the updates of `tx` by the factor of each entry.
+
+    Args:
+      tx: makes the updates. The result has its state, so that a stage reads the optimizer state of
+        a stage that trains something else.
+      trained: what the stage trains.
+
+    Returns:
+      The transformation; its update takes `added` (`Trained.rate`).
+    """
+
+    def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        updates, state = tx.update(grads, state, params)
+        return trained.scaled(updates, extra.get("added")), state
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
