@@ -397,6 +397,9 @@ class GrowthConfig(Checked):
     calibration_sequences: int = 8  # sequences that the receipt and layer distances are measured on
     fit_steps: int = 100  # steps of LiGO's fit (operator "ligo")
     fit_learning_rate: float = 1e-3  # of LiGO's fit
+    # Factor on the learning rate of entries all of whose slots are old. 0: only added slots and
+    # layers train (LLaMA-Pro), and the old ones keep their bits.
+    old_rate: float = added(1.0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -407,6 +410,10 @@ class GrowthConfig(Checked):
         require(
             self.rewarmup_steps >= 0,
             f"GrowthConfig.rewarmup_steps is {self.rewarmup_steps}; it must be 0 or above",
+        )
+        require(
+            0 <= self.old_rate <= 1,
+            f"GrowthConfig.old_rate is {self.old_rate}; it must be in [0, 1]: 0 freezes old slots",
         )
         require_choice(self, "moments", MOMENTS)
         require_choice(self, "rates", RATES)
@@ -468,6 +475,9 @@ class StageConfig(Checked):
     # First stage only: where its parameters come from, instead of random initialisation: a run
     # folder, a checkpoint inside one, or a folder of Hugging Face files.
     source: str = ""
+    # Patterns of the parameters that train, as in ("layers/mlp/*", "head"); the others keep their
+    # bits. (): all train. `*` also matches "/".
+    train_paths: tuple[str, ...] = added(())
 
     def __post_init__(self) -> None:
         super().__post_init__()
