@@ -21,7 +21,7 @@ from flm_jax import data, mapping
 from flm_jax.config import ExperimentConfig, StageConfig, TransformerConfig, require_type
 from flm_jax.errors import UserError
 from flm_jax.inference.evaluation import score
-from flm_jax.interop.opening import open_stage_source
+from flm_jax.interop.stage_source import open_stage_source
 from flm_jax.interop.weights import place
 from flm_jax.params import sharding
 from flm_jax.params.sharding import Layout
@@ -69,7 +69,7 @@ def run(config: ExperimentConfig, workdir: str) -> list[dict[str, Any]]:
         return done
     first = config.stages[0]
     if first.source and not folder.stage(0, first.name).config.exists():
-        open_stage_source(first)  # raises if it does not fit
+        open_stage_source(config)  # raises if it does not fit
     stages = stages_of(config, _open_corpus(config), folder, layouts)
     run_stages(stages[len(done) :], folder)
     return processes.once(folder.stages)
@@ -234,7 +234,7 @@ def _fresh(
     init = functools.partial(init_state, stage.model, tx)
     state = jax.jit(init, out_shardings=placed)(key)
     if stage.source:
-        params = place(open_stage_source(stage).weights, placed.params)
+        params = place(open_stage_source(config).weights, placed.params)
         state = dataclasses.replace(state, params=params)
     return Position(state, batches(1).get_state(), 0.0)
 
