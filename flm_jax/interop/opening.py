@@ -32,6 +32,7 @@ from flm_jax.store.lineage import RunFolder, StageFolder
 from flm_jax.train import optim, schedules
 from flm_jax.train.train_step import TrainState, abstract_state
 
+
 @dataclasses.dataclass(frozen=True)
 class OpenedModel:
     """A model on one device.

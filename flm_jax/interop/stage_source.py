@@ -1,4 +1,4 @@
-"""The source of a chain's first stage: the model and the vocabulary that the chain takes from it."""
+"""What a chain takes from the source of its first stage: its model and its vocabulary."""
 
 from __future__ import annotations
 
@@ -130,9 +130,7 @@ def _parts(config: TransformerConfig, fields: Iterable[str]) -> dict[str, Any]:
     for name in fields:
         value = getattr(config, name)
         if dataclasses.is_dataclass(value):
-            parts |= {
-                f"{name}.{f.name}": getattr(value, f.name) for f in dataclasses.fields(value)
-            }
+            parts |= {f"{name}.{f.name}": getattr(value, f.name) for f in dataclasses.fields(value)}
         else:
             parts[name] = value
     return parts
