@@ -70,7 +70,7 @@ def run(config: ExperimentConfig, workdir: str) -> list[dict[str, Any]]:
     first = config.stages[0]
     if first.source and not folder.stage(0, first.name).config.exists():
         open_stage_source(config)  # raises if it does not fit
-    stages = stages_of(config, _open_corpus(config), folder, layouts)
+    stages = stages_of(config, corpus_of(config), folder, layouts)
     run_stages(stages[len(done) :], folder)
     return processes.once(folder.stages)
 
@@ -161,8 +161,8 @@ def _open(config: ExperimentConfig, folder: RunFolder) -> list[dict[str, Any]]:
     return done
 
 
-def _open_corpus(config: ExperimentConfig) -> Corpus:
-    """Opens the data. Raises UserError if a model's vocabulary is too small for it."""
+def corpus_of(config: ExperimentConfig) -> Corpus:
+    """Opens a chain's data. Raises UserError if a model's vocabulary is too small for it."""
     corpus = data.open_corpus(config.data_of(0))
     if corpus.vocab_size > min(stage.model.vocab_size for stage in config.stages):
         raise UserError(
