@@ -8,7 +8,13 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from flm_jax.config import BLOCK_FIELDS, ExperimentConfig, StageConfig, TransformerConfig
+from flm_jax.config import (
+    BLOCK_FIELDS,
+    DataConfig,
+    ExperimentConfig,
+    StageConfig,
+    TransformerConfig,
+)
 from flm_jax.data.tokenizer import open_tokenizer
 from flm_jax.errors import UserError
 from flm_jax.interop.opening import StoredModel, open_stored_model
@@ -66,14 +72,24 @@ def resolved(config: ExperimentConfig) -> ExperimentConfig:
         stages.append(stage)
     data = config.data
     if data.vocabulary == SOURCE:
-        stored = source("config.data.vocabulary")
-        if stored.vocabulary.num_tokens() is None:
-            raise UserError(
-                f"config.data.vocabulary is 'source', but {stored.path} has no tokenizer; give a "
-                "tokenizer's file or folder"
-            )
-        data = dataclasses.replace(data, vocabulary=stored.vocabulary.path)
+        data = with_vocabulary(data, source("config.data.vocabulary"))
     return dataclasses.replace(config, stages=tuple(stages), data=data)
+
+
+def with_vocabulary(data: DataConfig, stored: StoredModel) -> DataConfig:
+    """Gives data the tokenizer of a stored model, if its vocabulary is "source".
+
+    Raises:
+      UserError: the model has no tokenizer.
+    """
+    if data.vocabulary != SOURCE:
+        return data
+    if stored.vocabulary.num_tokens() is None:
+        raise UserError(
+            f"data.vocabulary is 'source', but {stored.path} has no tokenizer; give a tokenizer's "
+            "file or folder"
+        )
+    return dataclasses.replace(data, vocabulary=stored.vocabulary.path)
 
 
 def _source_of(config: ExperimentConfig, where: str) -> StoredModel:
@@ -97,7 +113,7 @@ def open_stage_source(config: ExperimentConfig) -> StoredModel:
     stage = config.stages[0]
     stored = open_stored_model(stage.source)
     check_function(stage, stored)
-    _check_vocabulary(config, stored)
+    check_vocabulary(config.data, stored)
     return stored
 
 
@@ -141,16 +157,19 @@ def _equal(a: Any, b: Any) -> bool:
     return math.isclose(a, b, rel_tol=1e-12) if numbers else bool(a == b)
 
 
-def _check_vocabulary(config: ExperimentConfig, stored: StoredModel) -> None:
-    """Raises UserError if the chain's vocabulary is not that of the source's tokenizer."""
-    own, given = stored.vocabulary, config.data.vocabulary
-    if config.data.other_vocabulary or own.path == given or (tokens := own.num_tokens()) is None:
+def check_vocabulary(data: DataConfig, stored: StoredModel) -> None:
+    """Raises UserError if the vocabulary is not that of a stored model's tokenizer.
+
+    A model without a tokenizer takes any, and so does `data.other_vocabulary`.
+    """
+    own, given = stored.vocabulary, data.vocabulary
+    if data.other_vocabulary or own.path == given or (tokens := own.num_tokens()) is None:
         return
     if not _same_tokens(own.path, given):
         raise UserError(
-            f"config.data.vocabulary is {given!r}, but source {config.stages[0].source} has a "
-            f"tokenizer of {tokens} tokens, {own.path!r}; set data.vocabulary to 'source', or "
-            "data.other_vocabulary to True to train on other tokens"
+            f"data.vocabulary is {given!r}, but source {stored.path} has a tokenizer of {tokens} "
+            f"tokens, {own.path!r}; set data.vocabulary to 'source', or data.other_vocabulary to "
+            "True to train on other tokens"
         )
 
 

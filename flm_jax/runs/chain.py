@@ -64,12 +64,12 @@ def run(config: ExperimentConfig, workdir: str) -> list[dict[str, Any]]:
     check(config, layouts)
     processes.check_same("the config", mapping.digest(mapping.to_dict(config)))
     folder = RunFolder(workdir)
+    first = config.stages[0]
+    if first.source and not folder.stage(0, first.name).config.exists():
+        open_stage_source(config)  # raises if it does not fit, before anything is written
     done = processes.once(lambda: _open(config, folder))
     if len(done) >= len(config.stages):
         return done
-    first = config.stages[0]
-    if first.source and not folder.stage(0, first.name).config.exists():
-        open_stage_source(config)  # raises if it does not fit
     stages = stages_of(config, corpus_of(config), folder, layouts)
     run_stages(stages[len(done) :], folder)
     return processes.once(folder.stages)
