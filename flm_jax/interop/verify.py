@@ -156,9 +156,10 @@ def our_logits(
 
 
 def relative_distance(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> float:
-    """The largest difference, over the root mean square of the first."""
-    scale = np.sqrt(np.mean(np.concatenate([x.ravel() for x in a]) ** 2))
-    return max(float(np.abs(x - y).max()) for x, y in zip(a, b, strict=True)) / float(scale)
+    """The largest difference, over the root mean square of the first; not finite if a logit is not."""
+    first, second = (np.concatenate([x.ravel() for x in logits]) for logits in (a, b))
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+        return float(np.abs(first - second).max() / np.sqrt(np.mean(first**2)))
 
 
 def _decoder_logits(model: StoredModel, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
