@@ -310,7 +310,9 @@ class DataConfig(Checked):
     task: str = "python_stdlib"  # a registered seqio task; text_files and jsonl_files read `path`
     path: str = ""  # file or folder of the user's own text
     text_field: str = "text"  # field of a JSONL row
-    vocabulary: str = "bytes"  # "bytes", or a SentencePiece model, tokenizer.json or their folder
+    # "bytes", or a SentencePiece model, tokenizer.json or their folder, or "source": the tokenizer
+    # of the first stage's source, which a chain refuses to exchange unless `other_vocabulary`.
+    vocabulary: str = "bytes"
     sequence_length: int = 256  # tokens
     seed: int = 0
     shuffle_tokens: int = 1 << 24  # size of the shuffle buffer, in tokens
@@ -318,6 +320,7 @@ class DataConfig(Checked):
     # chain read the same stream while their context grows. 0: the sequence length (in a chain, the
     # longest).
     window_length: int = 0
+    other_vocabulary: bool = added(False)  # whether it may differ from that of a chain's source
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -463,7 +466,9 @@ class StageConfig(Checked):
     """One model size of the chain, and how it is trained."""
 
     name: str
-    model: TransformerConfig
+    # Also "source" (the model that the first stage's source holds) or "previous" (the stage
+    # before), or a mapping of changed fields with it as "base": `interop.stage_source.resolved`.
+    model: TransformerConfig = dataclasses.field(metadata={"bases": ("source", "previous")})
     steps: int  # 0: not trained
     batch_size: int  # sequences in one optimizer step
     learning_rate: float  # peak, for vector-like parameters (embedding, gains, head)
@@ -595,8 +600,8 @@ def experiment(values: Mapping[str, Any]) -> ExperimentConfig:
     """Builds the experiment that a config file describes.
 
     Args:
-      values: either `stages` (a chain), or `model` (the fields of `TransformerConfig`) and `stage`
-        (the other fields of `StageConfig`) for one stage; and the other fields of
+      values: either `stages` (a chain), or `model` (the fields of `TransformerConfig`, or "source")
+        and `stage` (the other fields of `StageConfig`) for one stage; and the other fields of
         `ExperimentConfig`.
 
     Raises:

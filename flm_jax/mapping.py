@@ -29,7 +29,7 @@ class Checked:
         hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             path = f"{type(self).__name__}.{field.name}"
-            value = _convert(hints[field.name], getattr(self, field.name), path)
+            value = _convert_field(field, hints[field.name], getattr(self, field.name), path)
             object.__setattr__(self, field.name, value)
 
 
@@ -40,6 +40,50 @@ def added(default: T) -> T:
     """
     field: T = dataclasses.field(default=default, metadata={"added": True})
     return field
+
+
+def base_of(value: Any) -> tuple[str, Mapping[str, Any]] | None:
+    """The base and the changed fields of a config that is given relative to another one.
+
+    A field with `bases` in its metadata may hold one, until that is resolved: the name of a base,
+    or a mapping with it as `base` and the fields that differ.
+
+    Returns:
+      The base and the fields; None if the value is a config itself.
+
+    >>> base_of("source"), base_of({"base": "source", "num_layers": 4})
+    (('source', {}), ('source', {'num_layers': 4}))
+    """
+    if isinstance(value, str):
+        return value, {}
+    if isinstance(value, Mapping) and "base" in value:
+        return value["base"], {name: x for name, x in value.items() if name != "base"}
+    return None
+
+
+def replaced(config: T, values: Mapping[str, Any], path: str = "config") -> T:
+    """A config with some fields changed, also those of nested configs; None keeps a field.
+
+    Args:
+      config: a config dataclass.
+      values: the changed fields, as for `from_mapping`.
+      path: the name of `values` in error messages.
+
+    Raises:
+      UserError: a field is unknown or of the wrong type; gives its full name.
+
+    >>> from flm_jax.config import CheckpointConfig
+    >>> replaced(CheckpointConfig(50, 3), {"keep": 1, "every_steps": None})
+    CheckpointConfig(every_steps=50, keep=1)
+    """
+    fields: dict[str, Any] = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}  # type: ignore[arg-type]
+    for name, value in values.items():
+        have = fields.get(name)
+        if isinstance(value, Mapping) and dataclasses.is_dataclass(have):
+            fields[name] = replaced(have, value, f"{path}.{name}")
+        elif value is not None:
+            fields[name] = value
+    return from_mapping(type(config), fields, path)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -134,7 +178,27 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], path: str = "config") 
     ]
     if missing:
         raise UserError(f"{path}: {cls.__name__} needs {', '.join(missing)}; add to the config")
-    return cls(**{k: _convert(hints[k], v, f"{path}.{k}") for k, v in values.items()})
+    return cls(
+        **{
+            f.name: _convert_field(f, hints[f.name], values[f.name], f"{path}.{f.name}")
+            for f in fields
+            if f.name in values
+        }
+    )
+
+
+def _convert_field(field: dataclasses.Field[Any], hint: Any, value: Any, path: str) -> Any:
+    """The value of a field as its declared type, or relative to one of its bases."""
+    bases, relative = field.metadata.get("bases", ()), base_of(value)
+    if not bases or relative is None:
+        return _convert(hint, value, path)
+    base, changes = relative
+    if base not in bases:
+        known = ", ".join(map(repr, bases))
+        raise UserError(
+            f"{path} is {base!r}; give a {hint.__name__}, a group of its fields, or one of {known}"
+        )
+    return {"base": base, **changes} if changes else base
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:

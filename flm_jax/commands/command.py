@@ -252,10 +252,12 @@ def _parse(values: absl_flags.FlagValues, argv: list[str], config: ConfigDict) -
     except absl_flags.IllegalFlagValueError as error:
         for name, value in _flags_given(argv[1:]):
             if name.startswith("config.") and str(error).startswith(f"flag --{name}={value}:"):
-                current = config_path.get_value(name.removeprefix("config."), config)
-                expected = type(current).__name__
+                field = name.removeprefix("config.")
+                current = config_path.get_value(field, config)
+                expected = config_path.get_type(field, config).__name__
+                example = "" if current is None else f", as {current!r}"
                 raise UserError(
-                    f"--{name}={value}: give a value of type {expected}, as {current!r}"
+                    f"--{name}={value}: give a value of type {expected}{example}"
                 ) from error
         raise UserError(str(error)) from error
     except absl_flags.Error as error:

@@ -11,6 +11,7 @@ come with the package, from any folder:
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib.machinery
 import importlib.util
@@ -18,15 +19,17 @@ import pathlib
 import sys
 import traceback
 import types
-from collections.abc import Sequence
+import typing
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 from ml_collections.config_flags import config_path
 
 from flm_jax import config as config_lib
 from flm_jax import mapping
 from flm_jax.errors import UserError
+from flm_jax.interop.stage_source import resolved
 
 T = TypeVar("T")
 
@@ -89,8 +92,8 @@ def load(path: pathlib.Path) -> types.ModuleType:
 
 
 def experiment(config: ConfigDict) -> config_lib.ExperimentConfig:
-    """The config as a validated dataclass."""
-    return config_lib.experiment(plain(config))
+    """The config as a validated dataclass, with what it takes from its source (`resolved`)."""
+    return resolved(config_lib.experiment(plain(config)))
 
 
 def stage_index(config: config_lib.ExperimentConfig, given: int) -> int:
@@ -179,7 +182,35 @@ def load_config(given: str) -> ConfigDict:
         raise UserError(f"{where}: {type(error).__name__}: {error}; fix the file") from error
     if not isinstance(config, ConfigDict):
         raise UserError(f"{path}: get_config must return a ConfigDict, not {type(config).__name__}")
+    stages = config.get("stages", ()) if "stage" not in config else (config,)
+    for stage in stages:
+        relative = mapping.base_of(plain(stage.get("model")))
+        if relative:
+            with stage.ignore_type(), stage.unlocked():
+                stage.model = _fields_to_override(config_lib.TransformerConfig, *relative)
     return config
+
+
+def _fields_to_override(cls: type, base: str, changes: Mapping[str, Any]) -> ConfigDict:
+    """A group of all fields of a config that is relative to another one.
+
+    A field that does not change is None, so that it follows the base; it has its type all the same,
+    against which overrides on the command line are checked.
+    """
+
+    def group(cls: type) -> dict[str, Any]:
+        hints = typing.get_type_hints(cls)
+        return {name: field(hints[name]) for name in hints}
+
+    def field(hint: Any) -> Any:
+        if dataclasses.is_dataclass(hint):
+            return group(typing.cast(type, hint))
+        return FieldReference(None, field_type=typing.get_origin(hint) or hint)
+
+    fields = ConfigDict({"base": base, **group(cls)})
+    with fields.ignore_type(), fields.unlocked():  # a wrong field is reported by `experiment`
+        fields.update(changes)
+    return fields
 
 
 def check_field(config: ConfigDict, flag: str) -> None:

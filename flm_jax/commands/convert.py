@@ -7,15 +7,22 @@
 (runs/demo/stages/1-medium/checkpoints/1300). --target must not exist: it appears when all is
 written. "flm" makes a run's folder of one finished stage, `imported`. "llama" has no multipliers:
 they are multiplied into embedding and head; "teleflm" and "granite" keep them.
+
+--verify compares logits afterwards, on random sequences of different lengths: transformers' with
+ours for the same files (at most 1e-4 of the logits' scale), and ours before and after the
+conversion (1e-4 in float32; rounding may change them by 0.05 in float16 and 0.5 in bfloat16). Exit
+status 1 if they differ more. It needs the extra flm_jax[hf], and memory for the whole model.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from flm_jax import interop
-from flm_jax.commands.command import Call, Command, flag
+from flm_jax.commands.command import Call, Command, Gate, flag
+from flm_jax.interop import verify
 from flm_jax.runtime import host
 
 
@@ -41,12 +48,15 @@ class Flags:
     vocab_size: int = flag(
         0, "Rows of embedding and head: pads with zeros or cuts padding; 0: as they are.", lower=0
     )
+    verify: bool = flag(False, "Compare the written model's logits with transformers'.")
     memory: int = flag(interop.MEMORY, "Bytes of memory to work in.", lower=1 << 20)
 
 
 def main(call: Call[Flags]) -> dict[str, Any]:
     flags = call.flags
     host.keep_freed()
+    if flags.verify:
+        verify.check_possible(flags.source, flags.format)
     done = interop.convert(
         flags.source, flags.target, flags.format, stage=flags.stage, step=flags.step,
         dtype=flags.dtype, vocab_size=flags.vocab_size, memory=flags.memory,
@@ -58,7 +68,15 @@ def main(call: Call[Flags]) -> dict[str, Any]:
             f"({done['gb_per_s']:.2f} GB/s read and written)",
             *done["notes"], sep="\n",
         )  # fmt: skip
+    if flags.verify:
+        done["verify"] = verify.verify(flags.source, flags.target, flags.stage, flags.step)
+        if not call.json:
+            print(verify.summary(done["verify"]))
     return done
 
 
-COMMAND = Command(main, Flags, config="none")
+def _unlike(done: Mapping[str, Any]) -> str:
+    return verify.failure(done["verify"]) if "verify" in done else ""
+
+
+COMMAND = Command(main, Flags, config="none", gate=Gate(1, _unlike))

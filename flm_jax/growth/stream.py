@@ -36,16 +36,22 @@ WORKERS = 3  # pieces in progress at once: one is read, one computed, one writte
 # The memory of a worker, in pieces, is at most this: the input, XLA's copy of it, the gathered
 # sources, the result, and tensorstore's buffers for reading and writing.
 _COPIES = 6
+HELD = WORKERS * _COPIES  # pieces in memory at once
 _LARGEST = 32 << 20  # bytes of a piece; larger pieces are not faster
 
 
-class Source(Protocol):
+class Chunked(Protocol):
+    """Leaves that are stored in pieces; `chunk` is the smallest that can be read alone."""
+
+    def chunk(self, name: str) -> tuple[int, ...]: ...
+
+
+class Source(Chunked, Protocol):
     """The checkpoint to grow: `store.chunked.CheckpointReader`."""
 
     leaves: dict[str, jax.ShapeDtypeStruct]
 
     def read(self, name: str, slices: Sequence[slice | np.ndarray] | None = None) -> np.ndarray: ...
-    def chunk(self, name: str) -> tuple[int, ...]: ...
 
 
 class Target(Protocol):
@@ -57,7 +63,7 @@ class Target(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Leaf:
+class Leaf:
     """A leaf shaped like a parameter: the parameter (power 0), or its first or second moment."""
 
     name: str
@@ -65,14 +71,14 @@ class _Leaf:
     power: int
 
 
-def _leaves(names: Iterable[str], table: Table) -> list[_Leaf]:
-    """The leaves among `names` that are shaped like parameters."""
+def parameter_leaves(names: Iterable[str], table: Table) -> list[Leaf]:
+    """Returns the leaves among `names` that are shaped like parameters."""
     leaves = []
     for name in names:
         for power, part in enumerate(("params/", "/mu/", "/nu/")):
             _, _, path = name.partition(part)
             if path in table:
-                leaves.append(_Leaf(name, path, power))
+                leaves.append(Leaf(name, path, power))
     return leaves
 
 
@@ -100,7 +106,7 @@ def check(plan: Plan) -> None:
 
 
 def chunks(
-    plan: Plan, names: Mapping[str, jax.ShapeDtypeStruct], source: Source, memory: int
+    plan: Plan, names: Mapping[str, jax.ShapeDtypeStruct], source: Chunked, memory: int
 ) -> dict[str, tuple[int, ...]]:
     """Chooses the pieces of the target's large leaves, so that the work fits into memory.
 
@@ -116,10 +122,9 @@ def chunks(
     Raises:
       UserError: the memory is too small for a leaf.
     """
-    held = WORKERS * _COPIES  # pieces in memory at once
-    limit = min(memory // held, _LARGEST)
+    limit = min(memory // HELD, _LARGEST)
     shapes = {}
-    for leaf in _leaves(names, plan.table):
+    for leaf in parameter_leaves(names, plan.table):
         itemsize = names[leaf.name].dtype.itemsize
         # Heads that are divided among copies stay together.
         divided = {axis for e in plan.expansions if e.splits for axis in (e.axis, e.splits)}
@@ -127,10 +132,10 @@ def chunks(
         chunk = chunk_shape(plan.big.shape(leaf.path), itemsize, limit, whole)
         shapes[leaf.name] = chunk
         largest = max(math.prod(c) * itemsize for c in (chunk, source.chunk(leaf.name)))
-        if largest * held > max(memory, limit * held):
+        if largest * HELD > max(memory, limit * HELD):
             raise UserError(
                 f"memory is {memory:,} bytes, but {leaf.name} comes in pieces of {largest:,} bytes "
-                f"and {held} of them are held; give memory={largest * held}",
+                f"and {HELD} of them are held; give memory={largest * HELD}",
                 argument="memory",
             )
     return shapes
@@ -162,7 +167,7 @@ def grow(
       UserError: `check` refuses the plan, or writing fails; pieces that are written stay.
     """
     check(plan)
-    large = _leaves(jax.tree.leaves(names), plan.table)
+    large = parameter_leaves(jax.tree.leaves(names), plan.table)
     missing = [
         (leaf, piece)
         for leaf in large
@@ -192,7 +197,7 @@ class _Programs:
         self._lock = threading.Lock()
         self._compiled: dict[Any, Callable[..., jax.Array]] = {}
 
-    def of(self, leaf: _Leaf, sizes: tuple[int | None, ...]) -> Callable[..., jax.Array]:
+    def of(self, leaf: Leaf, sizes: tuple[int | None, ...]) -> Callable[..., jax.Array]:
         """The map `f(x, following, key, starts)` of a leaf's pieces.
 
         `sizes`: the piece's size along each dimension; None: the whole dimension.
@@ -229,7 +234,7 @@ def _grow_piece(
     plan: Plan,
     key: jax.Array,
     programs: _Programs,
-    leaf: _Leaf,
+    leaf: Leaf,
     piece: tuple[slice, ...],
 ) -> int:
     """Reads, maps and writes one piece; returns the number of bytes written."""
@@ -258,9 +263,7 @@ def _sources(plan: Plan, axis: str, slots: slice) -> np.ndarray:
     return np.arange(slots.start, slots.stop) if e is None else e.index[slots]
 
 
-def _read(
-    source: Source, plan: Plan, leaf: _Leaf, slots: Sequence[np.ndarray | None]
-) -> np.ndarray:
+def _read(source: Source, plan: Plan, leaf: Leaf, slots: Sequence[np.ndarray | None]) -> np.ndarray:
     """Reads a leaf at these sources along each dimension (None: all).
 
     The entries of new slots are arbitrary, so nothing is read if all are new.

@@ -9,7 +9,7 @@ import math
 import pathlib
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -42,7 +42,7 @@ from flm_jax.store.chunked import (
     chunk_shape,
 )
 from flm_jax.store.files import write_json
-from flm_jax.store.lineage import RunFolder, identity
+from flm_jax.store.lineage import RunFolder, StageFolder, identity
 
 FORMATS = ("flm", *hf_config.FORMATS)
 DTYPES = {d.name: d for d in tensor_files.DTYPES.values() if d.itemsize <= 4}
@@ -269,27 +269,39 @@ def write_run(
         write_json(stage.config, saved)
         path = stage.checkpoints / "0"
         num_bytes = _write_checkpoint(path, weights, memory)
-        reader = CheckpointReader(path)
-        run.add_stage(
-            {
-                "index": 0,
-                "name": _IMPORTED,
-                "parent": None,
-                "config_digest": mapping.digest(saved),
-                "plan_digest": None,
-                "params": counts.params(weights.config),
-                "tokens": 0,
-                "flops": 0,
-                "wall_s": 0.0,
-                "steps": 0,
-                "eval": {"bpb_start": None, "bpb_end": None},
-                "receipt": None,
-                "params_digest": _digest(reader, axes.table(weights.config), memory),
-                "checkpoint": str(path.relative_to(run.path)),
-                "data_fingerprint": "",
-            }
-        )
+        digest = digest_on_disk(CheckpointReader(path), weights.config, memory)
+        run.add_stage(untrained_entry(stage, saved, weights.config, digest))
     return num_bytes
+
+
+def untrained_entry(
+    stage: StageFolder, saved: Mapping[str, Any], model: TransformerConfig, digest: str
+) -> dict[str, Any]:
+    """Returns the entry in lineage.json of a first stage that was not trained.
+
+    Args:
+      stage: its folder, with a checkpoint of step 0.
+      saved: the values of its config.json.
+      model: its model.
+      digest: of its parameters (`digest_on_disk`).
+    """
+    return {
+        "index": 0,
+        "name": saved["stage"]["name"],
+        "parent": None,
+        "config_digest": mapping.digest(dict(saved)),
+        "plan_digest": None,
+        "params": counts.params(model),
+        "tokens": 0,
+        "flops": 0,
+        "wall_s": 0.0,
+        "steps": 0,
+        "eval": {"bpb_start": None, "bpb_end": None},
+        "receipt": None,
+        "params_digest": digest,
+        "checkpoint": str((stage.checkpoints / "0").relative_to(stage.run.path)),
+        "data_fingerprint": saved["data_fingerprint"],
+    }
 
 
 def _imported(model: TransformerConfig, source: StoredModel, vocabulary: str) -> ExperimentConfig:
@@ -314,28 +326,67 @@ def _write_checkpoint(path: pathlib.Path, weights: Weights, memory: int) -> int:
     like = {
         leaf: jax.ShapeDtypeStruct(param.shape(sizes), np.float32) for leaf, param in table.items()
     }
-    # A chunk has the shape of a block that the other formats read in one piece.
-    chunks: dict[str, tuple[int, ...]] = {}
-    for leaf, index in names.blocks(table, sizes, min(CHUNK_BYTES, memory // _COPIES)):
-        chunks.setdefault(f"params/{leaf}", tuple(cut.stop - cut.start for cut in index))
+    chunks = {
+        f"params/{leaf}": chunk
+        for leaf, chunk in chunk_shapes(config, min(CHUNK_BYTES, memory // _COPIES)).items()
+    }
     tree = {"params": trees.unflatten(like)}
     writer = CheckpointWriter(path, tree, {"data": {}, "wall_s": 0.0}, chunks)
-    total = 4 * counts.params(config)
+    write_parameters(writer, weights, f"writing {_IMPORTED}")
+    writer.finish()
+    return 4 * counts.params(config)
 
-    def write(leaf: str, piece: Index) -> int:
-        block = weights.read(leaf, piece).astype(np.float32, copy=False)
-        writer.write(f"params/{leaf}", piece, block)
+
+def chunk_shapes(config: TransformerConfig, most_bytes: int) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of a chunk of each parameter: a block that all formats read in one piece.
+
+    Args:
+      config: the model.
+      most_bytes: size of a chunk, as for `names.blocks`.
+    """
+    chunks: dict[str, tuple[int, ...]] = {}
+    for leaf, index in names.blocks(axes.table(config), axes.axis_sizes(config), most_bytes):
+        chunks.setdefault(leaf, tuple(cut.stop - cut.start for cut in index))
+    return chunks
+
+
+def write_parameters(writer: CheckpointWriter, weights: Weights, name: str) -> None:
+    """Writes the parameters of a checkpoint, chunk by chunk; those that it holds are skipped.
+
+    Args:
+      writer: a checkpoint with the leaves "params/PATH".
+      weights: the parameters.
+      name: the name of the progress bar.
+    """
+    paths = [(path, f"params/{path}") for path in axes.table(weights.config)]
+    dtypes = {path: writer.leaves[leaf].dtype for path, leaf in paths}
+    total = sum(writer.leaves[leaf].size * dtypes[path].itemsize for path, leaf in paths)
+
+    def write(path: str, piece: Index) -> int:
+        block = weights.read(path, piece).astype(dtypes[path], copy=False)
+        writer.write(f"params/{path}", piece, block)
         return block.nbytes
 
-    pieces = ((leaf, piece) for leaf in like for piece in writer.pieces(f"params/{leaf}"))
-    _in_threads(write, pieces, f"writing {_IMPORTED}", total)
-    writer.finish()
-    return total
+    pieces = (
+        (path, piece)
+        for path, leaf in paths
+        for piece in writer.pieces(leaf)
+        if not writer.holds(leaf, piece)
+    )
+    _in_threads(write, pieces, name, total)
 
 
-def _digest(reader: CheckpointReader, paths: Iterable[str], memory: int) -> str:
-    """Computes `params_digest` from a checkpoint on disk."""
-    total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in reader.leaves.values())
+def digest_on_disk(reader: CheckpointReader, config: TransformerConfig, memory: int) -> str:
+    """Computes `params_digest` from a checkpoint on disk.
+
+    Args:
+      reader: the checkpoint.
+      config: its model.
+      memory: working memory in bytes.
+    """
+    paths = list(axes.table(config))
+    leaves = [reader.leaves[f"params/{path}"] for path in paths]
+    total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
     with Progress("reading back", 0, total, "bytes") as progress:
 
         def pieces(name: str) -> Iterator[np.ndarray]:

@@ -34,10 +34,6 @@ from flm_jax.store.lineage import RunFolder, StageFolder
 from flm_jax.train import optim, schedules
 from flm_jax.train.train_step import TrainState, abstract_state
 
-# The fields of a config that determine the function that a model computes.
-_FUNCTION = ("vocab_size", "num_layers", "d_model", "num_heads", "kv_heads", "head_dim", "d_ff",
-             "rope_theta", "rms_norm_eps", "input_mult", "logit_mult", "branch_mult")  # fmt: skip
-
 
 @dataclasses.dataclass(frozen=True)
 class OpenedModel:
@@ -275,23 +271,6 @@ def open_stored_model(path: str, stage: str = "", step: int | None = None) -> St
         f"{path} holds no model; give a run's folder (with lineage.json), a checkpoint inside one "
         "(.../checkpoints/STEP), or a folder of Hugging Face files (with config.json)"
     )
-
-
-def open_stage_source(stage: StageConfig) -> StoredModel:
-    """Opens the model that `stage.source` names.
-
-    Raises:
-      UserError: there is no such model, or its function differs from the stage's model.
-    """
-    stored = open_stored_model(stage.source)
-    for name in _FUNCTION:
-        have, want = getattr(stored.weights.config, name), getattr(stage.model, name)
-        if not math.isclose(have, want, rel_tol=1e-12):
-            raise UserError(
-                f"stage {stage.name}: model.{name} is {want}, but source {stage.source} has "
-                f"{have}; set it to {have}"
-            )
-    return stored
 
 
 def open_huggingface(folder: pathlib.Path) -> StoredModel:

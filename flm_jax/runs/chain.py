@@ -21,7 +21,7 @@ from flm_jax import data, growth, mapping
 from flm_jax.config import ExperimentConfig, StageConfig, TransformerConfig, require_type
 from flm_jax.errors import UserError
 from flm_jax.inference.evaluation import score
-from flm_jax.interop.opening import open_stage_source
+from flm_jax.interop.stage_source import open_stage_source
 from flm_jax.interop.weights import place
 from flm_jax.params import sharding
 from flm_jax.params.sharding import Layout
@@ -65,13 +65,13 @@ def run(config: ExperimentConfig, workdir: str) -> list[dict[str, Any]]:
     check(config, layouts)
     processes.check_same("the config", mapping.digest(mapping.to_dict(config)))
     folder = RunFolder(workdir)
+    first = config.stages[0]
+    if first.source and not folder.stage(0, first.name).config.exists():
+        open_stage_source(config)  # raises if it does not fit, before anything is written
     done = processes.once(lambda: _open(config, folder))
     if len(done) >= len(config.stages):
         return done
-    first = config.stages[0]
-    if first.source and not folder.stage(0, first.name).config.exists():
-        open_stage_source(first)  # raises if it does not fit
-    stages = stages_of(config, _open_corpus(config), folder, layouts)
+    stages = stages_of(config, corpus_of(config), folder, layouts)
     run_stages(stages[len(done) :], folder)
     return processes.once(folder.stages)
 
@@ -165,8 +165,8 @@ def _open(config: ExperimentConfig, folder: RunFolder) -> list[dict[str, Any]]:
     return done
 
 
-def _open_corpus(config: ExperimentConfig) -> Corpus:
-    """Opens the data. Raises UserError if a model's vocabulary is too small for it."""
+def corpus_of(config: ExperimentConfig) -> Corpus:
+    """Opens a chain's data. Raises UserError if a model's vocabulary is too small for it."""
     corpus = data.open_corpus(config.data_of(0))
     if corpus.vocab_size > min(stage.model.vocab_size for stage in config.stages):
         raise UserError(
@@ -238,7 +238,7 @@ def _fresh(
     init = functools.partial(init_state, stage.model, tx)
     state = jax.jit(init, out_shardings=placed)(key)
     if stage.source:
-        params = place(open_stage_source(stage).weights, placed.params)
+        params = place(open_stage_source(config).weights, placed.params)
         state = dataclasses.replace(state, params=params)
     return Position(state, batches(1).get_state(), 0.0)
 

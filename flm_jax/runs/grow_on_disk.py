@@ -3,13 +3,15 @@
 The target holds bit for bit the files that training the same chain would have written: the finished
 stages, and the next stage's config, plan and first checkpoint. Only the receipt stays incomplete,
 because it needs the whole model in memory: `stage.begin` completes it before the stage trains.
+
+A model from elsewhere, which the chain names as its first stage's source, becomes that stage in the
+target first (`first_stage.py`), and then grows from there.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import pathlib
-import shutil
 import time
 from typing import Any
 
@@ -21,11 +23,11 @@ from flm_jax.errors import UserError
 from flm_jax.growth import measure, stream
 from flm_jax.growth.operators import uses_distances
 from flm_jax.growth.receipt import unmeasured
-from flm_jax.runs import chain
+from flm_jax.runs import chain, first_stage
 from flm_jax.runs.stage import calibration_batch, plan_of, with_derived
 from flm_jax.runtime.display import Progress
 from flm_jax.store.checkpoint import by_name, check_fits, shapes
-from flm_jax.store.chunked import CheckpointReader, CheckpointWriter, disk_refusals
+from flm_jax.store.chunked import CheckpointReader, CheckpointWriter, check_space, disk_refusals
 from flm_jax.store.earlier import as_stored, upgraded
 from flm_jax.store.files import write_json
 from flm_jax.store.lineage import RunFolder, StageFolder, identity
@@ -90,13 +92,14 @@ def grow(
     stage: str = "",
     memory: int = 1 << 30,
 ) -> dict[str, Any]:
-    """Grows a finished stage of a run into the next stage of the chain.
+    """Grows a finished stage of a run, or a chain's source, into the next stage of the chain.
 
     Args:
-      config: the chain; the source has finished its first stages.
-      source_dir: the source's run folder.
+      config: the chain.
+      source_dir: a run folder that has finished the chain's first stages; or the source of its
+        first stage, which then has no steps: a run, a checkpoint, or Hugging Face files.
       target_dir: a run folder: new, or one that the same call started.
-      stage: index or name of the finished stage to grow; "": the last one.
+      stage: index or name of the finished stage to grow; "": the last one. Not for a source.
       memory: bytes for the arrays in memory at one time, without the process itself.
 
     Returns:
@@ -110,7 +113,20 @@ def grow(
         continues it.
     """
     config = with_derived(config)
-    growing = _checked(config, RunFolder(source_dir), RunFolder(target_dir), stage)
+    source, target = RunFolder(source_dir), RunFolder(target_dir)
+    if source.path.resolve() == target.path.resolve():
+        raise UserError(f"source and target are both {source.path}; give another target")
+    if _is_source(config.stages[0], source.path):
+        if stage:
+            raise UserError(
+                f"stage is {stage!r}, but {source_dir} is the source of stage "
+                f"{config.stages[0].name}, which grows; leave stage out",
+                argument="stage",
+            )
+        _require_next(config, 0)
+        first_stage.write(config, target, memory)
+        source, stage = target, "0"
+    growing = _checked(config, source, target, stage)
     reader = CheckpointReader(growing.source.path / growing.entries[-1]["checkpoint"])
     tx = optim.optimizer(growing.small, config.optimizer, schedules.steady)
     state = as_stored(abstract_state(growing.small.model, tx), reader.leaves)
@@ -139,14 +155,10 @@ def _checked(
     config: ExperimentConfig, source: RunFolder, target: RunFolder, stage: str
 ) -> _DiskGrowth:
     """Describes the growth. Raises UserError if config, source and target do not fit each other."""
-    if source.path.resolve() == target.path.resolve():
-        raise UserError(f"source and target are both {source.path}; give another target")
+    _require_run_of(config.stages[0], source)
     entry = source.finished_stage(stage)
+    _require_next(config, entry["index"])
     index = entry["index"] + 1
-    if index >= len(config.stages):
-        raise UserError(
-            f"stage {entry['name']} is the config's last one; add the stage to grow into"
-        )
     entries = source.stages()[:index]
     chain.check_finished(config, source, entries)
     growing = _DiskGrowth(config, index, source, target, entries)
@@ -158,6 +170,31 @@ def _checked(
         )
     target.check_stage(growing.folder, growing.identity)
     return growing
+
+
+def _is_source(first: StageConfig, path: pathlib.Path) -> bool:
+    """Whether a path is the source that a chain's first stage names."""
+    if not first.source:
+        return False
+    return pathlib.Path(first.source).expanduser().resolve() == path.expanduser().resolve()
+
+
+def _require_next(config: ExperimentConfig, index: int) -> None:
+    """Raises UserError unless the chain has a stage after the one at `index`."""
+    if index + 1 >= len(config.stages):
+        last = config.stages[-1].name
+        raise UserError(f"stage {last} is the config's last one; add the stage to grow into")
+
+
+def _require_run_of(first: StageConfig, source: RunFolder) -> None:
+    """Raises UserError if the source is a model from elsewhere, and the chain does not name it."""
+    stages = source.stages()
+    imported = stages and stages[0].get("steps") == 0 and stages[0]["name"] != first.name
+    if imported or (not stages and (source.path / "config.json").is_file()):
+        raise UserError(
+            f"source {source.path} is no run of this config, whose first stage has source "
+            f"{first.source!r}; set config.stages[0].source to {source.path}, and its steps to 0"
+        )
 
 
 def _write(
@@ -194,7 +231,7 @@ def _prepare(
     if folder.plan.exists() and growth.Plan.from_json(folder.plan.read_text()) != plan:
         raise UserError(f"{folder.plan}: another growth was started here; give another target")
     target.open()
-    _check_space(target.path, folder, grown)
+    check_space(target.path, jax.tree.leaves(grown), folder.path)
     with disk_refusals(f"{target.path} cannot be written"):
         growing.source.branch(target, growing.index)
         write_json(folder.config, growing.identity)
@@ -228,15 +265,3 @@ def _plan(
         lambda path, slices: reader.read(f"params/{path}", slices), batch, small
     )
     return plan_of(small, stage, distances), distances
-
-
-def _check_space(root: pathlib.Path, folder: StageFolder, grown: TrainState) -> None:
-    """Raises UserError if the disk has no space for the grown state."""
-    needed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(grown))
-    held = sum(p.stat().st_size for p in folder.path.rglob("*") if p.is_file())
-    free = shutil.disk_usage(root).free
-    if needed - held > free:
-        raise UserError(
-            f"target {root} needs {needed - held:,} more bytes, but its disk has {free:,} left; "
-            "free some space, or give another disk"
-        )

@@ -25,6 +25,7 @@ from flm_jax import growth, mapping
 from flm_jax.config import ExperimentConfig, GrowthConfig, StageConfig, TransformerConfig
 from flm_jax.growth import ligo, measure
 from flm_jax.growth.receipt import Receipt, measured
+from flm_jax.interop.stage_source import resolved
 from flm_jax.params import counts
 from flm_jax.params.sharding import Layout
 from flm_jax.runtime import processes
@@ -183,14 +184,16 @@ def begin(
 
 
 def with_derived(config: ExperimentConfig) -> ExperimentConfig:
-    """Gives every stage's model the fields that follow from its growth (`growth.derived`).
+    """Resolves what the chain takes from its source, then the fields that follow from each growth.
 
-    A field that has the parent's value in the config follows; any other value stays as it is, and
-    the growth refuses it unless it equals the derived one.
+    The former is `interop.stage_source.resolved`, the latter `growth.derived`. A field that has the
+    parent's value in the config follows; any other value stays as it is, and the growth refuses it
+    unless it equals the derived one.
 
     Raises:
-      UserError: a recipe cannot do its growth.
+      UserError: the source does not give a model or a vocabulary, or a recipe cannot do its growth.
     """
+    config = resolved(config)
     stages = [config.stages[0]]
     for parent, stage in itertools.pairwise(config.stages):
         small, model = stages[-1].model, stage.model

@@ -33,7 +33,8 @@ from flm_jax.config import (
 from flm_jax.data import chat_template, jinja_text
 from flm_jax.errors import UserError
 from flm_jax.inference.evaluation import Score, score
-from flm_jax.interop.opening import OpenedModel, open_model
+from flm_jax.interop.opening import OpenedModel, open_model, open_stored_model
+from flm_jax.interop.stage_source import check_vocabulary, with_vocabulary
 from flm_jax.params import sharding
 from flm_jax.params.sharding import Layout
 from flm_jax.runs import chain
@@ -81,7 +82,11 @@ class Base:
 
 
 def open_base(config: SftConfig) -> Base:
-    """Opens the config's base. Raises UserError if it is missing or its vocabulary is not known."""
+    """Opens the config's base.
+
+    Raises:
+      UserError: it is missing, or its vocabulary is not known, or the config's data has another.
+    """
     folder, stages = RunFolder(config.base), []
     stage = config.base_stage
     if folder.lineage.exists():
@@ -102,6 +107,10 @@ def open_base(config: SftConfig) -> Base:
             f"SftConfig.base is {config.base!r}, a model without a run, and data is None; set "
             "SftConfig.data to its vocabulary and the text whose knowledge should be retained"
         )
+    if config.data:
+        stored = open_stored_model(config.base, stage)
+        settings = with_vocabulary(settings, stored)
+        check_vocabulary(settings, stored)
     template = chat_template.resolved(config.template, settings.vocabulary)
     if template.jinja:
         jinja_text.check(template.jinja)

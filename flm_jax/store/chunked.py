@@ -17,7 +17,7 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -113,6 +113,29 @@ def disk_refusals(what: str) -> Iterator[None]:
         raise UserError(
             f"{what} ({os.strerror(code)}); fix this, then call again to continue"
         ) from error
+
+
+def check_space(
+    root: pathlib.Path, leaves: Iterable[Any], held: pathlib.Path | None = None
+) -> None:
+    """Checks that a disk has space for arrays.
+
+    Args:
+      root: the folder to write to.
+      leaves: the arrays, or `ShapeDtypeStruct`s.
+      held: a folder that holds a part of them already.
+
+    Raises:
+      UserError: it has not; the message has both sizes.
+    """
+    needed = sum(x.size * x.dtype.itemsize for x in leaves)
+    needed -= sum(p.stat().st_size for p in held.rglob("*") if p.is_file()) if held else 0
+    free = shutil.disk_usage(root).free
+    if needed > free:
+        raise UserError(
+            f"target {root} needs {needed:,} more bytes, but its disk has {free:,} left; free some "
+            "space, or give another disk"
+        )
 
 
 class CheckpointReader:

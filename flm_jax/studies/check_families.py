@@ -24,8 +24,8 @@ from flm_jax.errors import UserError
 from flm_jax.interop import converter, opening, weights
 from flm_jax.interop.families import FAMILIES
 from flm_jax.interop.tokenizer_files import Vocabulary
+from flm_jax.interop.verify import our_logits, relative_distance, torch_logits
 from flm_jax.studies.check_operators import target_of
-from flm_jax.train.train_step import logits_of
 
 LARGEST = 1e-4  # distance that counts as the same model, in float32
 RECIPES = ("msg", "tile", "identity")
@@ -114,49 +114,6 @@ def sequences(seed: int = 0) -> list[np.ndarray]:
     return [rng.integers(3, _VOCAB, length) for length in _LENGTHS]
 
 
-def torch_logits(folder: pathlib.Path, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """transformers' logits of each sequence, in float32; the batch is padded on the right."""
-    import torch
-    import transformers
-
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
-    )
-    model.eval()
-    longest = max(map(len, rows))
-    tokens = torch.zeros(len(rows), longest, dtype=torch.long)
-    mask = torch.zeros_like(tokens)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row)], mask[i, : len(row)] = torch.from_numpy(row), 1
-    with torch.no_grad():
-        logits = model(tokens, attention_mask=mask).logits.numpy()
-    return [logits[i, : len(row)] for i, row in enumerate(rows)]
-
-
-def our_logits(
-    params: Any, config: TransformerConfig, rows: Sequence[np.ndarray]
-) -> list[np.ndarray]:
-    """Our logits of each sequence, from one padded batch."""
-    longest = max(map(len, rows))
-    shape = (len(rows), longest)
-    tokens, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row)], segments[i, : len(row)] = row, 1
-    batch = {
-        "tokens": jnp.asarray(tokens),
-        "segment_ids": jnp.asarray(segments),
-        "positions": jnp.broadcast_to(jnp.arange(longest, dtype=jnp.int32), shape),
-    }
-    logits = np.asarray(jax.jit(logits_of, static_argnums=0)(config, params, batch))
-    return [logits[i, : len(row)] for i, row in enumerate(rows)]
-
-
-def distance(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> float:
-    """The largest difference, over the root mean square of the first."""
-    scale = np.sqrt(np.mean(np.concatenate([x.ravel() for x in a]) ** 2))
-    return max(float(np.abs(x - y).max()) for x, y in zip(a, b, strict=True)) / float(scale)
-
-
 def _target(config: TransformerConfig, recipe: str) -> TransformerConfig:
     """A target of the recipe that transformers can hold: its heads divide its width.
 
@@ -194,14 +151,14 @@ def check(name: str, seed: int = 0) -> dict[str, Any]:
         stored = opening.open_stored_model(str(source))
         config, params = stored.weights.config, weights.load(stored.weights)
         row: dict[str, Any] = {"name": name, "family": family}
-        row["imported"] = distance(want, our_logits(params, config, rows))
+        row["imported"] = relative_distance(want, our_logits(params, config, rows))
 
         def exported(params: Any, config: TransformerConfig, to: str) -> float:
             target = pathlib.Path(folder) / to
             tree = weights.Tree(params, config)
             vocabulary = Vocabulary(str(source))
             converter.write_hf(target, tree, family, "float32", vocabulary)
-            return distance(want, torch_logits(target, rows))
+            return relative_distance(want, torch_logits(target, rows))
 
         row["exported"] = exported(params, config, "exported")
         for recipe in RECIPES:
