@@ -19,7 +19,7 @@ from flm_jax import mapping
 from flm_jax.config import DataConfig, ExperimentConfig, StageConfig, TransformerConfig
 from flm_jax.data.chat_template import TemplateConfig
 from flm_jax.errors import UserError
-from flm_jax.interop import hf_config, names, tensor_files
+from flm_jax.interop import hf_config, model_card, names, tensor_files
 from flm_jax.interop.families import FAMILIES
 from flm_jax.interop.names import Index
 from flm_jax.interop.opening import StoredModel, open_stored_model
@@ -131,10 +131,10 @@ def convert(
         dtype = dtype or (opened.dtype.name if opened.dtype.name in DTYPES else "float32")
         num_bytes, more = write_hf(
             pathlib.Path(target), weights, format, dtype, opened.vocabulary, memory,
-            context=opened.context, template=opened.template,
+            context=opened.context, source=opened, template=opened.template,
         )  # fmt: skip
         notes += more
-    if not np.can_cast(opened.dtype, DTYPES[dtype]):
+    if format == "flm" and not np.can_cast(opened.dtype, DTYPES[dtype]):
         notes.append(f"parameters are rounded from {opened.dtype.name} to {dtype}")
     seconds = time.monotonic() - began
     return {
@@ -162,6 +162,7 @@ def write_hf(
     context: int = 0,
     shard_bytes: int = SHARD_BYTES,
     template: TemplateConfig | None = None,
+    source: StoredModel | None = None,
 ) -> tuple[int, list[str]]:
     """Writes a folder that transformers opens.
 
@@ -176,6 +177,7 @@ def write_hf(
         2048.
       shard_bytes: largest size of one file, unless a single tensor is larger.
       template: the chat template of the model's fine-tuning; None: that of the vocabulary's files.
+      source: the model that is converted, for the model card; None: parameters from memory.
 
     Returns:
       The size of the written parameters in bytes, and one note for each change to them.
@@ -218,7 +220,11 @@ def write_hf(
         blocks = names.blocks(table, sizes, memory // _COPIES)
         _in_threads(write, blocks, f"writing {target.name}", writer.num_bytes)
         writer.sync()
-        write_config(folder, values)
+        if writer.rounding:
+            notes.append(f"parameters are rounded to {dtype}, by at most {writer.rounding:.2g}")
+        notes += write_config(folder, values)
+        card = model_card.text(target.name, config, values["model_type"], dtype, notes, source)
+        (folder / "README.md").write_text(card + vocabulary.readme(), encoding="utf-8")
     return writer.num_bytes, notes
 
 

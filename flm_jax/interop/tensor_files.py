@@ -309,6 +309,7 @@ class TensorsWriter:
           shard_bytes: a new file is started if the next tensor would make one larger than this.
         """
         self._dtype, self._shapes = dtype, shapes
+        self.rounding = 0.0  # the largest change of an entry by rounding so far
         shards: list[dict[str, int]] = [{}]  # tensor -> its offset in the data, in bytes
         size = 0
         for name, shape in shapes.items():
@@ -369,6 +370,9 @@ class TensorsWriter:
                 f"{path.name}: {name} has entries that {self._dtype.name} cannot hold; choose "
                 "bfloat16 or float32"
             )
+        if data.dtype.itemsize < rows.dtype.itemsize:
+            change = np.abs(data.astype(rows.dtype) - rows)
+            self.rounding = max(self.rounding, float(change.max(initial=0)))
         with open(path, "r+b", buffering=0) as file:
             file.seek(begin + start * row_bytes)
             view = data.reshape(-1).view(np.uint8).data

@@ -17,6 +17,7 @@ from flm_jax.interop.config_keys import read_object
 # Files that define how text becomes tokens, chat templates included.
 _TOKENIZER = ("tokenizer*", "tokenization_*.py", "special_tokens_map.json", "added_tokens.json",
               "vocab.json", "merges.txt", "chat_template*")  # fmt: skip
+_TERMS = ("LICENSE*", "LICENCE*", "NOTICE*")  # of the source; its README becomes part of the card
 _CONFIG = "tokenizer_config.json"
 _GENERATION = "generation_config.json"
 _MODEL_CODE = ("configuration_*.py", "modeling_*.py")  # for models not in transformers
@@ -70,6 +71,11 @@ class Vocabulary:
         file = (self._folder or pathlib.Path()) / "config.json"
         return read_object(file) if self._folder and file.is_file() else {}
 
+    def readme(self) -> str:
+        """Returns the README.md beside the files; "" if there is none."""
+        file = (self._folder or pathlib.Path()) / "README.md"
+        return file.read_text("utf-8", "replace") if self._folder and file.is_file() else ""
+
     def copy(self, target: pathlib.Path, code: bool = False) -> None:
         """Copies the files into a folder; with `code`, also the model's own Python files."""
         if self.path == BYTES:
@@ -80,7 +86,7 @@ class Vocabulary:
         if self._folder.is_file():
             shutil.copyfile(self._folder, target / "tokenizer.model")
         else:
-            for pattern in (*_TOKENIZER, _GENERATION, *(_MODEL_CODE if code else ())):
+            for pattern in (*_TOKENIZER, *_TERMS, _GENERATION, *(_MODEL_CODE if code else ())):
                 for file in self._folder.glob(pattern):
                     if file.is_file():
                         shutil.copyfile(file, target / file.name)
@@ -131,20 +137,44 @@ def padding_of(config: TransformerConfig) -> dict[str, Any]:
     return {_NUM_TOKENS: config.num_tokens or None}
 
 
-def write_config(folder: pathlib.Path, values: Mapping[str, Any]) -> None:
-    """Writes config.json, and a generation_config.json that matches it."""
+def write_config(folder: pathlib.Path, values: Mapping[str, Any]) -> list[str]:
+    """Writes config.json, and a generation_config.json that matches it.
+
+    Returns:
+      One note for each id of a special token that is left out because the vocabulary has no such
+      row; transformers could not open the model with it.
+    """
     values = {key: value for key, value in values.items() if (key, value) != (_NUM_TOKENS, None)}
+    rows, notes = values["vocab_size"], []
+    for key in _SPECIAL_IDS:
+        kept = _ids_below(values.get(key), rows)
+        if kept != values.get(key):
+            notes.append(f"{key} {values[key]} is left out: the vocabulary has {rows} rows")
+            values[key] = kept
     _write(folder / "config.json", values)
     file = folder / _GENERATION
     generation = read_object(file) if file.exists() else {}
     generation = {k: v for k, v in generation.items() if k != "transformers_version"}
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        if values.get(key) is not None:
-            generation.setdefault(key, values[key])
-    longest = values["max_position_embeddings"]
-    if generation.get("max_length", 0) > longest:
+    for key in _SPECIAL_IDS:
+        if key in generation:
+            generation[key] = _ids_below(generation[key], rows)
+        elif values.get(key) is not None:
+            generation[key] = values[key]
+    longest, asked = values["max_position_embeddings"], generation.get("max_length")
+    if isinstance(asked, int) and asked > longest:
         generation["max_length"] = longest
     _write(file, generation)
+    return notes
+
+
+_SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def _ids_below(ids: Any, rows: int) -> Any:
+    """The id, or those of a list, that the vocabulary has; None if it has none of them."""
+    if isinstance(ids, list):
+        return [one for one in ids if _ids_below(one, rows) is not None] or None
+    return ids if isinstance(ids, int) and 0 <= ids < rows else None
 
 
 def _write(file: pathlib.Path, values: Mapping[str, Any]) -> None:
