@@ -156,10 +156,7 @@ def our_logits(
 
 
 def relative_distance(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> float:
-    """The largest difference, over the root mean square of the first.
-
-    It is not finite if a logit is not.
-    """
+    """The largest difference, over the first's root mean square; not finite if a logit is not."""
     first, second = (np.concatenate([x.ravel() for x in logits]) for logits in (a, b))
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
         return float(np.abs(first - second).max() / np.sqrt(np.mean(first**2)))

@@ -131,7 +131,8 @@ def grow(
     tx = optim.optimizer(growing.small, config.optimizer, schedules.steady)
     state = as_stored(abstract_state(growing.small.model, tx), reader.leaves)
     check_fits(reader.path, reader.leaves, shapes(state))
-    result = {"stage": growing.stage.name, "source": str(reader.path)}
+    read_from = source_dir if growing.source is target else reader.path
+    result = {"stage": growing.stage.name, "source": str(read_from)}
     done = _steps_on_disk(growing.folder)
     if done:
         return {
