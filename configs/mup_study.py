@@ -7,7 +7,7 @@ r"""µP on a small proxy: coordinate check, transfer sweep, growth and loss pred
   flm mup check --config=configs/mup_study.py:depth --workdir=runs/mup_depth
   flm mup sweep --config=configs/mup_study.py:depth --workdir=runs/mup_depth
 
-About 2, 15, 2 and 10 minutes on two CPU cores. The text is the Python standard library's source.
+About 3, 60, 2 and 10 minutes on two CPU cores. The text is the Python standard library's source.
 docs/mup.md has the expected results. `:depth` varies the depth instead of the width: CompleteP
 against µP. `:smoke` is the study of the width with tiny models and few steps.
 """
@@ -77,7 +77,9 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         eval=EvalConfig(sequences=64, batch_size=16),
     )
     rates = tuple(2.0**n for n in range(-3, 4))
-    config = MupStudyConfig(experiment, learning_rates=rates, family=_family(stage))
+    config = MupStudyConfig(
+        experiment, learning_rates=rates, family=_family(stage), seeds=3, coordinate_seeds=3
+    )
     if variant == "depth":
         # Without depth_scaled_init, both parametrisations are the same model at the base depth.
         plain = dataclasses.replace(proxy, depth_scaled_init=False)

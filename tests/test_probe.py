@@ -34,6 +34,15 @@ def test_locked_copies_contradict_the_claim_and_a_wrong_recipe_is_refused():
     assert "no lineage.json" in mistake("growth", "check", "--run=runs/nowhere")
 
 
+def test_a_familys_block_is_checked_and_an_unknown_family_is_refused():
+    args = ("growth", "check", "--operator=tile,embed=zero_pad,kv_heads=msg", "--family=olmo2")
+    (row,) = json_of(*args)["operators"]
+    assert row["ok"] and row["claimed"] == "EXACT"
+    status, _, err = call("growth", "check", "--operator=zero_pad", "--family=olmo2")
+    assert status == 2 and "the model has a norm over all heads" in err.splitlines()[-1]
+    assert "choose one of llama, mistral" in mistake("growth", "check", "--family=bert")
+
+
 def test_an_arms_name_must_be_a_folder_name():
     assert ArmConfig("tile + stack, noise").name
     for name in ("heads/2", ""):

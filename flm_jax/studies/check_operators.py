@@ -14,6 +14,7 @@ import numpy as np
 
 from flm_jax import data, growth
 from flm_jax.config import OptimizerConfig, RopeConfig, StageConfig, TransformerConfig
+from flm_jax.errors import UserError
 from flm_jax.growth import Plan, layer_maps, ligo, measure
 from flm_jax.growth.operators import EXACT, OPERATORS, choose
 from flm_jax.growth.receipt import gradient_error
@@ -76,6 +77,17 @@ class Source:
     optimizer: OptimizerConfig
     state: TrainState
     batch: Batch
+
+
+def model_of(family: str) -> TransformerConfig:
+    """The random model with the block of a family (`FAMILIES`).
+
+    Raises:
+      UserError: the family is unknown.
+    """
+    if family not in FAMILIES:
+        raise UserError(f"family is {family!r}; choose one of {', '.join(FAMILIES)}")
+    return dataclasses.replace(RANDOM_MODEL, **FAMILIES[family])
 
 
 def random_source(model: TransformerConfig = RANDOM_MODEL, seed: int = 0) -> Source:
