@@ -27,6 +27,7 @@ setuptools.setup(
         "datasketch",  # MinHash: near-duplicates among chat samples
         "flax>=0.12",  # the model's modules
         "jax>=0.10",
+        "jinja2>=3.1.6",  # chat templates, in its sandbox
         "matplotlib",  # figures of reports
         "ml_collections",  # config files and their overrides
         "numpy",
@@ -56,8 +57,9 @@ setuptools.setup(
             "ruff",
             "safetensors",  # the oracle of our reader and writer of Hugging Face weights
         ],
-        # Oracles of the weights' tests, older .bin files, and EleutherAI's evaluation harness.
-        "hf": ["lm-eval", "torch==2.13.0", "transformers"],
+        # Oracles of the weights' tests, older .bin files, and EleutherAI's evaluation harness,
+        # whose own model needs accelerate.
+        "hf": ["accelerate", "lm-eval", "torch==2.13.0", "transformers"],
         "tpu": ["jax[tpu]"],
         # XLA's GPU compiler and ptxas, without cuDNN and the rest: `flm compile`.
         "gpu-aot": ["jax-cuda12-pjrt", "jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12"],

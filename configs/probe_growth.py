@@ -120,6 +120,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
             experiment,
             stages=(small, dataclasses.replace(large, growth=growth)),
             data=DataConfig(sequence_length=64, shuffle_tokens=1 << 17),
+            schedule=ScheduleConfig(kind="constant", warmup_steps=4),
             eval=EvalConfig(sequences=8, batch_size=8, every_steps=4),
             quick_compile=True,
         )

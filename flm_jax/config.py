@@ -165,6 +165,9 @@ class TransformerConfig(Checked):
     attention_softcap: float = added(0.0)  # scores s become cap * tanh(s / cap); 0: unchanged
     logit_softcap: float = added(0.0)  # likewise, of the logits
     residual_mult: float = added(1.0)  # factor on every layer's two branches
+    # Ids that are tokens. The embedding's and the head's other rows are padding: they are not drawn
+    # in generation and are left out of evaluation's softmax. 0: all.
+    num_tokens: int = added(0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -176,6 +179,11 @@ class TransformerConfig(Checked):
         require(
             self.num_layers >= 0,
             f"TransformerConfig.num_layers is {self.num_layers}; give 0 (to grow from) or more",
+        )
+        require(
+            0 <= self.num_tokens <= self.vocab_size,
+            f"TransformerConfig.num_tokens is {self.num_tokens} and vocab_size {self.vocab_size}; "
+            "give 0 (all ids) or a number that is not larger",
         )
         require_choice(self, "dtype", COMPUTE_DTYPES)
         require_choice(self, "remat", REMAT_POLICIES)
@@ -241,6 +249,16 @@ class TransformerConfig(Checked):
         """The kind of every layer."""
         pattern = self.layer_kinds or ("full",)
         return tuple(pattern[layer % len(pattern)] for layer in range(self.num_layers))
+
+    @property
+    def tokens(self) -> int:
+        """Number of ids that are tokens."""
+        return self.num_tokens or self.vocab_size
+
+    def with_tokens(self, tokens: int) -> TransformerConfig:
+        """Returns the config for a tokenizer of this size: the ids beyond it are padding."""
+        tokens = min(tokens, self.tokens)
+        return dataclasses.replace(self, num_tokens=0 if tokens == self.vocab_size else tokens)
 
     @property
     def kv_heads(self) -> int:
@@ -361,6 +379,9 @@ class ScheduleConfig(Checked):
             0 <= self.final_ratio <= 1,
             f"ScheduleConfig.final_ratio is {self.final_ratio}; it must be in [0, 1]",
         )
+        for name in ("warmup_steps", "total_steps", "decay_steps"):
+            value = getattr(self, name)
+            require(value >= 0, f"ScheduleConfig.{name} is {value}; it must be 0 or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -379,6 +400,9 @@ class GrowthConfig(Checked):
     calibration_sequences: int = 8  # sequences that the receipt and layer distances are measured on
     fit_steps: int = 100  # steps of LiGO's fit (operator "ligo")
     fit_learning_rate: float = 1e-3  # of LiGO's fit
+    # Factor on the learning rate of entries all of whose slots are old. 0: only added slots and
+    # layers train (LLaMA-Pro), and the old ones keep their bits.
+    old_rate: float = added(1.0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -389,6 +413,10 @@ class GrowthConfig(Checked):
         require(
             self.rewarmup_steps >= 0,
             f"GrowthConfig.rewarmup_steps is {self.rewarmup_steps}; it must be 0 or above",
+        )
+        require(
+            0 <= self.old_rate <= 1,
+            f"GrowthConfig.old_rate is {self.old_rate}; it must be in [0, 1]: 0 freezes old slots",
         )
         require_choice(self, "moments", MOMENTS)
         require_choice(self, "rates", RATES)
@@ -452,6 +480,9 @@ class StageConfig(Checked):
     # First stage only: where its parameters come from, instead of random initialisation: a run
     # folder, a checkpoint inside one, or a folder of Hugging Face files.
     source: str = ""
+    # Patterns of the parameters that train, as in ("layers/mlp/*", "head"); the others keep their
+    # bits. (): all train. `*` also matches "/".
+    train_paths: tuple[str, ...] = added(())
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -206,6 +206,8 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if isinstance(value, hint):
             return value
+        if hasattr(value, "items"):  # a ConfigDict is not a Mapping
+            value = dict(value.items())
         if not isinstance(value, Mapping):
             raise UserError(
                 f"{path} is of type {type(value).__name__}; it must be a {hint.__name__}, or a "

@@ -75,14 +75,15 @@ def next_token(params, config, tokens):
     return int(np.argmax(full_logits(params, row, config)[0, len(tokens) - 1]))
 
 
-def nats_of(params, config, tokens):
+def nats_of(params, config, tokens, vocabulary=None):
     """Computes -log P of each of tokens[1:], given the tokens before it, by one forward pass.
 
-    Returns these, and whether each token is the most likely one.
+    Only the first `vocabulary` ids are in the softmax (None: all). Returns these, and whether each
+    token is the most likely one.
     """
     row = np.zeros((1, LONG), np.int32)
     row[0, : len(tokens)] = tokens
-    logits = np.asarray(full_logits(params, row, config), np.float64)[0]
+    logits = np.asarray(full_logits(params, row, config), np.float64)[0, :, :vocabulary]
     logp = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
     logps = [logp[i, t] for i, t in enumerate(tokens[1:])]
     greedy = all(logits[i].argmax() == t for i, t in enumerate(tokens[1:]))

@@ -128,6 +128,31 @@ def test_a_changed_config_is_refused_on_resume(finished, override, words):
 
 
 @pytest.mark.slow
+def test_accumulate_may_change_on_resume(finished, tmp_path):
+    """The last stage resumes before its end, in two microbatches; the result is nearly the same."""
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    data = json.loads((workdir / "lineage.json").read_text())
+    *_, last = data["stages"]
+    (workdir / "lineage.json").write_text(json.dumps({**data, "stages": data["stages"][:2]}))
+    end = workdir / last["checkpoint"]
+    shutil.rmtree(end)
+    (latest,) = (path for path in end.parent.iterdir() if path.name.isdigit())
+    status, _, err = run(*SMOKE, "--config.stages[2].accumulate=2", f"--workdir={workdir}")
+    assert status == 0, err
+    again = lineage(workdir)[-1]
+    assert abs(again["eval"]["bpb_end"] / last["eval"]["bpb_end"] - 1) < 1e-4
+    stage = workdir / "stages" / f"2-{last['name']}"
+    (row,) = MetricsFile(stage / "metrics.jsonl").rows("changed")
+    assert row["step"] == int(latest.name)
+    assert row["settings"] == ["config.stage.accumulate: 1 -> 2"]
+    assert json.loads((stage / "config.json").read_text())["stage"]["accumulate"] == 2
+    # Negative control: a finished stage's other settings are still compared.
+    line = mistake(*SMOKE, "--config.stages[2].batch_size=4", f"--workdir={workdir}", by=run)
+    assert "batch_size: " in line and " -> 4" in line
+
+
+@pytest.mark.slow
 def test_changed_data_is_refused_on_resume(tmp_path):
     texts = tmp_path / "texts"
     texts.mkdir()

@@ -98,10 +98,10 @@ def test_answers_are_greedy(model):
 
 
 @pytest.mark.parametrize(
-    ("trained", "adds_start", "start"),
-    [(True, False, [0]), (True, True, [0]), (False, True, [0]), (False, False, [])],
+    ("trained", "starts", "start"),
+    [(True, (), [0]), (True, (0,), [0]), (False, (0,), [0]), (False, (), [])],
 )
-def test_answers_and_generate_use_the_same_prompt(model, trained, adds_start, start, monkeypatch):
+def test_answers_and_generate_use_the_same_prompt(model, trained, starts, start, monkeypatch):
     """A foreign model whose tokenizer adds no start token is prompted without one."""
     seen = []
 
@@ -110,7 +110,7 @@ def test_answers_and_generate_use_the_same_prompt(model, trained, adds_start, st
         return [[] for _ in rows]
 
     monkeypatch.setattr(chat_model, "generate", record)
-    tokenizer = dataclasses.replace(BYTES, adds_start=adds_start)
+    tokenizer = dataclasses.replace(BYTES, starts=starts)
     monkeypatch.setattr(opening, "open_tokenizer", lambda name: tokenizer)
     model = dataclasses.replace(model, model=dataclasses.replace(model.model, trained=trained))
     model.answer(SAMPLES[:1])

@@ -65,10 +65,13 @@ def test_wrong_paths_of_models_are_named(run, tmp_path):
 
 
 def test_a_file_is_scored_whole(tmp_path):
-    """Compares with one forward pass per segment, without padding and packing."""
+    """Compares with one forward pass per segment, without padding and packing.
+
+    The last 41 rows of the vocabulary are padding.
+    """
     length = 16
     with jax.enable_x64(True):
-        config = changed(SMALL, vocab_size=260)
+        config = changed(SMALL, vocab_size=300)
         params = random_params(config, 1)
         for number, text in enumerate(TEXTS):
             (tmp_path / f"{number}.txt").write_text(text)
@@ -77,24 +80,28 @@ def test_a_file_is_scored_whole(tmp_path):
         mesh = sharding.one_device()
         batches = list(corpus.sequences("all", 4))
         with jax.set_mesh(mesh):
-            got = evaluation.score(params, config, batches, corpus.token_bytes, mesh)
+            unpadded = config.with_tokens(corpus.vocab_size)
+            got = evaluation.score(params, unpadded, batches, corpus.token_bytes, mesh)
         size = sum(len(text.encode()) for text in TEXTS)
         assert (got.bytes, got.tokens) == (size, size + len(TEXTS))
         stream = [[byte + 3 for byte in text.encode()] + [1] for text in TEXTS]
-        want, place = 0.0, 0
+        want, padded, place = 0.0, 0.0, 0
         for document in stream:
             while document:
                 room = length - place % length
-                want += nats_of(params, config, [0, *document[:room]])[0].sum()
+                tokens = [0, *document[:room]]
+                want += nats_of(params, config, tokens, corpus.vocab_size)[0].sum()
+                padded += nats_of(params, config, tokens)[0].sum()
                 place += len(document[:room])
                 document = document[room:]
         np.testing.assert_allclose(got.nats, want, rtol=1e-12)
         np.testing.assert_allclose(got.bits_per_byte, want / math.log(2) / size, rtol=1e-12)
+        assert abs(padded / want - 1) > 1e-3  # negative control: padding in the softmax
         # Negative control: documents that attend to each other have another score.
         for batch in batches:
             batch["segment_ids"] = np.minimum(batch["segment_ids"], 1)
         with jax.set_mesh(mesh):
-            control = evaluation.score(params, config, batches, corpus.token_bytes, mesh)
+            control = evaluation.score(params, unpadded, batches, corpus.token_bytes, mesh)
         assert abs(control.nats / want - 1) > 1e-6
 
 

@@ -112,10 +112,11 @@ def test_tasks_give_the_numbers_of_a_direct_computation(run, results):
     assert by_task["flm_choice"]["acc,none"] == pytest.approx(np.mean(right))
     nats = size = 0
     for text in (s["text"] for s in SAMPLES):
-        ids = model.tokenizer.encode(text)
+        # The prefix token precedes the start token, which is predicted too.
+        ids = [0, *model.tokenizer.encode(text)]
         size += len(text.encode())
         for start in range(0, len(ids), CONTEXT):
-            # The context is the last token before the window, or the start token.
+            # The context is the last token before the window, or the prefix token.
             before = ids[start - 1] if start else 0
             window = ids[start : start + CONTEXT]
             if start + CONTEXT > len(ids) and start:  # the last window is as long as the others
@@ -141,15 +142,15 @@ def test_answers_of_the_adapter(run):
         instances = [Instance(kind, {}, a, i) for i, a in enumerate(arguments)]
         return getattr(adapter, kind)(instances)
 
-    pairs = [("def f(", "x):"), ("", "start"), ("a ", "b"), ("x" * 60, "end")]
+    pairs = [("def f(", "x):"), ("", "start"), ("a ", "b"), (" \n", "c"), ("x" * 60, "end")]
     got = [value for value, _ in ask("loglikelihood", *pairs)]
-    want = [direct(model, c, t) for c, t in (("def f(", "x):"), ("", "start"), ("a", " b"))]
-    np.testing.assert_allclose(got[:3], want, rtol=1e-5)
+    split = [("def f(", "x):"), ("", "start"), ("a", " b"), ("", " \nc")]
+    np.testing.assert_allclose(got[:4], [direct(model, c, t) for c, t in split], rtol=1e-5)
     # The start of a long context is cut, with its start token: the model reads 32 tokens.
     ids = model.tokenizer.encode("x" * 60 + "end")[-CONTEXT - 1 :]
     cut = -nats_of(model.params, model.config, ids)[0][-3:].sum()
-    np.testing.assert_allclose(got[3], cut, rtol=1e-5)
-    assert abs(direct(model, "x" * 58, "end") - got[3]) > 1e-4  # negative control: another cut
+    np.testing.assert_allclose(got[4], cut, rtol=1e-5)
+    assert abs(direct(model, "x" * 58, "end") - got[4]) > 1e-4  # negative control: another cut
 
     settings = {"until": ["\n"], "max_gen_toks": 6}
     prompts = [("def f(", settings), ("import os", settings), ("x" * 80, settings)]

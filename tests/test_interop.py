@@ -236,12 +236,15 @@ MISTAKES = {
         "config.json: model_type is 'gpt2'",
     ),
     "rope scaling": (
-        lambda f: _edit(f / "config.json", rope_parameters={"rope_type": "yarn", "factor": 2}),
-        "config.json: rope_parameters is of type 'yarn'",
+        lambda f: _edit(f / "config.json", rope_parameters={"rope_type": "longrope", "factor": 2}),
+        "config.json: rope_parameters: RoPE is of type 'longrope'",
     ),
-    "biases": (lambda f: _edit(f / "config.json", attention_bias=True), "attention_bias is True"),
-    "another activation": (lambda f: _edit(f / "config.json", hidden_act="gelu"), "hidden_act"),
-    "no size": (lambda f: _edit(f / "config.json", hidden_size=None), "hidden_size is None"),
+    "biases": (
+        lambda f: _edit(f / "config.json", attention_bias=True),
+        "q_proj.bias .* is missing",
+    ),
+    "another activation": (lambda f: _edit(f / "config.json", hidden_act="relu"), "hidden_act"),
+    "no size": (lambda f: _edit(f / "config.json", hidden_size=None), "hidden_size is missing"),
     "heads that do not divide": (
         lambda f: _edit(f / "config.json", num_key_value_heads=4),
         "not a multiple of num_kv_heads",

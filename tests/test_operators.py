@@ -389,8 +389,9 @@ def test_one_step_equals_two_where_the_operator_says_so(recipe, steps):
 # --- Plans as data, refusals -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recipe", OPERATORS)
-def test_every_plan_survives_json(recipe):
+@pytest.mark.parametrize("name", OPERATORS)
+def test_every_plan_survives_json(name):
+    recipe = check_operators.recipe_of(name, SMALL.num_layers)
     small, big = pair_of(recipe)
     plan = growth.plan(small, big, recipe)
     again = growth.Plan.from_json(plan.to_json())

@@ -8,6 +8,7 @@ import pytest
 
 from flm_jax import growth
 from flm_jax.config import OptimizerConfig, ScheduleConfig, StageConfig
+from flm_jax.errors import UserError
 from flm_jax.params import mup, trees
 from flm_jax.train import optim, schedules
 from flm_jax.train.train_step import TrainState
@@ -162,3 +163,29 @@ def test_schedules():
     again = schedules.rewarmed(wsd, start=40, steps=4, ratio=0.1)
     np.testing.assert_allclose(_curve(again, 46)[40:], [0.1, 0.325, 0.55, 0.775, 1, 1], rtol=1e-6)
     np.testing.assert_allclose(_curve(again, 40), _curve(wsd, 40))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "total", "message"),
+    [
+        ({"warmup_steps": 20}, 10, "warmup_steps is 20, more than the 10 steps"),
+        ({"warmup_steps": 20, "total_steps": 10}, 500, "warmup_steps is 20, more than the 10"),
+        ({"kind": "cosine", "warmup_steps": 11}, 10, "warmup_steps is 11, more than the 10 steps"),
+        ({"kind": "constant", "warmup_steps": 11}, 10, "warmup_steps is 11, more than the 10"),
+        ({"warmup_steps": 4, "decay_steps": 10}, 10, "4 and decay_steps 10, together 14, more"),
+        ({"warmup_steps": -3}, 10, "warmup_steps is -3; it must be 0 or more"),
+        ({"total_steps": -5}, 10, "total_steps is -5; it must be 0 or more"),
+        ({"decay_steps": -4}, 10, "decay_steps is -4; it must be 0 or more"),
+    ],
+)
+def test_schedules_that_cannot_be_meant_are_refused(schedule, total, message):
+    with pytest.raises(UserError, match=message):
+        schedules.schedule_shape(ScheduleConfig(**schedule), total)
+
+
+@pytest.mark.parametrize("kind", ["wsd", "cosine", "constant"])
+def test_schedules_that_just_fit_reach_their_peak_and_their_end(kind):
+    schedule = ScheduleConfig(kind, warmup_steps=4, decay_steps=6 * (kind == "wsd"))
+    curve = _curve(schedules.schedule_shape(schedule, 10), 11)
+    assert curve.max() == 1
+    assert curve[10] == pytest.approx(1 if kind == "constant" else 0.1)

@@ -14,7 +14,7 @@ import pytest
 from flm_jax import growth
 from flm_jax.config import OptimizerConfig, TransformerConfig
 from flm_jax.errors import UserError
-from flm_jax.growth.operators import OPERATORS
+from flm_jax.growth.operators import OPERATORS, choose
 from flm_jax.params import trees
 from flm_jax.studies import chain_check, chain_oracle, decoder_oracle, random_chains
 from flm_jax.studies.chain_check import Chain, ChainGrowth, Counts, adam_of, check, with_adam
@@ -294,7 +294,7 @@ def test_five_hundred_chains_use_every_operator():
         chain = random_chains.draw(seed)
         assert Chain.from_json(chain.to_json()) == chain == random_chains.draw(seed)
         for g in chain.growths:
-            used.update(set(g.operators.values()))
+            used.update({o.name for o in choose(g.recipe).values()})
             meshes += bool(g.meshes)
     assert set(used) == set(OPERATORS) and min(used.values()) >= 20, used
     assert meshes >= 50

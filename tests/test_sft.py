@@ -200,7 +200,7 @@ def packed_and_alone():
     """Returns eight conversations twice, in batches of one shape: packed, and one in each row."""
     conversations = encoded(random_samples(8, longest=6))
     (packed,) = packing.in_order(conversations, LENGTH, 8, 0)
-    alone = packing.features([[c] for c in conversations], LENGTH, 0)
+    alone = packing.features([[c] for c in conversations], LENGTH, (0,))
     assert (packed["segment_ids"].max(1) > 1).any()
     assert packed["weights"].sum() == alone["weights"].sum() > 0
     return packed, alone

@@ -134,8 +134,36 @@ def test_start_ids(files):
         "sentencepiece": 0,
     }
     assert {k: open_tokenizer(files[k]).start_id for k in expected} == expected
-    adds = {k: open_tokenizer(files[k]).adds_start for k in ("byte-level", "byte-level with start")}
-    assert adds == {"byte-level": False, "byte-level with start": True}
+    expected = {
+        "bytes": (0,),
+        "byte-level": (),
+        "byte-level with start": (1,),
+        "sentencepiece": (0,),
+    }
+    assert {k: open_tokenizer(files[k]).starts for k in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("", ""), ("E", ""), ("B", ""), ("", "E"), ("B", "E"), ("E", "E"), ("B E", "E B")],
+)
+def test_added_special_tokens_equal_the_librarys(before, after, tmp_path):
+    """Whatever the post-processor adds, also if the file limits and pads every text."""
+    library = byte_level()
+    template = f"{before} $A {after}".replace("E", "<|endoftext|>").replace("B", "<|begin|>")
+    library.post_processor = processors.TemplateProcessing(
+        single=template.strip(), special_tokens=[("<|endoftext|>", 0), ("<|begin|>", 1)]
+    )
+    wanted = [library.encode(text).ids for text in TEXTS]
+    library.enable_truncation(4)
+    library.enable_padding(length=64)
+    names = {"eos_token": "<|endoftext|>", "bos_token": {"content": "<|begin|>"}}
+    tokenizer = open_tokenizer(save(library, tmp_path, **names))
+    got = [tokenizer.with_special(tokenizer.encode(text, special=True)) for text in TEXTS]
+    assert got == wanted
+    assert tokenizer.bos_id == 1 and tokenizer.eos_id == 0
+    plain = [tokenizer.encode(text, special=True) for text in TEXTS]
+    assert (plain == wanted) == (not before + after)  # negative control
 
 
 @pytest.mark.parametrize("kind", KINDS)

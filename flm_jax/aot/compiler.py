@@ -261,7 +261,8 @@ def program(
         name: jax.ShapeDtypeStruct((stage.batch_size, length), dtype, sharding=placed)
         for name, dtype in dtypes.items()
     }
-    step = make_train_step(stage, tx, mesh, plan.masks if plan else None, layout.rules)
+    masks_at, added = (plan.masks, growth.added_slots(plan)) if plan else (None, None)
+    step = make_train_step(stage, tx, mesh, masks_at, layout.rules, added=added)
     mask = (jax.ShapeDtypeStruct((), jnp.float32),) if what == "train_masked" else ()
     return step, (abstract_state(stage.model, tx, layout), batch, *mask)
 

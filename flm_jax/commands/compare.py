@@ -22,13 +22,14 @@ import rich.console
 import rich.table
 
 from flm_jax import data
+from flm_jax.commands.chat_flags import ChatFlags
 from flm_jax.commands.command import Call, Command, Gate, flag
 from flm_jax.errors import UserError
 from flm_jax.runtime.display import Progress
-from flm_jax.sft import chats, comparison, judge, scoring, synthetic
+from flm_jax.sft import comparison, judge, scoring, synthetic
 from flm_jax.sft.chat_model import ChatModel, open_chat_model, retention
-from flm_jax.sft.chats import Sample
-from flm_jax.store.files import write_atomically, write_json
+from flm_jax.sft.chats import BadRows, Sample
+from flm_jax.store.files import write_atomically, write_result
 from flm_jax.studies import reported
 
 if TYPE_CHECKING:
@@ -36,10 +37,10 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class Flags:
+class Flags(ChatFlags):
     """The command's own flags."""
 
-    samples: tuple[str, ...] = flag((), "JSONL of held-out samples; repeatable.")
+    samples: tuple[str, ...] = flag((), "Held-out conversations; repeatable.")
     per_category: int = flag(25, "Without --samples: generated samples of each category.", lower=1)
     seed: int = flag(0, "Seed of generated samples and bootstraps.")
     retention_sequences: int = flag(96, "Sequences of the base's validation text.", lower=1)
@@ -51,12 +52,12 @@ class Flags:
     output: str | None = flag(None, "Folder for compare.json, answers and verdicts.")
 
 
-def _samples(flags: Flags) -> tuple[list[Sample], int]:
+def _samples(flags: Flags, bad: BadRows) -> tuple[list[Sample], int]:
     """Returns the samples that have an assistant turn, and the number of those without."""
     if not flags.samples:
         return synthetic.make(flags.seed, flags.per_category, "evaluation"), 0
-    samples = chats.read(flags.samples)
-    answered = [s for s in samples if any(m.role == "assistant" for m in s.messages)]
+    samples = flags.read(flags.samples, bad)
+    answered = [s for s in samples if s.answers]
     if not answered:
         raise UserError(
             f"--samples: {len(samples)} conversations, none with an assistant turn; give "
@@ -85,10 +86,9 @@ def _table(compared: comparison.Comparison, names: list[str]) -> rich.table.Tabl
     for category, metrics in compared.items():
         for metric, row in metrics.items():
             interval = "" if row["low"] is None else f"{row['low']:+.4f} to {row['high']:+.4f}"
-            table.add_row(
-                category, metric, f"{row['a']:.4f}", f"{row['b']:.4f}",
-                f"{row['difference']:+.4f}", interval, str(row["n"]),
-            )  # fmt: skip
+            texts = ("" if row[k] is None else f"{row[k]:.4f}" for k in ("a", "b"))
+            difference = "" if row["difference"] is None else f"{row['difference']:+.4f}"
+            table.add_row(category, metric, *texts, difference, interval, str(row["n"]))
     return table
 
 
@@ -143,7 +143,8 @@ def main(call: Call[Flags]) -> dict[str, Any]:
     folder = pathlib.Path(flags.output) if flags.output else None
     if answer_judge and not folder:
         raise UserError("--judge is given without --output; give a folder for its verdicts")
-    samples, unanswered = _samples(flags)
+    bad = BadRows(flags.bad_rows)
+    samples, unanswered = _samples(flags, bad)
     checked = {s.category: False for s in samples} | {s.category: True for s in samples if s.check}
     for gate in gates:
         gate.check(comparison.metrics_of(checked))
@@ -163,10 +164,25 @@ def main(call: Call[Flags]) -> dict[str, Any]:
     console.print(_table(compared, arguments))
     if unanswered:
         console.print(f"{unanswered} conversations without an assistant turn were left out")
+    if bad.reasons:
+        console.print(str(bad))
+    lost = [model.left_out(samples) for model in (one, two)]
+    for name, counts in zip(arguments, lost, strict=True):
+        for what, count in counts.items():
+            console.print(f"{name}: {count} {what} left out by its template")
     result: dict[str, Any] = {
         "samples": {"scored": len(samples), "without_answer": unanswered},
-        "a": {"model": arguments[0], "scores": scoring.flat(scoring.summarise(scored[0]))},
-        "b": {"model": arguments[1], "scores": scoring.flat(scoring.summarise(scored[1]))},
+        "bad_rows": bad.reasons,
+        "a": {
+            "model": arguments[0],
+            "scores": scoring.flat(scoring.summarise(scored[0])),
+            "left_out": lost[0],
+        },
+        "b": {
+            "model": arguments[1],
+            "scores": scoring.flat(scoring.summarise(scored[1])),
+            "left_out": lost[1],
+        },
         "difference": compared,
         "retention": {"bpb_a": retained[0], "bpb_b": retained[1]},
         "failed": [text for gate in gates if (text := gate.failure(compared))],
@@ -181,7 +197,7 @@ def main(call: Call[Flags]) -> dict[str, Any]:
         result["judge"] = judge.report(verdicts, flags.seed)
         _print_verdicts(result["judge"], console)
     if folder:
-        write_json(folder / "compare.json", result)
+        write_result(folder / "compare.json", result)
     return result
 
 

@@ -74,8 +74,8 @@ def main(call: Call[Flags]) -> dict[str, Any]:
     mesh = sharding.one_device()
     with jax.set_mesh(mesh):
         score = evaluation.score(
-            model.params, model.config, corpus.sequences(split, flags.batch_size),
-            corpus.token_bytes, mesh,
+            model.params, model.config.with_tokens(corpus.vocab_size),
+            corpus.sequences(split, flags.batch_size), corpus.token_bytes, mesh,
         )  # fmt: skip
     # A tokenizer may change the text a little. Bits per byte divide by the size of the text itself,
     # so that models with different tokenizers can be compared.

@@ -10,7 +10,6 @@ import ast
 import contextlib
 import difflib
 import importlib
-import json
 import os
 import pathlib
 import sys
@@ -19,6 +18,7 @@ from typing import Any
 
 from absl import logging
 
+from flm_jax.data import json_text
 from flm_jax.errors import RunStopped, UserError
 from flm_jax.version import __version__
 
@@ -28,7 +28,7 @@ COMMANDS = (
     "growth draw",
     "mup check", "mup sweep", "mup growth", "mup predict",
     "generate", "evaluate", "compare", "harness", "reported",
-    "inspect", "describe", "compile", "convert", "vocabulary",
+    "inspect", "describe", "compile", "convert", "families", "vocabulary",
     "samples make", "samples select", "less_is_more", "benchmark step", "benchmark generate",
 )  # fmt: skip
 GROUPS = tuple(dict.fromkeys(name.split()[0] for name in COMMANDS if " " in name))
@@ -84,7 +84,7 @@ def _run_command(name: str, argv: Sequence[str]) -> int:
     except UserError as error:
         return _failed(name, 2, command.line(error))
     if call.json:
-        print(json.dumps(result))
+        print(json_text.dump(result))
     if command.gate and (failure := command.gate.failure(result)):
         return _failed(name, command.gate.status, failure)
     return 0

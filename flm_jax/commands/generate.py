@@ -7,9 +7,11 @@ A model is a run, one of its checkpoints, or a folder of Hugging Face files.
 
 --prompts reads a file with one prompt per line: a JSON string, a JSON object with `prompt`, or else
 the line as it is. Several prompts are generated as one batch. With --chat a prompt is what the user
-says, and is put into the chat format of Tele-FLM's instruct model.
+says, and is put into the model's chat template: of its fine-tuning, or else its tokenizer's own, or
+else Tele-FLM's.
 
-A text ends at --max_new_tokens, at the model's end-of-sequence token, or at a text given by --stop.
+A text ends at --max_new_tokens, at one of the model's end-of-sequence tokens, or at a text given by
+--stop.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import jax
 
 from flm_jax.commands.command import Call, Command, flag
 from flm_jax.commands.model_flags import ModelFlags
+from flm_jax.data import json_text
 from flm_jax.errors import UserError
 from flm_jax.inference.generation import Sampling, TextStream, check_context, generate
 from flm_jax.interop.opening import OpenedModel
@@ -41,7 +44,7 @@ class Flags(ModelFlags):
     top_p: float = flag(1.0, "Only the likeliest tokens that together have this probability.")
     seed: int = flag(0, "Seed of the random draws.")
     stop: tuple[str, ...] = flag((), "Text that ends a continuation and is left out; repeatable.")
-    chat: bool = flag(False, "Put prompts into the chat format.")
+    chat: bool = flag(False, "Put prompts into the model's chat template.")
     context: int = flag(0, "Most tokens, prompt included; 0: the trained context.")
 
 
@@ -55,15 +58,14 @@ def main(call: Call[Flags]) -> dict[str, Any]:
     model = flags.open()
     tokens = [_tokens(model, prompt, flags.chat) for prompt in prompts]
     check_context(tokens, sampling.max_new_tokens, flags.context or model.context)
-    stops = (*sampling.stop_tokens, model.tokenizer.eos_id)
-    sampling = Sampling(*settings, stop_tokens=stops)
+    sampling = Sampling(*settings, stop_tokens=_stops(model, flags.chat))
 
     shown = len(prompts) == 1 and not call.json
     if shown:
         print(prompts[0], end="", flush=True)
     streams = [TextStream(model.tokenizer, flags.stop, _show if shown else None) for _ in prompts]
     new = generate(
-        model.params, model.config, tokens, sampling, jax.random.key(flags.seed),
+        model.params, model.token_config, tokens, sampling, jax.random.key(flags.seed),
         on_token=lambda row, token: streams[row].add(token),
     )  # fmt: skip
     texts = [stream.end() for stream in streams]
@@ -83,9 +85,17 @@ def _tokens(model: OpenedModel, prompt: str, chat: bool) -> list[int]:
     if not chat:
         return model.prompt(prompt)
     from flm_jax.sft.chats import Message
-    from flm_jax.sft.template import encode_prompt
+    from flm_jax.sft.template import model_prompt
 
-    return model.with_start(encode_prompt([Message("user", prompt)], model.tokenizer))
+    return model_prompt(model, [Message("user", prompt)])
+
+
+def _stops(model: OpenedModel, chat: bool) -> tuple[int, ...]:
+    if not chat:
+        return model.tokenizer.stop_ids
+    from flm_jax.sft.template import stop_ids
+
+    return stop_ids(model.tokenizer, model.template)
 
 
 def _show(text: str) -> None:
@@ -96,10 +106,20 @@ def _show(text: str) -> None:
 def _read_prompts(path: str) -> list[str]:
     """The prompts of a file, one per line; empty lines are skipped."""
     try:
-        lines = pathlib.Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+        # Not `read_text`, which also ends lines at carriage returns.
+        text = pathlib.Path(path).expanduser().read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompts={path}: {error}; give a text file") from error
-    prompts = [_prompt(line) for line in lines if line.strip()]
+    prompts = []
+    # Only a line feed ends a line: JSON strings may hold every other separator.
+    for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), start=1):
+        if line.strip():
+            try:
+                prompts.append(json_text.check_text(_prompt(line)))
+            except ValueError as error:
+                raise UserError(
+                    f"--prompts={path}, line {number}: {error}; fix or remove the line"
+                ) from error
     if not prompts:
         raise UserError(f"--prompts={path}: the file holds no prompt; write one per line")
     return prompts
@@ -109,7 +129,7 @@ def _prompt(line: str) -> str:
     """The prompt on a line: a JSON string, `prompt` of a JSON object, or the line itself."""
     try:
         value = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return line
     if isinstance(value, dict):
         value = value.get("prompt")

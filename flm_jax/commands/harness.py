@@ -5,18 +5,24 @@ r"""Runs tasks of EleutherAI's lm-evaluation-harness on a model.
 
 Needs the extra [hf]. The harness downloads the data of its own tasks; a task of yours is a YAML
 file under --include_path, and may read local files. `flm reported --results=FILE` puts what --json
-prints beside the papers' scores.
+prints beside the papers' scores. With --chat, requests are put into the model's chat template: of
+its fine-tuning, or else its tokenizer's own, or else Tele-FLM's.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from flm_jax.commands.command import Call, Command, flag
 from flm_jax.commands.model_flags import ModelFlags
 from flm_jax.errors import UserError
+from flm_jax.interop.opening import OpenedModel
+
+if TYPE_CHECKING:
+    from flm_jax.inference.harness import Chat
 
 DEFAULT_CONTEXT = 2048  # for weights whose files do not give one
 
@@ -35,6 +41,7 @@ class Flags(ModelFlags):
     batch_size: int = flag(8, "Requests at once.", lower=1)
     context: int = flag(0, "Most tokens of a request; 0: the trained context.")
     seed: int = flag(0, "Seed of sampled generation.")
+    chat: bool = flag(False, "Put requests into the model's chat template.")
 
 
 def main(call: Call[Flags]) -> dict[str, Any]:
@@ -47,7 +54,8 @@ def main(call: Call[Flags]) -> dict[str, Any]:
         ) from error
     model = flags.open()
     context = flags.context or model.context or DEFAULT_CONTEXT
-    adapter = harness.Adapter(model, context, flags.batch_size, flags.seed)
+    chat = _chat(model) if flags.chat else None
+    adapter = harness.Adapter(model, context, flags.batch_size, flags.seed, chat)
     results = harness.run(
         adapter, list(flags.tasks), flags.include_path, flags.num_fewshot, flags.limit
     )
@@ -56,7 +64,22 @@ def main(call: Call[Flags]) -> dict[str, Any]:
         shown = [f"{k} {v:.4f}" for k, v in values.items() if isinstance(v, float)]
         console.print(f"{task} ({values['samples']} samples): {'  '.join(shown)}")
     plain = json.loads(json.dumps(results, default=float))
-    return {"checkpoint": str(model.path), "context": context, "results": plain}
+    return {
+        "checkpoint": str(model.path), "context": context, "chat": flags.chat, "results": plain
+    }  # fmt: skip
+
+
+def _chat(model: OpenedModel) -> Chat:
+    """The model's chat template."""
+    from flm_jax.inference.harness import Chat
+    from flm_jax.sft.chats import Message
+    from flm_jax.sft.template import model_prompt, prompt_text, stop_ids
+
+    def write(messages: Sequence[Mapping[str, str]]) -> tuple[str, list[int]]:
+        turns = [Message(message["role"], message["content"]) for message in messages]
+        return prompt_text(model, turns), model_prompt(model, turns)
+
+    return Chat(write, stop_ids(model.tokenizer, model.template))
 
 
 COMMAND = Command(main, Flags, config="none", unexpected="give tasks as --tasks=NAME,NAME")

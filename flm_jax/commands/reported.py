@@ -9,13 +9,13 @@ r"""Lists benchmarks of the Tele-FLM papers, with their reported scores.
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 from typing import Any
 
 import rich.table
 
 from flm_jax.commands.command import Call, Command, flag
+from flm_jax.data import json_text
 from flm_jax.errors import UserError
 from flm_jax.studies import reported
 
@@ -30,7 +30,7 @@ class Flags:
 def _read(path: str) -> dict[str, Any]:
     """The results in a file with the output of `flm harness --json`."""
     try:
-        output = json.loads(pathlib.Path(path).expanduser().read_text(encoding="utf-8"))
+        output = json_text.parse(pathlib.Path(path).expanduser().read_bytes())
         return dict(output["results"])
     except OSError as error:
         raise UserError(f"--results={path}: {error.strerror}; give a file") from error

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import hashlib
 import io
 import pathlib
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 import sentencepiece
@@ -20,12 +20,15 @@ import tensorflow as tf
 
 from flm_jax.config import DataConfig
 from flm_jax.data import tasks
-from flm_jax.data.stream import Batch, BatchStream, require_positive
+from flm_jax.data.iterator import BatchIterator
+from flm_jax.data.stream import Batch, require_positive
 from flm_jax.data.tokenizer import open_tokenizer
 from flm_jax.errors import UserError
 
 # Documents that are concatenated before they are cut into windows.
 GROUP_DOCUMENTS = 256
+# Documents of a mixture's part whose mean length is measured.
+MEASURED_DOCUMENTS = 1024
 # Seed of the order of validation windows: the same for every config.
 VALIDATION_SEED = 0
 
@@ -36,6 +39,8 @@ class Corpus:
     Attributes:
       config: the config it was opened with.
       task: the seqio task or mixture.
+      parts: the tasks of a mixture that have a rate above 0; the task alone if it is none.
+      rates: the share of the training documents that each part gives; they sum to 1.
       vocabulary: the task's seqio vocabulary.
       vocab_size: number of tokens, special tokens included.
       token_bytes: int32 [vocab_size], number of UTF-8 bytes of each token, 0 for special tokens.
@@ -54,6 +59,7 @@ class Corpus:
         self.config = config
         tokenizer = open_tokenizer(config.vocabulary)
         self.task = tasks.make_task(config, tokenizer, whole)
+        self.parts, self.rates = tasks.parts_of(self.task)
         self.vocabulary = self.task.output_features["targets"].vocabulary
         self.vocab_size = int(self.vocabulary.vocab_size)
         self.start_id, self.token_bytes = tokenizer.start_id, tokenizer.token_bytes
@@ -78,6 +84,25 @@ class Corpus:
           UserError: the processes cannot share the batch equally.
         """
         return BatchIterator(self, batch_size, host_index, host_count)
+
+    @functools.cached_property
+    def shares(self) -> list[float]:
+        """The share of the training tokens that each part gives; they sum to 1.
+
+        It is the part's rate times the mean length of the part's first training documents.
+        """
+        lengths = []
+        for part in self.parts:
+            documents = self._part_documents(part, "train").take(MEASURED_DOCUMENTS)
+            tokens = [len(document) for document in documents.as_numpy_iterator()]
+            lengths.append(np.mean(tokens) if tokens else 0.0)
+        weights = np.array(self.rates) * lengths
+        if not all(weights):
+            raise UserError(
+                f"DataConfig.task is {self.config.task!r}, but the training split of "
+                f"{self.parts[int(weights.argmin())].name!r} is empty; add documents"
+            )
+        return [float(share) for share in weights / weights.sum()]
 
     def validation(self, batch_size: int, num_sequences: int) -> list[Batch]:
         """Reads a fixed sample of the validation split: the same sequences at every call.
@@ -123,18 +148,30 @@ class Corpus:
         batches = windows.batch(batch_size).map(self.features)
         return (_pad_rows(batch, batch_size) for batch in batches.as_numpy_iterator())
 
-    def documents(self, split: str, shuffle_seed: int | None = None) -> tf.data.Dataset:
+    def documents(self, split: str) -> tf.data.Dataset:
         """Yields the tokens of every document of the split once: int32 [tokens], EOS included.
+
+        The parts of a mixture are drawn from by their rates, until all are at their ends.
 
         Args:
           split: a split of the task.
-          shuffle_seed: seed of the documents' order; None: not shuffled.
 
         Raises:
-          UserError: the task cannot give the split, or cannot shuffle by a seed.
+          UserError: the task cannot give the split.
         """
+        parts = [self._part_documents(part, split) for part in self.parts]
+        if len(parts) == 1:
+            return parts[0]
+        return tf.data.Dataset.sample_from_datasets(
+            parts, self.rates, seed=VALIDATION_SEED, stop_on_empty_dataset=False
+        )
+
+    def _part_documents(
+        self, part: seqio.Task, split: str, shuffle_seed: int | None = None
+    ) -> tf.data.Dataset:
+        """The documents of one part; `shuffle_seed`: of their order; None: not shuffled."""
         try:
-            dataset = self.task.get_dataset(
+            dataset = part.get_dataset(
                 sequence_length=None,
                 split=split,
                 shuffle=shuffle_seed is not None,
@@ -146,11 +183,17 @@ class Corpus:
             raise UserError(f"DataConfig.task is {self.config.task!r}: {error}") from error
         return dataset.map(lambda example: tf.cast(example["targets"], tf.int32))
 
-    def epoch(self, epoch: int) -> tf.data.Dataset:
-        """Yields all sequences of one epoch, in its order: `targets` and `positions`, int32 [T]."""
+    def epoch(self, epoch: int, part: int = 0) -> tf.data.Dataset:
+        """Yields all sequences of one epoch, in its order: `targets` and `positions`, int32 [T].
+
+        Args:
+          epoch: its number, from 0.
+          part: index in `parts`; each part of a mixture has epochs of its own.
+        """
         config = self.config
-        seed = int(np.random.SeedSequence((config.seed, epoch)).generate_state(1)[0])
-        windows = _windows(self.documents("train", seed), config.window)
+        entropy = (config.seed, epoch, part) if part else (config.seed, epoch)
+        seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+        windows = _windows(self._part_documents(self.parts[part], "train", seed), config.window)
         windows = windows.shuffle(self._window_buffer(), seed=seed, reshuffle_each_iteration=False)
         return _cut(windows, config)
 
@@ -191,96 +234,6 @@ class Corpus:
 def open_corpus(config: DataConfig, whole: bool = False) -> Corpus:
     """Opens a corpus; see `flm_jax.data.open_corpus`."""
     return Corpus(config, whole)
-
-
-class BatchIterator(BatchStream):
-    """An endless stream of packed text.
-
-    A batch is a dict of numpy arrays [B, T]; B is this process's share of the global batch:
-      targets: int32, the tokens to predict, each document's EOS included; 0 for padding.
-      tokens: int32, `targets` shifted right in each segment, with `start_id` at its start; 0 for
-        padding.
-      segment_ids: int32, 1, 2, .. for each document in the window; 0 for padding.
-      positions: int32, from 0 in each segment; 0 for padding.
-      weights: float32, 1 for a target; 0 for padding.
-
-    Where a window boundary cuts a document, the rest of it is a new segment, at position 0, in the
-    next window.
-    """
-
-    def __init__(self, corpus: Corpus, batch_size: int, host_index: int, host_count: int) -> None:
-        identity = {
-            "seed": corpus.config.seed,
-            "window_length": corpus.config.window,
-            "fingerprint": corpus.fingerprint,
-        }
-        super().__init__(batch_size, identity, host_index, host_count)
-        self._corpus = corpus
-        self._length = corpus.config.sequence_length
-        self._epoch = 0
-        self._offset = 0  # sequences returned in this epoch
-        self._sequences = 0  # sequences returned in all epochs
-        self._stream: Iterator[Batch] | None = None  # this epoch's, opened at `_offset`
-        self._rows: Batch | None = None  # read from the stream, not returned yet
-
-    def __next__(self) -> Batch:
-        parts: list[Batch] = []
-        missing = self.batch_size
-        while missing:
-            rows = self._next_rows()
-            taken = min(missing, _num_rows(rows))
-            parts.append({name: x[:taken] for name, x in rows.items()})
-            self._rows = {name: x[taken:] for name, x in rows.items()}
-            self._offset += taken
-            missing -= taken
-        self._sequences += self.batch_size
-        return {
-            name: np.concatenate([part[name] for part in parts])[self.host_rows]
-            for name in parts[0]
-        }
-
-    def _next_rows(self) -> Batch:
-        """Rows that were not returned yet, one or more; opens the next epoch if there are none."""
-        if self._rows is not None and _num_rows(self._rows):
-            return self._rows
-        if self._stream is None:
-            self._stream = self._open_stream()
-        rows = next(self._stream, None)
-        if rows is None:
-            if self._offset == 0:
-                raise UserError(
-                    f"DataConfig.task is {self._corpus.config.task!r}, but its training split is "
-                    "empty; add documents"
-                )
-            self._epoch, self._offset = self._epoch + 1, 0
-            self._stream = self._open_stream()
-            return self._next_rows()
-        return rows
-
-    def _open_stream(self) -> Iterator[Batch]:
-        windows = self._corpus.epoch(self._epoch).skip(self._offset)
-        batches = windows.batch(self.batch_size).map(self._corpus.features)
-        rows: Iterator[Batch] = batches.prefetch(tf.data.AUTOTUNE).as_numpy_iterator()
-        return rows
-
-    def _position(self) -> dict[str, Any]:
-        return {
-            "epoch": self._epoch,
-            "offset": self._offset,
-            "sequences": self._sequences,
-            "sequence_length": self._length,
-        }
-
-    def _seek(self, state: Mapping[str, Any]) -> None:
-        """Moves to a position, which may be of another sequence length over the same windows.
-
-        The rest of a partly read sequence is skipped. The epoch's earlier sequences are read and
-        tokenised again.
-        """
-        self._epoch = state["epoch"]
-        self._offset = -(-state["offset"] * state["sequence_length"] // self._length)
-        self._sequences = state["sequences"]
-        self._stream, self._rows = None, None
 
 
 def train_sentencepiece(
@@ -343,10 +296,6 @@ def train_sentencepiece(
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(model.getvalue())
     partial.replace(path)
-
-
-def _num_rows(batch: Batch) -> int:
-    return len(batch["targets"])
 
 
 def _pad_rows(batch: Batch, rows: int) -> Batch:

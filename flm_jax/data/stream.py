@@ -1,6 +1,6 @@
 """A resumable stream of batches: the common part of all training streams.
 
-Imports neither seqio nor TensorFlow. `pipeline.BatchIterator` streams text, and
+Imports neither seqio nor TensorFlow. `iterator.BatchIterator` streams text, and
 `flm_jax.sft.packing.ChatBatches` streams conversations.
 """
 

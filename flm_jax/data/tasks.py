@@ -6,6 +6,7 @@ from files are held in memory; for text that does not fit there, register a seqi
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import functools
 import hashlib
@@ -20,6 +21,7 @@ import seqio
 import tensorflow as tf
 
 from flm_jax.config import DataConfig
+from flm_jax.data import json_text
 from flm_jax.data.tokenizer import Tokenizer
 from flm_jax.errors import UserError
 
@@ -35,6 +37,9 @@ NOT_STDLIB = {
     "__pycache__",
     "pydoc_data",
 }
+
+# Documents that a tokenizer encodes at once: its results take far more memory than the ids.
+_ENCODED_AT_ONCE = 256
 
 # TensorFlow must leave the accelerators to JAX.
 tf.config.set_visible_devices([], "GPU")
@@ -69,14 +74,12 @@ class DocumentSource(seqio.DataSource):
 
         Args:
           documents: split -> documents.
-          tokenizer: encodes the documents now, so that examples are tokens; None: examples are
-            text.
+          tokenizer: encodes a split's documents when it is first read, so that examples are
+            tokens; None: examples are text.
         """
         self.documents = documents
-        self._examples = {
-            split: _examples([row.text for row in rows], tokenizer)
-            for split, rows in documents.items()
-        }
+        self._tokenizer = tokenizer
+        self._examples: dict[str, tf.Tensor | tf.RaggedTensor] = {}
         super().__init__(
             splits=tuple(documents),
             num_input_examples={split: len(rows) for split, rows in documents.items()},
@@ -99,6 +102,9 @@ class DocumentSource(seqio.DataSource):
     ) -> tf.data.Dataset:
         if shard_info and shard_info.num_shards > 1:
             raise ValueError("DocumentSource has one shard")
+        if split not in self._examples:
+            texts = [document.text for document in self.documents[split]]
+            self._examples[split] = _examples(texts, self._tokenizer)
         examples = self._examples[split]
         order = np.arange(len(self.documents[split]))
         if shuffle:
@@ -111,8 +117,11 @@ def _examples(texts: list[bytes], tokenizer: Tokenizer | None) -> tf.Tensor | tf
     """The texts as strings, or as rows of int32 tokens."""
     if tokenizer is None:
         return tf.constant(texts)
-    rows = tokenizer.encode_batch([text.decode("utf-8") for text in texts], False)
-    values = np.concatenate([np.array(row, np.int32) for row in rows])
+    rows: list[np.ndarray] = []
+    for start in range(0, len(texts), _ENCODED_AT_ONCE):
+        block = [text.decode("utf-8") for text in texts[start : start + _ENCODED_AT_ONCE]]
+        rows += (np.array(ids, np.int32) for ids in tokenizer.encode_batch(block, False, False))
+    values = np.concatenate([np.zeros(0, np.int32), *rows])
     return tf.RaggedTensor.from_row_lengths(values, [len(row) for row in rows])
 
 
@@ -201,10 +210,10 @@ def make_task(
     if config.task in READS_PATH:
         documents = READS_PATH[config.task](config)
         splits = {"all": documents} if whole else _split(config.task, documents)
-        return _document_task(config.task, splits, vocabulary)
+        return _document_task(config.task, splits, vocabulary, tokenizer)
     if config.task == "python_stdlib":
         splits = _split(config.task, _stdlib_documents())
-        return _document_task(config.task, splits, vocabulary)
+        return _document_task(config.task, splits, vocabulary, tokenizer)
     if config.task == "c4":
         task = _c4_task(vocabulary)
     elif config.task in (*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()):
@@ -257,6 +266,32 @@ def vocabulary_digest(vocabulary: seqio.Vocabulary) -> str:
     return "bytes" if isinstance(vocabulary, seqio.ByteVocabulary) else str(vocabulary)
 
 
+def parts_of(task: seqio.Task | seqio.Mixture) -> tuple[list[seqio.Task], list[float]]:
+    """Returns a mixture's tasks with a rate above 0, and their rates; a task is its only part.
+
+    Rates count documents, as in seqio, and sum to 1.
+
+    Raises:
+      UserError: a rate is below 0 or not finite, or all are 0.
+    """
+    if isinstance(task, seqio.Task):
+        return [task], [1.0]
+    rates = {part.name: float(task.get_rate(part)) for part in task.tasks}
+    for name, rate in rates.items():
+        if not 0 <= rate < float("inf"):
+            raise UserError(
+                f"DataConfig.task is {task.name!r}, a mixture that gives {name!r} the rate {rate}; "
+                "give it 0 (not read) or more"
+            )
+    parts = [part for part in task.tasks if rates[part.name]]
+    if not parts:
+        raise UserError(
+            f"DataConfig.task is {task.name!r}, a mixture without a rate above 0; give one"
+        )
+    total = sum(rates.values())
+    return parts, [rates[part.name] / total for part in parts]
+
+
 def fingerprint(task: seqio.Task | seqio.Mixture) -> str:
     """SHA-256, hex, of the task's data.
 
@@ -265,6 +300,7 @@ def fingerprint(task: seqio.Task | seqio.Mixture) -> str:
     """
     if isinstance(task, seqio.Mixture):
         parts: Any = [(part.name, task.get_rate(part), fingerprint(part)) for part in task.tasks]
+        parts.append("parts repeat by themselves")  # earlier versions had another order
     elif isinstance(task.source, DocumentSource):
         documents = [d for rows in task.source.documents.values() for d in rows]
         parts = sorted((d.name, _sha256(d.text)) for d in documents)
@@ -279,14 +315,21 @@ def fingerprint(task: seqio.Task | seqio.Mixture) -> str:
 
 
 def _document_task(
-    name: str, splits: Mapping[str, list[Document]], vocabulary: seqio.Vocabulary
+    name: str,
+    splits: Mapping[str, list[Document]],
+    vocabulary: seqio.Vocabulary,
+    tokenizer: Tokenizer,
 ) -> seqio.Task:
-    """A task over documents in memory; a tokenizer.json encodes them before the graph."""
-    if isinstance(vocabulary, HuggingFaceVocabulary):
-        source, tokenizing = DocumentSource(splits, vocabulary.own), []
-    else:
+    """A task over documents in memory.
+
+    The graph encodes bytes. Every other tokenizer encodes before it, by the same function as
+    prompts: TensorFlow's SentencePiece breaks ties of a unigram model in another way.
+    """
+    if isinstance(vocabulary, seqio.ByteVocabulary):
         tokenize = functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False)
         source, tokenizing = DocumentSource(splits), [tokenize]
+    else:
+        source, tokenizing = DocumentSource(splits, tokenizer), []
     return seqio.Task(
         name,
         source=source,
@@ -383,42 +426,32 @@ def _files(config: DataConfig, pattern: str) -> list[tuple[pathlib.Path, str]]:
 def _text_documents(config: DataConfig) -> list[Document]:
     documents = []
     for path, name in _files(config, "*"):
-        data = path.read_bytes()
-        if not _is_utf8(data):
+        data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+        try:
+            data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            line = data.count(b"\n", 0, error.start) + 1
             raise UserError(
-                f"DataConfig.path is {config.path!r}, but {path} is not UTF-8 text; convert or "
-                "remove this file"
-            )
+                f"DataConfig.path is {config.path!r}, but {path} is not UTF-8 text (byte "
+                f"0x{data[error.start]:02X} in line {line}); convert or remove this file"
+            ) from error
         documents.append(_text_document(name, data))
     return documents
 
 
-def _row_text(row: bytes, text_field: str) -> bytes:
-    """The text of one JSONL row. Raises ValueError if the row has none."""
-    values = json.loads(row)
-    text = values.get(text_field) if isinstance(values, dict) else None
-    if not isinstance(text, str):
-        raise ValueError(f"no text in a field named {text_field!r}")
-    return text.encode("utf-8")
-
-
 def _jsonl_documents(config: DataConfig) -> list[Document]:
     documents = []
+    advice = (
+        f"make every row a JSON object with text in its field {config.text_field!r} "
+        "(DataConfig.text_field)"
+    )
     for path, name in _files(config, "*.jsonl"):
-        with path.open("rb") as file:
-            for number, row in enumerate(file, start=1):
-                if not row.strip():
-                    continue
-                try:
-                    text = _row_text(row, config.text_field)
-                except ValueError as error:
-                    raise UserError(
-                        f"{path}, line {number}: {error}; DataConfig.text_field is "
-                        f"{config.text_field!r}: make every row a JSON object with text in this "
-                        "field"
-                    ) from error
-                if text:
-                    documents.append(Document(f"{name}:{number}", text, _sha256(text)))
+        for number, row in json_text.rows(path, advice):
+            value = row.get(config.text_field) if isinstance(row, dict) else None
+            if not isinstance(value, str):
+                raise UserError(f"{path}, line {number}: it has no such text; {advice}")
+            if text := value.encode("utf-8"):
+                documents.append(Document(f"{name}:{number}", text, _sha256(text)))
     return documents
 
 

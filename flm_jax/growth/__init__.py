@@ -12,13 +12,14 @@ from flm_jax.growth._plan import (
 from flm_jax.growth.apply import grow
 from flm_jax.growth.folding import fold
 from flm_jax.growth.mesh import grow_on_mesh, growth_program
-from flm_jax.growth.moments import register_moments
+from flm_jax.growth.moments import added_slots, register_moments
 
 __all__ = [
     "LockedCopiesWarning",
     "Plan",
     "UnfinishedRampWarning",
     "UselessNoiseWarning",
+    "added_slots",
     "derived",
     "fold",
     "grow",

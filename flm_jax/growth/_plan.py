@@ -69,6 +69,8 @@ class Plan:
         "ramp": carried at first, then faded to the target's over the growth's ramp.
       noise_db: signal-to-noise ratio, in decibels, of the antisymmetric noise that separates
         copies (HyperCloning, arXiv 2409.12903, section 3); 0: no noise.
+      old_rate: learning rate of old slots over that of added ones in the training that follows.
+        It maps nothing, but separates copies from their source.
 
     Raises:
       UserError: moments, rates or noise_db has a value that is not allowed.
@@ -81,6 +83,7 @@ class Plan:
     moments: str = "asym"
     rates: str = "target"
     noise_db: float = 0.0
+    old_rate: float = mapping.added(1.0)
 
     def __post_init__(self) -> None:
         for name, choices in (("moments", MOMENTS), ("rates", RATES)):
@@ -268,6 +271,7 @@ def plan(
     moments: str = "asym",
     rates: str = "target",
     noise_db: float = 0.0,
+    old_rate: float = 1.0,
     layer_distances: Sequence[float] | None = None,
 ) -> Plan:
     """Compiles the difference of two models into one expansion per axis.
@@ -283,6 +287,7 @@ def plan(
       moments: see `Plan`.
       rates: see `Plan`.
       noise_db: see `Plan`; decibels.
+      old_rate: see `Plan`; `GrowthConfig.old_rate` of the stage that trains the grown model.
       layer_distances: how far each layer of `small` is from the identity; `msg` and `identity`
         put new layers beside the closest. None: all equal, so that the first layers are copied.
 
@@ -323,7 +328,13 @@ def plan(
                 f"growth.rates is {rates!r}, but axis {learned[0]!r} grows by a dense map, which "
                 "mixes the slots' steps, so that no factor keeps them; use rates 'target'"
             )
-    made = Plan(recipe, small, big, expansions, moments, rates, noise_db)
+        if old_rate != 1:
+            raise UserError(
+                f"growth.old_rate is {old_rate}, but axis {learned[0]!r} grows by a dense map, "
+                "which leaves no slot as it was; set old_rate to 1, or use operator 'net2net' or "
+                "'stack'"
+            )
+    made = Plan(recipe, small, big, expansions, moments, rates, noise_db, old_rate)
     if found := locks.expected(made):
         warnings.warn(locks.warning(made, found), LockedCopiesWarning, stacklevel=2)
     if noise_db and all(locks.noised(made, param) is None for param in made.table.values()):

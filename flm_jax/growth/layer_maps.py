@@ -6,7 +6,10 @@ at least once.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+
+from flm_jax.errors import UserError
 
 
 def beside_smallest(distances: Sequence[float], layers: int) -> list[int]:
@@ -83,3 +86,65 @@ def middle(source: int, layers: int) -> list[int]:
         start = (len(index) - block) // 2
         index[start + block : start + block] = index[start : start + block]
     return index
+
+
+def listed(text: str) -> list[int]:
+    """The layers of comma-separated ranges "first-last", with both ends, or single layers.
+
+    Raises:
+      UserError: a range is malformed.
+
+    >>> listed("0-2,1-3")
+    [0, 1, 2, 1, 2, 3]
+    """
+    index: list[int] = []
+    for part in text.split(","):
+        ends = re.fullmatch(r"\s*(\d{1,6})\s*(?:-\s*(\d{1,6})\s*)?", part, re.ASCII)
+        if ends is None or int(ends[1]) > int(ends[2] or ends[1]):
+            raise _refusal(text, f"{part.strip()!r} is no range; write first-last, as in 0-23")
+        index += range(int(ends[1]), int(ends[2] or ends[1]) + 1)
+    return index
+
+
+def ranges(text: str, source: int, layers: int) -> list[int]:
+    """Concatenates ranges of layers (SOLAR, arXiv 2312.15166; mergekit's passthrough).
+
+    Args:
+      text: the ranges, as in `listed`.
+      source: number of layers of the source.
+      layers: number of layers of the grown model.
+
+    Raises:
+      UserError: a range is malformed or outside the source; or the ranges have another number of
+        layers, leave a source layer out, or only reorder them.
+    """
+    index = listed(text)
+    if max(index) >= source:
+        raise _refusal(
+            text,
+            f"they have layer {max(index)}, and the source has layers 0 to {source - 1}; change "
+            "them (both ends count)",
+        )
+    if missing := sorted(set(range(source)) - set(index)):
+        raise _refusal(
+            text,
+            f"they leave out {', '.join(map(str, missing))} of the source's {source} layers, and "
+            "growth keeps every layer; add them",
+        )
+    if len(index) != layers:
+        raise _refusal(
+            text,
+            f"they have {len(index)} layers, and the target has {layers}; change them, or set "
+            f"num_layers to {len(index)}",
+        )
+    if layers == source and index != sorted(index):
+        raise _refusal(
+            text,
+            f"they put the same {source} layers in another order, which is no growth; repeat "
+            "layers, or leave the ranges out",
+        )
+    return index
+
+
+def _refusal(text: str, why: str) -> UserError:
+    return UserError(f"growth.recipe: ranges({text}): {why}")

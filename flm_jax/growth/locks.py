@@ -3,7 +3,8 @@
 Two slots with the same source stay locked to each other if everything that reads and writes them
 is in proportion and stays so: their values, gradients, moments, ages and multipliers. With shares
 a and b, their readers are then a : b and their writers equal (docs/growth.md, "Locked copies").
-What ends a lock: unequal moments or ages, shares whose steps are not carried, noise, entries that
+What ends a lock: unequal moments or ages, another rate for old slots, shares whose steps are not
+carried, noise, entries that
 are drawn afresh, and readers or writers from another layer.
 """
 
@@ -134,6 +135,8 @@ def _traits(
     """Lists over the slots; slots that are equal in all of them are locked."""
     kept = e.keeps_history(plan.moments) & _stepped(plan, e, history)
     traits = [kept.tolist()]
+    if plan.old_rate != 1:
+        traits.append(e.added.tolist())
     if plan.rates != "carry":
         traits.append(np.round(e.weight, 12).tolist())
     if ahead_differs(plan, e):

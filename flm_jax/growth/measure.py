@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from flm_jax.config import OptimizerConfig, StageConfig, TransformerConfig
-from flm_jax.growth import Plan
+from flm_jax.growth import Plan, added_slots
 from flm_jax.growth.receipt import dead_slots, difference, largest_added, locked_copies
 from flm_jax.models import Transformer, layers
 from flm_jax.models.rope import angles_by_kind
@@ -20,6 +20,7 @@ from flm_jax.params import axes, mup, sharding, trees
 from flm_jax.train import optim, schedules
 from flm_jax.train.optim import SlotAdamState
 from flm_jax.train.train_step import Batch, TrainState, cross_entropy, gradients, logits_of
+from flm_jax.train.trained import Trained
 
 FIRST_STEPS = 3  # a side that is zero delays gradients by one step, two such sides by two
 
@@ -151,6 +152,7 @@ def first_steps(
     if not plan.expansions:
         return {"dead_slots": 0, "locked_copies": 0, "first_update_over_lr": 0.0}
     spec = mup.spec(stage.model)
+    trained, added = Trained.of(stage), added_slots(plan)
     steps = int(slot_adam(state).steps)
     growth = optim.since_growth(stage, steps)._replace(added_rate=1.0)
     adam = optim.scale_by_slot_adam(spec, settings.b1, settings.b2, settings.eps, growth)
@@ -163,6 +165,7 @@ def first_steps(
         _, grads, _ = gradients(params, batch, stage.model, plan.masks(mask))
         directions, moments = adam.update(grads, moments)
         updates, _ = rate.update(directions, rate.init(params))
+        updates = trained.scaled(updates, added)
         return optax.apply_updates(params, updates), moments, grads, directions
 
     params, moments = state.params, slot_adam(state)

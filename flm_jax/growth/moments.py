@@ -267,6 +267,21 @@ def _per_slot(
     return numbers.reshape(-1)
 
 
+def added_slots(plan: Plan) -> dict[str, np.ndarray]:
+    """The slots that a growth added: new ones and copies.
+
+    Args:
+      plan: the growth.
+
+    Returns:
+      Kind of slot (`Param.slots`) -> bool [size].
+    """
+    return {
+        kind: _per_slot(kind, plan, lambda e: e.added, np.logical_or, False)
+        for kind in plan.big.slots
+    }
+
+
 def _grow_born(state: SlotAdamState, plan: Plan) -> dict[str, jax.Array]:
     """The birth steps of the target's slots."""
     grown = {}

@@ -2,13 +2,15 @@
 
 A recipe is a comma-separated list that gives every growing axis one operator: `msg`, or
 `tile,identity`, or `zero_pad,layers=stack`. An entry NAME sets all axes that the operator can grow;
-an entry AXIS=NAME sets one axis. Later entries win.
+an entry AXIS=NAME sets one axis. Later entries win. An operator that takes an argument has it in
+parentheses: `layers=ranges(0-23,8-31)`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -45,6 +47,7 @@ class Request:
     big: Mapping[str, int]  # and after
     distances: Sequence[float]  # of the source's layers from the identity
     normed: frozenset[str]  # axes over which the model has norms
+    argument: str = ""  # what the recipe has in parentheses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +63,8 @@ class Operator:
       build: makes the expansion of a request. Raises UserError if the sizes do not fit.
       two_steps: whether growing twice gives the same as growing once.
       by_distance: whether it copies the layers that are closest to the identity.
+      takes: an example of its argument; "": it takes none.
+      argument: its argument in a recipe.
     """
 
     name: str
@@ -70,6 +75,8 @@ class Operator:
     build: Callable[[Request], Expansion]
     two_steps: bool = False
     by_distance: bool = False
+    takes: str = ""
+    argument: str = ""
 
 
 def refusal(r: Request, why: str, instead: Sequence[str]) -> UserError:
@@ -214,6 +221,13 @@ def _layers(
     return build
 
 
+def _ranges(r: Request) -> Expansion:
+    if r.source == 0:
+        raise refusal(r, "operator 'ranges' copies layers, and there are none", _FROM_NONE)
+    index = layer_maps.ranges(r.argument, r.source, r.target)
+    return from_index(r.axis, r.source, index, operator="ranges", exactness=APPROX)
+
+
 def _identity(r: Request) -> Expansion:
     if r.source == 0:
         raise refusal(r, "operator 'identity' copies layers, and there are none", _FROM_NONE)
@@ -283,6 +297,9 @@ OPERATORS: dict[str, Operator] = {
                  "arXiv 2510.08008", _layers("interpose", layer_maps.interposed), two_steps=True),
         Operator("middle", _LAYERS, APPROX, "place in the stack",
                  "MIDAS, arXiv 2409.19044", _layers("middle", layer_maps.middle)),
+        Operator("ranges", _LAYERS, APPROX, "place in the stack",
+                 "SOLAR, arXiv 2312.15166; mergekit, arXiv 2403.13257", _ranges,
+                 takes="0-23,8-31"),
         Operator("fresh", _LAYERS, APPROX, "fresh entries",
                  "zero- and one-layer expansion", _fresh),
         Operator("ligo", (*WIDTHS, "layers"), APPROX, "learned",
@@ -299,9 +316,14 @@ def markdown() -> str:
              "| --- | --- | --- | --- | --- |"]  # fmt: skip
     for o in OPERATORS.values():
         lines.append(
-            f"| `{o.name}` | {', '.join(o.axes)} | {o.exactness} | {o.symmetry} | {o.paper} |"
+            f"| `{_written(o)}` | {', '.join(o.axes)} | {o.exactness} | {o.symmetry} | {o.paper} |"
         )
     return "\n".join(lines)
+
+
+def _written(operator: Operator) -> str:
+    """An operator as recipes have it, with an example of its argument."""
+    return f"{operator.name}({operator.takes})" if operator.takes else operator.name
 
 
 def choose(recipe: str) -> dict[str, Operator]:
@@ -311,24 +333,35 @@ def choose(recipe: str) -> dict[str, Operator]:
       recipe: comma-separated names of operators; see the head of this module.
 
     Raises:
-      UserError: an operator or axis is unknown, or the operator does not grow the axis.
+      UserError: an operator or axis is unknown, the operator does not grow the axis, or it lacks
+        its argument or has one that it does not take.
 
     >>> {axis: o.name for axis, o in choose("vocab=mean,layers=stack").items()}
     {'vocab': 'mean', 'layers': 'stack'}
+    >>> choose("msg,layers=ranges(0-2,1-3)")["layers"].argument
+    '0-2,1-3'
     """
     if not isinstance(recipe, str):
         raise UserError(f"recipe is {recipe!r}; give names of operators, as in 'tile,identity'")
     if recipe == "none":
         return {}
     chosen: dict[str, Operator] = {}
-    for entry in recipe.split(","):
-        axis, equals, name = (part.strip() for part in entry.rpartition("="))
+    for entry in re.split(r",(?![^()]*\))", recipe):  # commas outside parentheses
+        written, bracket, argument = (part.strip() for part in entry.partition("("))
+        axis, equals, name = (part.strip() for part in written.rpartition("="))
         if name not in OPERATORS:
             raise UserError(
                 f"growth.recipe {recipe!r}: no operator {name!r}; choose one of "
                 f"{', '.join(OPERATORS)}"
             )
         operator = OPERATORS[name]
+        if bool(bracket) != bool(operator.takes) or argument.find(")") != len(argument) - 1:
+            takes = "an argument in parentheses" if operator.takes else "no argument"
+            raise UserError(
+                f"growth.recipe {recipe!r}: it has {entry.strip()!r}, but operator {name!r} takes "
+                f"{takes}; write {_written(operator)}"
+            )
+        operator = dataclasses.replace(operator, argument=argument[:-1])
         if equals and axis not in operator.axes:
             raise UserError(
                 f"growth.recipe {recipe!r}: operator {name!r} grows {', '.join(operator.axes)}, "
@@ -385,8 +418,14 @@ def expansions(
     chosen = choose(recipe)
     by_axis: dict[str, Expansion] = {}
     for axis, source in small.items():
-        r = Request(axis, source, big[axis], small, big, distances, normed)
-        if any(e.splits == axis for e in by_axis.values()) or r.target == source:
+        operator = chosen.get(axis)
+        argument = operator.argument if operator else ""
+        r = Request(axis, source, big[axis], small, big, distances, normed, argument)
+        if any(e.splits == axis for e in by_axis.values()):
+            continue
+        if r.target == source:
+            if operator and operator.takes:
+                operator.build(r)  # raises if the argument asks for something else
             continue
         if r.target < source:
             same_heads = axis == "q_per_kv" and _query_heads(small) == _query_heads(big)
@@ -395,7 +434,7 @@ def expansions(
                 f"than its source; set it to {source} or more"
                 + (", or grow by kv_heads=repeat" if same_heads else "")
             )
-        if axis not in chosen:
+        if operator is None:
             raise refusal(r, f"recipe {recipe!r} does not grow it", able(axis))
-        by_axis[axis] = chosen[axis].build(r)
+        by_axis[axis] = operator.build(r)
     return tuple(by_axis.values())

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from flm_jax.config import TransformerConfig
 from flm_jax.params import sharding
-from flm_jax.train.train_step import Batch, MasksAt, summed_loss
+from flm_jax.train.train_step import Batch, MasksAt, cross_entropy, logits_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,16 +25,18 @@ class Score:
       nats: negative log-likelihood of all tokens, in nats.
       tokens: number of tokens that were predicted.
       bytes: number of bytes of text in these tokens.
+      weight: sum of their weights.
     """
 
     nats: float
     tokens: int
     bytes: int
+    weight: float
 
     @property
     def loss(self) -> float:
-        """Nats per token."""
-        return self.nats / self.tokens
+        """Nats per token, averaged with the tokens' weights."""
+        return self.nats / self.weight
 
     @property
     def bits_per_byte(self) -> float:
@@ -55,7 +57,7 @@ def score(
 
     Args:
       params: nested dicts of arrays, the model's parameters.
-      config: the model's config.
+      config: the model's config; ids beyond its tokens are not in the softmax.
       batches: packed batches, as `flm_jax.data` makes them.
       token_bytes: int [vocabulary], number of bytes of text in each token.
       mesh: the devices that compute.
@@ -63,17 +65,18 @@ def score(
       mask_value: the masks' value, from 0 to 1; None: the model without masks.
 
     Returns:
-      Nats, tokens and bytes, summed over all batches.
+      Nats, tokens, bytes and weights, summed over all batches.
     """
-    nats, tokens, count = 0.0, 0, 0
+    nats, tokens, count, weight = 0.0, 0, 0, 0.0
     value = None if mask_value is None else np.float32(mask_value)
     for batch in batches:
         placed = sharding.place_batch(batch, mesh)
         nats += float(_nats(params, placed, config, masks_at, value))
         real = batch["weights"] > 0
         tokens += int(real.sum())
+        weight += float(batch["weights"].sum(dtype=np.float64))
         count += int((token_bytes[batch["targets"]] * real).sum())
-    return Score(nats, tokens, count)
+    return Score(nats, tokens, count, weight)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "masks_at"))
@@ -86,4 +89,5 @@ def _nats(
 ) -> jax.Array:
     """Returns the summed negative log-likelihood of a batch's targets."""
     masks = None if masks_at is None or mask_value is None else masks_at(mask_value)
-    return summed_loss(params, batch, config, masks)[0]
+    logits_BTV = logits_of(config, params, batch, masks)[..., : config.tokens]
+    return cross_entropy(logits_BTV, batch["targets"], batch["weights"])[0]

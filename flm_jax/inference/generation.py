@@ -68,7 +68,7 @@ def generate(
 
     Args:
       params: nested dicts of arrays, the model's parameters.
-      config: the model's config.
+      config: the model's config; ids beyond its tokens are not drawn.
       prompts: token ids, including the start token, of any lengths.
       sampling: how tokens are chosen.
       key: a random key, used for temperatures above 0. Prompt i draws its n-th token with a key
@@ -209,10 +209,11 @@ def decode(
     logits_B1V, cache = _extend(
         params, config, tokens_B[:, None], real_B1, positions_B[:, None], cache
     )
+    logits_BV = logits_B1V[:, 0, : config.tokens]
     if greedy:
-        return cache, jnp.argmax(logits_B1V[:, 0], axis=-1).astype(jnp.int32)
+        return cache, jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     keys_B = jax.vmap(jax.random.fold_in)(keys_B, positions_B)
-    return cache, sample(logits_B1V[:, 0], keys_B, *limits)
+    return cache, sample(logits_BV, keys_B, *limits)
 
 
 def _extend(

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from flm_jax.data import json_text
 from flm_jax.errors import UserError
 
 
 def read_object(file: pathlib.Path) -> dict[str, Any]:
     """Reads a file with one JSON object. Raises UserError, naming the file, if it has none."""
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        values = json_text.parse(file.read_bytes())
+    except ValueError as error:
         raise UserError(f"{file}: not JSON ({error}); fetch it again") from None
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}; fetch it again") from None

@@ -17,13 +17,20 @@ import numpy as np
 
 from flm_jax import mapping
 from flm_jax.config import DataConfig, ExperimentConfig, StageConfig, TransformerConfig
+from flm_jax.data.chat_template import TemplateConfig
 from flm_jax.errors import UserError
-from flm_jax.interop import hf_config, names, tensor_files
+from flm_jax.interop import hf_config, model_card, names, tensor_files
 from flm_jax.interop.families import FAMILIES
 from flm_jax.interop.names import Index
 from flm_jax.interop.opening import StoredModel, open_stored_model
 from flm_jax.interop.tensor_files import TensorsWriter
-from flm_jax.interop.tokenizer_files import BYTES, Vocabulary, write_config
+from flm_jax.interop.tokenizer_files import (
+    BYTES,
+    Vocabulary,
+    padding_of,
+    write_chat_template,
+    write_config,
+)
 from flm_jax.interop.weights import Resized, Weights, scaled, without_offset
 from flm_jax.params import axes, counts, trees
 from flm_jax.runtime.display import Progress
@@ -124,10 +131,10 @@ def convert(
         dtype = dtype or (opened.dtype.name if opened.dtype.name in DTYPES else "float32")
         num_bytes, more = write_hf(
             pathlib.Path(target), weights, format, dtype, opened.vocabulary, memory,
-            context=opened.context,
+            context=opened.context, source=opened, template=opened.template,
         )  # fmt: skip
         notes += more
-    if not np.can_cast(opened.dtype, DTYPES[dtype]):
+    if format == "flm" and not np.can_cast(opened.dtype, DTYPES[dtype]):
         notes.append(f"parameters are rounded from {opened.dtype.name} to {dtype}")
     seconds = time.monotonic() - began
     return {
@@ -154,6 +161,8 @@ def write_hf(
     *,
     context: int = 0,
     shard_bytes: int = SHARD_BYTES,
+    template: TemplateConfig | None = None,
+    source: StoredModel | None = None,
 ) -> tuple[int, list[str]]:
     """Writes a folder that transformers opens.
 
@@ -167,6 +176,8 @@ def write_hf(
       context: the longest sequence in tokens, used if that config.json does not give one; 0 means
         2048.
       shard_bytes: largest size of one file, unless a single tensor is larger.
+      template: the chat template of the model's fine-tuning; None: that of the vocabulary's files.
+      source: the model that is converted, for the model card; None: parameters from memory.
 
     Returns:
       The size of the written parameters in bytes, and one note for each change to them.
@@ -187,9 +198,11 @@ def write_hf(
     ]
     carried = vocabulary.values()
     values = hf_config.write(config, format, dtype, carried, context or 2048)
-    values |= vocabulary.special_tokens()
+    values |= vocabulary.special_tokens() | padding_of(config)
     with appearing(target) as folder:
         vocabulary.copy(folder, code=carried.get("model_type") == values["model_type"])
+        if template is not None and vocabulary.num_tokens() is not None:
+            write_chat_template(folder, vocabulary.template_text(template))
         table, sizes = axes.table(config), axes.axis_sizes(config)
         tensors = names.tensors(table)
         writer = TensorsWriter(folder, names.shapes(table, sizes), DTYPES[dtype], shard_bytes)
@@ -207,7 +220,11 @@ def write_hf(
         blocks = names.blocks(table, sizes, memory // _COPIES)
         _in_threads(write, blocks, f"writing {target.name}", writer.num_bytes)
         writer.sync()
-        write_config(folder, values)
+        if writer.rounding:
+            notes.append(f"parameters are rounded to {dtype}, by at most {writer.rounding:.2g}")
+        notes += write_config(folder, values)
+        card = model_card.text(target.name, config, values["model_type"], dtype, notes, source)
+        (folder / "README.md").write_text(card + vocabulary.readme(), encoding="utf-8")
     return writer.num_bytes, notes
 
 
@@ -253,6 +270,8 @@ def write_run(
             vocabulary = str(target.absolute() / files.relative_to(run.path))
         experiment = _imported(weights.config, source, vocabulary)
         saved = identity(experiment, 0, "")
+        if source.template is not None:
+            saved["sft"] = {"template": mapping.to_dict(source.template)}
         write_json(stage.config, saved)
         path = stage.checkpoints / "0"
         num_bytes = _write_checkpoint(path, weights, memory)
@@ -414,7 +433,9 @@ def with_vocab_size(source: StoredModel, weights: Weights, vocab_size: int, memo
             "not zero, and no tokenizer says how many rows are tokens; give "
             f"{have} or more, or put the tokenizer's files beside the weights"
         )
-    return Resized(weights, dataclasses.replace(weights.config, vocab_size=vocab_size))
+    tokens = tokens or min(weights.config.tokens, vocab_size)
+    plain = dataclasses.replace(weights.config, vocab_size=vocab_size, num_tokens=0)
+    return Resized(weights, plain.with_tokens(tokens))
 
 
 def _padding(weights: Weights, start: int, memory: int) -> bool:

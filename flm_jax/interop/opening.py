@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 
 from flm_jax.config import DataConfig, ExperimentConfig, StageConfig, TransformerConfig
+from flm_jax.data import chat_template, json_text, special_tokens
+from flm_jax.data.chat_template import TemplateConfig
 from flm_jax.data.tokenizer import Tokenizer, open_tokenizer
 from flm_jax.errors import UserError
 from flm_jax.growth._plan import Plan
@@ -45,6 +47,7 @@ class OpenedModel:
       path: the opened checkpoint of a run, or the folder of Hugging Face files.
       context: the sequence length of the training, in tokens; 0: not known.
       trained: whether this library trained it, so that a start token precedes every document.
+      stage_template: the chat template of its fine-tuning; None: it was not fine-tuned.
     """
 
     params: Any
@@ -54,6 +57,23 @@ class OpenedModel:
     path: pathlib.Path
     context: int
     trained: bool
+    stage_template: TemplateConfig | None = None
+
+    @functools.cached_property
+    def template(self) -> TemplateConfig:
+        """The chat template: of its fine-tuning, or else its tokenizer's own, or else Tele-FLM's.
+
+        Raises:
+          UserError: the tokenizer's files are damaged.
+        """
+        if self.stage_template is not None:
+            return self.stage_template
+        own = chat_template.own(self._vocabulary) or chat_template.own(str(self.path))
+        return TemplateConfig(jinja=own)
+
+    @property
+    def _vocabulary(self) -> str:
+        return self.data.vocabulary if self.data else str(self.path)
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -62,13 +82,31 @@ class OpenedModel:
         Raises:
           UserError: the tokenizer is missing, or has more tokens than the model.
         """
-        tokenizer = open_tokenizer(self.data.vocabulary if self.data else str(self.path))
+        tokenizer = open_tokenizer(self._vocabulary)
+        # The model's files may lie in another folder than its tokenizer.
+        ends = special_tokens.model_ids(self.path, "eos_token_id")
+        stops = tuple(dict.fromkeys((*tokenizer.stop_ids, *ends)))
+        tokenizer = dataclasses.replace(tokenizer, stop_ids=stops)
         if tokenizer.vocab_size > self.config.vocab_size:
             raise UserError(
                 f"{tokenizer.name} has {tokenizer.vocab_size} tokens, but the model {self.path} "
                 f"has vocab_size {self.config.vocab_size}; give the tokenizer of this model"
             )
         return tokenizer
+
+    @functools.cached_property
+    def token_config(self) -> TransformerConfig:
+        """The model's config with the number of its tokens, to generate and to score with."""
+        return self.config.with_tokens(self.tokenizer.vocab_size)
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """The tokens before every document that the model reads.
+
+        Every document of this library's training begins with the start token. Another model reads
+        what its tokenizer puts before a text. All callers rely on this rule.
+        """
+        return (self.tokenizer.start_id,) if self.trained else self.tokenizer.starts
 
     def prompt(self, text: str) -> list[int]:
         """Encodes a text as the beginning of a document, with the start token where needed."""
@@ -78,20 +116,24 @@ class OpenedModel:
         """Returns the model with other data, and therefore with that data's tokenizer."""
         return dataclasses.replace(self, data=data)
 
-    def with_start(self, ids: Sequence[int]) -> list[int]:
-        """Puts the start token before a document's tokens, as in the model's training.
+    def with_template(self, template: TemplateConfig) -> OpenedModel:
+        """Returns the model with another chat template."""
+        return dataclasses.replace(self, stage_template=template)
 
-        A model that this library did not train gets none if its tokenizer adds none, unless `ids`
-        is empty. All callers rely on this rule.
+    def with_start(self, ids: Sequence[int]) -> list[int]:
+        """Puts `starts` before a document's tokens, unless the document begins with them.
+
+        A model always reads one token or more: without `ids` and `starts`, the start token.
 
         Args:
-          ids: tokens without a start token.
+          ids: the document's tokens; a chat template may begin with the start token itself.
 
         Returns:
           The tokens that the model reads.
         """
-        start = self.trained or self.tokenizer.adds_start or not ids
-        return [*([self.tokenizer.start_id] if start else []), *ids]
+        starts = self.starts or (() if ids else (self.tokenizer.start_id,))
+        begun = tuple(ids[: len(starts)]) == starts
+        return [*(() if begun else starts), *ids]
 
 
 def open_model(path: str, stage: str = "") -> OpenedModel:
@@ -119,8 +161,9 @@ def open_model(path: str, stage: str = "") -> OpenedModel:
     )
     params = place(stored.weights, placed)
     return OpenedModel(
-        params, stored.weights.config, data, stored.name, stored.path, stored.context, trained
-    )
+        params, stored.weights.config, data, stored.name, stored.path, stored.context, trained,
+        stored.template,
+    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,6 +226,7 @@ class StoredModel:
       context: the longest sequence, in tokens; 0: not known.
       masks: value of the run-time masks that were folded in; None if there were none.
       notes: what is unusual about the files.
+      template: the chat template of its fine-tuning; None: it was not fine-tuned.
     """
 
     path: pathlib.Path
@@ -195,6 +239,7 @@ class StoredModel:
     context: int
     masks: float | None
     notes: tuple[str, ...] = ()
+    template: TemplateConfig | None = None
 
 
 def open_stored_model(path: str, stage: str = "", step: int | None = None) -> StoredModel:
@@ -256,7 +301,7 @@ def _is_huggingface(folder: pathlib.Path) -> bool:
     if not file.is_file():
         return False
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = json_text.parse(file.read_bytes())
     except ValueError:
         return True  # `open_huggingface` reports the error
     return not (isinstance(values, dict) and "stage" in values)
@@ -284,6 +329,7 @@ def _checkpoint(path: pathlib.Path) -> StoredModel:
         num_bytes=sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves),
         context=config.data_of(0).sequence_length,
         masks=masks,
+        template=folder.template(),
     )
 
 

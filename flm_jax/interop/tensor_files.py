@@ -23,6 +23,7 @@ from typing import Any, Protocol
 import ml_dtypes
 import numpy as np
 
+from flm_jax.data import json_text
 from flm_jax.errors import UserError
 
 DTYPES: dict[str, np.dtype] = {
@@ -103,7 +104,7 @@ class SafetensorsFile:
             if not 2 <= length <= min(self._size - 8, _LONGEST_HEADER):
                 raise self._torn(f"{self._size:,} bytes, header of {length:,}")
             try:
-                header = json.loads(file.read(length))
+                header = json_text.parse(file.read(length))
             except ValueError:
                 raise self._torn("its header is not JSON") from None
         if not isinstance(header, dict):
@@ -195,7 +196,7 @@ class Tensors:
 
     def _read_index(self, index: pathlib.Path, kind: type[SafetensorsFile] | type[BinFile]) -> None:
         try:
-            file_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            file_of = json_text.parse(index.read_bytes())["weight_map"]
             names = {name: pathlib.PurePath(file).name for name, file in file_of.items()}
         except (ValueError, KeyError, AttributeError, TypeError):
             raise UserError(f"{index}: no JSON object with a weight_map; fetch it again") from None
@@ -308,6 +309,7 @@ class TensorsWriter:
           shard_bytes: a new file is started if the next tensor would make one larger than this.
         """
         self._dtype, self._shapes = dtype, shapes
+        self.rounding = 0.0  # the largest change of an entry by rounding so far
         shards: list[dict[str, int]] = [{}]  # tensor -> its offset in the data, in bytes
         size = 0
         for name, shape in shapes.items():
@@ -368,6 +370,9 @@ class TensorsWriter:
                 f"{path.name}: {name} has entries that {self._dtype.name} cannot hold; choose "
                 "bfloat16 or float32"
             )
+        if data.dtype.itemsize < rows.dtype.itemsize:
+            change = np.abs(data.astype(rows.dtype) - rows)
+            self.rounding = max(self.rounding, float(change.max(initial=0)))
         with open(path, "r+b", buffering=0) as file:
             file.seek(begin + start * row_bytes)
             view = data.reshape(-1).view(np.uint8).data

@@ -8,17 +8,21 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
-from flm_jax.data.tokenizer import byte_alphabet, open_tokenizer
+from flm_jax.config import TransformerConfig
+from flm_jax.data.chat_template import TemplateConfig, as_jinja
+from flm_jax.data.tokenizer import BYTES_SPECIAL, byte_alphabet, open_tokenizer
 from flm_jax.errors import UserError
 from flm_jax.interop.config_keys import read_object
 
 # Files that define how text becomes tokens, chat templates included.
 _TOKENIZER = ("tokenizer*", "tokenization_*.py", "special_tokens_map.json", "added_tokens.json",
               "vocab.json", "merges.txt", "chat_template*")  # fmt: skip
+_TERMS = ("LICENSE*", "LICENCE*", "NOTICE*")  # of the source; its README becomes part of the card
+_CONFIG = "tokenizer_config.json"
 _GENERATION = "generation_config.json"
 _MODEL_CODE = ("configuration_*.py", "modeling_*.py")  # for models not in transformers
+_NUM_TOKENS = "unpadded_vocab_size"  # of config.json: its vocab_size without padding rows
 BYTES = "bytes"  # seqio's byte vocabulary: three special tokens, then the bytes
-_BYTES_SPECIAL = ("<pad>", "</s>", "<unk>")
 
 
 class Vocabulary:
@@ -37,7 +41,7 @@ class Vocabulary:
     def num_tokens(self) -> int | None:
         """Returns the largest token id plus 1, or None if no file lists the tokens."""
         if self.path == BYTES:
-            return len(_BYTES_SPECIAL) + 256
+            return len(BYTES_SPECIAL) + 256
         if self._folder is None:
             return None
         if self._folder.is_file():
@@ -67,34 +71,110 @@ class Vocabulary:
         file = (self._folder or pathlib.Path()) / "config.json"
         return read_object(file) if self._folder and file.is_file() else {}
 
+    def readme(self) -> str:
+        """Returns the README.md beside the files; "" if there is none."""
+        file = (self._folder or pathlib.Path()) / "README.md"
+        return file.read_text("utf-8", "replace") if self._folder and file.is_file() else ""
+
     def copy(self, target: pathlib.Path, code: bool = False) -> None:
         """Copies the files into a folder; with `code`, also the model's own Python files."""
         if self.path == BYTES:
             _write_byte_tokenizer(target)
-        elif self._folder is None:
             return
-        elif self._folder.is_file():
+        if self._folder is None:
+            return
+        if self._folder.is_file():
             shutil.copyfile(self._folder, target / "tokenizer.model")
         else:
-            for pattern in (*_TOKENIZER, _GENERATION, *(_MODEL_CODE if code else ())):
+            for pattern in (*_TOKENIZER, *_TERMS, _GENERATION, *(_MODEL_CODE if code else ())):
                 for file in self._folder.glob(pattern):
                     if file.is_file():
                         shutil.copyfile(file, target / file.name)
+        if not any((target / name).exists() for name in ("tokenizer.json", _CONFIG)):
+            _name_special_tokens(target)
+
+    def name_of(self, token: int) -> str:
+        """Returns the name of a special token."""
+        if self.path == BYTES:
+            return BYTES_SPECIAL[token]
+        assert self._folder is not None
+        file = self._folder if self._folder.is_file() else self._folder / "tokenizer.json"
+        if file.suffix == ".json" and file.is_file():
+            return str(_tokenizer_json(file).id_to_token(token))
+        file = file if file.is_file() else self._folder / "tokenizer.model"
+        return str(_sentencepiece(file).id_to_piece(token))
+
+    def template_text(self, template: TemplateConfig) -> str:
+        """Writes a chat template in Jinja, with the names of this tokenizer's tokens.
+
+        The start token precedes every conversation, as in training.
+        """
+        if template.jinja:
+            return template.jinja
+        tokenizer = open_tokenizer(self.path)
+        names = (self.name_of(token) for token in (tokenizer.start_id, tokenizer.eos_id))
+        return as_jinja(template, *names)
 
 
-def write_config(folder: pathlib.Path, values: Mapping[str, Any]) -> None:
-    """Writes config.json, and a generation_config.json that matches it."""
+def write_chat_template(folder: pathlib.Path, text: str) -> None:
+    """Writes a chat template into tokenizer_config.json, in place of every other one there."""
+    for other in folder.glob("chat_template*"):
+        other.unlink()
+    file = folder / _CONFIG
+    _write(file, {**(read_object(file) if file.exists() else {}), "chat_template": text})
+
+
+def with_padding(config: TransformerConfig, values: Mapping[str, Any]) -> TransformerConfig:
+    """Returns the config with the number of tokens that `padding_of` wrote to config.json."""
+    tokens = values.get(_NUM_TOKENS)
+    if isinstance(tokens, int) and 0 < tokens <= config.vocab_size:
+        return config.with_tokens(tokens)
+    return config
+
+
+def padding_of(config: TransformerConfig) -> dict[str, Any]:
+    """Returns what config.json says about padding rows; a value of None is left out."""
+    return {_NUM_TOKENS: config.num_tokens or None}
+
+
+def write_config(folder: pathlib.Path, values: Mapping[str, Any]) -> list[str]:
+    """Writes config.json, and a generation_config.json that matches it.
+
+    Returns:
+      One note for each id of a special token that is left out because the vocabulary has no such
+      row; transformers could not open the model with it.
+    """
+    values = {key: value for key, value in values.items() if (key, value) != (_NUM_TOKENS, None)}
+    rows, notes = values["vocab_size"], []
+    for key in _SPECIAL_IDS:
+        kept = _ids_below(values.get(key), rows)
+        if kept != values.get(key):
+            notes.append(f"{key} {values[key]} is left out: the vocabulary has {rows} rows")
+            values[key] = kept
     _write(folder / "config.json", values)
     file = folder / _GENERATION
     generation = read_object(file) if file.exists() else {}
     generation = {k: v for k, v in generation.items() if k != "transformers_version"}
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        if values.get(key) is not None:
-            generation.setdefault(key, values[key])
-    longest = values["max_position_embeddings"]
-    if generation.get("max_length", 0) > longest:
+    for key in _SPECIAL_IDS:
+        if key in generation:
+            generation[key] = _ids_below(generation[key], rows)
+        elif values.get(key) is not None:
+            generation[key] = values[key]
+    longest, asked = values["max_position_embeddings"], generation.get("max_length")
+    if isinstance(asked, int) and asked > longest:
         generation["max_length"] = longest
     _write(file, generation)
+    return notes
+
+
+_SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def _ids_below(ids: Any, rows: int) -> Any:
+    """The id, or those of a list, that the vocabulary has; None if it has none of them."""
+    if isinstance(ids, list):
+        return [one for one in ids if _ids_below(one, rows) is not None] or None
+    return ids if isinstance(ids, int) and 0 <= ids < rows else None
 
 
 def _write(file: pathlib.Path, values: Mapping[str, Any]) -> None:
@@ -105,7 +185,7 @@ def _write_byte_tokenizer(folder: pathlib.Path) -> None:
     """Writes the byte vocabulary as a byte-level tokenizer.json without merges."""
     import tokenizers
 
-    tokens = [*_BYTES_SPECIAL, *byte_alphabet()]
+    tokens = [*BYTES_SPECIAL, *byte_alphabet()]
     made = tokenizers.Tokenizer(
         tokenizers.models.BPE({token: i for i, token in enumerate(tokens)}, merges=[])
     )
@@ -113,13 +193,26 @@ def _write_byte_tokenizer(folder: pathlib.Path) -> None:
         add_prefix_space=False, use_regex=False
     )
     made.decoder = tokenizers.decoders.ByteLevel()
-    made.add_special_tokens(list(_BYTES_SPECIAL))
-    made.save(str(folder / "tokenizer.json"))
-    pad, eos, unknown = _BYTES_SPECIAL
-    special = {"pad_token": pad, "eos_token": eos, "unk_token": unknown}
-    _write(
-        folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **special}
+    made.add_special_tokens(list(BYTES_SPECIAL))
+    pad, eos, unknown = BYTES_SPECIAL
+    # Padding starts every document in training.
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{pad} $A", special_tokens=[(pad, 0)]
     )
+    made.save(str(folder / "tokenizer.json"))
+    special = {"bos_token": pad, "pad_token": pad, "eos_token": eos, "unk_token": unknown}
+    _write(folder / _CONFIG, {"tokenizer_class": "PreTrainedTokenizerFast", **special})
+
+
+def _name_special_tokens(folder: pathlib.Path) -> None:
+    """Writes tokenizer_config.json for a SentencePiece model whose padding starts documents."""
+    file = folder / "tokenizer.model"
+    library = _sentencepiece(file) if file.is_file() else None
+    if library is None or library.pad_id() != 0 or library.eos_id() < 0:
+        return
+    ids = {"bos": 0, "pad": 0, "eos": library.eos_id(), "unk": library.unk_id()}
+    names = {f"{role}_token": library.id_to_piece(token) for role, token in ids.items()}
+    _write(folder / _CONFIG, {"add_bos_token": True, **names})
 
 
 def _sentencepiece(file: pathlib.Path) -> Any:

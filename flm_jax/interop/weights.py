@@ -20,6 +20,7 @@ from flm_jax.growth.folding import Masks, fold_block, folded_model
 from flm_jax.interop import hf_config, names
 from flm_jax.interop.names import Index
 from flm_jax.interop.tensor_files import Tensors
+from flm_jax.interop.tokenizer_files import with_padding
 from flm_jax.params import axes, mup, trees
 from flm_jax.params.axes import Role
 from flm_jax.params.dtypes import wide
@@ -103,7 +104,7 @@ class HuggingFace:
             architecture. The message names file and tensor.
         """
         self.described = hf_config.read(folder)
-        self.config = self.described.config
+        self.config = with_padding(self.described.config, self.described.values)
         self.tensors = Tensors(folder)
         self.notes = list(self.tensors.notes)
         self._lay_out()

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import optax
 
-from flm_jax import data, mapping
+from flm_jax import data, growth, mapping
 from flm_jax.config import ExperimentConfig, StageConfig, TransformerConfig, require_type
 from flm_jax.errors import UserError
 from flm_jax.inference.evaluation import score
@@ -33,6 +33,7 @@ from flm_jax.store.lineage import RunFolder, identity
 from flm_jax.train import optim, schedules
 from flm_jax.train.schedules import Schedule
 from flm_jax.train.train_step import MasksAt, abstract_state, init_state, state_shardings
+from flm_jax.train.trained import Trained
 
 if TYPE_CHECKING:
     from flm_jax.data.pipeline import Corpus
@@ -94,8 +95,10 @@ def check(config: ExperimentConfig, layouts: Sequence[Layout]) -> None:
       layouts: mesh and sharding of each stage.
 
     Raises:
-      UserError: a stage's sizes or batch do not divide over its mesh, or its growth is impossible.
+      UserError: a stage's sizes or batch do not divide over its mesh, its growth is impossible, or
+        the schedule is longer than the chain, or it would train nothing.
     """
+    schedules.schedule_shape(config.schedule, config.total_steps)
     for stage, (mesh, rules) in zip(config.stages, layouts, strict=True):
         rows = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
         sharding.check_divisible(stage.model, mesh, rules)
@@ -104,8 +107,9 @@ def check(config: ExperimentConfig, layouts: Sequence[Layout]) -> None:
                 f"stage {stage.name}: a microbatch of {stage.batch_size // stage.accumulate} "
                 f"sequences cannot be split over {rows} devices (mesh data x fsdp); change one"
             )
-    for before, after in zip(config.stages, config.stages[1:], strict=False):
-        plan_of(before.model, after)
+    for before, after in zip((None, *config.stages), config.stages, strict=False):
+        added = growth.added_slots(plan_of(before.model, after)) if before else None
+        Trained.of(after).check(added)
 
 
 def check_finished(config: ExperimentConfig, folder: RunFolder, done: list[dict[str, Any]]) -> None:

@@ -20,7 +20,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from flm_jax.errors import RunStopped
 from flm_jax.params import sharding
 from flm_jax.runs.hooks import Dispatched, Evaluation, Log, Report
-from flm_jax.runs.stage import Position, Stage, begin, finish, read_ramp
+from flm_jax.runs.stage import Position, Stage, begin, finish, read_added, read_ramp
 from flm_jax.runtime import processes
 from flm_jax.runtime.display import Progress
 from flm_jax.runtime.stop import StopRequest
@@ -95,7 +95,8 @@ def train(
     start_time = time.monotonic() - position.wall_s
     config, (mesh, rules) = stage.config, stage.layout
     ramp = read_ramp(stage, folder)
-    train_step = make_train_step(config, stage.tx, mesh, ramp.masks_at, rules)
+    added = read_added(stage, folder)
+    train_step = make_train_step(config, stage.tx, mesh, ramp.masks_at, rules, added=added)
     share = sharding.share_of_batch(config.batch_size, mesh)
     batches = stage.batches(config.batch_size, *share)
     batches.set_state(position.data)

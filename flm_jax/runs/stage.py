@@ -33,6 +33,7 @@ from flm_jax.store.checkpoint import Checkpoints, params_digest
 from flm_jax.store.lineage import RunFolder, StageFolder
 from flm_jax.train.schedules import Schedule
 from flm_jax.train.train_step import MasksAt, TrainState, abstract_state
+from flm_jax.train.trained import AddedSlots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,6 +232,7 @@ def plan_of(
         moments=g.moments,
         rates=g.rates,
         noise_db=g.noise_db,
+        old_rate=g.old_rate,
         layer_distances=distances,
     )
 
@@ -240,6 +242,12 @@ def read_plan(stage: Stage, folder: StageFolder) -> growth.Plan | None:
     if stage.parent is None:
         return None
     return growth.Plan.from_json(processes.once(folder.plan.read_text))
+
+
+def read_added(stage: Stage, folder: StageFolder) -> AddedSlots | None:
+    """Reads the slots that a stage's growth added; None if the stage has no parent."""
+    plan = read_plan(stage, folder)
+    return growth.added_slots(plan) if plan else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -50,18 +50,18 @@ def few_of_each(samples: Sequence[Sample], most: int) -> list[Sample]:
 
 def of_model(
     model: OpenedModel, config: SftConfig, samples: list[Sample]
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, float | None]]:
     """Scores a model on samples.
 
     Args:
-      model: an opened model.
-      config: gives the template and the longest answer.
+      model: an opened model, with its chat template.
+      config: gives the longest answer.
       samples: what to score.
 
     Returns:
       category -> metric -> value, with intervals, as `scoring.flat` gives them.
     """
-    chat = ChatModel(model, config.template, config.max_new_tokens)
+    chat = ChatModel(model, config.max_new_tokens)
     return scoring.flat(scoring.summarise(scoring.score(samples, chat.losses, chat.answer)))
 
 
@@ -81,12 +81,13 @@ def scores(config: SftConfig, workdir: str, tuned: Tuned) -> dict[str, Any]:
         retention: bpb_before and bpb_after, bits per byte of the base's text.
         stage: the stage's entry of lineage.json.
         conversations: "train" and "held_out" -> the fields of `packing.Counts`.
+        bad_rows: why rows were left out, with file and line.
     """
     stage, samples = tuned.stage, samples_to_score(config, tuned)
     folder = RunFolder(workdir).stage(stage["index"], stage["name"])
     trials = Trials(folder.path / "scores.jsonl")
 
-    def scored(digest: str, model: Callable[[], OpenedModel]) -> dict[str, dict[str, float]]:
+    def scored(digest: str, model: Callable[[], OpenedModel]) -> dict[str, dict[str, Any]]:
         identity = {
             "params_digest": digest,
             "samples": chats.fingerprint(samples),
@@ -103,6 +104,7 @@ def scores(config: SftConfig, workdir: str, tuned: Tuned) -> dict[str, Any]:
         "retention": {"bpb_before": bpb["bpb_start"], "bpb_after": bpb["bpb_end"]},
         "stage": stage,
         "conversations": {side: vars(c) for side, c in tuned.talk.counts.items()},
+        "bad_rows": tuned.talk.bad.reasons,
     }
 
 
@@ -114,8 +116,8 @@ def table(results: dict[str, Any]) -> rich.table.Table:
     for category, before in results["before"].items():
         after, cells = results["after"][category], []
         for metric, form in (("loss", ".3f"), ("bpb", ".3f"), ("accuracy", ".0%")):
-            values = [format(s[metric], form) for s in (before, after) if metric in s]
-            cells.append(" -> ".join(values))
+            values = [s[metric] for s in (before, after) if s.get(metric) is not None]
+            cells.append(" -> ".join(format(value, form) for value in values))
         drawn.add_row(category, *cells)
     return drawn
 
@@ -124,6 +126,8 @@ def sentences(results: dict[str, Any]) -> list[str]:
     """Sentences about what the table does not show. Args: `results` is from `scores`."""
     stage, kept = results["stage"], results["retention"]
     lines = [f"{side}: {Counts(**c)}" for side, c in results["conversations"].items()]
+    if bad := results["bad_rows"]:
+        lines.append(f"{len(bad)} bad rows left out; the first: {bad[0]}")
     return [
         *lines,
         f"held-out response loss {stage['eval']['response_loss_start']:.3f} -> "

@@ -5,8 +5,10 @@ Letters: B samples, T tokens, D embed, V vocab, L layers.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
+import itertools
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -26,10 +28,17 @@ from flm_jax.models import Transformer
 from flm_jax.params import sharding
 from flm_jax.params.dtypes import wide
 from flm_jax.sft.chats import Sample
-from flm_jax.sft.config import TemplateConfig
 from flm_jax.sft.packing import features
 from flm_jax.sft.scoring import ResponseLoss
-from flm_jax.sft.template import TELE_FLM, Encoded, encode, encode_prompt
+from flm_jax.sft.template import (
+    Encoded,
+    encode_sample,
+    left_out,
+    model_prompt,
+    stop_ids,
+    weight_of,
+    without_questions,
+)
 from flm_jax.train.train_step import Batch, cross_entropy, logits_of
 
 T = TypeVar("T")
@@ -39,18 +48,17 @@ _VALIDATION_BATCH = 8
 
 @dataclasses.dataclass(frozen=True)
 class ChatModel:
-    """A model and its chat template.
+    """A model that answers in its chat template.
 
     Attributes:
-      model: the opened model; its tokenizer and its start-token rule apply to all prompts.
-      template: how conversations are written.
+      model: the opened model; its tokenizer, its chat template and its start-token rule apply to
+        all prompts.
       max_new_tokens: longest answer, in tokens.
       batch_size: samples in one batch.
       note: called with two numbers, of finished samples and of all samples.
     """
 
     model: OpenedModel
-    template: TemplateConfig = TELE_FLM
     max_new_tokens: int = 160
     batch_size: int = 16
     note: Callable[[int, int], None] = lambda done, of: None
@@ -61,7 +69,7 @@ class ChatModel:
 
     @property
     def config(self) -> TransformerConfig:
-        return self.model.config
+        return self.model.token_config
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -76,13 +84,12 @@ class ChatModel:
         Returns:
           The answers' texts, in the samples' order.
         """
-        sampling = Sampling(self.max_new_tokens, stop_tokens=(self.tokenizer.eos_id,))
+        stops = stop_ids(self.tokenizer, self.model.template)
+        sampling = Sampling(self.max_new_tokens, stop_tokens=stops)
 
         def prompt(sample: Sample) -> list[int]:
             last = max(n for n, m in enumerate(sample.messages) if m.role == "assistant")
-            before = sample.messages[:last]
-            ids = encode_prompt(before, self.tokenizer, self.template)
-            return self.model.with_start(ids)
+            return model_prompt(self.model, sample.messages[:last], sample.tools)
 
         def answers(prompts: list[list[int]]) -> list[str]:
             rows = prompts + prompts[:1] * (self.batch_size - len(prompts))
@@ -95,17 +102,19 @@ class ChatModel:
     def losses(self, samples: Sequence[Sample]) -> list[ResponseLoss]:
         """Computes the loss of all assistant messages, each given the messages before it.
 
+        Tokens and bytes count with the messages' weights, as in training.
+
         Returns:
           One loss per sample, in the samples' order.
         """
-        encoded = [encode(s.messages, self.tokenizer, self.template) for s in samples]
+        encoded = self._encode(samples)
 
         def nats(rows: list[Encoded]) -> list[float]:
             nats_B = np.asarray(_nats(self.params, self._batch(rows), self.config))
             return [float(value) for value in nats_B[: len(rows)]]
 
         return [
-            ResponseLoss(value, sum(e.learned), _response_bytes(s))
+            ResponseLoss(value, sum(e.weights), _response_bytes(s))
             for s, e, value in zip(
                 samples, encoded, self._by_length(encoded, _tokens, nats), strict=True
             )
@@ -115,7 +124,7 @@ class ChatModel:
         """Computes the losses as `losses` does, but without the other roles' messages."""
 
         def answers_of(sample: Sample) -> Sample:
-            answers = tuple(m for m in sample.messages if m.role == "assistant")
+            answers = without_questions(sample.messages, self.model.template)
             return dataclasses.replace(sample, messages=answers)
 
         return self.losses([answers_of(sample) for sample in samples])
@@ -126,7 +135,7 @@ class ChatModel:
         Returns:
           [samples, D], float32 (float64 for a float64 model).
         """
-        encoded = [encode(s.messages, self.tokenizer, self.template) for s in samples]
+        encoded = self._encode(samples)
 
         def means(rows: list[Encoded]) -> list[Any]:
             return list(
@@ -135,13 +144,20 @@ class ChatModel:
 
         return np.stack(self._by_length(encoded, _tokens, means))
 
+    def left_out(self, samples: Sequence[Sample]) -> dict[str, int]:
+        """Counts what the template does not write, by kind; see `template.left_out`."""
+        lost = (left_out(s, self.tokenizer, self.model.template) for s in samples)
+        return dict(collections.Counter(itertools.chain.from_iterable(lost)))
+
+    def _encode(self, samples: Sequence[Sample]) -> list[Encoded]:
+        return [encode_sample(s, self.tokenizer, self.model.template) for s in samples]
+
     def _batch(self, rows: list[Encoded]) -> Batch:
         """One conversation to a row, filled up to `batch_size` rows."""
-        length = bucket(max(_tokens(e) for e in rows))
+        length = bucket(max(_tokens(e) for e in rows) + len(self.model.starts) - 1)
         packed = [[e] for e in rows] + [[]] * (self.batch_size - len(rows))
         return {
-            name: jnp.asarray(x)
-            for name, x in features(packed, length, self.tokenizer.start_id).items()
+            name: jnp.asarray(x) for name, x in features(packed, length, self.model.starts).items()
         }
 
     def _by_length(
@@ -156,16 +172,13 @@ class ChatModel:
         return [results[i] for i in range(len(items))]
 
 
-def open_chat_model(
-    given: str, vocabulary: str = "", template: TemplateConfig = TELE_FLM
-) -> tuple[ChatModel, Any]:
+def open_chat_model(given: str, vocabulary: str = "") -> tuple[ChatModel, Any]:
     """Opens a model and the data of its run.
 
     Args:
       given: PATH or PATH:STAGE; see `open_model`.
       vocabulary: the vocabulary to use, as `DataConfig.vocabulary`; "": the run's. A model without
         a run needs one; its data is then `DataConfig`'s default.
-      template: how conversations are written.
 
     Returns:
       The model, and the `data.pipeline.Corpus` of its run.
@@ -183,7 +196,7 @@ def open_chat_model(
     if vocabulary:
         settings = dataclasses.replace(settings, vocabulary=vocabulary)
     corpus = data.open_corpus(settings)
-    return ChatModel(model.with_data(settings), template), corpus
+    return ChatModel(model.with_data(settings)), corpus
 
 
 def split_stage(given: str) -> tuple[str, str]:
@@ -221,8 +234,8 @@ def _tokens(encoded: Encoded) -> int:
     return len(encoded.tokens)
 
 
-def _response_bytes(sample: Sample) -> int:
-    return sum(len(m.content.encode()) for m in sample.messages if m.role == "assistant")
+def _response_bytes(sample: Sample) -> float:
+    return sample.weight * sum(weight_of(m) * len(m.content.encode()) for m in sample.answers)
 
 
 def _batches(order: list[int], size: int) -> Iterator[list[int]]:
@@ -232,7 +245,7 @@ def _batches(order: list[int], size: int) -> Iterator[list[int]]:
 @functools.partial(jax.jit, static_argnames="config")
 def _nats(params: Any, batch: Batch, config: TransformerConfig) -> jax.Array:
     """[B]: the loss in nats, summed over a row's learned tokens."""
-    logits_BTV = logits_of(config, params, batch)
+    logits_BTV = logits_of(config, params, batch)[..., : config.tokens]
     return jax.vmap(cross_entropy)(logits_BTV, batch["targets"], batch["weights"])[0]
 
 

@@ -17,6 +17,8 @@ METRICS = ("accuracy", "bpb", "loss")
 RISES = ("accuracy",)  # higher is better; for the others lower is better
 RETENTION = "retention"  # the category of the base text's bits per byte
 
+NUMBERS = ("a", "b", "difference", "low", "high")
+
 Comparison = dict[str, dict[str, dict[str, float | None]]]  # category -> metric -> numbers
 
 
@@ -33,7 +35,7 @@ def compare(a: Sequence[Scored], b: Sequence[Scored], seed: int = 0) -> Comparis
 
     Returns:
       category (or "all") -> metric -> a, b, difference (b - a), low and high (the difference's 95%
-      interval), and n (samples).
+      interval), and n (samples). Without samples that count, all but n are None.
     """
     assert [s.sample for s in a] == [s.sample for s in b]
     comparison: Comparison = {}
@@ -45,6 +47,8 @@ def compare(a: Sequence[Scored], b: Sequence[Scored], seed: int = 0) -> Comparis
             count = len(parts[0][0])
             if count:
                 comparison[category][metric] = _difference(parts, count, seed)
+            elif metric != "accuracy":  # no answer says anything
+                comparison[category][metric] = dict.fromkeys(NUMBERS) | {"n": 0}
     return comparison
 
 
@@ -125,6 +129,8 @@ class Gate:
     def failure(self, comparison: Comparison) -> str:
         """Returns one line that says what got worse, with both values; "" if the gate passes."""
         row: Mapping[str, Any] = comparison[self.category][self.metric]
+        if row["difference"] is None:
+            return f"{self.category}/{self.metric} is not measured: no answer says anything"
         worse = -row["difference"] if self.metric in RISES else row["difference"]
         # Not `worse > margin`: NaN must not pass.
         if worse <= self.margin:

@@ -15,35 +15,41 @@ from flm_jax.config import (
     require_choice,
     require_positive,
 )
-from flm_jax.mapping import Checked
+from flm_jax.data.chat_template import TemplateConfig
+from flm_jax.mapping import Checked, added
 
 OVERLONG = ("drop", "truncate")
-TEXT = "{text}"  # where a template puts a message's content
 
 
 @dataclasses.dataclass(frozen=True)
-class TemplateConfig(Checked):
-    """The text around the messages of each role; `{text}` stands where the content goes.
+class FieldsConfig(Checked):
+    """Names of the fields in rows of conversations; "": the usual names (`sft/formats.py`)."""
 
-    The vocabulary's end token follows every assistant message. The defaults are Tele-FLM's
-    published chat template. It is not published whether Tele-FLM was trained with that end token.
-    """
-
-    system: str = ""  # "": system messages are left out
-    user: str = "<_user>{text}"
-    assistant: str = "<_bot>{text}"
-    strip: bool = True  # strip white space around messages, except the assistant's
+    messages: str = ""  # the list of messages
+    role: str = ""  # of a message
+    content: str = ""  # of a message
+    question: str = ""  # in rows without messages
+    input: str = ""  # follows the question
+    answer: str = ""
+    system: str = ""
+    category: str = ""
+    id: str = ""
+    weight: str = ""  # in the loss, of a message or of the whole conversation
+    tools: str = ""  # definitions of tools
+    roles: tuple[str, ...] = ()  # other names of roles, as "agent=assistant"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for role in ("system", "user", "assistant"):
-            pattern = getattr(self, role)
-            leaves_out_system = role == "system" and not pattern
+        for text in self.roles:
+            _, _, role = text.partition("=")
             require(
-                pattern.count(TEXT) == 1 or leaves_out_system,
-                f"TemplateConfig.{role} is {pattern!r}; it must have {TEXT} once, where the "
-                "message goes",
+                role in ("system", "user", "assistant", "tool"),
+                f"FieldsConfig.roles has {text!r}; write NAME=ROLE, where ROLE is system, user, "
+                "assistant or tool",
             )
+
+
+USUAL_FIELDS = FieldsConfig()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,11 +62,13 @@ class SftConfig(Checked):
     base: str  # a run's folder, or a folder of Hugging Face files
     base_stage: str = ""  # name or index of the run's stage to fine-tune; "": the last
     name: str = "sft"  # of the new stage
-    paths: tuple[str, ...] = ()  # JSONL files or folders of conversations
+    paths: tuple[str, ...] = ()  # files or folders of conversations
+    fields: FieldsConfig = added(USUAL_FIELDS)  # names of the fields in these files
+    bad_rows: int = added(0)  # most rows that may be left out, and counted, because they are bad
     made: int = 0  # synthetic conversations per category, in addition to `paths`
     held_out: float = 0.05  # share of the conversations, chosen by hash, for the response loss
     overlong: str = "drop"  # conversations longer than the context: "drop" or "truncate"
-    template: TemplateConfig = TemplateConfig()
+    template: TemplateConfig = field(default_factory=TemplateConfig)
     data: DataConfig | None = None  # vocabulary and text to retain; None: the base run's
     sequence_length: int = 0  # tokens; 0: the data's
     batch_size: int = 8  # packed sequences in one optimizer step
@@ -92,6 +100,7 @@ class SftConfig(Checked):
             "SftConfig.paths is empty and made is 0; give conversations to train on",
         )
         require_choice(self, "overlong", OVERLONG)
+        require(self.bad_rows >= 0, f"SftConfig.bad_rows is {self.bad_rows}; it must be 0 or more")
         require(
             0 < self.held_out < 1,
             f"SftConfig.held_out is {self.held_out}; it must be between 0 and 1",

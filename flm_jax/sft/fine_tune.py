@@ -30,7 +30,7 @@ from flm_jax.config import (
     StageConfig,
     TransformerConfig,
 )
-from flm_jax.data.tokenizer import Tokenizer
+from flm_jax.data import chat_template, jinja_text
 from flm_jax.errors import UserError
 from flm_jax.inference.evaluation import Score, score
 from flm_jax.interop.opening import OpenedModel, open_model, open_stored_model
@@ -42,7 +42,7 @@ from flm_jax.runs.loop import run_stages
 from flm_jax.runs.stage import Batches, Parent, Position, Stage
 from flm_jax.runtime import host
 from flm_jax.sft import chats, synthetic
-from flm_jax.sft.chats import Sample
+from flm_jax.sft.chats import BadRows, Sample
 from flm_jax.sft.config import SftConfig
 from flm_jax.sft.packing import ChatBatches, Counts, encode_all, in_order
 from flm_jax.sft.template import Encoded
@@ -56,8 +56,8 @@ if TYPE_CHECKING:
 
 # Fields that do not affect the stage's results, or are in its identity in another form.
 _NOT_IDENTITY = (
-    "base", "base_stage", "paths", "made", "data", "optimizer", "eval", "checkpoint", "mesh",
-    "score_samples", "max_new_tokens", "quick_compile",
+    "base", "base_stage", "paths", "fields", "bad_rows", "made", "template", "data", "optimizer",
+    "eval", "checkpoint", "mesh", "score_samples", "max_new_tokens", "quick_compile",
 )  # fmt: skip
 
 
@@ -66,7 +66,7 @@ class Base:
     """The model to fine-tune, and its place in a lineage.
 
     Attributes:
-      model: on one device.
+      model: on one device, with the chat template of the fine-tuning.
       data: the vocabulary, and the text whose knowledge should be retained.
       stages: the entries of lineage.json up to the model's stage; empty for a model without a run.
     """
@@ -111,7 +111,10 @@ def open_base(config: SftConfig) -> Base:
         stored = open_stored_model(config.base, stage)
         settings = with_vocabulary(settings, stored)
         check_vocabulary(settings, stored)
-    return Base(model.with_data(settings), settings, stages)
+    template = chat_template.resolved(config.template, settings.vocabulary)
+    if template.jinja:
+        jinja_text.check(template.jinja)
+    return Base(model.with_data(settings).with_template(template), settings, stages)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +127,8 @@ class Conversations:
       held_out_samples: the held-out conversations as samples.
       counts: "train" and "held_out" -> what happened to the conversations.
       fingerprint: SHA-256 of all conversations.
-      start_id: the input token at the start of a conversation.
+      start_id: the input token at the start of a conversation that has none of its own.
+      bad: the rows that were left out, because they could not be used.
     """
 
     train: list[Encoded]
@@ -133,6 +137,7 @@ class Conversations:
     counts: dict[str, Counts]
     fingerprint: str
     start_id: int
+    bad: BadRows
 
     def batches(
         self, length: int, batch_size: int, index: int = 0, count: int = 1, *, seed: int
@@ -152,19 +157,25 @@ class Conversations:
 
 
 def conversations(
-    config: SftConfig, samples: Sequence[Sample], tokenizer: Tokenizer, length: int
+    config: SftConfig,
+    samples: Sequence[Sample],
+    model: OpenedModel,
+    length: int,
+    bad: BadRows | None = None,
 ) -> Conversations:
     """Splits and encodes conversations.
 
     Args:
-      config: gives the held-out share, the template, and what to do with long conversations.
+      config: gives the held-out share, and what to do with long conversations.
       samples: the conversations.
-      tokenizer: the model's.
+      model: gives tokenizer and template.
       length: the longest conversation, in tokens.
+      bad: counts the conversations that the template cannot write.
 
     Raises:
       UserError: nothing is left for training, or nothing is held out.
     """
+    bad = bad or BadRows(config.bad_rows)
     for_training, held_out = chats.split(samples, config.held_out)
     if not for_training:
         raise UserError(
@@ -172,7 +183,7 @@ def conversations(
             "give more"
         )
     encoded = [
-        encode_all(side, tokenizer, config.template, length, config.overlong)
+        encode_all(side, model.tokenizer, model.template, length, config.overlong, bad)
         for side in (for_training, held_out)
     ]
     return Conversations(
@@ -181,13 +192,19 @@ def conversations(
         held_out_samples=held_out,
         counts={"train": encoded[0][1], "held_out": encoded[1][1]},
         fingerprint=chats.fingerprint(samples),
-        start_id=tokenizer.start_id,
+        start_id=model.tokenizer.start_id,
+        bad=bad,
     )
 
 
-def samples_of(config: SftConfig) -> list[Sample]:
-    """Reads the conversations of the config's files and adds the synthetic ones."""
-    samples = chats.read(config.paths)
+def samples_of(config: SftConfig, bad: BadRows | None = None) -> list[Sample]:
+    """Reads the conversations of the config's files and adds the synthetic ones.
+
+    Args:
+      config: names files, their fields, and the number of synthetic conversations.
+      bad: counts malformed rows.
+    """
+    samples = chats.read(config.paths, config.fields, bad or BadRows(config.bad_rows))
     if config.made:
         samples += synthetic.make(config.seed, config.made)
     return samples
@@ -227,7 +244,7 @@ def experiment_of(config: SftConfig, base: Base, steps: int) -> ExperimentConfig
             kind="wsd",
             warmup_steps=config.warmup_steps,
             total_steps=steps,
-            decay_steps=max(steps - config.warmup_steps, 1),
+            decay_steps=max(steps - config.warmup_steps, 0),
             final_ratio=config.final_learning_rate / config.learning_rate,
         ),
         eval=config.eval,
@@ -282,8 +299,9 @@ def _identity(
     """Settings that affect the stage's results; they are compared on resume."""
     settings = mapping.to_dict(config)
     for name in _NOT_IDENTITY:
-        del settings[name]
+        settings.pop(name, None)  # new fields are omitted while they have their defaults
     settings |= {
+        "template": mapping.to_dict(base.model.template),
         "base": base.model.name,
         "base_params_digest": params_digest(base.model.params),
     }
@@ -298,11 +316,12 @@ def _start(
     batches: Callable[[int], Batches],
 ) -> Position:
     """Puts a copy of the base's parameters and a new optimizer state onto the layout."""
-    params = base.model.params
+    # A copy on the host, because training consumes it: on several devices, a `device_put` with
+    # `may_alias=False` does not copy the part that is already in its place.
+    params = jax.tree.map(np.array, base.model.params)
     state = TrainState(jnp.int32(base.steps), params, tx.init(params))
     placed = state_shardings(base.model.config, state, layout)
-    # A copy, because training consumes it.
-    state = jax.device_put(state, placed, may_alias=False)
+    state = jax.device_put(state, placed)
     return Position(state, batches(1).get_state(), 0.0)
 
 
@@ -377,7 +396,8 @@ def run(
     if config.quick_compile:
         host.compile_quickly()
     base = open_base(config)
-    samples = samples_of(config) if samples is None else samples
+    bad = BadRows(config.bad_rows)
+    samples = samples_of(config, bad) if samples is None else samples
     corpus = corpus or data.open_corpus(base.data)
     model = base.model.config
     if corpus.vocab_size > model.vocab_size:
@@ -386,7 +406,7 @@ def run(
             f"{base.data.vocabulary!r} has {corpus.vocab_size} tokens; set "
             "SftConfig.data.vocabulary to the base's own"
         )
-    talk = conversations(config, samples, base.model.tokenizer, sequence_length(config, base))
+    talk = conversations(config, samples, base.model, sequence_length(config, base), bad)
     layout = sharding.make_layout(config.mesh)
     stage = stage_of(config, base, corpus, talk, layout)
     chain.check(stage.experiment, [layout])

@@ -32,6 +32,7 @@ from typing import Any
 
 import numpy as np
 
+from flm_jax.data import json_text
 from flm_jax.errors import UserError
 from flm_jax.sft import scoring
 from flm_jax.sft.chats import Sample, to_row
@@ -171,7 +172,7 @@ def question_of(sample: Sample, answer_a: str, answer_b: str, exchanged: bool) -
 def _parse(out: str) -> dict[str, Any]:
     """The command's output as winner and scores, or {"failure": why}."""
     try:
-        value = json.loads(out)
+        value = json_text.parse(out)
         reply = {k: value[k] for k in ("winner", "score_a", "score_b") if k in value}
     except (ValueError, TypeError):
         return {"failure": f"wrote {out[:80]!r}, which is not a JSON object"}

@@ -37,8 +37,8 @@ class ResponseLoss:
     """Loss of all assistant messages of a sample, given the messages before them."""
 
     nats: float  # summed over tokens, including end tokens
-    tokens: int  # including end tokens
-    bytes: int  # UTF-8 bytes of the text
+    tokens: float  # including end tokens; each counts with its weight
+    bytes: float  # UTF-8 bytes of the text; each counts with its weight
 
 
 Losses = Callable[[Sequence[Sample]], Sequence[ResponseLoss]]
@@ -66,11 +66,11 @@ class Scored:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A mean over n samples and its 95% interval."""
+    """A mean over n samples and its 95% interval; None if there are no samples."""
 
-    value: float
-    low: float
-    high: float
+    value: float | None
+    low: float | None
+    high: float | None
     n: int
 
 
@@ -134,10 +134,11 @@ def parts(scored: Iterable[Scored], metric: str) -> tuple[np.ndarray, np.ndarray
 
     Args:
       scored: from `score`.
-      metric: "accuracy" (only samples with a check count), "bpb" or "loss".
+      metric: "accuracy" (only samples with a check count), "bpb" or "loss" (only samples with an
+        answer that says something count).
 
     Returns:
-      Numerators and denominators, float64 [samples].
+      Numerators and denominators, float64 [samples]; no denominator is 0.
     """
     if metric == "accuracy":
         pairs = [(float(s.right), 1.0) for s in scored if s.right is not None]
@@ -146,6 +147,7 @@ def parts(scored: Iterable[Scored], metric: str) -> tuple[np.ndarray, np.ndarray
     else:
         pairs = [(s.loss.nats, float(s.loss.tokens)) for s in scored]
     values = np.array(pairs, float).reshape(-1, 2)
+    values = values[values[:, 1] > 0]
     return values[:, 0], values[:, 1]
 
 
@@ -154,9 +156,11 @@ def ratio(above: np.ndarray, below: np.ndarray, seed: int = 0) -> Estimate:
 
     Args:
       above: numerators [samples].
-      below: denominators [samples].
+      below: denominators above 0 [samples].
       seed: of the bootstrap.
     """
+    if not len(above):
+        return Estimate(None, None, None, 0)
 
     def statistic(a: np.ndarray, b: np.ndarray, axis: int) -> np.ndarray:
         return np.asarray(a.sum(axis) / b.sum(axis))
@@ -207,7 +211,7 @@ def wilson(right: int, count: int) -> Estimate:
     return Estimate(right / count, float(interval.low), float(interval.high), count)
 
 
-def flat(scores: Scores) -> dict[str, dict[str, float]]:
+def flat(scores: Scores) -> dict[str, dict[str, float | None]]:
     """Flattens estimates into numbers: metric, metric_low, metric_high and metric_n.
 
     >>> flat({"lists": {"loss": Estimate(2.0, 1.5, 2.5, 9)}})

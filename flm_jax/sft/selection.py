@@ -242,11 +242,13 @@ def _length(remaining: Remaining, config: SelectionConfig) -> Reasons:
     """Drops conversations without an answer, with too short answers, or too long altogether."""
     reasons = {}
     for row, sample in remaining.items():
-        answers = [m.content for m in sample.messages if m.role == "assistant"]
+        answers = [m.content for m in sample.answers]
         answered = sum(len(a.strip().encode()) for a in answers)
         total = sum(len(m.content.encode()) for m in sample.messages)
         if not answers:
             reasons[row] = "no assistant turn"
+        elif sample.weight == 0 or all(m.weight == 0 for m in sample.answers):
+            reasons[row] = "all answers have weight 0"
         elif answered < config.min_bytes:
             reasons[row] = f"answers of {answered} bytes, fewer than {config.min_bytes}"
         elif total > config.max_bytes:
@@ -398,7 +400,7 @@ def _quality(
 
 def _per_token(losses: Iterable[ResponseLoss]) -> np.ndarray:
     """Returns nats per token, float64 [samples]."""
-    return np.array([loss.nats / max(loss.tokens, 1) for loss in losses])
+    return np.array([loss.nats / (loss.tokens or 1) for loss in losses])
 
 
 def _not_chosen(

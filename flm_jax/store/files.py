@@ -9,6 +9,7 @@ import pathlib
 import shutil
 from typing import Any
 
+from flm_jax.data import json_text
 from flm_jax.runtime import processes
 
 
@@ -24,8 +25,13 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes a value as JSON, atomically."""
+    """Writes a value of a run as JSON, atomically; it is read back exactly."""
     write_atomically(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_result(path: pathlib.Path, value: Any) -> None:
+    """Writes what a command measured as JSON, atomically; NaN and infinity become null."""
+    write_atomically(path, json_text.dump(value, indent=1) + "\n")
 
 
 def link(source: str, target: str) -> None:
@@ -52,10 +58,10 @@ class MetricsFile:
         if not self.path.exists():
             return []
         rows = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        for line in self.path.read_text(encoding="utf-8").split("\n"):
             try:
                 rows.append(json.loads(line))
-            except json.JSONDecodeError:
+            except json.JSONDecodeError:  # the end, or a line that was not written whole
                 break
         return [row for row in rows if kind is None or row["kind"] == kind]
 

@@ -17,10 +17,13 @@ from typing import Any
 from flm_jax import config as config_lib
 from flm_jax import mapping
 from flm_jax.config import ExperimentConfig
+from flm_jax.data.chat_template import TemplateConfig
 from flm_jax.errors import UserError
 from flm_jax.store.files import MetricsFile, link, write_atomically, write_json
 
 VERSION = 1
+# A stage's settings that may change on resume: they change only the order of a sum.
+_MAY_CHANGE = ("accumulate",)
 
 
 class StageFolder:
@@ -71,19 +74,50 @@ class StageFolder:
 
         Raises UserError if config.json is not the config of a stage.
         """
-        try:
-            saved = json.loads(self.config.read_text(encoding="utf-8"))
-            stage = saved["stage"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{self.config}: not the config of a stage; restore the file") from None
+        saved = self._saved()
         # Fine-tuning adds fields of its own, and so does the data (its fingerprint).
         fields = {field.name for field in dataclasses.fields(ExperimentConfig)}
         shared = {name: value for name, value in saved.items() if name in fields}
-        return config_lib.experiment({**shared, "stages": [stage]})
+        return config_lib.experiment({**shared, "stages": [saved["stage"]]})
+
+    def _saved(self) -> dict[str, Any]:
+        try:
+            saved: dict[str, Any] = json.loads(self.config.read_text(encoding="utf-8"))
+            saved["stage"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{self.config}: not the config of a stage; restore the file") from None
+        return saved
+
+    def template(self) -> TemplateConfig | None:
+        """Returns the chat template of the latest fine-tuning up to this stage; None without one.
+
+        A chain that starts from the weights of a run has the template of that run.
+
+        Raises UserError if a config.json is not the config of a stage.
+        """
+        for index in range(self.index, -1, -1):
+            for file in self.path.parent.glob(f"{index}-*/config.json"):
+                saved = StageFolder(self.run, index, file.parent.name.partition("-")[2])._saved()
+                if "sft" in saved:
+                    return mapping.from_mapping(TemplateConfig, saved["sft"]["template"])
+                if source := saved["stage"].get("source"):
+                    return _template_of(pathlib.Path(source).expanduser())
+        return None
 
     def start(self) -> int:
         """Returns the global step at which this stage starts."""
         return sum(s["steps"] for s in self.run.stages() if s["index"] < self.index)
+
+
+def _template_of(source: pathlib.Path) -> TemplateConfig | None:
+    """The chat template of a chain's source; None if it is no run, or no longer there."""
+    run = RunFolder(source)
+    if run.lineage.exists():
+        entry = run.finished_stage()
+        return run.stage(entry["index"], entry["name"]).template()
+    if source.parent.name == "checkpoints" and source.is_dir():
+        return StageFolder.of_checkpoint(source).template()
+    return None
 
 
 class RunFolder:
@@ -127,19 +161,26 @@ class RunFolder:
                 argument="workdir",
             )
 
-    def check_stage(self, folder: StageFolder, identity: Mapping[str, Any]) -> None:
+    def check_stage(self, folder: StageFolder, identity: Mapping[str, Any]) -> list[str]:
         """Checks that a stage was started with the same settings, if it was started.
+
+        `accumulate` may differ: the sums of a step are then added in another order.
 
         Args:
           folder: the stage's folder.
           identity: the settings that affect the stage's results; see `lineage.identity`.
 
+        Returns:
+          The allowed differences.
+
         Raises:
           UserError: the saved config differs; the error names the first difference.
         """
         if not folder.config.exists():
-            return
-        differences = mapping.differences(json.loads(folder.config.read_text()), dict(identity))
+            return []
+        found = mapping.differences(json.loads(folder.config.read_text()), dict(identity))
+        allowed = tuple(f"config.stage.{name}: " for name in _MAY_CHANGE)
+        differences = [line for line in found if not line.startswith(allowed)]
         if differences:
             more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""
             raise UserError(
@@ -147,10 +188,17 @@ class RunFolder:
                 "restore the value, or give another workdir",
                 argument="workdir",
             )
+        return found
 
     def begin_stage(self, folder: StageFolder, identity: Mapping[str, Any]) -> None:
-        """Writes config.json after `check_stage`, with its arguments and errors."""
-        self.check_stage(folder, identity)
+        """Writes config.json after `check_stage`, with its arguments and errors.
+
+        A setting that changes on resume is recorded in metrics.jsonl, in a row of the kind
+        "changed" at the step of the latest checkpoint.
+        """
+        if changes := self.check_stage(folder, identity):
+            done = [int(path.name) for path in folder.checkpoints.glob("*") if path.name.isdigit()]
+            folder.metrics.append("changed", max(done, default=folder.start()), settings=changes)
         write_json(folder.config, identity)
 
     def stages(self) -> list[dict[str, Any]]:

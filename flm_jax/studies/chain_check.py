@@ -33,6 +33,7 @@ from flm_jax.config import (
 )
 from flm_jax.errors import UserError
 from flm_jax.growth import Plan
+from flm_jax.growth.operators import choose
 from flm_jax.mapping import Checked
 from flm_jax.params import axes, mup, sharding, trees
 from flm_jax.params.sharding import Layout
@@ -431,7 +432,7 @@ class _Run:
     def _count(self, g: ChainGrowth, maps: oracle.Growth) -> None:
         self.counts.growths += 1
         self.counts.exact += maps.exact
-        self.counts.operators.update(set(g.operators.values()))
+        self.counts.operators.update({o.name for o in choose(g.recipe).values()})
 
     def _check_function(self, number: int, maps: oracle.Growth, grown: oracle.State) -> None:
         """Logits, and gradients unless there is noise, with masks at 0."""

@@ -14,7 +14,7 @@ import numpy as np
 
 from flm_jax import data, growth
 from flm_jax.config import OptimizerConfig, RopeConfig, StageConfig, TransformerConfig
-from flm_jax.growth import Plan, ligo, measure
+from flm_jax.growth import Plan, layer_maps, ligo, measure
 from flm_jax.growth.operators import EXACT, OPERATORS, choose
 from flm_jax.growth.receipt import gradient_error
 from flm_jax.interop import opening
@@ -145,6 +145,8 @@ def target_of(small: TransformerConfig, recipe: str) -> TransformerConfig:
             return size
         name, half = chosen[axis].name, math.ceil(size / 2)
         if axis == "layers":
+            if name == "ranges":
+                return len(layer_maps.listed(chosen[axis].argument))
             return 2 * size if name in ("stack", "interpose") else 2 * size + 1
         if name in ("tile", "uneven", "repeat"):
             return 2 * size
@@ -283,12 +285,27 @@ def _exactness(plan: Plan, params: Any, grown: Any, batch: Batch, dtype: str) ->
     return change
 
 
-# Rows of the table (name, recipe, options): every operator on all its axes, and some combinations.
-ALL: tuple[tuple[str, str, dict[str, Any]], ...] = (
-    *((name, name, {}) for name in OPERATORS),
-    ("net2net, hidden tiled", "net2net,embed=tile", {}),
-    ("tile, dual moments, noise", "tile", {"moments": "dual", "noise_db": 10.0}),
-    ("tile, carried rates", "tile", {"rates": "carry"}),
-    ("zero_pad, identity", "zero_pad,identity", {}),
-    ("tile_pad, uneven, identity", "tile_pad,uneven,identity", {}),
-)
+def recipe_of(name: str, layers: int) -> str:
+    """An operator as a recipe; if it takes an argument, with one that fits the model.
+
+    >>> recipe_of("tile", 4), recipe_of("ranges", 4)
+    ('tile', 'ranges(0-3,2-3)')
+    """
+    last = layers - 1
+    return f"ranges(0-{last},{layers // 2}-{last})" if name == "ranges" else name
+
+
+def rows(layers: int) -> tuple[tuple[str, str, dict[str, Any]], ...]:
+    """The table's rows (name, recipe, options): every operator on all its axes, some combinations.
+
+    Args:
+      layers: number of layers of the source.
+    """
+    return (
+        *((name, recipe_of(name, layers), {}) for name in OPERATORS),
+        ("net2net, hidden tiled", "net2net,embed=tile", {}),
+        ("tile, dual moments, noise", "tile", {"moments": "dual", "noise_db": 10.0}),
+        ("tile, carried rates", "tile", {"rates": "carry"}),
+        ("zero_pad, identity", "zero_pad,identity", {}),
+        ("tile_pad, uneven, identity", "tile_pad,uneven,identity", {}),
+    )

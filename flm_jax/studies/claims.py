@@ -18,7 +18,7 @@ import numpy as np
 from scipy import stats
 
 from flm_jax.runtime.figures import ACCENT, GUIDE, LINE, clean, plt, save
-from flm_jax.store.files import write_atomically, write_json
+from flm_jax.store.files import write_atomically, write_result
 from flm_jax.studies.less_is_more import BUDGETS, LessIsMoreConfig, MixConfig
 
 Row = dict[str, Any]
@@ -135,8 +135,9 @@ def value(row: Row, categories: Iterable[str], metric: str) -> float:
     Returns:
       The mean; nan if no category has the metric.
     """
-    values = [row["scores"][c][metric] for c in categories if metric in row["scores"][c]]
-    return statistics.fmean(values) if values else math.nan
+    values = [row["scores"][c].get(metric) for c in categories]
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else math.nan
 
 
 def decide(claim: Claim, rows: Rows) -> Verdict | None:
@@ -232,7 +233,7 @@ def write(config: LessIsMoreConfig, results: Sequence[Row], workdir: str) -> lis
     verdicts = [v for v in decided if v]
     _sizes_figure(config, rows, groups(config, categories), folder / "less_is_more_sizes.png")
     _mixes_figure(config, rows, categories, folder / "less_is_more_mixes.png")
-    write_json(
+    write_result(
         folder / "less_is_more.json", {"rows": list(results), "verdicts": verdict_rows(verdicts)}
     )
     write_atomically(folder / "less_is_more.md", _markdown(config, rows, categories, verdicts))
@@ -348,7 +349,7 @@ def _mixes_figure(
     width = 0.8 / len(config.mixes)
     colors = plt.get_cmap("viridis")
     for panel, metric in zip(panels, ("loss", "accuracy"), strict=True):
-        shown = [c for c in categories if metric in rows.base["scores"][c]]
+        shown = [c for c in categories if rows.base["scores"][c].get(metric) is not None]
         for n, mix in enumerate(config.mixes):
             setting = (config.sizes[-1], "chosen", mix.name, "steps")
             by_seed = rows.arms.get(setting, {}).values()

@@ -296,7 +296,8 @@ class Bench:
     def chat_model(self, model: OpenedModel) -> ChatModel:
         """Wraps a model with the study's chat template."""
         settings = self.config.sft
-        return ChatModel(model, settings.template, settings.max_new_tokens, batch_size=64)
+        model = model.with_template(self.base.model.template)
+        return ChatModel(model, settings.max_new_tokens, batch_size=64)
 
     def score(self, model: ChatModel) -> dict[str, Any]:
         """Scores a model on the held-out conversations."""

@@ -20,7 +20,7 @@ from flm_jax.params import counts
 from flm_jax.runs import chain
 from flm_jax.runs.stage import plan_of
 from flm_jax.runtime.figures import GUIDE, clean, plt, save
-from flm_jax.store.files import write_atomically, write_json
+from flm_jax.store.files import write_atomically, write_result
 from flm_jax.store.lineage import RunFolder
 from flm_jax.studies.config import ArmConfig, ProbeConfig
 
@@ -194,7 +194,7 @@ def write_report(arms: Sequence[dict[str, Any]], workdir: str) -> pathlib.Path:
     folder = pathlib.Path(workdir) / "report"
     folder.mkdir(parents=True, exist_ok=True)
     _probe_curves(arms, folder / "probe.png")
-    write_json(folder / "probe.json", arms)
+    write_result(folder / "probe.json", arms)
     path = folder / "probe.md"
     seeds = len(arms[0]["bpb_end"])
     write_atomically(

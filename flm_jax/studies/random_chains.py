@@ -133,7 +133,8 @@ def _operators(
         target = _target(rng, name, axis, sizes, even=even)
         if target is None or axis in targets:
             return
-        operators[axis], targets[axis] = name, target
+        operators[axis] = _ranges(rng, sizes[axis], target) if name == "ranges" else name
+        targets[axis] = target
         if name == "repeat":  # the same queries, for more key/value heads
             operators.pop("q_per_kv", None)
             targets["q_per_kv"] = sizes["q_per_kv"] * sizes["kv_heads"] // target
@@ -174,6 +175,16 @@ def _target(
         choices = [size + n for n in range(step, max(size, 2) + 2, step)]
     choices = [c for c in choices if c - size <= room]
     return int(rng.choice(choices)) if choices else None
+
+
+def _ranges(rng: np.random.Generator, size: int, target: int) -> str:
+    """Operator `ranges` with overlapping ranges of all layers, in any order."""
+    whole, rest = divmod(target - size, size)
+    cut = int(rng.integers(max(rest, 1), size + 1))
+    pieces = [(0, size)] * whole + [(0, cut), (cut - rest, size)]
+    shuffled = [pieces[n] for n in rng.permutation(len(pieces))]
+    text = ",".join(f"{first}-{end - 1}" for first, end in shuffled if first < end)
+    return f"ranges({text})"
 
 
 def _with_meshes(

@@ -123,7 +123,8 @@ def measure_step(config: ExperimentConfig, index: int, steps: int) -> dict[str, 
         placed = state_shardings(stage.model, abstract_state(stage.model, tx), Layout(mesh, rules))
         state = jax.jit(lambda: init_state(stage.model, tx, key), out_shardings=placed)()
         batch = _batch(stage, length, mesh)
-        step = make_train_step(stage, tx, mesh, plan.masks if plan else None, rules)
+        masks_at, added = (plan.masks, growth.added_slots(plan)) if plan else (None, None)
+        step = make_train_step(stage, tx, mesh, masks_at, rules, added=added)
         variants = [_compile(step, state, batch, extra) for extra in ((), (jnp.float32(0.5),))]
         peak = matmul_peak(stage.model.dtype)
         for repeat in range(steps + 1):  # the first is a warm-up

@@ -21,6 +21,8 @@ from flm_jax.params import axes, mup, trees
 from flm_jax.params.axes import ModelSpec, Param, Role
 from flm_jax.params.dtypes import wide
 from flm_jax.train.schedules import Schedule
+from flm_jax.train.slots import combined
+from flm_jax.train.trained import Trained, at_trained_rate, clip_by_trained_norm
 
 
 class SlotAdamState(NamedTuple):
@@ -65,23 +67,6 @@ def _map(table: axes.Table, function: Callable[..., Any], *nested: Any) -> Any:
     return trees.unflatten(
         {path: function(path, p, *(f[path] for f in flat)) for path, p in table.items()}
     )
-
-
-def _combined(
-    spec: ModelSpec,
-    param: Param,
-    vectors: dict[str, jax.Array],
-    combine: Callable[[jax.Array, jax.Array], jax.Array],
-    applies: Callable[[Param, str, Role], bool] = lambda param, axis, role: True,
-) -> jax.Array:
-    """Combines per-slot vectors by broadcasting, over the slots that `applies` picks."""
-    parts = []
-    for kind, dims in param.slots.items():
-        if applies(param, param.axes[dims[0]], param.roles[dims[0]]):
-            shape = [spec.sizes[a] if d in dims else 1 for d, a in enumerate(param.axes)]
-            parts.append(vectors[kind].reshape(shape))
-    one = jnp.ones((1,) * len(param.axes), jax.tree.leaves(vectors)[0].dtype)
-    return functools.reduce(combine, parts) if parts else one
 
 
 def _shares_out(param: Param, axis: str, role: Role) -> bool:
@@ -152,29 +137,29 @@ def scale_by_slot_adam(
         mu = jax.tree.map(lambda g, m: b1 * m + (1 - b1) * g, grads, state.mu)
         nu = jax.tree.map(lambda g, v: b2 * v + (1 - b2) * jnp.square(g), grads, state.nu)
         column = {path: n for n, path in enumerate(table)}
-        combined = functools.partial(_combined, spec)
+        entries = functools.partial(combined, spec)
 
         def multiplier(
             path: str, param: Param, scale: jax.Array, applies: Callable[[Param, str, Role], bool]
         ) -> jax.Array:
             """The multiplier in force on each entry: of the growth that created its newest slot."""
-            created = combined(param, state.created, jnp.maximum)
+            created = entries(param, state.created, jnp.maximum)
             factor = None
             for row in range(len(scale)):
                 in_row = {kind: x[row] for kind, x in share.items()}
-                here = scale[row, column[path]] * combined(param, in_row, jnp.multiply, applies)
+                here = scale[row, column[path]] * entries(param, in_row, jnp.multiply, applies)
                 factor = here if factor is None else jnp.where(created >= row, here, factor)
             assert factor is not None
             return factor
 
         def direction(path: str, param: Param, m: jax.Array, v: jax.Array) -> jax.Array:
             # The youngest slot has the largest beta^age.
-            m_hat = m / (1 - combined(param, decay1, jnp.maximum).astype(m.dtype))
-            v_hat = v / (1 - combined(param, decay2, jnp.maximum).astype(v.dtype))
+            m_hat = m / (1 - entries(param, decay1, jnp.maximum).astype(m.dtype))
+            v_hat = v / (1 - entries(param, decay2, jnp.maximum).astype(v.dtype))
             scale = multiplier(path, param, step_scale, _shares_out)
             eps_here = eps * spec.scale(path).eps * multiplier(path, param, eps_scale, _is_copied)
             if growth and boosted:
-                progress = combined(param, boosted, jnp.maximum)
+                progress = entries(param, boosted, jnp.maximum)
                 scale = scale * (1 + (growth.added_rate - 1) * progress)
             return scale.astype(m.dtype) * m_hat / (jnp.sqrt(v_hat) + eps_here)
 
@@ -238,25 +223,31 @@ def since_growth(stage: StageConfig, grown_at: int) -> SinceGrowth:
 
 def optimizer(
     stage: StageConfig, settings: OptimizerConfig, shape: Schedule, grown_at: int | None = None
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """AdamW in µP groups: clipping by global norm, slot-aged Adam, decay, learning rate.
 
     Args:
-      stage: gives the model, the peak learning rates, and the rate of added slots.
+      stage: gives the model, the peak learning rates, the rate of added slots, and what trains.
       settings: Adam's betas and eps, weight decay, and the norm to clip at.
       shape: factor on the learning rate, by global step.
       grown_at: global step of the stage's growth; None: it did not grow.
 
+    Returns:
+      The optimizer. With a `growth.old_rate` other than 1, its update takes the slots that the
+      growth added: `update(grads, state, params, added=growth.added_slots(plan))`.
+
     Raises:
-      UserError: `stage` or `settings` is of the wrong type.
+      UserError: `stage` or `settings` is of the wrong type, or `train_paths` has a pattern without
+        a parameter.
     """
     require_type(stage, StageConfig, "optimizer: stage")
     require_type(settings, OptimizerConfig, "optimizer: settings")
-    spec = mup.spec(stage.model)
+    spec, trained = mup.spec(stage.model), Trained.of(stage)
     growth = None if grown_at is None else since_growth(stage, grown_at)
+    rate = scale_by_mup_learning_rate(spec, stage.learning_rate, stage.matrix_learning_rate, shape)
     return optax.chain(
-        optax.clip_by_global_norm(settings.clip_norm),
+        clip_by_trained_norm(settings.clip_norm, trained),
         scale_by_slot_adam(spec, settings.b1, settings.b2, settings.eps, growth),
         add_mup_decay(settings.weight_decay, spec),
-        scale_by_mup_learning_rate(spec, stage.learning_rate, stage.matrix_learning_rate, shape),
+        at_trained_rate(rate, trained),
     )

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from flm_jax.config import ScheduleConfig
+from flm_jax.errors import UserError
 
 Schedule = Callable[[jax.Array], jax.Array]
 
@@ -28,16 +29,31 @@ def schedule_shape(schedule: ScheduleConfig, total_steps: int) -> Schedule:
 
     Returns:
       Global step -> float32 factor in [0, 1].
+
+    Raises:
+      UserError: its parts are longer than the whole: it would never reach its peak or its end.
+        The default warm-up alone may be longer.
     """
     total = schedule.total_steps or total_steps
     warmup = schedule.warmup_steps
+    decay = schedule.decay_steps if schedule.kind == "wsd" else 0
+    # Short chains, also those of earlier versions, may leave the default warm-up as it is.
+    chosen = decay or warmup != ScheduleConfig.warmup_steps
+    if total and chosen and warmup + decay > total:
+        parts = f"ScheduleConfig.warmup_steps is {warmup}"
+        if decay:
+            parts += f" and decay_steps {decay}, together {warmup + decay}"
+        raise UserError(
+            f"{parts}, more than the {total} steps of the schedule; make them shorter, or train "
+            "longer"
+        )
     warm = optax.linear_schedule(0.0, 1.0, max(warmup, 1))
     if schedule.kind == "cosine":
         after = optax.cosine_decay_schedule(1.0, max(total - warmup, 1), schedule.final_ratio)
     elif schedule.kind == "wsd":
-        stable = max(total - warmup - schedule.decay_steps, 0)
+        stable = max(total - warmup - decay, 0)
         after = optax.linear_schedule(
-            1.0, schedule.final_ratio, max(schedule.decay_steps, 1), transition_begin=stable
+            1.0, schedule.final_ratio, max(decay, 1), transition_begin=stable
         )
     else:
         after = optax.constant_schedule(1.0)

@@ -16,6 +16,7 @@ from flm_jax.config import RulesConfig, StageConfig, TransformerConfig, require_
 from flm_jax.models import Transformer
 from flm_jax.params import axes, sharding
 from flm_jax.params.sharding import Layout
+from flm_jax.train.trained import AddedSlots, Trained
 
 
 def cross_entropy(
@@ -163,6 +164,7 @@ def make_train_step(
     masks_at: MasksAt | None = None,
     rules: RulesConfig = sharding.RULES,
     measure: Callable[[Any], dict[str, Any]] | None = None,
+    added: AddedSlots | None = None,
 ) -> TrainStep:
     """Makes the jitted `step(state, batch, mask_value=None) -> (state, metrics)`.
 
@@ -176,23 +178,28 @@ def make_train_step(
       masks_at: run-time masks by axis, for a mask value; None: there are none.
       rules: how the state is split over the mesh.
       measure: computes further metrics from the step's updates (nested dicts like the parameters).
+      added: the slots that the stage's growth added (`growth.added_slots`); needed if the stage has
+        a `growth.old_rate`.
 
     Returns:
-      The step. Metrics: loss (nats per token), grad_norm, tokens, and those of `measure`.
+      The step. Metrics: loss (nats per token), grad_norm (of the entries that train), tokens, and
+      those of `measure`.
 
     Raises:
-      UserError: `stage` is of the wrong type.
+      UserError: `stage` is of the wrong type, or `added` does not fit it.
     """
     require_type(stage, StageConfig, "make_train_step: stage")
+    trained, update = Trained.of(stage), optax.with_extra_args_support(tx).update
+    trained.check(added)
 
     def step(
         state: TrainState, batch: Batch, mask_value: jax.Array | None = None
     ) -> tuple[TrainState, dict[str, Any]]:
         masks = None if mask_value is None or masks_at is None else masks_at(mask_value)
         loss, grads, tokens = gradients(state.params, batch, stage.model, masks, stage.accumulate)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        updates, opt_state = update(grads, state.opt_state, state.params, added=added)
         params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "tokens": tokens}
+        metrics = {"loss": loss, "grad_norm": trained.norm(grads, added), "tokens": tokens}
         if measure is not None:
             metrics |= measure(updates)
         return TrainState(state.step + 1, params, opt_state), metrics

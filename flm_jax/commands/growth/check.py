@@ -83,7 +83,7 @@ def main(call: Call[Flags]) -> dict[str, Any]:
         (call.flags.operator, call.flags.operator, chosen),
     )
     if call.flags.operator == "all":
-        cases = check_operators.ALL
+        cases = check_operators.rows(source.stage.model.num_layers)
     for _, recipe, _ in cases:
         operators.choose(recipe)  # a wrong name is refused before anything is computed
     console = rich.console.Console(stderr=True)

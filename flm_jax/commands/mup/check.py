@@ -18,7 +18,7 @@ import rich.table
 
 from flm_jax.commands import config_files
 from flm_jax.commands.command import Call, Command, NoFlags
-from flm_jax.store.files import write_json
+from flm_jax.store.files import write_result
 from flm_jax.studies import mup, mup_figures, study
 from flm_jax.studies.config import MupStudyConfig
 
@@ -29,7 +29,7 @@ def main(call: Call[NoFlags]) -> dict[str, Any]:
     console = rich.console.Console(stderr=True)
     trials = study.Study(settings.experiment, folder / "trials.jsonl")
     coordinates = mup.check_coordinates(trials, settings, console.print)
-    write_json(folder / "report" / "coordinates.json", coordinates)
+    write_result(folder / "report" / "coordinates.json", coordinates)
     path = folder / "report" / "coordinates.png"
     mup_figures.draw_coordinates(coordinates, settings.axis, path)
     table = rich.table.Table(f"slope against {settings.axis} of", *coordinates)

@@ -16,7 +16,7 @@ import rich.table
 
 from flm_jax.commands import config_files
 from flm_jax.commands.command import Call, Command, NoFlags
-from flm_jax.store.files import write_json
+from flm_jax.store.files import write_result
 from flm_jax.studies import mup, mup_figures, study
 from flm_jax.studies.config import MupStudyConfig
 
@@ -26,7 +26,7 @@ def main(call: Call[NoFlags]) -> dict[str, Any]:
     folder = pathlib.Path(call.workdir)
     trials = study.Study(settings.experiment, folder / "trials.jsonl")
     updates = mup.through_growth(trials, settings, rich.console.Console(stderr=True).print)
-    write_json(folder / "report" / "mup_growth.json", updates)
+    write_result(folder / "report" / "mup_growth.json", updates)
     path = folder / "report" / "mup_growth.png"
     mup_figures.draw_growth(updates, path)
     roles = list(next(iter(updates["arms"].values()))["ratios"])

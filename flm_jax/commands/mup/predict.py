@@ -23,7 +23,7 @@ from flm_jax.commands import config_files
 from flm_jax.commands.command import Call, Command, flag
 from flm_jax.errors import UserError
 from flm_jax.params import counts
-from flm_jax.store.files import write_json
+from flm_jax.store.files import write_result
 from flm_jax.studies import predict, study
 from flm_jax.studies.config import MupStudyConfig
 
@@ -117,11 +117,11 @@ def _from_family(call: Call[Flags]) -> dict[str, Any]:
     law, values = predict.fit(x, losses), predict.predictions(x, losses, [wide])
     result = {**dataclasses.asdict(law), "points": narrow, "predictions": values}
     # Written before the predicted model is trained.
-    write_json(folder / "report" / "prediction.json", result)
+    write_result(folder / "report" / "prediction.json", result)
     console.print(f"predicted at {wide:,.0f} parameters: {values[0]['predicted']:.4f}")
     _, measured = trained(len(settings.family) - 1)
     result |= {"measured": measured, "error": values[0]["predicted"] - measured}
-    write_json(folder / "report" / "prediction.json", result)
+    write_result(folder / "report" / "prediction.json", result)
     path = folder / "report" / "prediction.png"
     predict.draw(x, losses, law, values, [measured], path)
     return {**result, "figure": str(path)}

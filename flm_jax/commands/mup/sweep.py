@@ -17,7 +17,7 @@ import rich.table
 
 from flm_jax.commands import config_files
 from flm_jax.commands.command import Call, Command, NoFlags
-from flm_jax.store.files import write_json
+from flm_jax.store.files import write_result
 from flm_jax.studies import mup, mup_figures, study
 from flm_jax.studies.config import MupStudyConfig
 
@@ -29,7 +29,7 @@ def main(call: Call[NoFlags]) -> dict[str, Any]:
     trials = study.Study(settings.experiment, folder / "trials.jsonl")
     rows = mup.sweep(trials, settings, lambda text: console.print(text, highlight=False))
     summary = mup.summarise_sweep(rows, settings.axis)
-    write_json(folder / "report" / "sweep.json", summary)
+    write_result(folder / "report" / "sweep.json", summary)
     path = folder / "report" / "sweep.png"
     mup_figures.draw_sweep(summary, settings.axis, path)
     best_at = f"best value at each {settings.axis}"

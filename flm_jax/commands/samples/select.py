@@ -20,19 +20,21 @@ from typing import Any
 import rich.markdown
 
 from flm_jax import mapping
+from flm_jax.commands.chat_flags import ChatFlags
 from flm_jax.commands.command import Call, Command, flag
 from flm_jax.errors import UserError
 from flm_jax.sft import chats, selection
 from flm_jax.sft.chat_model import open_chat_model
-from flm_jax.store.files import write_atomically, write_json
+from flm_jax.sft.chats import BadRows
+from flm_jax.store.files import write_atomically, write_result
 
 
 @dataclasses.dataclass(frozen=True)
-class _OwnFlags:
+class _OwnFlags(ChatFlags):
     """The command's own flags."""
 
     pool: tuple[str, ...] = flag(
-        (), "JSONL file or folder of samples; repeatable.", required="give --pool=FILE.jsonl"
+        (), "File or folder of conversations; repeatable.", required="give --pool=FILE.jsonl"
     )
     output: str = flag("", "JSONL file to write.", required="give --output=FILE.jsonl")
     evaluation: tuple[str, ...] = flag((), "Samples that must not be trained on; repeatable.")
@@ -78,10 +80,12 @@ def main(call: Call[Flags]) -> dict[str, Any]:
     config = mapping.from_mapping(
         selection.SelectionConfig, {**values, "quotas": quotas, "scripts": flags.scripts}
     )
-    samples = chats.read(flags.pool)
-    evaluation = chats.read(flags.evaluation)
+    bad = BadRows(flags.bad_rows)
+    samples = flags.read(flags.pool, bad)
+    evaluation = flags.read(flags.evaluation, bad)
     console = call.console()
     model: dict[str, Any] = {}
+    judge = None
     if flags.checkpoint:
         judge, _ = open_chat_model(flags.checkpoint, flags.vocabulary or "")
         model = {
@@ -90,13 +94,20 @@ def main(call: Call[Flags]) -> dict[str, Any]:
             "embed": judge.embeddings,
         }
     chosen = selection.select(samples, config, evaluation, **model)
-    report = {**chosen.report, "judge": flags.checkpoint}
+    left_out = judge.left_out(samples) if judge else {}
+    report = {
+        **chosen.report, "judge": flags.checkpoint, "bad_rows": bad.reasons, "left_out": left_out,
+    }  # fmt: skip
     path = pathlib.Path(flags.output)
     chats.write_jsonl(path, chosen.chosen)
-    write_json(path.with_name(path.name + ".report.json"), report)
+    write_result(path.with_name(path.name + ".report.json"), report)
     page = selection.markdown(report)
     write_atomically(path.with_name(path.name + ".report.md"), page)
     console.print(rich.markdown.Markdown(page))
+    if bad.reasons:
+        console.print(str(bad))
+    for what, count in left_out.items():
+        console.print(f"{count} {what} left out by the template of {flags.checkpoint}")
     return {**report, "output": str(path)}
 
 

@@ -1,0 +1,113 @@
+"""JSON that comes from users, and JSON that goes to them.
+
+Reading turns every fault of a text into one ValueError. Writing gives JSON that every reader takes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, BinaryIO
+
+from flm_jax.errors import UserError
+
+_BOM = b"\xef\xbb\xbf"
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+def parse(text: str | bytes) -> Any:
+    """Parses one JSON value.
+
+    Args:
+      text: the value; bytes are UTF-8, with or without a byte order mark.
+
+    Raises:
+      ValueError: it is not JSON, not UTF-8, nested too deeply, or holds half of a surrogate pair,
+        which no encoding can write (a text that was cut at a UTF-16 unit).
+
+    >>> parse('{"a": ["one", 2]}')
+    {'a': ['one', 2]}
+    """
+    data = check_text(text).encode("utf-8") if isinstance(text, str) else text
+    try:
+        value = json.loads(data.removeprefix(_BOM).decode("utf-8"))
+        if _SURROGATE.search(data):
+            check_text(json.dumps(value, ensure_ascii=False))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    return value
+
+
+def check_text(text: str) -> str:
+    """Returns the text. Raises ValueError if it holds half of a surrogate pair.
+
+    >>> check_text("cut \\ud83d")
+    Traceback (most recent call last):
+        ...
+    ValueError: it holds half of a surrogate pair, U+D83D, which is no character
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = ord(text[error.start])
+        raise ValueError(
+            f"it holds half of a surrogate pair, U+{half:04X}, which is no character"
+        ) from None
+    return text
+
+
+def rows(path: pathlib.Path, advice: str) -> Iterator[tuple[int, Any]]:
+    """Reads a JSONL file: one value per line. Only a line feed ends a line.
+
+    Args:
+      path: the file; a byte order mark and empty lines are skipped.
+      advice: what to do about a line that cannot be read, for the error.
+
+    Returns:
+      Line numbers, from 1, and values.
+
+    Raises:
+      UserError: a line is not JSON; the error names file and line.
+    """
+    with path.open("rb") as file:
+        for number, line in lines(file):
+            try:
+                value = parse(line)
+            except ValueError as error:
+                if line.startswith(b"["):
+                    raise UserError(
+                        f"{path}, line {number}: a JSON array over several lines begins here, and "
+                        f"one object per line (JSONL) is read; {advice}"
+                    ) from error
+                raise UserError(f"{path}, line {number}: {error}; {advice}") from error
+            yield number, value
+
+
+def lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """Reads the lines that are not empty, with their numbers from 1, without white space around."""
+    for number, line in enumerate(file, start=1):
+        text = (line.removeprefix(_BOM) if number == 1 else line).strip()
+        if text:
+            yield number, text
+
+
+def dump(value: Any, indent: int | None = None) -> str:
+    """Writes a value as JSON; a number that JSON does not have (NaN, infinity) becomes null.
+
+    >>> dump({"loss": float("nan"), "steps": (1, 2)})
+    '{"loss": null, "steps": [1, 2]}'
+    """
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(x) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(x) for x in value]
+    return value
