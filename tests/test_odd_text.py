@@ -59,7 +59,8 @@ MESSAGES = '{"messages": [{"role": "user", "content": "CONTENT"}]}'
         (MESSAGES.replace("CONTENT", "cut \\ud83d"), "half of a surrogate pair, U\\+D83D"),
         (NESTED, "nested too deeply|JSON array over several lines"),
         ('{"messages": ' * 100_000, "nested too deeply"),
-        ("[", "a JSON array over several lines begins here, and one object per line"),
+        # Conversations may be one array, which begins in line 1.
+        ("[", "a JSON array over several lines begins here|Expecting value"),
         ('[{"messages": []}]', "not a JSON object"),
     ],
 )
