@@ -6,6 +6,9 @@
 SOURCE is a run whose last finished stage (or --stage) grows into the next one of the config; TARGET
 becomes a run that `flm train` with the same config continues. Stopped anywhere and called again, it
 resumes.
+
+SOURCE may also be the `source` of the config's first stage: a folder of Hugging Face files, or any
+run or checkpoint. It becomes the first stage of TARGET, untrained (steps=0), and grows from there.
 """
 
 from __future__ import annotations
@@ -27,7 +30,9 @@ class Flags:
     """The command's own flags."""
 
     source: str = flag(
-        "", "The run to grow.", required="give a run's folder, as --source=runs/NAME"
+        "",
+        "The run to grow, or the source of the config's first stage.",
+        required="give a run's folder, as --source=runs/NAME, or the first stage's source",
     )
     target: str = flag(
         "", "The new run's folder.", required="give a run's folder, as --target=runs/NAME"
