@@ -2,7 +2,7 @@
 # constraints.txt. Later calls reuse it.
 PYTHON ?= python3
 BIN := .venv/bin
-# What is installed beside the package. CI takes EXTRAS=dev,hf,tpu.
+# What is installed beside the package. CI takes EXTRAS=dev,hf,gguf,tpu.
 EXTRAS ?= dev
 STAMP := .venv/.installed-$(EXTRAS)
 
@@ -11,7 +11,7 @@ STAMP := .venv/.installed-$(EXTRAS)
 help:
 	@echo "make demo   grow a model through three stages into runs/demo (about 8 minutes, 2 cores)"
 	@echo "make test   run the tests, but for the slow ones"
-	@echo "make check  lint, format, types and all tests. With EXTRAS=dev,hf,tpu: what CI runs"
+	@echo "make check  lint, format, types and all tests. With EXTRAS=dev,hf,gguf,tpu: what CI runs"
 
 $(STAMP): setup.py constraints.txt
 	$(PYTHON) -m venv .venv
@@ -32,4 +32,4 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -rs
 	@echo "Installed extras: $(EXTRAS). A test that needs another one was skipped and is listed above."
-	@echo "CI leaves none out: make check EXTRAS=dev,hf,tpu"
+	@echo "CI leaves none out: make check EXTRAS=dev,hf,gguf,tpu"

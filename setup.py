@@ -57,6 +57,7 @@ setuptools.setup(
             "ruff",
             "safetensors",  # the oracle of our reader and writer of Hugging Face weights
         ],
+        "gguf": ["gguf"],  # llama.cpp's own reader of its files
         # Oracles of the weights' tests, older .bin files, and EleutherAI's evaluation harness,
         # whose own model needs accelerate.
         "hf": ["accelerate", "lm-eval", "torch==2.13.0", "transformers"],

@@ -68,7 +68,11 @@ def read(folder: pathlib.Path) -> Described:
     path = folder / "config.json"
     if not path.exists():
         raise UserError(f"{path}: missing; give a folder with a Hugging Face model")
-    values = read_object(path)
+    return described(read_object(path), path)
+
+
+def described(values: dict[str, Any], path: pathlib.Path) -> Described:
+    """Reads the keys of a config.json; errors call it `path`. Raises UserError as `read`."""
     family = family_of(values.get("model_type"), str(path))
     if values.get("quantization_config") is not None:
         raise UserError(

@@ -24,7 +24,8 @@ from flm_jax.data.tokenizer import Tokenizer, open_tokenizer
 from flm_jax.errors import UserError
 from flm_jax.growth._plan import Plan
 from flm_jax.growth.folding import masks_of
-from flm_jax.interop.tokenizer_files import Vocabulary
+from flm_jax.interop.gguf_files import GgufFile, is_gguf
+from flm_jax.interop.tokenizer_files import GgufVocabulary, Vocabulary
 from flm_jax.interop.weights import Checkpoint, HuggingFace, Weights, folded, place
 from flm_jax.params import axes, sharding
 from flm_jax.params.sharding import Layout
@@ -265,7 +266,7 @@ def open_stored_model(path: str, stage: str = "", step: int | None = None) -> St
         raise UserError(f"{path} is no run's folder (no lineage.json); leave stage and step out")
     if folder.parent.name == "checkpoints":
         return _checkpoint(folder)
-    if _is_huggingface(folder):
+    if is_gguf(folder) or _is_huggingface(folder):
         return open_huggingface(folder)
     raise UserError(
         f"{path} holds no model; give a run's folder (with lineage.json), a checkpoint inside one "
@@ -274,24 +275,30 @@ def open_stored_model(path: str, stage: str = "", step: int | None = None) -> St
 
 
 def open_huggingface(folder: pathlib.Path) -> StoredModel:
-    """Opens a folder of Hugging Face files; does not read the parameters yet.
+    """Opens a folder of Hugging Face files or a GGUF file; does not read the parameters yet.
 
     Raises:
       UserError: a file, tensor or key is missing, damaged or unknown; the message names it.
     """
     files = HuggingFace(folder)
-    tensors = files.tensors
+    tensors, notes, vocabulary = files.tensors, files.notes, Vocabulary(str(folder))
+    if is_gguf(folder):
+        file = GgufFile(folder)
+        vocabulary = GgufVocabulary(file)
+        if file.quantised:
+            kinds = ", ".join(f"{count} in {kind}" for kind, count in file.quantised.items())
+            notes = [*notes, f"quantised tensors are read as float32: {kinds}"]
     return StoredModel(
         path=folder,
         name=folder.resolve().name,
         weights=files,
-        vocabulary=Vocabulary(str(folder)),
+        vocabulary=vocabulary,
         config=None,
         dtype=tensors.dtype,
         num_bytes=tensors.num_bytes,
         context=files.described.context,
         masks=None,
-        notes=tuple(files.notes),
+        notes=tuple(notes),
     )
 
 

@@ -170,8 +170,8 @@ class BinFile:
 class Tensors:
     """All tensors of a folder, across its shards."""
 
-    def __init__(self, folder: pathlib.Path):
-        """Reads the headers, not the tensors.
+    def __init__(self, folder: pathlib.Path, only: TensorFile | None = None):
+        """Reads the headers, not the tensors; `only`: a file that holds them all.
 
         Raises:
           UserError: the folder has no weights, the index is malformed or names a missing file, or
@@ -179,6 +179,9 @@ class Tensors:
         """
         self.folder = folder
         self.files: dict[str, TensorFile] = {}
+        if only is not None:
+            self.files = dict.fromkeys(only.shapes, only)
+            return
         for single, kind in ((WEIGHTS, SafetensorsFile), (BIN, BinFile)):
             index = folder / f"{single}.index.json"
             # The order of transformers, which prefers one file to shards.

@@ -13,6 +13,7 @@ from flm_jax.data.chat_template import TemplateConfig, as_jinja
 from flm_jax.data.tokenizer import BYTES_SPECIAL, byte_alphabet, open_tokenizer
 from flm_jax.errors import UserError
 from flm_jax.interop.config_keys import read_object
+from flm_jax.interop.gguf_files import GgufFile, tokenizer_config, tokenizer_of
 
 # Files that define how text becomes tokens, chat templates included.
 _TOKENIZER = ("tokenizer*", "tokenization_*.py", "special_tokens_map.json", "added_tokens.json",
@@ -122,6 +123,30 @@ def write_chat_template(folder: pathlib.Path, text: str) -> None:
         other.unlink()
     file = folder / _CONFIG
     _write(file, {**(read_object(file) if file.exists() else {}), "chat_template": text})
+
+
+class GgufVocabulary(Vocabulary):
+    """The tokenizer inside a GGUF file."""
+
+    def __init__(self, file: GgufFile):
+        super().__init__("")
+        self.path = str(file.path)
+        self._file = file
+        self._tokenizer = tokenizer_of(file)
+
+    def num_tokens(self) -> int | None:
+        return self._tokenizer.get_vocab_size() if self._tokenizer else None
+
+    def special_tokens(self) -> dict[str, Any]:
+        return {}
+
+    def values(self) -> dict[str, Any]:
+        return {key: self._file.values[key] for key in (*_SPECIAL_IDS, "max_position_embeddings")}
+
+    def copy(self, target: pathlib.Path, code: bool = False) -> None:
+        if self._tokenizer:
+            self._tokenizer.save(str(target / "tokenizer.json"))
+            _write(target / _CONFIG, tokenizer_config(self._file))
 
 
 def with_padding(config: TransformerConfig, values: Mapping[str, Any]) -> TransformerConfig:

@@ -18,6 +18,7 @@ from flm_jax.config import TransformerConfig
 from flm_jax.errors import UserError
 from flm_jax.growth.folding import Masks, fold_block, folded_model
 from flm_jax.interop import hf_config, names
+from flm_jax.interop.gguf_files import GgufFile, is_gguf
 from flm_jax.interop.names import Index
 from flm_jax.interop.tensor_files import Tensors
 from flm_jax.interop.tokenizer_files import with_padding
@@ -86,7 +87,7 @@ def place(weights: Weights, shardings: Any) -> dict[str, Any]:
 
 
 class HuggingFace:
-    """A folder with config.json and safetensors or .bin files.
+    """A folder with config.json and safetensors or .bin files, or a GGUF file.
 
     Attributes:
       described: contents of its config.json.
@@ -103,9 +104,14 @@ class HuggingFace:
           UserError: a file is missing or damaged, or the tensors are not those of the
             architecture. The message names file and tensor.
         """
-        self.described = hf_config.read(folder)
+        if is_gguf(folder):
+            file = GgufFile(folder)
+            self.described = hf_config.described(file.values, folder)
+            self.tensors = Tensors(folder, file)
+        else:
+            self.described = hf_config.read(folder)
+            self.tensors = Tensors(folder)
         self.config = with_padding(self.described.config, self.described.values)
-        self.tensors = Tensors(folder)
         self.notes = list(self.tensors.notes)
         self._lay_out()
         expected = names.shapes(self._table, self._sizes)
