@@ -70,6 +70,6 @@ def _stages(source: StoredModel) -> list[str]:
 def _row(entry: dict[str, Any]) -> str:
     receipt, bpb = entry.get("receipt") or {}, (entry.get("eval") or {}).get("bpb_end")
     cells = (entry["name"], entry.get("parent") or "", receipt.get("operator", ""),
-             f"{entry['params']:,}", f"{entry['tokens']:,}",
+             f"{entry.get('params', 0):,}", f"{entry.get('tokens', 0):,}",
              "" if bpb is None else f"{bpb:.4f}")  # fmt: skip
     return f"| {' | '.join(cells)} |"

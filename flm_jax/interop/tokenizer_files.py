@@ -62,7 +62,7 @@ class Vocabulary:
             return {}
         tokenizer = open_tokenizer(self.path)
         return {
-            "bos_token_id": tokenizer.start_id,
+            "bos_token_id": tokenizer.bos_id,
             "eos_token_id": tokenizer.eos_id,
             "pad_token_id": 0 if tokenizer.start_id == 0 else None,
         }
