@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from flm_jax.data import json_text
@@ -77,9 +77,9 @@ class Keys:
             raise self._wrong(key, "true or false")
         return value
 
-    def text(self, key: str, default: str, choices: Mapping[str, str]) -> str:
+    def text(self, key: str, choices: Mapping[str, str]) -> str:
         """The choice that a text stands for."""
-        value = self.get(key, default)
+        value = self.get(key)
         if not isinstance(value, str) or value not in choices:
             raise self._wrong(key, f"one of {', '.join(choices)} for flm_jax to import the model")
         return choices[value]
@@ -89,9 +89,22 @@ class Keys:
         value = self.get(key)
         if value is None:
             return None
-        if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != layers:
+        if not isinstance(value, list) or len(value) != layers:
             raise self._wrong(key, f"a list of {layers} entries, one for each layer")
-        return list(value)
+        return value
+
+    def bits(self, key: str, at_least: int) -> list[int] | None:
+        """A list of 0 and 1, which may be longer than needed; None if the key is missing."""
+        value = self.get(key)
+        if value is None:
+            return None
+        if (
+            not isinstance(value, list)
+            or len(value) < at_least
+            or any(x not in (0, 1) for x in value)
+        ):
+            raise self._wrong(key, f"a list of at least {at_least} entries, each 0 or 1")
+        return [int(x) for x in value[:at_least]]
 
     def group(self, key: str) -> Keys | None:
         """A nested object; None if it is missing or empty."""

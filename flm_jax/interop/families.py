@@ -41,6 +41,8 @@ class Family:
       rope_by_layer: whether sliding layers have a RoPE of their own.
       activation: the key of the activation.
       gain_offset: what the files subtract from gains (1 for Gemma, whose norms multiply by 1 + w).
+      ignored: keys that transformers does not apply in this family.
+      whole_heads: whether transformers refuses a d_model that is no multiple of num_heads.
     """
 
     model_type: str
@@ -56,6 +58,8 @@ class Family:
     rope_by_layer: bool = False
     activation: str = "hidden_act"
     gain_offset: float = 0.0
+    ignored: tuple[str, ...] = ()
+    whole_heads: bool = False
 
     def lacks(self, config: TransformerConfig) -> list[str]:
         """Lists what the model has and the family has not, as "field value"."""
@@ -73,8 +77,10 @@ class Family:
         if len(kinds) > 1 and not self.mixed:
             found.append(f"layer_kinds of {len(kinds)} kinds")
         rope = config.rope
-        if not self.rope and (rope.kind != "default" or rope.fraction != 1):
-            found.append(f"rope.kind {rope.kind!r} with fraction {rope.fraction:g}")
+        if not self.rope and rope.kind != "default":
+            found.append(f"rope.kind {rope.kind!r}")
+        if rope.fraction != 1:  # transformers has it in none of these families
+            found.append(f"rope.fraction {rope.fraction:g}")
         if rope.local_theta and not self.rope_by_layer:
             found.append(f"rope.local_theta {rope.local_theta:g}")
         return found
@@ -103,7 +109,7 @@ def _kinds(keys: Keys, types: list[Any]) -> Fields:
     """Layer kinds and window from transformers' `layer_types`."""
     known = {FULL: "full", SLIDING: "sliding"}
     for layer, name in enumerate(types):
-        if name not in known:
+        if name not in (FULL, SLIDING):
             raise UserError(
                 f"{keys.path}: layer_types[{layer}] is {name!r}; this decoder has {FULL} and "
                 f"{SLIDING}, so the model cannot be imported"
@@ -140,7 +146,7 @@ def _write_mistral(config: TransformerConfig) -> Fields:
 def _read_qwen_windows(keys: Keys) -> Fields:
     layers = keys.size("num_hidden_layers")
     window = keys.get("sliding_window") if keys.flag("use_sliding_window") else None
-    first = keys.get("max_window_layers", 28)
+    first = keys.number("max_window_layers", 28)
     types = keys.per_layer("layer_types", layers) or [
         SLIDING if window is not None and layer >= first else FULL for layer in range(layers)
     ]
@@ -159,8 +165,8 @@ def _write_qwen_windows(config: TransformerConfig) -> Fields:
 
 def _read_smollm3(keys: Keys) -> Fields:
     layers, interval = keys.size("num_hidden_layers"), keys.size("no_rope_layer_interval", 4)
-    rotates = keys.per_layer("no_rope_layers", layers)  # 1: with RoPE, in spite of its name
-    if rotates is None:
+    rotates = keys.bits("no_rope_layers", layers)
+    if rotates is None:  # 1: with RoPE, in spite of the key's name
         rotates = [int((layer + 1) % interval != 0) for layer in range(layers)]
     window = keys.get("sliding_window") if keys.flag("use_sliding_window") else None
     types = keys.per_layer("layer_types", layers) or [
@@ -185,9 +191,9 @@ def _write_smollm3(config: TransformerConfig) -> Fields:
     }
 
 
-def _read_gemma(keys: Keys) -> Fields:
+def _read_gemma(keys: Keys, every: int) -> Fields:
+    """All but the softcap of scores; without `layer_types`, every so many layers one is full."""
     layers = keys.size("num_hidden_layers")
-    every = keys.size("sliding_window_pattern")
     if keys.get("use_bidirectional_attention"):
         raise UserError(
             f"{keys.path}: use_bidirectional_attention is true, and this decoder is causal; the "
@@ -202,17 +208,25 @@ def _read_gemma(keys: Keys) -> Fields:
         "norms": "both",
         "input_mult": math.sqrt(keys.size("hidden_size")),
         "attention_mult": keys.positive("query_pre_attn_scalar") ** -0.5,
-        "attention_softcap": keys.number("attn_logit_softcapping", 0.0),
         "logit_softcap": keys.number("final_logit_softcapping", 0.0),
     }
 
 
+def _read_gemma2(keys: Keys) -> Fields:
+    cap = keys.number("attn_logit_softcapping", 0.0)
+    return _read_gemma(keys, 2) | {"attention_softcap": cap}
+
+
+def _read_gemma3(keys: Keys) -> Fields:
+    return _read_gemma(keys, keys.size("sliding_window_pattern")) | {"qk_norm": "head"}
+
+
 def _write_gemma(config: TransformerConfig) -> Fields:
-    sliding = "sliding" in config.kinds
-    return {
+    # transformers needs a window, even where no layer slides: it then has its own default.
+    window = {"sliding_window": config.window} if "sliding" in config.kinds else {}
+    return window | {
         "attention_bias": config.qkv_bias,
         "query_pre_attn_scalar": round(config.score_mult**-2),
-        "sliding_window": config.window if sliding else None,
         "layer_types": layer_types(config),
         "attn_logit_softcapping": config.attention_softcap or None,
         "final_logit_softcapping": config.logit_softcap or None,
@@ -266,18 +280,20 @@ _GEMMA = {"rms_norm_eps": 1e-6, "tie_word_embeddings": True, "num_key_value_head
           "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256,
           "sliding_window": 4096}  # fmt: skip
 _GEMMA_HAS: dict[str, tuple[Any, ...]] = {
-    **_ATTENTION_BIAS, "norms": ("both",), "attention_softcap": (), "logit_softcap": (),
-}  # fmt: skip
+    **_ATTENTION_BIAS,
+    "norms": ("both",),
+    "logit_softcap": (),
+}
 _WINDOWED = ("full", "sliding")
 
 FAMILIES: dict[str, Family] = {
     family.model_type.lower(): family
     for family in (
         Family("llama", "LlamaForCausalLM", _all_biases, _write_biases,
-               {"max_position_embeddings": 2048}, _ANY_BIAS),
+               {"max_position_embeddings": 2048}, _ANY_BIAS, whole_heads=True),
         Family("mistral", "MistralForCausalLM", _read_mistral, _write_mistral,
                {"num_key_value_heads": 8, "max_position_embeddings": 131072,
-                "sliding_window": 4096}, kinds=_WINDOWED),
+                "sliding_window": 4096}, kinds=_WINDOWED, ignored=("layer_types",)),
         Family("qwen2", "Qwen2ForCausalLM",
                lambda keys: {"qkv_bias": True} | _read_qwen_windows(keys), _write_qwen_windows,
                {"num_key_value_heads": 32, "max_position_embeddings": 32768,
@@ -298,22 +314,23 @@ FAMILIES: dict[str, Family] = {
                {"num_key_value_heads": 4, "rope_theta": 2_000_000.0, "tie_word_embeddings": True,
                 "max_position_embeddings": 32768}, _ANY_BIAS,
                ("full", "sliding", "full_nope", "sliding_nope"), mixed=True),
-        Family("gemma2", "Gemma2ForCausalLM", _read_gemma, _write_gemma,
-               {**_GEMMA, "sliding_window_pattern": 2, "max_position_embeddings": 8192,
-                "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
-               _GEMMA_HAS, _WINDOWED, mixed=True, activation="hidden_activation", gain_offset=1.0),
-        Family("gemma3_text", "Gemma3ForCausalLM",
-               lambda keys: _read_gemma(keys) | {"qk_norm": "head"}, _write_gemma,
+        Family("gemma2", "Gemma2ForCausalLM", _read_gemma2, _write_gemma,
+               {**_GEMMA, "max_position_embeddings": 8192, "attn_logit_softcapping": 50.0,
+                "final_logit_softcapping": 30.0},
+               {**_GEMMA_HAS, "attention_softcap": ()}, _WINDOWED, mixed=True,
+               activation="hidden_activation", gain_offset=1.0, whole_heads=True),
+        Family("gemma3_text", "Gemma3ForCausalLM", _read_gemma3, _write_gemma,
                {**_GEMMA, "sliding_window_pattern": 6, "max_position_embeddings": 131072,
                 "rope_theta": 1_000_000.0, "rope_local_base_freq": 10_000.0},
                {**_GEMMA_HAS, "qk_norm": ("head",)}, _WINDOWED, mixed=True, rope_by_layer=True,
-               activation="hidden_activation", gain_offset=1.0),
+               activation="hidden_activation", gain_offset=1.0,
+               ignored=("attn_logit_softcapping",), whole_heads=True),
         Family("granite", "GraniteForCausalLM", _read_granite, _write_granite,
                {"max_position_embeddings": 2048}, _ANY_BIAS,
                multipliers=frozenset({"input", "logit", "branch", "score"})),
         Family("TeleFLM", "TeleFLMForCausalLM", _read_teleflm, _write_teleflm,
                {"rms_norm_eps": 1e-5, "max_position_embeddings": 2048},
-               multipliers=frozenset({"input", "logit"}), rope=False),
+               multipliers=frozenset({"input", "logit"}), rope=False, whole_heads=True),
     )
 }  # fmt: skip
 

@@ -38,6 +38,7 @@ _DROPPED = ("use_mup", "input_mult", "output_mult", "mup_scale_factor", "embeddi
             "transformers_version", "_name_or_path", "pretraining_tp", "cache_implementation",
             "original_max_position_embeddings")  # fmt: skip
 
+_CONTEXT = "max_position_embeddings"
 Scales = Mapping[str, float]  # path -> factor that the parameter is multiplied by
 
 
@@ -50,12 +51,14 @@ class Described:
       family: the model's family.
       values: every key of the file.
       context: the longest sequence in tokens; 0: not known.
+      notes: keys without an effect.
     """
 
     config: TransformerConfig
     family: Family
     values: dict[str, Any]
     context: int
+    notes: tuple[str, ...] = ()
 
 
 def read(folder: pathlib.Path) -> Described:
@@ -79,14 +82,21 @@ def described(values: dict[str, Any], path: pathlib.Path) -> Described:
             f"{path}: quantization_config is set, and flm_jax reads plain weights; fetch the model "
             "that is not quantized"
         )
-    keys = Keys({"rope_theta": 10_000.0, **family.defaults, **values}, str(path))
+    common = {"rope_theta": 10_000.0, "rms_norm_eps": 1e-6, family.activation: "silu"}
+    keys = Keys({**common, **family.defaults, **values}, str(path))
     try:
         config = _config(keys, family)
     except UserError as error:
         if str(error).startswith(str(path)):
             raise
         raise UserError(f"{path}: {error}") from None  # a value that our config refuses
-    return Described(config, family, values, keys.get("max_position_embeddings", 0))
+    context = 0 if keys.get(_CONTEXT) is None else keys.size(_CONTEXT)
+    notes = [
+        f"{path.name}: {key} has no effect, as in transformers"
+        for key in family.ignored
+        if keys.get(key) is not None
+    ]
+    return Described(config, family, values, context, tuple(notes))
 
 
 def _config(keys: Keys, family: Family) -> TransformerConfig:
@@ -107,8 +117,8 @@ def _config(keys: Keys, family: Family) -> TransformerConfig:
         d_ff=keys.size("intermediate_size"),
         rope_theta=theta,
         rope=rope,
-        rms_norm_eps=keys.positive("rms_norm_eps", 1e-6),
-        activation=keys.text(family.activation, "silu", _ACTIVATIONS),
+        rms_norm_eps=keys.positive("rms_norm_eps"),
+        activation=keys.text(family.activation, _ACTIVATIONS),
         tied=keys.flag("tie_word_embeddings"),
         **fields,
     )
@@ -220,7 +230,8 @@ def write(
         "torch_dtype": dtype,
         "dtype": dtype,
     }
-    values.setdefault("max_position_embeddings", context)
+    if not isinstance(values.get(_CONTEXT), int) or values[_CONTEXT] < 1:
+        values[_CONTEXT] = context  # transformers needs one
     return values | rope_keys.write(config, family.rope_by_layer) | family.write(config)
 
 
@@ -230,7 +241,7 @@ def _check(config: TransformerConfig, family: Family, format: str) -> None:
         others = [name for name in families_with(config) if name != format]
         advice = f"choose {' or '.join(others)}" if others else "no family has all that it has"
         raise UserError(f"format {format!r} has no {', '.join(lacks)}; {advice}")
-    if config.d_model % config.num_heads:
+    if family.whole_heads and config.d_model % config.num_heads:
         raise UserError(
             f"format {format!r}: transformers wants d_model to be a multiple of num_heads, but "
             f"they are {config.d_model} and {config.num_heads}; grow one of them to suit"

@@ -112,7 +112,7 @@ class HuggingFace:
             self.described = hf_config.read(folder)
             self.tensors = Tensors(folder)
         self.config = with_padding(self.described.config, self.described.values)
-        self.notes = list(self.tensors.notes)
+        self.notes = [*self.described.notes, *self.tensors.notes]
         self._lay_out()
         expected = names.shapes(self._table, self._sizes)
         if self.config.tied and _HEAD in self.tensors.files:
