@@ -224,7 +224,8 @@ def write_hf(
             notes.append(f"parameters are rounded to {dtype}, by at most {writer.rounding:.2g}")
         notes += write_config(folder, values)
         card = model_card.text(target.name, config, values["model_type"], dtype, notes, source)
-        (folder / "README.md").write_text(card + vocabulary.readme(), encoding="utf-8")
+        text = model_card.with_readme(card, vocabulary.readme())
+        (folder / "README.md").write_text(text, encoding="utf-8")
     return writer.num_bytes, notes
 
 

@@ -36,7 +36,9 @@ _DROPPED = ("use_mup", "input_mult", "output_mult", "mup_scale_factor", "embeddi
             "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping",
             "attention_bias", "mlp_bias", "hidden_act", "hidden_activation", "torch_dtype",
             "transformers_version", "_name_or_path", "pretraining_tp", "cache_implementation",
-            "original_max_position_embeddings")  # fmt: skip
+            "original_max_position_embeddings", "quantization_config",
+            "compression_config")  # fmt: skip
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 _CONTEXT = "max_position_embeddings"
 Scales = Mapping[str, float]  # path -> factor that the parameter is multiplied by
@@ -209,10 +211,15 @@ def write(
     """
     family = FAMILIES[format]
     _check(config, family, format)
-    dropped = set(_DROPPED)
-    if carried.get("model_type") != family.model_type:
+    of, dropped = carried.get("model_type"), set(_DROPPED)
+    if of is not None and str(of).lower() not in FAMILIES:
+        dropped |= set(carried) - set(SPECIAL_IDS)  # the tokenizer's, of a model that is none here
+    # transformers puts a family's own ids where a file has none; the vocabulary may lack them.
+    values: dict[str, Any] = {"pad_token_id": None}
+    if of != family.model_type:
         dropped.add("auto_map")  # another architecture's code
-    values = {key: value for key, value in carried.items() if key not in dropped}
+        values = dict.fromkeys(SPECIAL_IDS)
+    values |= {key: value for key, value in carried.items() if key not in dropped}
     values |= {
         "architectures": [family.architecture],
         "model_type": family.model_type,

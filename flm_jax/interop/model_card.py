@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,7 +32,7 @@ def text(
       source: the model that was converted; None: parameters from memory.
 
     Returns:
-      Markdown. The source's own README may follow it.
+      Markdown, for `with_readme`.
     """
     lines = [
         f"# {name}",
@@ -49,6 +50,14 @@ def text(
     if notes:
         lines += ["Differences from the source:", "", *(f"- {note}" for note in notes), ""]
     return "\n".join(lines)
+
+
+def with_readme(card: str, readme: str) -> str:
+    """Puts a source's README after the card, and its YAML header, with the licence, first."""
+    header = re.match(r"\ufeff?---\s*\n.*?\n---\s*\n", readme, re.DOTALL)
+    if header is None:
+        return card + readme
+    return header[0].lstrip("\ufeff") + "\n" + card + readme[header.end() :]
 
 
 def _stages(source: StoredModel) -> list[str]:

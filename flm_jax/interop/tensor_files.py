@@ -16,8 +16,9 @@ import json
 import math
 import os
 import pathlib
+import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import ml_dtypes
@@ -35,8 +36,17 @@ DTYPES: dict[str, np.dtype] = {
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 WEIGHTS, BIN = "model.safetensors", "pytorch_model.bin"
 _LONGEST_HEADER = 100 << 20  # bytes; the same limit as in the safetensors library
+_BUFFER = r"(^|\.)(rotary_\w*\.\w*(inv_freq|cos_cached|sin_cached)|position_ids)$"
 _TORCH_NAMES = {"torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16",
                 "torch.bfloat16": "BF16"}  # fmt: skip
+
+
+def is_buffer(name: str) -> bool:
+    """Whether a tensor is one that older versions saved and that config.json determines.
+
+    These are RoPE's frequencies, cosines and sines, and the positions.
+    """
+    return bool(re.search(_BUFFER, name))
 
 
 class TensorFile(Protocol):
@@ -69,14 +79,20 @@ class SafetensorsFile:
         self.dtypes: dict[str, np.dtype] = {}
         self._offsets: dict[str, int] = {}
         header, data = self._header()
-        end = data
+        extents: list[tuple[int, int, str]] = []
         for name, entry in header.items():
             if name == "__metadata__":
                 continue
             try:
                 code, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+                whole = all(type(x) is int and x >= 0 for x in (*shape, start, stop))
             except (KeyError, TypeError, ValueError):
-                raise self._torn(f"its header has {entry!r} for {name}") from None
+                whole = False
+            if not whole:
+                raise self._torn(f"its header has {entry!r} for {name}")
+            extents.append((start, stop, name))
+            if is_buffer(name):
+                continue
             if code not in DTYPES:
                 raise UserError(
                     f"{path}: {name} has dtype {code}; convert it to one of {', '.join(DTYPES)}"
@@ -85,11 +101,19 @@ class SafetensorsFile:
             self._offsets[name] = data + start
             if stop - start != math.prod(shape) * DTYPES[code].itemsize:
                 raise self._torn(f"{name} {list(shape)} has {stop - start} bytes of {code}")
+        self._check_extents(extents, data)
+
+    def _check_extents(self, extents: list[tuple[int, int, str]], data: int) -> None:
+        """Checks that the tensors fill the file, each once; `data` is the offset of the first."""
+        end = 0
+        for start, stop, name in sorted(extents):
             if data + stop > self._size:
                 raise self._torn(f"{name} ends at byte {data + stop:,} of {self._size:,}")
-            end = max(end, data + stop)
-        if end != self._size:
-            raise self._torn(f"its tensors end at byte {end:,} of {self._size:,}")
+            if start != end:
+                raise self._torn(f"{name} starts at byte {start:,} of the data, not at {end:,}")
+            end = stop
+        if data + end != self._size:
+            raise self._torn(f"its tensors end at byte {data + end:,} of {self._size:,}")
 
     def _torn(self, reason: str) -> UserError:
         """The error for a truncated or damaged file."""
@@ -153,6 +177,8 @@ class BinFile:
             ) from error
         self.shapes, self.dtypes = {}, {}
         for name, tensor in self._tensors.items():
+            if is_buffer(name):
+                continue
             code = _TORCH_NAMES.get(str(getattr(tensor, "dtype", type(tensor).__name__)))
             if code is None:
                 raise UserError(f"{path}: {name} is no tensor of floats; remove it")
@@ -205,7 +231,8 @@ class Tensors:
             raise UserError(f"{index}: no JSON object with a weight_map; fetch it again") from None
         by_file = collections.defaultdict(set)
         for name, file in names.items():
-            by_file[file].add(name)
+            if not is_buffer(name):
+                by_file[file].add(name)
         for file, expected in sorted(by_file.items()):
             path = self.folder / file
             if not path.exists():
@@ -226,14 +253,11 @@ class Tensors:
                 )
             self.files |= dict.fromkeys(expected, shard)
 
-    def check(
-        self, expected: Mapping[str, tuple[int, ...]], ignored: Callable[[str], bool]
-    ) -> None:
+    def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
         """Checks names and shapes of the tensors.
 
         Args:
-          expected: shape of each tensor that must be there.
-          ignored: says whether a further tensor is allowed.
+          expected: shape of each tensor that must be there; no other may be.
 
         Raises:
           UserError: a tensor is missing, unexpected or of another shape; the message names it.
@@ -249,7 +273,7 @@ class Tensors:
                     f"{file.path}: {name} is {list(file.shapes[name])}, config.json says "
                     f"{list(shape)}; fix config.json or fetch the file again"
                 )
-        if extra := {name for name in set(self.files) - set(expected) if not ignored(name)}:
+        if extra := set(self.files) - set(expected):
             raise UserError(
                 f"{self.files[min(extra)].path}: tensor {min(extra)}{_more(extra)} has no place in "
                 "this architecture; is config.json of another model?"
@@ -280,9 +304,11 @@ class Tensors:
 
     @property
     def dtype(self) -> np.dtype:
-        """The widest dtype of any tensor."""
+        """The dtype that holds the values of all tensors."""
         dtypes = {file.dtypes[name] for name, file in self.files.items()}
-        return max(dtypes, key=lambda dtype: (dtype.itemsize, dtype.name))
+        widest = {d for d in dtypes if d.itemsize == max(each.itemsize for each in dtypes)}
+        # float16 and bfloat16 do not hold each other's values.
+        return widest.pop() if len(widest) == 1 else DTYPES["F32"]
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
         """Reads rows `start` to `stop` of a tensor, in its own dtype."""
@@ -362,16 +388,21 @@ class TensorsWriter:
         """Writes rows of a tensor from row `start` on, rounded to the files' dtype.
 
         Raises:
-          UserError: an entry is too large for that dtype.
+          UserError: an entry is NaN, infinite, or too large for that dtype.
         """
         path, begin = self._place[name]
         row_bytes = math.prod(self._shapes[name][1:]) * self._dtype.itemsize
         with np.errstate(over="ignore"):
             data = np.ascontiguousarray(rows.astype(self._dtype, copy=False))
-        if self._dtype == np.float16 and not np.isfinite(data).all():
+        if not np.isfinite(data).all():
+            if not np.isfinite(rows).all():
+                raise UserError(
+                    f"{path.name}: {name} has values that are NaN or infinite; take an earlier "
+                    "checkpoint, or train again"
+                )
             raise UserError(
                 f"{path.name}: {name} has entries that {self._dtype.name} cannot hold; choose "
-                "bfloat16 or float32"
+                f"{'float32' if self._dtype == DTYPES['BF16'] else 'bfloat16 or float32'}"
             )
         if data.dtype.itemsize < rows.dtype.itemsize:
             change = np.abs(data.astype(rows.dtype) - rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import pathlib
 import shutil
@@ -14,11 +15,15 @@ from flm_jax.data.tokenizer import BYTES_SPECIAL, byte_alphabet, open_tokenizer
 from flm_jax.errors import UserError
 from flm_jax.interop.config_keys import read_object
 from flm_jax.interop.gguf_files import GgufFile, tokenizer_config, tokenizer_of
+from flm_jax.interop.hf_config import SPECIAL_IDS
 
 # Files that define how text becomes tokens, chat templates included.
 _TOKENIZER = ("tokenizer*", "tokenization_*.py", "special_tokens_map.json", "added_tokens.json",
-              "vocab.json", "merges.txt", "chat_template*")  # fmt: skip
-_TERMS = ("LICENSE*", "LICENCE*", "NOTICE*")  # of the source; its README becomes part of the card
+              "vocab.json", "merges.txt", "tekken.json", "spiece.model", "*.tiktoken",
+              "chat_template*")  # fmt: skip
+_TEMPLATES = "additional_chat_templates"  # a folder
+# Of the source. Its README becomes part of the new model card.
+_TERMS = ("license*", "licence*", "copying*", "notice*", "use_policy*", "readme.md")
 _CONFIG = "tokenizer_config.json"
 _GENERATION = "generation_config.json"
 _MODEL_CODE = ("configuration_*.py", "modeling_*.py")  # for models not in transformers
@@ -87,10 +92,12 @@ class Vocabulary:
         if self._folder.is_file():
             shutil.copyfile(self._folder, target / "tokenizer.model")
         else:
-            for pattern in (*_TOKENIZER, *_TERMS, _GENERATION, *(_MODEL_CODE if code else ())):
-                for file in self._folder.glob(pattern):
-                    if file.is_file():
-                        shutil.copyfile(file, target / file.name)
+            patterns = (*_TOKENIZER, *_TERMS, _GENERATION, *(_MODEL_CODE if code else ()))
+            for file in self._folder.iterdir():
+                if file.is_file() and any(fnmatch.fnmatch(file.name.lower(), p) for p in patterns):
+                    shutil.copyfile(file, target / file.name)
+            if (self._folder / _TEMPLATES).is_dir():
+                shutil.copytree(self._folder / _TEMPLATES, target / _TEMPLATES)
         if not any((target / name).exists() for name in ("tokenizer.json", _CONFIG)):
             _name_special_tokens(target)
 
@@ -121,6 +128,7 @@ def write_chat_template(folder: pathlib.Path, text: str) -> None:
     """Writes a chat template into tokenizer_config.json, in place of every other one there."""
     for other in folder.glob("chat_template*"):
         other.unlink()
+    shutil.rmtree(folder / _TEMPLATES, ignore_errors=True)
     file = folder / _CONFIG
     _write(file, {**(read_object(file) if file.exists() else {}), "chat_template": text})
 
@@ -141,7 +149,7 @@ class GgufVocabulary(Vocabulary):
         return {}
 
     def values(self) -> dict[str, Any]:
-        return {key: self._file.values[key] for key in (*_SPECIAL_IDS, "max_position_embeddings")}
+        return {key: self._file.values[key] for key in (*SPECIAL_IDS, "max_position_embeddings")}
 
     def copy(self, target: pathlib.Path, code: bool = False) -> None:
         if self._tokenizer:
@@ -166,33 +174,38 @@ def write_config(folder: pathlib.Path, values: Mapping[str, Any]) -> list[str]:
     """Writes config.json, and a generation_config.json that matches it.
 
     Returns:
-      One note for each id of a special token that is left out because the vocabulary has no such
-      row; transformers could not open the model with it.
+      One note for each key with an id of a token that is left out because the vocabulary has no
+      such row; transformers could not open the model with it, or never stop.
     """
     values = {key: value for key, value in values.items() if (key, value) != (_NUM_TOKENS, None)}
-    rows, notes = values["vocab_size"], []
-    for key in _SPECIAL_IDS:
-        kept = _ids_below(values.get(key), rows)
-        if kept != values.get(key):
-            notes.append(f"{key} {values[key]} is left out: the vocabulary has {rows} rows")
-            values[key] = kept
+    rows, file = values["vocab_size"], folder / _GENERATION
+    values, notes = _within(values, rows, "config.json")
     _write(folder / "config.json", values)
-    file = folder / _GENERATION
     generation = read_object(file) if file.exists() else {}
-    generation = {k: v for k, v in generation.items() if k != "transformers_version"}
-    for key in _SPECIAL_IDS:
-        if key in generation:
-            generation[key] = _ids_below(generation[key], rows)
-        elif values.get(key) is not None:
+    generation, more = _within(generation, rows, _GENERATION)
+    generation.pop("transformers_version", None)
+    for key in SPECIAL_IDS:
+        if key not in generation and values.get(key) is not None:
             generation[key] = values[key]
     longest, asked = values["max_position_embeddings"], generation.get("max_length")
     if isinstance(asked, int) and asked > longest:
         generation["max_length"] = longest
     _write(file, generation)
-    return notes
+    return notes + [note for note in more if note not in notes]
 
 
-_SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+def _within(values: Mapping[str, Any], rows: int, file: str) -> tuple[dict[str, Any], list[str]]:
+    """Leaves out ids of tokens that the vocabulary has no row for, under keys like eos_token_id.
+
+    Returns:
+      The values that stay, and a note for each key that changes.
+    """
+    kept, notes = dict(values), []
+    for key, value in values.items():
+        if key.endswith("_token_id") and (ids := _ids_below(value, rows)) != value:
+            kept[key] = ids
+            notes.append(f"{file}: {key} {value!r} is left out: the vocabulary has {rows} rows")
+    return kept, notes
 
 
 def _ids_below(ids: Any, rows: int) -> Any:

@@ -115,8 +115,16 @@ class HuggingFace:
         self.notes = [*self.described.notes, *self.tensors.notes]
         self._lay_out()
         expected = names.shapes(self._table, self._sizes)
-        if self.config.tied and _HEAD in self.tensors.files:
-            self.tensors.check({**expected, _HEAD: expected[_EMBEDDING]}, _is_buffer)
+        if self.config.tied and {_HEAD, _EMBEDDING} & set(self.tensors.files) == {_HEAD}:
+            expected[_HEAD] = expected.pop(_EMBEDDING)
+            self.tensors.check(expected)
+            self._of["embedding"] = dataclasses.replace(self._of["embedding"], name=_HEAD)
+            self.notes.append(
+                f"config.json says tie_word_embeddings, and the files have {_HEAD} alone; it is "
+                f"also {_EMBEDDING}, as in transformers"
+            )
+        elif self.config.tied and _HEAD in self.tensors.files:
+            self.tensors.check({**expected, _HEAD: expected[_EMBEDDING]})
             if not self._head_is_embedding():
                 self.config = dataclasses.replace(self.config, tied=False)
                 self._lay_out()
@@ -125,7 +133,7 @@ class HuggingFace:
                     "both are kept, as in transformers"
                 )
         else:
-            self.tensors.check(expected, _is_buffer)
+            self.tensors.check(expected)
 
     def _lay_out(self) -> None:
         self._table, self._sizes = axes.table(self.config), axes.axis_sizes(self.config)
@@ -171,11 +179,6 @@ class HuggingFace:
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _COMPARED_BYTES = 64 << 20
-
-
-def _is_buffer(name: str) -> bool:
-    """Whether a tensor is RoPE's frequencies, which older versions saved; config.json has them."""
-    return name.endswith("rotary_emb.inv_freq")
 
 
 @dataclasses.dataclass(frozen=True)
