@@ -63,7 +63,8 @@ def save_hf(
       path: a folder that does not exist yet.
       params: nested dicts with the paths of the axis table; jax or numpy arrays.
       config: the config of these parameters.
-      format: "llama" (multipliers are folded into embedding and head), "teleflm" or "granite".
+      format: a family of `families.FAMILIES`; it must have what the model has, except multipliers,
+        which are folded into the parameters.
       dtype: dtype of the files: float32, bfloat16 or float16.
       vocabulary: a folder whose tokenizer files and other config.json keys are copied, a
         SentencePiece model, "bytes", or "" for none.

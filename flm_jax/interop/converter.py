@@ -31,7 +31,7 @@ from flm_jax.interop.tokenizer_files import (
     write_chat_template,
     write_config,
 )
-from flm_jax.interop.weights import Resized, Weights, scaled, without_offset
+from flm_jax.interop.weights import Resized, Rounded, Weights, scaled, without_offset
 from flm_jax.params import axes, counts, trees
 from flm_jax.runtime.display import Progress
 from flm_jax.store.checkpoint import CHUNK_BYTES, digest_of_leaves
@@ -126,7 +126,9 @@ def convert(
         if dtype not in ("", "float32"):
             raise UserError(f"dtype is {dtype!r}, but training keeps float32; leave it out")
         dtype = "float32"
-        num_bytes = write_run(pathlib.Path(target), weights, opened, memory)
+        rounded = Rounded(weights, DTYPES[dtype])
+        num_bytes = write_run(pathlib.Path(target), rounded, opened, memory)
+        notes += rounded.notes
     else:
         dtype = dtype or (opened.dtype.name if opened.dtype.name in DTYPES else "float32")
         num_bytes, more = write_hf(
@@ -134,8 +136,6 @@ def convert(
             context=opened.context, source=opened, template=opened.template,
         )  # fmt: skip
         notes += more
-    if format == "flm" and not np.can_cast(opened.dtype, DTYPES[dtype]):
-        notes.append(f"parameters are rounded from {opened.dtype.name} to {dtype}")
     seconds = time.monotonic() - began
     return {
         "source": str(opened.path),
@@ -192,6 +192,10 @@ def write_hf(
     config, scales = hf_config.folded(weights.config, format)
     weights = scaled(weights, config, scales)
     weights = without_offset(weights, FAMILIES[format].gain_offset)
+    table, sizes = axes.table(config), axes.axis_sizes(config)
+    tensors = names.tensors(table)
+    called = {path: tensor.name for path, tensor in tensors.items()}
+    rounded = Rounded(weights, DTYPES[dtype], called)
     notes = [
         f"{path} is multiplied by {scale:.6g}: format {format!r} has no key for this factor"
         for path, scale in scales.items()
@@ -203,13 +207,11 @@ def write_hf(
         vocabulary.copy(folder, code=carried.get("model_type") == values["model_type"])
         if template is not None and vocabulary.num_tokens() is not None:
             write_chat_template(folder, vocabulary.template_text(template))
-        table, sizes = axes.table(config), axes.axis_sizes(config)
-        tensors = names.tensors(table)
         writer = TensorsWriter(folder, names.shapes(table, sizes), DTYPES[dtype], shard_bytes)
 
         def write(path: str, index: Index) -> int:
             param, tensor, own = table[path], tensors[path], index
-            block, layer = weights.read(path, index), 0
+            block, layer = rounded.read(path, index), 0
             if param.stacked:
                 block, layer, own = block[0], index[0].start, index[1:]
             first = own[names.own_axes(param).index(tensor.rows)].start
@@ -220,9 +222,7 @@ def write_hf(
         blocks = names.blocks(table, sizes, memory // _COPIES)
         _in_threads(write, blocks, f"writing {target.name}", writer.num_bytes)
         writer.sync()
-        if writer.rounding:
-            notes.append(f"parameters are rounded to {dtype}, by at most {writer.rounding:.2g}")
-        notes += write_config(folder, values)
+        notes += rounded.notes + write_config(folder, values)
         card = model_card.text(target.name, config, values["model_type"], dtype, notes, source)
         text = model_card.with_readme(card, vocabulary.readme())
         (folder / "README.md").write_text(text, encoding="utf-8")

@@ -14,6 +14,7 @@ from typing import Any
 
 from flm_jax.config import TransformerConfig
 from flm_jax.errors import UserError
+from flm_jax.interop import other_models
 from flm_jax.interop.config_keys import Keys
 from flm_jax.interop.rope_keys import FULL, SLIDING
 
@@ -334,16 +335,6 @@ FAMILIES: dict[str, Family] = {
     )
 }  # fmt: skip
 
-# Similar families, for the refusal of a model_type that is none of these.
-_NEAREST = {"mixtral": "mistral", "ministral": "mistral", "qwen": "qwen2", "olmo": "olmo2",
-            "gemma": "gemma2", "granitemoe": "granite", "smollm": "smollm3", "phi3": "llama",
-            "llama4": "llama", "cohere": "llama", "stablelm": "llama"}  # fmt: skip
-_MISSING = {"moe": "experts", "mixtral": "experts", "vl": "images", "vision": "images",
-            "mllama": "images", "llava": "images", "mamba": "state-space layers", "gpt2":
-            "LayerNorm and learned positions", "phi3": "merged projections and LongRoPE",
-            "deepseek": "latent attention and experts", "cohere": "LayerNorm",
-            "t5": "an encoder", "bert": "an encoder", "gemma3n": "per-layer inputs"}  # fmt: skip
-
 
 def family_of(model_type: Any, path: str) -> Family:
     """The family of a config.json.
@@ -359,21 +350,12 @@ def family_of(model_type: Any, path: str) -> Family:
             f"{path}: model_type is 'gemma3', which also has images; give a folder of the text "
             "model alone (model_type gemma3_text)"
         )
-    missing = next((what for part, what in _MISSING.items() if part in name), "")
-    near = [family for part, family in _NEAREST.items() if part in name]
-    nearest = near[0] if near else _longest_common(name)
-    because = f", which has {missing}" if missing else ""
+    missing, nearest = other_models.about(name, list(FAMILIES))
+    because = f"which has {missing}" if missing else "which it does not know"
     raise UserError(
-        f"{path}: model_type is {model_type!r}{because}; the nearest family that flm_jax has is "
-        f"{nearest!r}, of {', '.join(FAMILIES)}"
+        f"{path}: model_type is {model_type!r}, {because}; the nearest family that flm_jax has "
+        f"is {nearest!r}, of {', '.join(FAMILIES)}"
     )
-
-
-def _longest_common(name: str) -> str:
-    """The family whose name has most in common with another's."""
-    import difflib
-
-    return max(FAMILIES, key=lambda known: difflib.SequenceMatcher(None, name, known).ratio())
 
 
 def families_with(config: TransformerConfig) -> list[str]:

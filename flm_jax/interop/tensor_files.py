@@ -338,7 +338,6 @@ class TensorsWriter:
           shard_bytes: a new file is started if the next tensor would make one larger than this.
         """
         self._dtype, self._shapes = dtype, shapes
-        self.rounding = 0.0  # the largest change of an entry by rounding so far
         shards: list[dict[str, int]] = [{}]  # tensor -> its offset in the data, in bytes
         size = 0
         for name, shape in shapes.items():
@@ -385,28 +384,10 @@ class TensorsWriter:
         return 8 + len(text)
 
     def write(self, name: str, start: int, rows: np.ndarray) -> None:
-        """Writes rows of a tensor from row `start` on, rounded to the files' dtype.
-
-        Raises:
-          UserError: an entry is NaN, infinite, or too large for that dtype.
-        """
+        """Writes rows of a tensor, in the files' dtype, from row `start` on."""
         path, begin = self._place[name]
         row_bytes = math.prod(self._shapes[name][1:]) * self._dtype.itemsize
-        with np.errstate(over="ignore"):
-            data = np.ascontiguousarray(rows.astype(self._dtype, copy=False))
-        if not np.isfinite(data).all():
-            if not np.isfinite(rows).all():
-                raise UserError(
-                    f"{path.name}: {name} has values that are NaN or infinite; take an earlier "
-                    "checkpoint, or train again"
-                )
-            raise UserError(
-                f"{path.name}: {name} has entries that {self._dtype.name} cannot hold; choose "
-                f"{'float32' if self._dtype == DTYPES['BF16'] else 'bfloat16 or float32'}"
-            )
-        if data.dtype.itemsize < rows.dtype.itemsize:
-            change = np.abs(data.astype(rows.dtype) - rows)
-            self.rounding = max(self.rounding, float(change.max(initial=0)))
+        data = np.ascontiguousarray(rows)
         with open(path, "r+b", buffering=0) as file:
             file.seek(begin + start * row_bytes)
             view = data.reshape(-1).view(np.uint8).data

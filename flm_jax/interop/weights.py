@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -272,6 +273,50 @@ def folded(weights: Weights, masks: Masks) -> Weights:
         folded_model(weights.config, masks),
         lambda x, path, index: fold_block(x, table[path], masks, index),
     )
+
+
+class Rounded:
+    """Weights in another dtype.
+
+    Attributes:
+      dtype: of the blocks.
+      notes: says that values were rounded, and by how much at most so far.
+    """
+
+    def __init__(self, inner: Weights, dtype: np.dtype, called: Mapping[str, str] | None = None):
+        """`called`: what errors call a parameter, with {layer} for its layer; None: its path."""
+        self._inner, self.config, self.dtype = inner, inner.config, dtype
+        self._called = called or {}
+        self._largest, self._lock = 0.0, threading.Lock()
+
+    def read(self, path: str, index: Index) -> np.ndarray:
+        """Reads a block. Raises UserError if a value is not finite, or the dtype cannot hold it."""
+        x = self._inner.read(path, index)
+        with np.errstate(over="ignore"):
+            rounded = x.astype(self.dtype, copy=False)
+        if not np.isfinite(rounded).all():
+            name = self._called.get(path, path).format(layer=index[0].start)
+            if not np.isfinite(x).all():
+                raise UserError(
+                    f"{name} has values that are NaN or infinite; take an earlier checkpoint, or "
+                    "train the model again"
+                )
+            wider = "float32" if self.dtype.name != "float16" else "bfloat16 or float32"
+            raise UserError(
+                f"{name} has values that {self.dtype.name} cannot hold; choose {wider}",
+                argument="dtype",
+            )
+        if rounded.dtype.itemsize < x.dtype.itemsize:
+            change = np.abs(rounded.astype(x.dtype) - x).max(initial=0)
+            with self._lock:
+                self._largest = max(self._largest, float(change))
+        return rounded
+
+    @property
+    def notes(self) -> list[str]:
+        if not self._largest:
+            return []
+        return [f"parameters are rounded to {self.dtype.name}, by at most {self._largest:.2g}"]
 
 
 @dataclasses.dataclass(frozen=True)
