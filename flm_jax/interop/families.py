@@ -351,10 +351,10 @@ def family_of(model_type: Any, path: str) -> Family:
             "model alone (model_type gemma3_text)"
         )
     missing, nearest = other_models.about(name, list(FAMILIES))
-    because = f"which has {missing}" if missing else "which it does not know"
+    because = f"which has {missing}" if missing else "which flm_jax does not know"
     raise UserError(
-        f"{path}: model_type is {model_type!r}, {because}; the nearest family that flm_jax has "
-        f"is {nearest!r}, of {', '.join(FAMILIES)}"
+        f"{path}: model_type is {model_type!r}, {because}; the nearest family here is "
+        f"{nearest!r}, of {', '.join(FAMILIES)}"
     )
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
-import json
 import pathlib
 import shutil
 from collections.abc import Mapping
 from typing import Any
 
 from flm_jax.config import TransformerConfig
+from flm_jax.data import json_text
 from flm_jax.data.chat_template import TemplateConfig, as_jinja
 from flm_jax.data.tokenizer import BYTES_SPECIAL, byte_alphabet, open_tokenizer
 from flm_jax.errors import UserError
@@ -216,7 +216,7 @@ def _ids_below(ids: Any, rows: int) -> Any:
 
 
 def _write(file: pathlib.Path, values: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    file.write_text(json_text.dump(values, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_byte_tokenizer(folder: pathlib.Path) -> None:
