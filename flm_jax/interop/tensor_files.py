@@ -85,7 +85,9 @@ class SafetensorsFile:
                 continue
             try:
                 code, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
-                whole = all(type(x) is int and x >= 0 for x in (*shape, start, stop))
+                whole = isinstance(code, str) and all(
+                    type(x) is int and x >= 0 for x in (*shape, start, stop)
+                )
             except (KeyError, TypeError, ValueError):
                 whole = False
             if not whole:
