@@ -27,7 +27,7 @@ from flm_jax.interop.opening import OpenedModel, open_model
 from flm_jax.models import Transformer
 from flm_jax.params import sharding
 from flm_jax.params.dtypes import wide
-from flm_jax.sft.chats import Sample
+from flm_jax.sft.chats import BadRows, Sample
 from flm_jax.sft.packing import features
 from flm_jax.sft.scoring import ResponseLoss
 from flm_jax.sft.template import (
@@ -38,6 +38,7 @@ from flm_jax.sft.template import (
     stop_ids,
     weight_of,
     without_questions,
+    writable,
 )
 from flm_jax.train.train_step import Batch, cross_entropy, logits_of
 
@@ -143,6 +144,10 @@ class ChatModel:
             )
 
         return np.stack(self._by_length(encoded, _tokens, means))
+
+    def writable(self, samples: Sequence[Sample], bad: BadRows) -> list[Sample]:
+        """Leaves out the samples that the template cannot write; see `template.writable`."""
+        return writable(samples, self.tokenizer, self.model.template, bad)
 
     def left_out(self, samples: Sequence[Sample]) -> dict[str, int]:
         """Counts what the template does not write, by kind; see `template.left_out`."""

@@ -13,7 +13,7 @@ from flm_jax.data.chat_template import TEXT, TemplateConfig, as_jinja, names_of_
 from flm_jax.data.tokenizer import Tokenizer
 from flm_jax.errors import UserError
 from flm_jax.interop.opening import OpenedModel
-from flm_jax.sft.chats import Message, Sample
+from flm_jax.sft.chats import BadRows, Message, Sample
 
 TELE_FLM = TemplateConfig()
 GENERIC = TemplateConfig(
@@ -155,6 +155,32 @@ def encode_sample(sample: Sample, tokenizer: Tokenizer, template: TemplateConfig
     except UserError as error:
         raise UserError(f"{sample.where or f'sample {sample.id!r}'}: {error}") from error
     return encoded.scaled(sample.weight)
+
+
+def writable(
+    samples: Sequence[Sample], tokenizer: Tokenizer, template: TemplateConfig, bad: BadRows
+) -> list[Sample]:
+    """Returns the samples that a template can write.
+
+    Args:
+      samples: conversations.
+      tokenizer: the model's.
+      template: how messages are written.
+      bad: counts the others.
+
+    Raises:
+      UserError: there are more others than `bad` allows.
+    """
+    kept = []
+    for sample in samples:
+        try:
+            encode_sample(sample, tokenizer, template)
+            left_out(sample, tokenizer, template)
+        except UserError as error:
+            bad.add(str(error))
+        else:
+            kept.append(sample)
+    return kept
 
 
 def encode_prompt(
