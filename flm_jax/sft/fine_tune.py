@@ -45,7 +45,8 @@ from flm_jax.sft import chats, synthetic
 from flm_jax.sft.chats import BadRows, Sample
 from flm_jax.sft.config import SftConfig
 from flm_jax.sft.packing import ChatBatches, Counts, encode_all, in_order
-from flm_jax.sft.template import Encoded, writable
+from flm_jax.sft.template import Encoded
+from flm_jax.sft.unwritten import writable
 from flm_jax.store.checkpoint import params_digest
 from flm_jax.store.lineage import RunFolder, identity, pick_stage
 from flm_jax.train import optim, schedules

@@ -62,7 +62,7 @@ _SHOWN = 80  # characters of a value in an error
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 # Fields of a message that a chat template may write, besides role and content.
-REASONING = ("reasoning_content", "reasoning", "thinking")
+REASONING = ("reasoning_content", "thinking", "reasoning")
 _MORE = ("tool_calls", "tool_call_id", "name", *REASONING)
 
 
@@ -216,7 +216,7 @@ def _message(turn: Row, fields: FieldsConfig) -> dict[str, Any]:
     elif isinstance(call := turn.get("function_call"), Mapping):
         more["tool_calls"] = [{"type": "function", "function": dict(call)}]
     if content is None and "tool_calls" in more:
-        content = ""
+        content, more["content"] = "", None  # not the same as an empty text
     message["content"] = _content("content", content)
     weight = _message_weight(turn, fields)
     if weight is not None and role == "assistant":

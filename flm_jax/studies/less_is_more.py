@@ -26,7 +26,7 @@ from flm_jax.sft.before_after import few_of_each
 from flm_jax.sft.chat_model import ChatModel
 from flm_jax.sft.chats import BadRows, Sample
 from flm_jax.sft.config import SftConfig
-from flm_jax.sft.template import writable
+from flm_jax.sft.unwritten import writable
 from flm_jax.store.trials import Trials
 
 SELECTIONS = ("random", "chosen")
