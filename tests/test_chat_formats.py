@@ -1,8 +1,10 @@
 """Rows and files of conversations in the forms of public data."""
 
+import bz2
 import gzip
 import hashlib
 import json
+import lzma
 import random
 
 import pytest
@@ -111,6 +113,16 @@ def test_nulls_count_as_absent_everywhere():
         ({"messages": OPENAI, "weight": float("inf")}, "weight is inf"),
         ({"messages": [OPENAI[0] | {"weight": 1}]}, "only assistants learn"),
         ({"messages": [OPENAI[1] | {"train_detail": [{"train": False}]}]}, "train_detail"),
+        ({"messages": [OPENAI[1] | {"training_detail": []}]}, "only whole messages"),
+        ({"messages": [OPENAI[1] | {"mask": True}]}, "write weight: 0 or weight: 1"),
+        ({"messages": [OPENAI[1] | {"masked": 1}]}, "masked is 1; it must be true or false"),
+        ({"messages": OPENAI, "weight": 10**400}, r"weight is 10{79}\.\.\.; it must be 0, or"),
+        ({"messages": OPENAI, "weight": 1e300}, "from 1e-06 to 1e\\+06"),
+        ({"messages": OPENAI, "weight": 1e-300}, "weight is 1e-300"),
+        ({"messages": OPENAI, "train": "no"}, "train is 'no'"),
+        ({"prompt": "q", "completion": "a", "label": False}, "label is false, as in preference"),
+        ({"messages": OPENAI, "kto_tag": False}, "kto_tag is false"),
+        ({"messages": [{"role": "x" * 500, "content": ""}]}, "role is 'x{79}\\.\\.\\.; it must"),
         ({"messages": OPENAI, "tools": "{"}, "tools is not JSON"),
         ({"messages": [{"role": "function_call", "content": "f("}]}, "must be a JSON object"),
         ({"instruction": "q", "output": "a", "history": ["q"]}, "list of pairs"),
@@ -169,7 +181,12 @@ def learned_text(row, length=400, **settings):
         {"weight": 0.0},
         {"train": False},
         {"loss": False},
+        {"loss_mask": 0},
+        {"training": False},
+        {"trainable": False},
+        {"masked": True},
         {"weight": 1, "train": False},
+        {"weight": 1, "masked": True},
     ],
 )
 def test_excluded_answers_are_not_learned_and_counted(mark):
@@ -192,6 +209,13 @@ def test_weights_of_messages_and_rows_multiply():
         packing.encode_all(
             [chats.sample({"messages": OPENAI, "weight": 0})], BYTES, template.TELE_FLM, 99, "drop"
         )
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}])
+def test_an_excluded_row_is_not_learned_and_counted(mark):
+    samples = [chats.sample({"messages": OPENAI} | m) for m in (mark, {"train": True})]
+    kept, counts = packing.encode_all(samples, BYTES, template.TELE_FLM, 99, "drop")
+    assert len(kept) == counts.no_answer == 1 and counts.excluded_answers == 2
 
 
 def test_a_weight_changes_the_fingerprint_and_not_the_split():
@@ -325,7 +349,11 @@ def test_samples_are_written_and_read_without_loss(tmp_path):
 
 
 BAD_LINES = [
-    ("{", "Expecting"),
+    ("{", "an object over several lines begins here"),
+    ('{"messages": [', "line 2: Expecting value, at its end; fix"),
+    ('{"messages" []}', "line 2: Expecting ':' delimiter, at character 13; fix"),
+    ('{"data": [], "version": 1}', "its fields are data, version; fix"),
+    ('{"id": ' + '{"a":' * 300 + "1" + "}" * 301, "nested too deeply"),
     ('{"messages": [{"role": "user", "content": "cut \\ud83d"}]}', "half of a surrogate pair"),
     ("[" * 100_000, "nested too deeply"),
     ('{"instruction": "x"}', "no answer"),
@@ -373,6 +401,24 @@ def test_a_damaged_gzip_file_is_named(tmp_path):
     path.write_bytes(path.read_bytes()[:-12])
     with pytest.raises(UserError, match=r"pool.jsonl.gz: .*fetch the file again"):
         chats.read([str(path)])
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ('{"prompt": "a", "answer": "b"}'.encode("utf-16"), "text in UTF-16"),
+        (b"PAR1\x15\x04", "a Parquet file"),
+        (b"PK\x03\x04\x14", "a zip archive"),
+        (bz2.compress(b"{}"), "bzip2"),
+        (lzma.compress(b"{}"), "xz"),
+    ],
+)
+def test_files_of_other_kinds_are_named(data, words, tmp_path):
+    path = tmp_path / "pool.jsonl"
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=words) as caught:
+        chats.read([str(path)], bad=BadRows(9))
+    assert str(caught.value).startswith(f"{path} is ") and "\n" not in str(caught.value)
 
 
 def test_the_select_command_reads_other_names_and_counts_bad_rows(tmp_path):

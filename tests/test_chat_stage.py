@@ -243,6 +243,41 @@ def test_compare_reads_all_forms_and_prints_null_scores(tuned, tmp_path):
     assert "talk.jsonl, line 4" in mistake(*args)
 
 
+CALLS = [
+    {"role": "user", "content": "q"},
+    {"role": "tool", "content": "r"},
+    {"role": "assistant", "content": "a"},
+]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_conversations_that_the_template_cannot_write_are_left_out_everywhere(name, base, tmp_path):
+    refusing = "{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    jinja = JINJA.replace("{{ '<'", refusing + "{{ '<'")
+    writing = TEMPLATES[name] if name == "patterns" else TemplateConfig(jinja=jinja)
+    rows = [{"prompt": f"q{n}", "completion": f"a{n}"} for n in range(30)]
+    rows += [{"messages": [*CALLS[:2], {**CALLS[2], "content": f"{n}"}], "category": "tools"}
+             for n in range(20)]  # fmt: skip
+    talk = write_talk(tmp_path, rows)
+    config = config_of(base, talk, template=writing, bad_rows=20)
+    run = str(tmp_path / "run")
+    with jax.enable_x64(False):
+        scores = before_after.scores(config, run, fine_tune.run(config, run))
+        assert scores["after"].keys() == {"", "all"} and len(scores["bad_rows"]) == 20
+        assert sum(c["bad"] for c in scores["conversations"].values()) == 20
+        args = ("compare", run, run, f"--samples={talk}", "--retention_sequences=8")
+        result = json_of(*args, "--bad_rows=20", "--max_new_tokens=2")
+        assert result["samples"]["scored"] == 30 and len(result["bad_rows"]) == 20
+        line = mistake(*args, "--bad_rows=20", "--fail_if=tools/loss:1")
+        assert "fail_if=tools/loss:1: not measured here" in line
+        assert "talk.jsonl, line 50: " in mistake(*args, "--bad_rows=19")
+        args = ("samples", "select", f"--pool={talk}", f"--output={tmp_path}/chosen.jsonl")
+        args += ("--size=30", "--near=2", "--worst_loss=0", "--max_ifd=1e9", f"--checkpoint={run}")
+        result = json_of(*args, "--bad_rows=20")
+        assert result["pool"] == 30 and len(result["bad_rows"]) == 20
+        assert "talk.jsonl, line 31: " in mistake(*args)
+
+
 def test_the_harness_asks_in_the_template(tuned, monkeypatch):
     pytest.importorskip("lm_eval", reason="needs the extra [hf]")
     from flm_jax.commands.harness import _chat

@@ -10,8 +10,8 @@ from flm_jax.data.chat_template import TemplateConfig
 from flm_jax.data.tokenizer import open_tokenizer
 from flm_jax.errors import UserError
 from flm_jax.interop.tokenizer_files import Vocabulary, write_chat_template
-from flm_jax.sft import packing, template
-from flm_jax.sft.chats import BadRows, Message, Sample, sample
+from flm_jax.sft import packing, template, unwritten
+from flm_jax.sft.chats import BadRows, Message, Sample, sample, to_row
 
 BYTES = open_tokenizer("bytes")
 CHATML = """\
@@ -230,15 +230,68 @@ def test_tools_and_reasoning_are_written_or_counted(folder, theirs):
     assert list(got.tokens) == wanted
     learned = [t for t, yes in zip(got.tokens, got.learned, strict=True) if yes]
     assert ours.decode(learned) == json.dumps([call], ensure_ascii=False) + "a"
-    assert template.left_out(given, ours, TemplateConfig(jinja=text)) == []
+    assert unwritten.left_out(given, ours, TemplateConfig(jinja=text)) == []
     silent = (
         "{% for m in messages if m.role in ('user', 'assistant') %}{{ m.content }}|{% endfor %}"
     )
-    assert template.left_out(given, ours, TemplateConfig(jinja=silent)) == [
-        "tool messages", "lists of tools",
+    assert unwritten.left_out(given, ours, TemplateConfig(jinja=silent)) == [
+        "tool messages", "calls of tools", "lists of tools",
     ]  # fmt: skip
     spoken = Sample((Message("system", "be short"), *given.messages))
-    assert "system messages" in template.left_out(spoken, ours, TemplateConfig(jinja=silent))
+    assert "system messages" in unwritten.left_out(spoken, ours, TemplateConfig(jinja=silent))
+
+
+@pytest.mark.parametrize("content", ["s", "|", "a", "be short"])
+def test_a_short_message_that_a_template_leaves_out_is_counted(content):
+    """Other text holds the same letters."""
+    talk = Sample((Message("system", content), Message("user", "as is"), Message("assistant", "a")))
+    silent = "{% for m in messages %}{{ m.content if m.role != 'system' }}|as{% endfor %}"
+    assert unwritten.left_out(talk, BYTES, TemplateConfig(jinja=silent)) == ["system messages"]
+    spoken = silent.replace("'system'", "'tool'")
+    assert unwritten.left_out(talk, BYTES, TemplateConfig(jinja=spoken)) == []
+
+
+def test_parts_of_messages_that_a_template_removes_are_counted():
+    forgets = "{% for m in messages %}{{ m.content.split('</think>')[-1] }}|{% endfor %}"
+    kept = Sample(tuple(Message("user", f"question {n}") for n in range(12)))
+    assert unwritten.left_out(kept, BYTES, TemplateConfig(jinja=forgets)) == []
+    thought = Sample((*kept.messages, Message("assistant", "<think>hm</think>a")))
+    lost = unwritten.left_out(thought, BYTES, TemplateConfig(jinja=forgets))
+    assert lost == ["parts of assistant messages"]
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_has_the_name_that_the_template_reads(name, theirs, folder):
+    ours = open_tokenizer(str(folder))
+    rows = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", name: "hm"}]
+    given = sample({"messages": rows})
+    for read in ("reasoning_content", "thinking"):
+        text = f"{{% for m in messages %}}{{{{ m.{read} }}}}|{{{{ m.content }}}};{{% endfor %}}"
+        got = template.encode(given.messages, ours, TemplateConfig(jinja=text))
+        wanted = theirs.apply_chat_template(rows, chat_template=text, return_dict=True)
+        assert list(got.tokens) == wanted["input_ids"]
+        assert "hm" in ours.decode(got.tokens)
+        assert unwritten.left_out(given, ours, TemplateConfig(jinja=text)) == []
+
+
+@pytest.mark.parametrize("content", [None, "", "so"])
+def test_a_content_of_null_is_absent_for_the_template(content, theirs, folder):
+    ours = open_tokenizer(str(folder))
+    text = """{%- for m in messages -%}{{ m.role }}{%- if m.tool_calls -%}
+    {{ m.tool_calls | tojson }}{%- endif -%}
+    {%- if m.content is defined -%}:{{ m.content }};{%- endif -%}<|im_end|>{%- endfor -%}"""
+    call = {"type": "function", "function": {"name": "add", "arguments": {}}}
+    row = {
+        "messages": [
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "content": content, "tool_calls": [call]},
+        ]
+    }
+    given = sample(row)
+    got = template.encode(given.messages, ours, TemplateConfig(jinja=text))
+    wanted = theirs.apply_chat_template(row["messages"], chat_template=text, return_dict=True)
+    assert list(got.tokens) == wanted["input_ids"]
+    assert sample(to_row(given)) == given
 
 
 def test_answers_end_with_the_token_that_the_template_writes(folder):

@@ -109,7 +109,7 @@ def test_jsonl_is_read_as_written(tmp_path):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("{", "Expecting"),
+        ("{", "an object over several lines"),
         ("[1]", "not a JSON object"),
         ("{}", "neither messages, nor instruction and response"),
         ('{"messages": {}}', "list of objects"),

@@ -66,6 +66,13 @@ def _samples(flags: Flags, bad: BadRows) -> tuple[list[Sample], int]:
     return answered, len(samples) - len(answered)
 
 
+def _check_gates(gates: list[comparison.Gate], samples: list[Sample]) -> None:
+    """Raises UserError if a gate's metric is not measured on these samples."""
+    checked = {s.category: False for s in samples} | {s.category: True for s in samples if s.check}
+    for gate in gates:
+        gate.check(comparison.metrics_of(checked))
+
+
 def _open(given: str, flags: Flags) -> tuple[ChatModel, Any]:
     model, corpus = open_chat_model(given, flags.vocabulary)
     return dataclasses.replace(model, max_new_tokens=flags.max_new_tokens), corpus
@@ -145,12 +152,14 @@ def main(call: Call[Flags]) -> dict[str, Any]:
         raise UserError("--judge is given without --output; give a folder for its verdicts")
     bad = BadRows(flags.bad_rows)
     samples, unanswered = _samples(flags, bad)
-    checked = {s.category: False for s in samples} | {s.category: True for s in samples if s.check}
-    for gate in gates:
-        gate.check(comparison.metrics_of(checked))
-
+    _check_gates(gates, samples)
     console = call.console()
     (one, corpus), (two, other) = (_open(given, flags) for given in arguments)
+    for model in (one, two):
+        samples = model.writable(samples, bad)
+    if not samples:
+        raise UserError(f"no conversation is left to compare: {bad}; give other samples")
+    _check_gates(gates, samples)
     other = _same_text(corpus, other)
     scored = [
         _score(name, model, samples, answer_judge is not None)

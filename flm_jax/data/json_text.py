@@ -15,6 +15,8 @@ from typing import Any, BinaryIO
 from flm_jax.errors import UserError
 
 _BOM = b"\xef\xbb\xbf"
+# Deeper values would be read or not depending on how deep the calls are that read them.
+_DEEPEST = 200
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -36,9 +38,26 @@ def parse(text: str | bytes) -> Any:
         value = json.loads(data.removeprefix(_BOM).decode("utf-8"))
         if _SURROGATE.search(data):
             check_text(json.dumps(value, ensure_ascii=False))
+        if data.count(b"[") + data.count(b"{") > _DEEPEST and _too_deep(value):
+            raise RecursionError
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    except json.JSONDecodeError as error:
+        # The library's message has a line number of its own, beside that of the file.
+        where = f"at character {error.pos + 1}" if error.doc[error.pos :].strip() else "at its end"
+        raise ValueError(f"{error.msg.removesuffix(' at')}, {where}") from None
     return value
+
+
+def _too_deep(value: Any) -> bool:
+    """Whether lists and objects are nested in each other more than _DEEPEST times."""
+    level = [value]
+    for _ in range(_DEEPEST + 1):
+        nested = [v for v in level if isinstance(v, dict | list)]
+        if not nested:
+            return False
+        level = [x for v in nested for x in (v.values() if isinstance(v, dict) else v)]
+    return True
 
 
 def check_text(text: str) -> str:

@@ -16,6 +16,17 @@ from flm_jax.data import json_text
 from flm_jax.errors import UserError
 
 _ENDINGS = ("*.jsonl", "*.jsonl.gz"), ("*.json", "*.json.gz")
+# The first bytes of files that are often given, and that hold no lines of JSON.
+_OTHER_KINDS = {
+    b"PAR1": "a Parquet file",
+    b"ARROW": "an Arrow file",
+    b"PK\x03\x04": "a zip archive",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd",
+    b"BZh": "compressed with bzip2",
+    b"\xfd7zX": "compressed with xz",
+    b"\xff\xfe": "text in UTF-16",
+    b"\xfe\xff": "text in UTF-16",
+}
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -60,15 +71,25 @@ def rows(path: pathlib.Path) -> Iterator[tuple[int, Callable[[], Any]]]:
                 yield from _elements(path, file.read())
             elif first is not None:
                 for number, line in itertools.chain([first], lines):
-                    yield number, functools.partial(json_text.parse, line)
+                    yield number, functools.partial(_parse_line, line)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: {error}; fetch the file again, or remove it") from error
 
 
 def _opened(path: pathlib.Path) -> BinaryIO:
     with path.open("rb") as file:
-        compressed = file.read(2) == b"\x1f\x8b"
+        start = file.read(5)
+    for signature, kind in _OTHER_KINDS.items():
+        if start.startswith(signature):
+            raise UserError(f"{path} is {kind}; convert it to JSONL in UTF-8")
+    compressed = start.startswith(b"\x1f\x8b")
     return cast(BinaryIO, gzip.open(path)) if compressed else path.open("rb")
+
+
+def _parse_line(line: bytes) -> Any:
+    if line == b"{":
+        raise ValueError("an object over several lines begins here; write each object on one line")
+    return json_text.parse(line)
 
 
 def _elements(path: pathlib.Path, data: bytes) -> Iterator[tuple[int, Callable[[], Any]]]:

@@ -27,18 +27,18 @@ from flm_jax.interop.opening import OpenedModel, open_model
 from flm_jax.models import Transformer
 from flm_jax.params import sharding
 from flm_jax.params.dtypes import wide
-from flm_jax.sft.chats import Sample
+from flm_jax.sft.chats import BadRows, Sample
 from flm_jax.sft.packing import features
 from flm_jax.sft.scoring import ResponseLoss
 from flm_jax.sft.template import (
     Encoded,
     encode_sample,
-    left_out,
     model_prompt,
     stop_ids,
     weight_of,
     without_questions,
 )
+from flm_jax.sft.unwritten import left_out, writable
 from flm_jax.train.train_step import Batch, cross_entropy, logits_of
 
 T = TypeVar("T")
@@ -144,8 +144,12 @@ class ChatModel:
 
         return np.stack(self._by_length(encoded, _tokens, means))
 
+    def writable(self, samples: Sequence[Sample], bad: BadRows) -> list[Sample]:
+        """Leaves out the samples that the template cannot write; see `unwritten.writable`."""
+        return writable(samples, self.tokenizer, self.model.template, bad)
+
     def left_out(self, samples: Sequence[Sample]) -> dict[str, int]:
-        """Counts what the template does not write, by kind; see `template.left_out`."""
+        """Counts what the template does not write, by kind; see `unwritten.left_out`."""
         lost = (left_out(s, self.tokenizer, self.model.template) for s in samples)
         return dict(collections.Counter(itertools.chain.from_iterable(lost)))
 

@@ -46,6 +46,7 @@ from flm_jax.sft.chats import BadRows, Sample
 from flm_jax.sft.config import SftConfig
 from flm_jax.sft.packing import ChatBatches, Counts, encode_all, in_order
 from flm_jax.sft.template import Encoded
+from flm_jax.sft.unwritten import writable
 from flm_jax.store.checkpoint import params_digest
 from flm_jax.store.lineage import RunFolder, identity, pick_stage
 from flm_jax.train import optim, schedules
@@ -124,7 +125,7 @@ class Conversations:
     Attributes:
       train: encoded conversations to train on.
       held_out: encoded held-out conversations.
-      held_out_samples: the held-out conversations as samples.
+      held_out_samples: the held-out conversations that the template can write, as samples.
       counts: "train" and "held_out" -> what happened to the conversations.
       fingerprint: SHA-256 of all conversations.
       start_id: the input token at the start of a conversation that has none of its own.
@@ -189,7 +190,10 @@ def conversations(
     return Conversations(
         train=encoded[0][0],
         held_out=encoded[1][0],
-        held_out_samples=held_out,
+        # The others are counted above, and cannot be scored.
+        held_out_samples=writable(
+            held_out, model.tokenizer, model.template, BadRows(len(held_out))
+        ),
         counts={"train": encoded[0][1], "held_out": encoded[1][1]},
         fingerprint=chats.fingerprint(samples),
         start_id=model.tokenizer.start_id,

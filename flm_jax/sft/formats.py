@@ -11,9 +11,8 @@ Other names are given by a `FieldsConfig`. A field that is null counts as absent
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flm_jax.data import json_text
@@ -47,10 +46,23 @@ _USUAL: dict[str, tuple[str, ...]] = {
     "weight": ("weight",),
     "tools": ("tools",),
 }
+# Fields that say, besides `weight`, whether an answer is learned.
+_LEARNED = ("loss", "loss_mask", "train", "training", "trainable")
+# Fields of a message that would change what is learned in a way that is not supported.
+_UNCLEAR = {
+    "train_detail": "only whole messages can be weighted",
+    "training_detail": "only whole messages can be weighted",
+    "mask": "it does not say whether the message is learned; write weight: 0 or weight: 1",
+}
+# A weight is 0 or within these bounds, so that products and sums of weights fit float32.
+_SMALLEST, _LARGEST = 1e-6, 1e6
+# Fields of preference data without pairs (KTO): false marks an answer that is not wanted.
+_REJECTED = ("label", "kto_tag")
+_SHOWN = 80  # characters of a value in an error
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 # Fields of a message that a chat template may write, besides role and content.
-REASONING = ("reasoning_content", "reasoning", "thinking")
+REASONING = ("reasoning_content", "thinking", "reasoning")
 _MORE = ("tool_calls", "tool_call_id", "name", *REASONING)
 
 
@@ -76,12 +88,18 @@ def own_form(row: Any, fields: FieldsConfig = USUAL_FIELDS) -> dict[str, Any]:
         raise ValueError("it is not a JSON object")
     row = _present(row)
     _refuse_media(row)
+    for name in _REJECTED:
+        if row.get(name) is False:
+            raise ValueError(
+                f"{name} is false, as in preference data, where such an answer is not wanted; "
+                "remove the field if it means something else"
+            )
     own: dict[str, Any] = {"messages": _messages_of(row, fields)}
     for name in ("category", "id"):
         if (value := _find(row, name, fields)) is not None:
             own[name] = _label(name, value)
-    if (weight := _find(row, "weight", fields)) is not None:
-        own["weight"] = _weight("weight", weight)
+    if (weight := _product(row, (_name(row, "weight", fields), "train"))) is not None:
+        own["weight"] = weight
     if tools := _tools(_find(row, "tools", fields)):
         own["tools"] = tools
     if (check := row.get("check")) is not None:
@@ -144,7 +162,11 @@ def _what_is_missing(row: Row, fields: FieldsConfig, answered: bool) -> str:
     names = [name for key in ("question", "input") for name in _USUAL[key] if name in row]
     if names and not answered:
         return f"it has {names[0]}, but no answer ({', '.join(_USUAL['answer'])})"
-    return "it has neither messages, nor instruction and response (nor other names for these)"
+    have = _short(", ".join(row))[1:-1] if row else "none"
+    return (
+        "it has neither messages, nor instruction and response (nor other names for these); its "
+        f"fields are {have}"
+    )
 
 
 def _is_message(part: Any, fields: FieldsConfig) -> bool:
@@ -183,7 +205,8 @@ def _message(turn: Row, fields: FieldsConfig) -> dict[str, Any]:
     role = renamed.get(name) or _ROLES.get(name.lower()) if isinstance(name, str) else None
     if role is None:
         raise ValueError(
-            f"role is {name!r}; it must be one of {', '.join(ROLES)}, or be named in fields.roles"
+            f"role is {_short(name)}; it must be one of {', '.join(ROLES)}, or be named in "
+            "fields.roles"
         )
     message: dict[str, Any] = {"role": role}
     more = {key: turn[key] for key in _MORE if turn.get(key) not in (None, [], "")}
@@ -193,7 +216,7 @@ def _message(turn: Row, fields: FieldsConfig) -> dict[str, Any]:
     elif isinstance(call := turn.get("function_call"), Mapping):
         more["tool_calls"] = [{"type": "function", "function": dict(call)}]
     if content is None and "tool_calls" in more:
-        content = ""
+        content, more["content"] = "", None  # not the same as an empty text
     message["content"] = _content("content", content)
     weight = _message_weight(turn, fields)
     if weight is not None and role == "assistant":
@@ -204,18 +227,32 @@ def _message(turn: Row, fields: FieldsConfig) -> dict[str, Any]:
 
 
 def _message_weight(turn: Row, fields: FieldsConfig) -> float | None:
-    """The product of a message's weights (`weight`, `loss`, `train`); None if it has none."""
-    if turn.get("train_detail"):
-        raise ValueError("train_detail is given; only whole messages can be weighted")
-    names = dict.fromkeys((fields.weight or "weight", "loss", "train"))
-    weights = [_weight(name, turn[name]) for name in names if name in turn]
+    """The product of a message's weights; None if it has none."""
+    for name, problem in _UNCLEAR.items():
+        if name in turn:
+            raise ValueError(f"{name} is given; {problem}")
+    weight = _product(turn, (fields.weight or "weight", *_LEARNED))
+    masked = turn.get("masked")
+    if masked is None:
+        return weight
+    if not isinstance(masked, bool):
+        raise ValueError(f"masked is {_short(masked)}; it must be true or false")
+    return 0.0 if masked else weight
+
+
+def _product(row: Row, names: Sequence[str]) -> float | None:
+    """The product of the weights in a row's fields; None if it has none of the fields."""
+    weights = [_weight(name, row[name]) for name in dict.fromkeys(names) if name in row]
     return math.prod(weights) if weights else None
 
 
 def _weight(name: str, value: Any) -> float:
-    """A weight in the loss: a number of 0 or more, or a truth value."""
-    if not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise ValueError(f"{name} is {value!r}; it must be a finite number of 0 or more")
+    """A weight in the loss: a number, or a truth value."""
+    if not isinstance(value, int | float) or not (value == 0 or _SMALLEST <= value <= _LARGEST):
+        raise ValueError(
+            f"{name} is {_short(value)}; it must be 0, or a number from {_SMALLEST:g} to "
+            f"{_LARGEST:g}"
+        )
     return float(value)
 
 
@@ -226,7 +263,7 @@ def _call(content: Any) -> dict[str, Any]:
     except ValueError:
         call = None
     if not isinstance(call, Mapping):
-        raise ValueError(f"a call of a function is {content!r}; it must be a JSON object")
+        raise ValueError(f"a call of a function is {_short(content)}; it must be a JSON object")
     return {"type": "function", "function": dict(call)}
 
 
@@ -239,7 +276,7 @@ def _tools(value: Any) -> list[Any]:
     if not tools:
         return []
     if not isinstance(tools, list):
-        raise ValueError(f"tools is {json.dumps(tools)[:60]}; it must be a list")
+        raise ValueError(f"tools is {_short(tools)}; it must be a list")
     return tools
 
 
@@ -248,13 +285,13 @@ def _content(name: str, value: Any) -> str:
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
-        raise ValueError(f"{name} is {value!r}; it must be text")
+        raise ValueError(f"{name} is {_short(value)}; it must be text")
     texts = []
     for part in value:
         kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
         text = part.get("text") if isinstance(part, Mapping) else part
         if kind not in _TEXT_PARTS or not isinstance(text, str):
-            raise ValueError(f"{name} has a part of type {kind!r} that is no text; remove it")
+            raise ValueError(f"{name} has a part of type {_short(kind)} that is no text; remove it")
         texts.append(text)
     return "".join(texts)
 
@@ -264,7 +301,7 @@ def _label(name: str, value: Any) -> str:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, str | int):
-        raise ValueError(f"{name} is {value!r}; it must be text or an integer")
+        raise ValueError(f"{name} is {_short(value)}; it must be text or an integer")
     return str(value)
 
 
@@ -282,10 +319,16 @@ def _name(row: Row, name: str, fields: FieldsConfig) -> str:
     return names[0] if names else _USUAL[name][0]
 
 
+def _short(value: Any) -> str:
+    """A value as errors show it: on one line, and cut if it is long."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
+
+
 def _text(row: Row, name: str) -> str:
     value = row.get(name)
     if not isinstance(value, str):
-        raise ValueError(f"{name} is {value!r}; it must be text")
+        raise ValueError(f"{name} is {_short(value)}; it must be text")
     return value
 
 

@@ -20,7 +20,8 @@ from flm_jax.data.stream import Batch, BatchStream
 from flm_jax.data.tokenizer import Tokenizer
 from flm_jax.errors import UserError
 from flm_jax.sft.chats import BadRows, Sample
-from flm_jax.sft.template import Encoded, encode_sample, left_out
+from flm_jax.sft.template import Encoded, encode_sample
+from flm_jax.sft.unwritten import left_out
 
 OPEN_ROWS = 256  # number of latest rows that can still receive a conversation
 

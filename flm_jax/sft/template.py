@@ -81,7 +81,7 @@ def pieces(messages: Sequence[Message], template: TemplateConfig = TELE_FLM) -> 
     Args:
       messages: the conversation.
       template: how messages are written. Without a pattern for them, system messages are left out
-        (`left_out` counts them).
+        (`unwritten.left_out` counts them).
 
     Raises:
       UserError: a message uses tools, and the template has no pattern for them.
@@ -180,10 +180,10 @@ def encode_prompt(
     if not template.jinja:
         return _encode(_to_answer(messages, template), tokenizer, inside=True).tokens
     now = datetime.datetime.now()
-    text, _ = _render(messages, tokenizer, template, tools, prompt=True, now=now)
+    text, _ = render(messages, tokenizer, template, tools, prompt=True, now=now)
     try:
         spans = _spans(messages, tokenizer, template, tools, now)
-        written, _ = _render(messages, tokenizer, template, tools, now=now)
+        written, _ = render(messages, tokenizer, template, tools, now=now)
     except UserError:  # nothing can be trained on it, but the model can still answer
         spans, written = [], ""
     parts, start = [], 0
@@ -218,7 +218,7 @@ def prompt_text(model: OpenedModel, messages: Sequence[Message]) -> str:
     """
     names = names_of_tokens(model.tokenizer.name)
     text = as_jinja(model.template, start="", end=names.get("eos_token", ""))
-    rows = [{"role": m.role, "content": m.content, **m.fields} for m in messages]
+    rows = [_as_given(message) for message in messages]
     return jinja_text.render(text, rows, names, prompt=True, now=datetime.datetime.now())[0]
 
 
@@ -237,36 +237,6 @@ def stop_ids(tokenizer: Tokenizer, template: TemplateConfig = TELE_FLM) -> tuple
     return tuple(dict.fromkeys((*tokenizer.stop_ids, *written)))
 
 
-def left_out(sample: Sample, tokenizer: Tokenizer, template: TemplateConfig) -> list[str]:
-    """Lists what a template does not write of a conversation that it can write.
-
-    Returns:
-      One name for each: "system messages", "tool messages", "reasoning" or "lists of tools".
-    """
-    lost = []
-    if not template.jinja:
-        lost += ["system messages" for m in sample.messages if m.role == "system"] * (
-            not template.system
-        )
-        lost += ["reasoning" for m in sample.messages if m.reasoning]
-        lost += ["lists of tools"] * bool(sample.tools)
-        return lost
-    text, _ = _render(sample.messages, tokenizer, template, sample.tools)
-    for message in sample.messages:
-        content = message.content.strip()
-        if message.role in ("system", "tool") and not _written(content, text):
-            lost.append(f"{message.role} messages")
-        lost += ["reasoning"] * (not _written(message.reasoning.strip(), text))
-    if sample.tools and text == _render(sample.messages, tokenizer, template, "")[0]:
-        lost.append("lists of tools")
-    return lost
-
-
-def _written(content: str, text: str) -> bool:
-    """Whether a rendered text holds a content, as it is or as JSON."""
-    return content in text or json.dumps(content, ensure_ascii=False)[1:-1] in text
-
-
 def without_questions(messages: Sequence[Message], template: TemplateConfig) -> tuple[Message, ...]:
     """The assistant's messages alone; a Jinja template keeps the others, with empty texts.
 
@@ -279,7 +249,7 @@ def without_questions(messages: Sequence[Message], template: TemplateConfig) -> 
     )
 
 
-def _render(
+def render(
     messages: Sequence[Message],
     tokenizer: Tokenizer,
     template: TemplateConfig,
@@ -287,19 +257,38 @@ def _render(
     prompt: bool = False,
     now: datetime.datetime = jinja_text.TRAINING_DAY,
 ) -> tuple[str, list[tuple[int, int]]]:
-    rows: list[dict[str, Any]] = [
-        {"role": m.role, "content": m.content, **m.fields} for m in messages
-    ]
+    """Writes a conversation by a Jinja template; see `jinja_text.render`.
+
+    Args:
+      messages: the conversation.
+      tokenizer: gives the names of special tokens.
+      template: how messages are written.
+      tools: definitions of tools, as JSON; "": none.
+      prompt: also write what precedes the assistant's next answer.
+      now: the time that the template may write.
+    """
+    rows = [_as_given(message) for message in messages]
     definitions = json.loads(tools) if tools else ()
     variables = names_of_tokens(tokenizer.name)
     return jinja_text.render(template.jinja, rows, variables, definitions, prompt, now)
+
+
+def _as_given(message: Message) -> dict[str, Any]:
+    """The message as transformers gives it to a template.
+
+    A null is absent, and reasoning has both names that templates read.
+    """
+    values = {"role": message.role, "content": message.content, **message.fields}
+    if reasoning := message.reasoning:
+        values = {"thinking": reasoning, **values, "reasoning_content": reasoning}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _jinja_pieces(
     messages: Sequence[Message], tokenizer: Tokenizer, template: TemplateConfig, tools: str
 ) -> Iterator[Piece]:
     """Splits a rendered conversation at the assistant's answers."""
-    text, _ = _render(messages, tokenizer, template, tools)
+    text, _ = render(messages, tokenizer, template, tools)
     answers = [m for m in messages if m.role == "assistant"]
     start = 0
     spans = _spans(messages, tokenizer, template, tools)
@@ -328,7 +317,7 @@ def _spans(
     Raises:
       UserError: the answers cannot be found, because a message changes how others are written.
     """
-    text, marked = _render(messages, tokenizer, template, tools, now=now)
+    text, marked = render(messages, tokenizer, template, tools, now=now)
     answers = [n for n, m in enumerate(messages) if m.role == "assistant"]
     if marked:
         if len(marked) != len(answers):
@@ -339,8 +328,8 @@ def _spans(
         return marked
     spans = []
     for n in answers:
-        before, _ = _render(messages[:n], tokenizer, template, tools, prompt=True, now=now)
-        upto, _ = _render(messages[: n + 1], tokenizer, template, tools, now=now)
+        before, _ = render(messages[:n], tokenizer, template, tools, prompt=True, now=now)
+        upto, _ = render(messages[: n + 1], tokenizer, template, tools, now=now)
         if not (upto.startswith(before) and text.startswith(upto)):
             raise UserError(
                 f"the chat template writes the text before message {n} in another way once that "

@@ -24,8 +24,9 @@ from flm_jax.mapping import Checked
 from flm_jax.sft import chats, fine_tune, scoring, selection, synthetic
 from flm_jax.sft.before_after import few_of_each
 from flm_jax.sft.chat_model import ChatModel
-from flm_jax.sft.chats import Sample
+from flm_jax.sft.chats import BadRows, Sample
 from flm_jax.sft.config import SftConfig
+from flm_jax.sft.unwritten import writable
 from flm_jax.store.trials import Trials
 
 SELECTIONS = ("random", "chosen")
@@ -143,14 +144,22 @@ def arms_of(config: LessIsMoreConfig) -> list[Arm]:
     ]
 
 
-def sides(config: SftConfig) -> tuple[list[Sample], list[Sample]]:
-    """Returns the good conversations to train on, and those held out to score."""
+def sides(config: SftConfig, base: OpenedModel) -> tuple[list[Sample], list[Sample]]:
+    """Returns the good conversations to train on, and those held out to score.
+
+    Args:
+      config: names the conversations.
+      base: its template must be able to write them; the others are bad rows.
+    """
     if not config.paths:
         held_out = synthetic.make(
             0, config.score_samples, split="evaluation"
         )  # the same for every seed
         return fine_tune.samples_of(config), held_out
-    good, held_out = chats.split(fine_tune.samples_of(config), config.held_out)
+    bad = BadRows(config.bad_rows)
+    samples = fine_tune.samples_of(config, bad)
+    samples = writable(samples, base.tokenizer, base.template, bad)
+    good, held_out = chats.split(samples, config.held_out)
     return good, few_of_each(held_out, config.score_samples)
 
 
@@ -176,15 +185,22 @@ class Pool:
     (arXiv 2308.12032 also trains the model on some of the data first.)
     """
 
-    def __init__(self, config: LessIsMoreConfig, seed: int, judge: Callable[[], ChatModel]):
+    def __init__(
+        self,
+        config: LessIsMoreConfig,
+        seed: int,
+        judge: Callable[[], ChatModel],
+        base: OpenedModel,
+    ):
         """Stores the arguments; nothing is computed yet.
 
         Args:
           config: the study.
           seed: index of the seed, from 0.
           judge: opens the model of the seed's first arm; called when that arm is finished.
+          base: the model to fine-tune, with its template.
         """
-        self._config, self._seed, self._open_judge = config, seed, judge
+        self._config, self._seed, self._open_judge, self._base = config, seed, judge, base
 
     def choose(self, arm: Arm) -> list[Sample]:
         """Returns the conversations of an arm; raises UserError if the pool has too few."""
@@ -249,7 +265,7 @@ class Pool:
     @functools.cached_property
     def _sides(self) -> tuple[list[Sample], list[Sample]]:
         """The seed's good conversations, and the held-out ones."""
-        return sides(dataclasses.replace(self._config.sft, seed=self._seed))
+        return sides(dataclasses.replace(self._config.sft, seed=self._seed), self._base)
 
     @functools.cached_property
     def _pile(self) -> list[Sample]:
@@ -271,7 +287,7 @@ class Bench:
         self.config, self.root = config, pathlib.Path(workdir)
         self.base = fine_tune.open_base(config.sft)
         self.corpus = data.open_corpus(self.base.data)
-        good, self.held_out = sides(config.sft)
+        good, self.held_out = sides(config.sft, self.base.model)
         for mix in config.mixes:
             mix.check({s.category for s in good})
         self.trials = Trials(self.root / "arms.jsonl")
@@ -343,7 +359,8 @@ def run(config: LessIsMoreConfig, workdir: str) -> list[dict[str, Any]]:
     rows = [bench.row("base", bench.score_base)]
     for seed, seed_arms in itertools.groupby(arms_of(config), key=lambda arm: arm.seed):
         arms = list(seed_arms)
-        pool = Pool(config, seed, functools.partial(bench.model_of, arms[0]))
+        judge = functools.partial(bench.model_of, arms[0])
+        pool = Pool(config, seed, judge, bench.base.model)
         for arm in arms:
             rows.append(bench.row(arm.name, functools.partial(bench.train_and_score, arm, pool)))
     return rows

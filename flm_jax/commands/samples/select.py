@@ -88,6 +88,7 @@ def main(call: Call[Flags]) -> dict[str, Any]:
     judge = None
     if flags.checkpoint:
         judge, _ = open_chat_model(flags.checkpoint, flags.vocabulary or "")
+        samples = judge.writable(samples, bad)
         model = {
             "losses": judge.losses,
             "unprompted": judge.unprompted,
