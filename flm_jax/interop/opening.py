@@ -24,6 +24,7 @@ from flm_jax.data.tokenizer import Tokenizer, open_tokenizer
 from flm_jax.errors import UserError
 from flm_jax.growth._plan import Plan
 from flm_jax.growth.folding import masks_of
+from flm_jax.interop import gguf_files
 from flm_jax.interop.gguf_files import GgufFile, is_gguf
 from flm_jax.interop.tokenizer_files import GgufVocabulary, Vocabulary
 from flm_jax.interop.weights import Checkpoint, HuggingFace, Weights, folded, place
@@ -247,7 +248,8 @@ def open_stored_model(path: str, stage: str = "", step: int | None = None) -> St
     """Opens a model on disk; does not read its parameters yet.
 
     Args:
-      path: a run's folder, a checkpoint's folder inside one, or a folder of Hugging Face files.
+      path: a run's folder, a checkpoint's folder inside one, a folder of Hugging Face files, or a
+        GGUF file or a folder with one.
       stage: for a run, the index or name of a finished stage; "": the last one.
       step: for a run, the step of one of this stage's checkpoints; None: the stage's result.
 
@@ -266,11 +268,13 @@ def open_stored_model(path: str, stage: str = "", step: int | None = None) -> St
         raise UserError(f"{path} is no run's folder (no lineage.json); leave stage and step out")
     if folder.parent.name == "checkpoints":
         return _checkpoint(folder)
-    if is_gguf(folder) or _is_huggingface(folder):
+    if file := gguf_files.find(folder):
+        return open_huggingface(file)
+    if _is_huggingface(folder):
         return open_huggingface(folder)
     raise UserError(
         f"{path} holds no model; give a run's folder (with lineage.json), a checkpoint inside one "
-        "(.../checkpoints/STEP), or a folder of Hugging Face files (with config.json)"
+        "(.../checkpoints/STEP), a folder of Hugging Face files (with config.json), or a GGUF file"
     )
 
 
