@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from flm_jax.errors import UserError
+from flm_jax.checks import require, require_choice, require_positive
 from flm_jax.mapping import Checked, added, from_mapping
 
 COMPUTE_DTYPES = ("float32", "bfloat16", "float64")
@@ -26,38 +26,6 @@ QK_NORMS = ("none", "head", "all")
 ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "llama3")
 # Kinds of layers: attention to all earlier tokens or to a window; "nope": without RoPE.
 LAYER_KINDS = ("full", "sliding", "full_nope", "sliding_nope")
-
-
-def require(condition: bool, message: str) -> None:
-    """Raises UserError with the message unless the condition holds."""
-    if not condition:
-        raise UserError(message)
-
-
-def require_type(value: object, kind: type, name: str) -> None:
-    """Raises UserError unless a config passed as `name` ("function: argument") is of this type."""
-    require(
-        isinstance(value, kind),
-        f"{name} is of type {type(value).__name__}; give a {kind.__module__}.{kind.__name__}",
-    )
-
-
-def require_positive(config: Any, *names: str) -> None:
-    """Raises UserError unless the named fields are above 0."""
-    for name in names:
-        value = getattr(config, name)
-        require(value > 0, f"{type(config).__name__}.{name} is {value}; it must be above 0")
-
-
-def require_choice(config: Any, name: str, choices: tuple[str, ...]) -> None:
-    """Raises UserError unless the named field is one of the choices."""
-    value = getattr(config, name)
-    require(
-        value in choices,
-        f"{type(config).__name__}.{name} is {value!r}; choose one of {', '.join(choices)}",
-    )
-
-
 # Fields of `TransformerConfig` that set a layer's function, besides its sizes and multipliers.
 BLOCK_FIELDS = (
     "tied", "qkv_bias", "out_bias", "mlp_bias", "norms", "qk_norm", "activation", "window", "rope",

@@ -59,8 +59,6 @@ MESSAGES = '{"messages": [{"role": "user", "content": "CONTENT"}]}'
         (MESSAGES.replace("CONTENT", "cut \\ud83d"), "half of a surrogate pair, U\\+D83D"),
         (NESTED, "nested too deeply|JSON array over several lines"),
         ('{"messages": ' * 100_000, "nested too deeply"),
-        # Conversations may be one array, which begins in line 1.
-        ("[", "a JSON array over several lines begins here|Expecting value"),
         ('[{"messages": []}]', "not a JSON object"),
     ],
 )
@@ -77,6 +75,18 @@ def test_a_row_that_cannot_be_read_is_named(tmp_path, row, words, kind):
         else:
             texts_of(path, task="jsonl_files")
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+def test_an_array_that_begins_late_is_named(tmp_path):
+    """Conversations may be one array, but only from line 1; texts may not."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f"{MESSAGES}\n[\n")
+    with pytest.raises(UserError, match=r"rows.jsonl, line 2: Expecting value"):
+        chats.read([str(path)])
+    path.write_text('{"text": "x"}\n[\n')
+    begins = "a JSON array over several lines begins here, and one object per line"
+    with pytest.raises(UserError, match=f"rows.jsonl, line 2: .*{begins}"):
+        texts_of(path, task="jsonl_files")
 
 
 def test_a_text_is_read_without_its_byte_order_mark(tmp_path):

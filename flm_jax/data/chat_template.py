@@ -12,7 +12,7 @@ import json
 import pathlib
 from collections.abc import Mapping
 
-from flm_jax.config import require
+from flm_jax.checks import require
 from flm_jax.data import special_tokens
 from flm_jax.data.tokenizer import BYTES_SPECIAL
 from flm_jax.errors import UserError

@@ -20,7 +20,6 @@ from flm_jax.interop.rope_keys import FULL, SLIDING
 
 Fields = dict[str, Any]
 _BIASES = ("qkv_bias", "out_bias", "mlp_bias")
-NOTHING: Mapping[str, Any] = {}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -79,6 +79,6 @@ def _stages(source: StoredModel) -> list[str]:
 def _row(entry: dict[str, Any]) -> str:
     receipt, bpb = entry.get("receipt") or {}, (entry.get("eval") or {}).get("bpb_end")
     cells = (entry["name"], entry.get("parent") or "", receipt.get("operator", ""),
-             f"{entry.get('params', 0):,}", f"{entry.get('tokens', 0):,}",
+             *(f"{entry[key]:,}" if key in entry else "" for key in ("params", "tokens")),
              "" if bpb is None else f"{bpb:.4f}")  # fmt: skip
     return f"| {' | '.join(cells)} |"

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from flm_jax.config import TransformerConfig, require_type
+from flm_jax.checks import require_type
+from flm_jax.config import TransformerConfig
 from flm_jax.models import layers as nn_layers
 from flm_jax.models.attention import soft_capped
 from flm_jax.models.cache import Cache, layer_name, write

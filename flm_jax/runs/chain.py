@@ -18,7 +18,8 @@ import numpy as np
 import optax
 
 from flm_jax import data, growth, mapping
-from flm_jax.config import ExperimentConfig, StageConfig, TransformerConfig, require_type
+from flm_jax.checks import require_type
+from flm_jax.config import ExperimentConfig, StageConfig, TransformerConfig
 from flm_jax.errors import UserError
 from flm_jax.inference.evaluation import score
 from flm_jax.interop.stage_source import open_stage_source

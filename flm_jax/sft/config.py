@@ -5,16 +5,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import field
 
-from flm_jax.config import (
-    CheckpointConfig,
-    DataConfig,
-    EvalConfig,
-    MeshConfig,
-    OptimizerConfig,
-    require,
-    require_choice,
-    require_positive,
-)
+from flm_jax.checks import require, require_choice, require_positive
+from flm_jax.config import CheckpointConfig, DataConfig, EvalConfig, MeshConfig, OptimizerConfig
 from flm_jax.data.chat_template import TemplateConfig
 from flm_jax.mapping import Checked, added
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from flm_jax.config import require, require_choice
+from flm_jax.checks import require, require_choice
 from flm_jax.errors import UserError
 from flm_jax.mapping import Checked
 from flm_jax.sft import chats

@@ -22,6 +22,7 @@ import optax
 from jax.sharding import AxisType
 
 from flm_jax import growth, mapping
+from flm_jax.checks import require
 from flm_jax.config import (
     MESH_AXES,
     GrowthConfig,
@@ -29,7 +30,6 @@ from flm_jax.config import (
     RulesConfig,
     StageConfig,
     TransformerConfig,
-    require,
 )
 from flm_jax.errors import UserError
 from flm_jax.growth import Plan

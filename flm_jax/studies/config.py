@@ -4,15 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from flm_jax.config import (
-    ExperimentConfig,
-    GrowthConfig,
-    StageConfig,
-    TransformerConfig,
-    require,
-    require_choice,
-    require_positive,
-)
+from flm_jax.checks import require, require_choice, require_positive
+from flm_jax.config import ExperimentConfig, GrowthConfig, StageConfig, TransformerConfig
 from flm_jax.mapping import Checked
 
 

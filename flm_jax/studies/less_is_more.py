@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from flm_jax import data, mapping
-from flm_jax.config import require, require_positive
+from flm_jax.checks import require, require_positive
 from flm_jax.errors import UserError
 from flm_jax.interop.opening import OpenedModel, open_model
 from flm_jax.mapping import Checked

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flm_jax.config import OptimizerConfig, StageConfig, require_type
+from flm_jax.checks import require_type
+from flm_jax.config import OptimizerConfig, StageConfig
 from flm_jax.params import axes, mup, trees
 from flm_jax.params.axes import ModelSpec, Param, Role
 from flm_jax.params.dtypes import wide

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from flm_jax.config import RulesConfig, StageConfig, TransformerConfig, require_type
+from flm_jax.checks import require_type
+from flm_jax.config import RulesConfig, StageConfig, TransformerConfig
 from flm_jax.models import Transformer
 from flm_jax.params import axes, sharding
 from flm_jax.params.sharding import Layout
