@@ -12,6 +12,7 @@ import pytest
 
 from flm_jax import growth, interop
 from flm_jax.config import TransformerConfig
+from flm_jax.data.tokenizer import open_tokenizer
 from flm_jax.errors import UserError
 from flm_jax.interop import gguf_files, opening
 from flm_jax.interop.verify import our_logits, relative_distance, torch_logits
@@ -101,6 +102,13 @@ def test_files_that_cannot_be_read_are_refused_in_one_line(plain, tmp_path):
         with pytest.raises(UserError, match=line) as error:
             opening.open_stored_model(str(tmp_path / f"{name}.gguf"))
         assert "\n" not in str(error.value) and f"{name}.gguf" in str(error.value)
+
+
+def test_a_file_as_vocabulary_is_refused_and_says_how_to_convert_it(plain, tmp_path):
+    file = tmp_path / "model.gguf"
+    write(file, plain)
+    with pytest.raises(UserError, match=r"flm convert --source=.*model.gguf --target=FOLDER"):
+        open_tokenizer(str(file))
 
 
 def test_a_folder_with_one_file_is_that_file(plain, tmp_path):

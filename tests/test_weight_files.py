@@ -118,6 +118,12 @@ def test_another_tensor_is_still_refused(folder):
         interop.load_hf(folder)
 
 
+def test_more_layers_than_tensors_are_refused_at_once(folder):
+    change(folder, num_hidden_layers=10**12)
+    with pytest.raises(UserError, match=r"num_hidden_layers 10{12}, but the files have"):
+        opening.open_stored_model(str(folder))
+
+
 def test_a_tied_model_may_have_its_head_alone(folder):
     """transformers ties the embedding to the tensor that is there."""
 

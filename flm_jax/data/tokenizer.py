@@ -153,6 +153,12 @@ def open_tokenizer(vocabulary: str) -> Tokenizer:
             f"{where}, but no such file exists; give 'bytes', a tokenizer.json, or a SentencePiece "
             "model (flm vocabulary trains one)"
         )
+    if path.suffix == ".gguf":
+        raise UserError(
+            f"{where}; a tokenizer inside a GGUF file is only converted: flm convert "
+            f"--source={vocabulary} --target=FOLDER --format=llama, then give FOLDER as the source "
+            "and as the vocabulary"
+        )
     read = _hugging_face if path.suffix == ".json" else _sentencepiece
     return read(path, where)
 

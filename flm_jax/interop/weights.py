@@ -114,6 +114,11 @@ class HuggingFace:
             self.tensors = Tensors(folder)
         self.config = with_padding(self.described.config, self.described.values)
         self.notes = [*self.described.notes, *self.tensors.notes]
+        if self.config.num_layers > len(self.tensors.files):
+            raise UserError(  # before a list of names is made for so many
+                f"{folder}: config.json says num_hidden_layers {self.config.num_layers}, but the "
+                f"files have {len(self.tensors.files)} tensors in all; fix config.json"
+            )
         self._lay_out()
         expected = names.shapes(self._table, self._sizes)
         if self.config.tied and {_HEAD, _EMBEDDING} & set(self.tensors.files) == {_HEAD}:
