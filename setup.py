@@ -57,6 +57,8 @@ setuptools.setup(
             "ruff",
             "safetensors",  # the oracle of our reader and writer of Hugging Face weights
         ],
+        # The documentation's site, as jax, flax and orbax build theirs.
+        "docs": ["myst-nb", "sphinx", "sphinx-book-theme"],
         "gguf": ["gguf"],  # llama.cpp's own reader of its files
         # Oracles of the weights' tests, older .bin files, and EleutherAI's evaluation harness,
         # whose own model needs accelerate.
