@@ -27,9 +27,10 @@ from flm_jax.growth import ligo, measure
 from flm_jax.growth.receipt import Receipt, measured
 from flm_jax.interop.stage_source import resolved
 from flm_jax.params import counts
+from flm_jax.params.digest import params_digest
 from flm_jax.params.sharding import Layout
 from flm_jax.runtime import processes
-from flm_jax.store.checkpoint import Checkpoints, params_digest
+from flm_jax.store.checkpoint import Checkpoints
 from flm_jax.store.lineage import RunFolder, StageFolder
 from flm_jax.train.schedules import Schedule
 from flm_jax.train.train_step import MasksAt, TrainState, abstract_state
