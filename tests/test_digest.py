@@ -175,14 +175,15 @@ from flm_jax.runtime import processes
 from tests.models import TABLE, TINY, random_params
 
 with processes.joined(processes.Group(sys.argv[1], int(sys.argv[2]), 2)):
-    multihost_utils.process_allgather = None  # no process may receive a leaf
     params = jax.device_get(random_params(TINY, 0))
     found = []
     for shape in ((8, 1, 1), (2, 2, 2), (1, 8, 1), (1, 2, 4)):
         mesh = sharding.make_mesh(MeshConfig(*shape))
         placed = jax.device_put(params, sharding.shardings(params, TABLE, mesh))
         here = placed["layers"]["mlp"]["up"].is_fully_addressable
-        found.append([params_digest(placed), here])
+        gather, multihost_utils.process_allgather = multihost_utils.process_allgather, None
+        found.append([params_digest(placed), here])  # no process receives a leaf
+        multihost_utils.process_allgather = gather
     print(json.dumps(found))
 """
 
@@ -201,9 +202,9 @@ def test_two_processes_find_the_digest_of_one():
         for process in range(2)
     ]  # fmt: skip
     want = params_digest(random_params(TINY, 0))
-    for process in started:
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err
+    ended = [(*process.communicate(timeout=300), process.returncode) for process in started]
+    for out, err, status in ended:
+        assert status == 0, err
         found = json.loads(out.splitlines()[-1])
         assert [digest for digest, _ in found] == [want] * 4
         assert not any(here for _, here in found)  # each process holds a part only
