@@ -46,7 +46,13 @@ def sums_of(config, mesh_config, folder):
     return set(found)
 
 
-@pytest.mark.parametrize("config", [WIDE, changed(WIDE, tied=True)], ids=["head", "tied"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(WIDE, id="head", marks=pytest.mark.slow),
+        pytest.param(changed(WIDE, tied=True), id="tied"),
+    ],
+)
 def test_gradients_are_added_up_in_float32(config, tmp_path):
     """Split over the batch alone, devices add up nothing but gradients and losses."""
     narrow = changed(config, gradient_reduction="compute")
@@ -55,6 +61,7 @@ def test_gradients_are_added_up_in_float32(config, tmp_path):
     assert "bf16" in sums_of(narrow, mesh, tmp_path / "narrow")  # negative control
 
 
+@pytest.mark.slow
 def test_the_function_is_the_same_and_its_gradient_close():
     """Forward bits are equal; gradients differ by rounding, on one device and on many."""
     params, batch = random_params(MODEL, 0), packed_batch(MODEL, batch=4)

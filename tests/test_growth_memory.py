@@ -63,7 +63,7 @@ class Meter:
             yield
 
 
-@pytest.mark.parametrize("recipe", ["msg", "tile,stack"])
+@pytest.mark.parametrize("recipe", ["msg", pytest.param("zero_pad,stack", marks=pytest.mark.slow)])
 def test_growth_and_receipt_fit_beside_the_state(monkeypatch, recipe):
     meter, mesh = Meter(), sharding.make_mesh(MeshConfig(1, 2, 4))
     plan = growth.plan(SMALL, BIG, recipe)

@@ -152,11 +152,11 @@ def gradient_program(
 
 def update_program(
     plan: Plan, stage: StageConfig, settings: OptimizerConfig, grown_at: int, params: Any
-) -> Callable[[Any, SlotAdamState, Any], tuple[Any, SlotAdamState, jax.Array]]:
-    """Makes the jitted `(params, moments, gradients) -> (params, moments, largest step added)`.
+) -> Callable[[Any, SlotAdamState, Any], tuple[Any, SlotAdamState, Any]]:
+    """Makes the jitted `(params, moments, gradients) -> (params, moments, directions)`.
 
-    It is a step of Adam at the full learning rate, without decay and clipping. The first two
-    arguments are donated. The last result is the receipt's first_update_over_lr.
+    It is a step of Adam at the full learning rate, without decay and clipping. The arguments are
+    donated; directions (steps before the learning rate) take the place of gradients.
 
     Args:
       plan: the growth.
@@ -176,13 +176,12 @@ def update_program(
         directions, moments = adam.update(grads, moments)
         updates, _ = rate.update(directions, rate.init(params))
         updates = trained.scaled(updates, added)
-        largest = largest_added(plan, directions)
-        return optax.apply_updates(params, updates), moments, largest
+        return optax.apply_updates(params, updates), moments, directions
 
     moments = jax.eval_shape(adam.init, params)
     moments = jax.tree.map(lambda _: None, moments)._replace(mu=_placed(params), nu=_placed(params))
-    placed = (_placed(params), moments, None)
-    return jax.jit(update, donate_argnums=(0, 1), out_shardings=placed)
+    placed = (_placed(params), moments, _placed(params))
+    return jax.jit(update, donate_argnums=(0, 1, 2), out_shardings=placed)
 
 
 def _placed(tree: Any) -> Any:
@@ -215,14 +214,18 @@ def first_steps(
     batch, accumulate = in_microbatches(batch, stage)
     gradient = gradient_program(plan, stage, accumulate, params)
     update = update_program(plan, stage, settings, int(moments.steps), params)
+
+    def mask(n: int) -> Any:
+        return jnp.float32((n + 1) / stage.growth.ramp_steps)
+
     largest = []
-    for n in range(FIRST_STEPS):
-        grads = gradient(params, batch, jnp.float32((n + 1) / stage.growth.ramp_steps))
-        if n + 1 < FIRST_STEPS:
-            params, moments, step = update(params, moments, grads)
-            largest.append(float(step))
+    for n in range(FIRST_STEPS - 1):
+        grads = gradient(params, batch, mask(n))
+        params, moments, directions = update(params, moments, grads)
+        largest.append(float(largest_step(plan, directions)))
+        del grads, directions  # before there are new ones
     del moments
-    dead, locked = stuck(plan, params, grads)
+    dead, locked = stuck(plan, params, gradient(params, batch, mask(FIRST_STEPS - 1)))
     return {
         "dead_slots": int(dead),
         "locked_copies": int(locked),
@@ -251,6 +254,9 @@ def in_microbatches(batch: Mapping[str, Any], stage: StageConfig) -> tuple[dict[
         name: np.pad(np.asarray(x), [(0, more), *[(0, 0)] * (np.ndim(x) - 1)])
         for name, x in batch.items()
     }, count
+
+
+largest_step = jax.jit(largest_added, static_argnums=0)  # of directions, in an added slot
 
 
 @functools.partial(jax.jit, static_argnums=0)

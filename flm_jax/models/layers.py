@@ -120,8 +120,9 @@ def _rounded_backward(
         x, g, tokens = x.reshape(-1, *x.shape[2:]), g.reshape(-1, *g.shape[2:]), [0]
 
     def product(x: jax.Array, g: jax.Array) -> jax.Array:
-        sums = ((tokens, tokens), ([], []))
-        return jax.lax.dot_general(x, g, sums, preferred_element_type=wide(x_BTI.dtype))
+        return jax.lax.dot_general(
+            x, g, ((tokens, tokens), ([], [])), preferred_element_type=wide(x_BTI.dtype)
+        )
 
     def widened(x: jax.Array, g: jax.Array) -> jax.Array:
         return product(x.astype(wide(x.dtype)), g.astype(wide(x.dtype)))
