@@ -1,6 +1,7 @@
 """Growth and its receipt need no more memory than a train step: bytes per parameter, by device."""
 
 import contextlib
+import dataclasses
 
 import jax
 import numpy as np
@@ -9,9 +10,9 @@ import pytest
 from flm_jax import growth
 from flm_jax.config import MeshConfig, OptimizerConfig, TransformerConfig
 from flm_jax.growth import measure, receipt
-from flm_jax.params import axes, counts, sharding
+from flm_jax.params import axes, counts, sharding, trees
 from flm_jax.train.train_step import init_state
-from tests.models import changed, optimizer, packed_batch, stage_of
+from tests.models import changed, optimizer, packed_batch, random_params, stage_of
 
 # Many layers: what a device gathers of one layer is then small beside its share of the state.
 SMALL = TransformerConfig(
@@ -84,3 +85,38 @@ def test_growth_and_receipt_fit_beside_the_state(monkeypatch, recipe):
     found = [(name, round((peak - before) / share, 2)) for name, peak in meter.found]
     assert 12 < max(peak for _, peak in found) <= LIMIT, found
     assert all(x.is_deleted() for x in jax.tree.leaves(state.params))
+
+
+@pytest.mark.parametrize(
+    ("rows", "accumulate", "count", "padded"),
+    [(8, 1, 1, 8), (8, 2, 2, 8), (5, 1, 1, 8), (9, 2, 3, 12), (3, 8, 1, 4)],
+)
+def test_a_device_gets_no_more_sequences_than_in_training(rows, accumulate, count, padded):
+    """A stage has eight sequences in a step, over four parts of the mesh."""
+    stage = dataclasses.replace(stage_of(BIG), accumulate=accumulate)
+    batch = packed_batch(BIG, batch=rows, length=8)
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(2, 2, 2))):
+        got, found = measure.in_microbatches(batch, stage)
+    assert found == count and len(got["tokens"]) == padded
+    assert padded // count <= max(8 // accumulate, 4)
+    for name, x in batch.items():
+        np.testing.assert_array_equal(got[name][:rows], x)
+        assert not np.asarray(got[name][rows:]).any()
+
+
+@pytest.mark.slow
+def test_added_sequences_do_not_change_the_gradient():
+    model = changed(SMALL, num_layers=2, dtype="float64")
+    plan = growth.plan(model, changed(model, d_ff=192))
+    with jax.enable_x64(True):
+        params, batch = random_params(plan.config, 0), packed_batch(model, batch=5)
+        alone = measure.gradient_program(plan, stage_of(plan.config), 1, params)
+        want = alone(params, batch, np.float32(0.5))
+        with jax.set_mesh(sharding.make_mesh(MeshConfig(2, 2, 2))):
+            stage = dataclasses.replace(stage_of(plan.config), accumulate=2)
+            more, count = measure.in_microbatches(batch, stage)
+            assert count == 2 and len(more["tokens"]) == 8
+            program = measure.gradient_program(plan, stage, count, params)
+            got = program(params, more, np.float32(0.5))
+    for (path, one), (_, two) in zip(trees.flatten(want), trees.flatten(got), strict=True):
+        np.testing.assert_allclose(one, two, rtol=0, atol=1e-12 * np.abs(one).max(), err_msg=path)
