@@ -46,13 +46,8 @@ def sums_of(config, mesh_config, folder):
     return set(found)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        pytest.param(WIDE, id="head", marks=pytest.mark.slow),
-        pytest.param(changed(WIDE, tied=True), id="tied"),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [WIDE, changed(WIDE, tied=True)], ids=["head", "tied"])
 def test_gradients_are_added_up_in_float32(config, tmp_path):
     """Split over the batch alone, devices add up nothing but gradients and losses."""
     narrow = changed(config, gradient_reduction="compute")

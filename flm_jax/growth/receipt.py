@@ -122,9 +122,11 @@ def largest_added(plan: Plan, tree: Mapping[str, Any]) -> jax.Array:
     """The largest absolute entry of a tree in an added slot of any axis."""
     largest = jnp.zeros(())
     for path, leaf in trees.flatten(tree):
-        added = any_slot(plan.table[path], plan.by_axis, lambda e, role: e.added)
-        if added is not None:
-            here = jnp.max(jnp.where(added, jnp.abs(leaf), 0))
+        for dim, e, _ in grown_dims(plan.table[path], plan.by_axis):
+            others = tuple(d for d in range(leaf.ndim) if d != dim)
+            # Of each slot: the sizes of all entries would need the memory of another leaf.
+            low, high = jnp.min(leaf, others, initial=0), jnp.max(leaf, others, initial=0)
+            here = jnp.max(jnp.where(e.added, jnp.maximum(-low, high), 0), initial=0)
             largest = jnp.maximum(largest, here.astype(largest.dtype))
     return largest
 
