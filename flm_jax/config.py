@@ -6,6 +6,7 @@ Config files and commands use ml_collections; `from_mapping` turns their values 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ MOMENTS = ("dual", "asym", "reset")
 RATES = ("target", "carry", "ramp")
 PARAMETRISATIONS = ("mup", "completep", "sp")
 MESH_AXES = ("data", "fsdp", "tensor")
+TOPOLOGY = re.compile(r"(\w+):([1-9]\d*(?:x[1-9]\d*)*)(?:@([1-9]\d*))?")  # kind, sizes, slices
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 NORMS = ("before", "after", "both")
 QK_NORMS = ("none", "head", "all")
@@ -421,12 +423,78 @@ class RulesConfig(Checked):
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig(Checked):
-    """Number of devices along each mesh axis; data = 0: all that the other axes leave."""
+    """Number of devices along each mesh axis; data = 0: all that the other axes leave.
+
+    `dcn_data` and `dcn_fsdp` say how many parts of `data` and `fsdp` lie in different slices of
+    TPUs, or different nodes of GPUs, which only a slower network connects. The sizes include them:
+    fsdp=64 with dcn_fsdp=4 is 16 devices of each of 4 slices.
+
+    Raises:
+      UserError: a field has the wrong type or value, or an axis does not divide over its slices.
+    """
 
     data: int = 0
     fsdp: int = 1
     tensor: int = 1
     rules: RulesConfig = RulesConfig()
+    dcn_data: int = added(1)
+    dcn_fsdp: int = added(1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "fsdp", "tensor", "dcn_data", "dcn_fsdp")
+        require(
+            self.data >= 0,
+            f"MeshConfig.data is {self.data}; give 0 (all devices that are left) or more",
+        )
+        for axis, size, parts in (
+            ("data", self.data, self.dcn_data),
+            ("fsdp", self.fsdp, self.dcn_fsdp),
+        ):
+            require(
+                size % parts == 0,
+                f"MeshConfig.{axis} is {size}, not a multiple of dcn_{axis} {parts}; {axis} counts "
+                "the devices of all slices",
+            )
+
+    @property
+    def slices(self) -> int:
+        """Number of slices or nodes that the mesh is laid over; 1: it does not tell them apart."""
+        return self.dcn_data * self.dcn_fsdp
+
+
+@dataclasses.dataclass(frozen=True)
+class LayoutConfig(Checked):
+    """How a stage is computed on one topology: mesh and rules, accumulation, remat, precision.
+
+    A layout changes nothing that a stage learns, except for rounding: the sequences of one step are
+    the stage's. The runner takes the layout of the devices that it finds, and ahead-of-time
+    compilation that of the devices that it describes. On other devices a stage has the layout of
+    its own fields (`mesh`, `accumulate`, `model.remat`, `model.dtype`).
+
+    Raises:
+      UserError: a field has the wrong type or value.
+    """
+
+    topology: str  # as v5p:8x8x8, h100:16x8 (nodes x GPUs), or v6e:16x16@4 (4 slices)
+    mesh: MeshConfig = MeshConfig()
+    accumulate: int = 0  # microbatches in one optimizer step; 0: the stage's
+    remat: str = ""  # "": the model's
+    dtype: str = ""  # of activations; "": the model's
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            bool(TOPOLOGY.fullmatch(self.topology)),
+            f"LayoutConfig.topology is {self.topology!r}; give KIND:SIZES, as v5p:8x8x8 or "
+            "h100:16x8 (nodes x GPUs), with @SLICES for several slices",
+        )
+        require(
+            self.accumulate >= 0,
+            f"LayoutConfig.accumulate is {self.accumulate}; give 0 (the stage's) or more",
+        )
+        require_choice(self, "remat", ("", *REMAT_POLICIES))
+        require_choice(self, "dtype", ("", "float32", "bfloat16"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -451,6 +519,7 @@ class StageConfig(Checked):
     # Patterns of the parameters that train, as in ("layers/mlp/*", "head"); the others keep their
     # bits. (): all train. `*` also matches "/".
     train_paths: tuple[str, ...] = added(())
+    layouts: tuple[LayoutConfig, ...] = added(())  # on topologies where the fields above change
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -467,6 +536,39 @@ class StageConfig(Checked):
             self.batch_size % self.accumulate == 0,
             f"stage {self.name}: batch_size {self.batch_size} is not a multiple of accumulate "
             f"{self.accumulate}; change one",
+        )
+        topologies = [layout.topology for layout in self.layouts]
+        require(
+            len(set(topologies)) == len(topologies),
+            f"stage {self.name}: layouts are for {', '.join(topologies)}; give each topology one",
+        )
+        for layout in self.layouts:
+            require(
+                self.batch_size % (layout.accumulate or 1) == 0,
+                f"stage {self.name}: batch_size {self.batch_size} is not a multiple of accumulate "
+                f"{layout.accumulate} in its layout for {layout.topology}; change one",
+            )
+
+    def has_layout(self, topology: str) -> bool:
+        """Whether one of its layouts is for this topology."""
+        return any(layout.topology == topology for layout in self.layouts)
+
+    def on(self, topology: str) -> StageConfig:
+        """The stage as it is computed on a topology; without a layout for it, the stage itself."""
+        layout = next((x for x in self.layouts if x.topology == topology), None)
+        if layout is None:
+            return dataclasses.replace(self, layouts=())
+        model = dataclasses.replace(
+            self.model,
+            remat=layout.remat or self.model.remat,
+            dtype=layout.dtype or self.model.dtype,
+        )
+        return dataclasses.replace(
+            self,
+            model=model,
+            mesh=layout.mesh,
+            accumulate=layout.accumulate or self.accumulate,
+            layouts=(),
         )
 
 
@@ -488,18 +590,6 @@ class CheckpointConfig(Checked):
 
 
 @dataclasses.dataclass(frozen=True)
-class LayoutConfig(Checked):
-    """Hardware, mesh and batch size that a stage should fit; `flm compile` checks it."""
-
-    stage: str
-    topology: str
-    batch_size: int
-    data: int = 1
-    fsdp: int = 1
-    tensor: int = 1
-
-
-@dataclasses.dataclass(frozen=True)
 class ExperimentConfig(Checked):
     """A chain of stages, each grown from the one before."""
 
@@ -510,7 +600,6 @@ class ExperimentConfig(Checked):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     mesh: MeshConfig = MeshConfig()
-    layouts: tuple[LayoutConfig, ...] = ()  # for accelerators that this machine does not have
     seed: int = 0
     quick_compile: bool = False  # on CPUs: compile faster and optimise less, for runs of seconds
 
@@ -533,12 +622,6 @@ class ExperimentConfig(Checked):
                 f"stage {stage.name}: growth.ramp_steps is {stage.growth.ramp_steps}, more than "
                 f"its steps {stage.steps}; the masks must reach 1 before the stage ends",
             )
-
-        for layout in self.layouts:
-            require(
-                layout.stage in names,
-                f"ExperimentConfig.layouts names stage {layout.stage!r}; it has {names}",
-            )
         for index in range(len(self.stages)):
             self.data_of(index)  # raises if the lengths do not fit each other
 
@@ -546,6 +629,10 @@ class ExperimentConfig(Checked):
     def total_steps(self) -> int:
         """Optimizer steps of all stages."""
         return sum(stage.steps for stage in self.stages)
+
+    def on(self, topology: str) -> ExperimentConfig:
+        """The experiment as it is computed on a topology: every stage with its layout for it."""
+        return dataclasses.replace(self, stages=tuple(s.on(topology) for s in self.stages))
 
     def mesh_of(self, index: int) -> MeshConfig:
         """The mesh of the stage at `index`."""

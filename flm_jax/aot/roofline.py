@@ -41,6 +41,8 @@ CHIPS = {
     "v5e": Chip(197e12, 16 * 2**30, 819e9, 200e9, "cloud.google.com/tpu/docs/v5e"),
     "v5p": Chip(459e12, 95 * 2**30, 2765e9, 600e9, "cloud.google.com/tpu/docs/v5p"),
     "v6e": Chip(918e12, 32 * 2**30, 1640e9, 448e9, "cloud.google.com/tpu/docs/v6e"),
+    # A chip is two devices in JAX; these are the figures of one: half of the chip's.
+    "tpu7x": Chip(1153.5e12, 96 * 2**30, 3690e9, 300e9, "docs.cloud.google.com/tpu/docs/tpu7x"),
     "h100": Chip(989e12, 80e9, 3350e9, 50e9, _H100, node=8, inside=450e9),
     "h200": Chip(989e12, 141e9, 4800e9, 50e9, _H200, node=8, inside=450e9),
 }

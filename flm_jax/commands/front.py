@@ -28,9 +28,10 @@ COMMANDS = (
     "growth draw",
     "mup check", "mup sweep", "mup growth", "mup predict",
     "generate", "evaluate", "compare", "harness", "reported",
-    "inspect", "describe", "compile", "convert", "families", "vocabulary",
+    "inspect", "describe", "preflight", "convert", "families", "vocabulary",
     "samples make", "samples select", "less_is_more", "benchmark step", "benchmark generate",
 )  # fmt: skip
+OLD_NAMES = {"compile": "preflight"}
 GROUPS = tuple(dict.fromkeys(name.split()[0] for name in COMMANDS if " " in name))
 HELP = frozenset({"--help", "-h", "-help", "--helpshort"})
 
@@ -56,6 +57,7 @@ def run(argv: Sequence[str]) -> int:
         if len(argv) > 1 and argv[0] in GROUPS and argv[1] in HELP:
             print(_summary(argv[0]), *_listed(f"{argv[0]} "), sep="\n")
             return 0
+        argv = [OLD_NAMES.get(argv[0], argv[0]), *argv[1:]] if argv else argv
         name = _name(argv)
         return _run_command(name, argv[len(name.split()) :])
     except UserError as error:

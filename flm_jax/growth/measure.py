@@ -96,7 +96,7 @@ def layer_distances(
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _grown(params: Any, batch: Batch, plan: Plan) -> tuple[jax.Array, jax.Array]:
+def grown(params: Any, batch: Batch, plan: Plan) -> tuple[jax.Array, jax.Array]:
     """Logits and mean loss of the grown model, with its masks at 0."""
     logits_BTV = logits_of(plan.config, params, batch, plan.masks(0.0))
     return logits_BTV, _mean_loss(logits_BTV, batch)
@@ -122,7 +122,7 @@ def function_change(
     Returns:
       The receipt's fields about logits and losses.
     """
-    logits, loss = _grown(params, batch, plan)
+    logits, loss = grown(params, batch, plan)
     change = difference(before["logits"], logits, batch["weights"])
     return {
         **{name: float(value) for name, value in change.items()},

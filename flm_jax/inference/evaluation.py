@@ -71,7 +71,7 @@ def score(
     value = None if mask_value is None else np.float32(mask_value)
     for batch in batches:
         placed = sharding.place_batch(batch, mesh)
-        nats += float(_nats(params, placed, config, masks_at, value))
+        nats += float(summed_nats(params, placed, config, masks_at, value))
         real = batch["weights"] > 0
         tokens += int(real.sum())
         weight += float(batch["weights"].sum(dtype=np.float64))
@@ -80,7 +80,7 @@ def score(
 
 
 @functools.partial(jax.jit, static_argnames=("config", "masks_at"))
-def _nats(
+def summed_nats(
     params: Any,
     batch: Batch,
     config: TransformerConfig,

@@ -1,4 +1,4 @@
-"""The mesh, and the sharding of every array on it, from the axis table.
+"""The sharding of every array on a mesh, from the axis table.
 
 By default (`RulesConfig`) `embed` is split over mesh axis fsdp, and `mlp`, `kv_heads` and `vocab`
 over tensor. The batch is always split over data and fsdp, and between a layer's branches the
@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from flm_jax.config import MESH_AXES, MeshConfig, RulesConfig, TransformerConfig
+from flm_jax.config import MeshConfig, RulesConfig, TransformerConfig
 from flm_jax.errors import UserError
 from flm_jax.params import axes
+from flm_jax.params.mesh import mesh_of
 
 RULES = RulesConfig()
 BATCH_AXES = ("data", "fsdp")
@@ -24,25 +25,13 @@ BATCH = PartitionSpec(BATCH_AXES)
 
 
 def make_mesh(config: MeshConfig, name: str = "config.mesh") -> Mesh:
-    """Makes the mesh (data, fsdp, tensor) over all devices of all processes.
+    """Makes the mesh over all devices of all processes; see `mesh_of`."""
+    return mesh_of(config, jax.devices(), name)
 
-    Args:
-      config: the number of devices along each mesh axis.
-      name: the name of `config` in error messages.
 
-    Raises:
-      UserError: the axes do not multiply to the number of devices.
-    """
-    devices = jax.device_count()
-    rest = config.fsdp * config.tensor
-    data = config.data or devices // rest
-    if data * rest != devices:
-        raise UserError(
-            f"{name} is data {data} x fsdp {config.fsdp} x tensor {config.tensor} = "
-            f"{data * rest} devices, but there are {devices}; change it, or set data to 0"
-        )
-    shape = (data, config.fsdp, config.tensor)
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+def one_device() -> Mesh:
+    """The mesh of the first device only."""
+    return mesh_of(MeshConfig(1), jax.devices()[:1])
 
 
 class Layout(NamedTuple):
@@ -55,13 +44,6 @@ class Layout(NamedTuple):
 def make_layout(config: MeshConfig, name: str = "config.mesh") -> Layout:
     """The mesh over all devices, with the config's rules; arguments and errors as `make_mesh`."""
     return Layout(make_mesh(config, name), config.rules)
-
-
-def one_device() -> Mesh:
-    """The mesh of the first device only."""
-    return jax.make_mesh(
-        (1, 1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
-    )
 
 
 def param_spec(param: axes.Param, rules: RulesConfig = RULES) -> PartitionSpec:
@@ -158,7 +140,7 @@ def head_axes(kv_heads: int, q_per_kv: int) -> tuple[str | None, str | None]:
     return None, "tensor" if q_per_kv % parts == 0 else None
 
 
-def _batch_sharding(rows: int, mesh: Mesh) -> NamedSharding:
+def batch_sharding(rows: int, mesh: Mesh) -> NamedSharding:
     """Rows are split over data and fsdp, or replicated if they do not divide."""
     parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     return NamedSharding(mesh, BATCH if rows % parts == 0 else PartitionSpec())
@@ -177,7 +159,7 @@ def share_of_batch(rows: int, mesh: Mesh) -> tuple[int, int]:
     Returns:
       (index, count): part `index` of `count` equal parts.
     """
-    slices = _batch_sharding(rows, mesh).addressable_devices_indices_map((rows,)).values()
+    slices = batch_sharding(rows, mesh).addressable_devices_indices_map((rows,)).values()
     spans = [index[0].indices(rows) for index in slices if index is not None]
     first, last = min(s[0] for s in spans), max(s[1] for s in spans) - 1
     parts = (n for n in range(rows, 0, -1) if rows % n == 0)
@@ -208,7 +190,7 @@ def place_batch(
             start, stop, _ = index[0].indices(rows)
             return part[start - before : stop - before]
 
-        placement = _batch_sharding(rows, mesh)
+        placement = batch_sharding(rows, mesh)
         return jax.make_array_from_callback((rows, *part.shape[1:]), placement, rows_at)
 
     return {name: place(part) for name, part in batch.items()}

@@ -91,6 +91,7 @@ def grow(
     target_dir: str,
     stage: str = "",
     memory: int = 1 << 30,
+    topology: str = "",
 ) -> dict[str, Any]:
     """Grows a finished stage of a run, or a chain's source, into the next stage of the chain.
 
@@ -101,6 +102,7 @@ def grow(
       target_dir: a run folder: new, or one that the same call started.
       stage: index or name of the finished stage to grow; "": the last one. Not for a source.
       memory: bytes for the arrays in memory at one time, without the process itself.
+      topology: where the target will train: config.json gets the layouts for it. "": none.
 
     Returns:
       `stage` (the new stage's name), `source` and `checkpoint` (paths), and `bytes`, the size of
@@ -112,7 +114,7 @@ def grow(
         the disk fails. A checkpoint that is not complete has another path; the same call
         continues it.
     """
-    config = with_derived(config)
+    config = with_derived(config).on(topology)
     source, target = RunFolder(source_dir), RunFolder(target_dir)
     if source.path.resolve() == target.path.resolve():
         raise UserError(f"source and target are both {source.path}; give another target")

@@ -31,6 +31,7 @@ from flm_jax.params.sharding import Layout
 from flm_jax.runtime import processes
 from flm_jax.store.checkpoint import Checkpoints, params_digest
 from flm_jax.store.lineage import RunFolder, StageFolder
+from flm_jax.train import optim, schedules
 from flm_jax.train.schedules import Schedule
 from flm_jax.train.train_step import MasksAt, TrainState, abstract_state
 from flm_jax.train.trained import AddedSlots
@@ -235,6 +236,19 @@ def plan_of(
         old_rate=g.old_rate,
         layer_distances=distances,
     )
+
+
+def optimizer_of(
+    config: ExperimentConfig, index: int
+) -> tuple[optax.GradientTransformation, Schedule]:
+    """The optimizer and the schedule of the chain's stage at `index`."""
+    stage = config.stages[index]
+    schedule = schedules.schedule_shape(config.schedule, config.total_steps)
+    if index == 0:
+        return optim.optimizer(stage, config.optimizer, schedule), schedule
+    start, g = sum(before.steps for before in config.stages[:index]), stage.growth
+    schedule = schedules.rewarmed(schedule, start, g.rewarmup_steps, g.rewarmup_ratio)
+    return optim.optimizer(stage, config.optimizer, schedule, start), schedule
 
 
 def read_plan(stage: Stage, folder: StageFolder) -> growth.Plan | None:

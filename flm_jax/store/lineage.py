@@ -22,8 +22,8 @@ from flm_jax.errors import UserError
 from flm_jax.store.files import MetricsFile, link, write_atomically, write_json
 
 VERSION = 1
-# A stage's settings that may change on resume: they change only the order of a sum.
-_MAY_CHANGE = ("accumulate",)
+# A stage's settings that may change on resume: they change only rounding.
+_MAY_CHANGE = ("accumulate", "model.remat")
 
 
 class StageFolder:
@@ -164,7 +164,7 @@ class RunFolder:
     def check_stage(self, folder: StageFolder, identity: Mapping[str, Any]) -> list[str]:
         """Checks that a stage was started with the same settings, if it was started.
 
-        `accumulate` may differ: the sums of a step are then added in another order.
+        What a layout sets may differ (`accumulate`, `model.remat`): it changes only rounding.
 
         Args:
           folder: the stage's folder.
@@ -293,9 +293,9 @@ def identity(config: ExperimentConfig, index: int, fingerprint: str) -> dict[str
       JSON values, as they are written to config.json.
     """
     shared = mapping.to_dict(config)
-    for name in ("stages", "mesh", "layouts", "eval", "checkpoint"):
+    for name in ("stages", "mesh", "eval", "checkpoint"):
         del shared[name]
     shared["schedule"]["total_steps"] = config.schedule.total_steps or config.total_steps
-    stage = mapping.to_dict(config.stages[index])
+    stage = mapping.to_dict(dataclasses.replace(config.stages[index], layouts=()))
     del stage["mesh"]
     return {**shared, "stage": stage, "data_fingerprint": fingerprint}

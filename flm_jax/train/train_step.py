@@ -95,6 +95,14 @@ def abstract_state(
     return placed
 
 
+def init_program(
+    config: TransformerConfig, tx: optax.GradientTransformation, layout: Layout
+) -> Callable[[jax.Array], TrainState]:
+    """Makes the jitted `key -> fresh train state`, with the layout's shardings."""
+    placed = state_shardings(config, abstract_state(config, tx), layout)
+    return jax.jit(functools.partial(init_state, config, tx), out_shardings=placed)
+
+
 def state_shardings(config: TransformerConfig, state: TrainState, layout: Layout) -> TrainState:
     """The sharding of every leaf of a train state, as a tree of the same structure."""
     placed: TrainState = sharding.shardings(state, axes.table(config), *layout)

@@ -21,6 +21,7 @@ from rich.filesize import decimal
 from flm_jax.commands import config_files
 from flm_jax.commands.command import Call, Command, flag
 from flm_jax.errors import UserError
+from flm_jax.params import topology
 from flm_jax.runs import grow_on_disk
 from flm_jax.runtime import host
 
@@ -39,6 +40,7 @@ class Flags:
     )
     stage: str = flag("", "Index or name of the finished stage to grow; empty: the last one.")
     memory: int = flag(1 << 30, "Bytes of memory to work in.")
+    topology: str = flag("", "Where the target will train, as v5p:8x8x8: its layouts count.")
 
 
 def main(call: Call[Flags]) -> dict[str, Any]:
@@ -49,7 +51,11 @@ def main(call: Call[Flags]) -> dict[str, Any]:
     experiment = config_files.experiment(call.config)
     if experiment.quick_compile:
         host.compile_quickly()
-    result = grow_on_disk.grow(experiment, flags.source, flags.target, flags.stage, flags.memory)
+    if flags.topology:
+        topology.parse(flags.topology)
+    result = grow_on_disk.grow(
+        experiment, flags.source, flags.target, flags.stage, flags.memory, flags.topology
+    )
     console = call.console(soft_wrap=True)
     if result["bytes"]:
         console.print(

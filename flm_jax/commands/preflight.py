@@ -1,0 +1,192 @@
+"""Compiles every program of a run, on a pod or cluster or on its own devices: does it fit?
+
+  flm preflight --config=configs/tele_flm_1t_chain.py --topology=v5p:8x8x8
+  flm preflight --config=configs/demo.py --own
+
+Nothing is run, and the accelerators need not be there: TPUs need the extra `[tpu]`, GPU clusters
+`[gpu-aot]`. Every stage has the layout that the runner takes on the topology (StageConfig.layouts).
+Without `--topology`, every topology that the config has layouts for is compiled. `--own` is for the
+devices of this machine.
+
+The table says for each program whether it fits, its memory on one device, and which part of it is
+largest: arguments, temporaries, results, or what is held beside the program. Exit status 1 if one
+does not fit. With `--results=FILE` each result is kept, and a second call continues.
+
+To try another layout: `--mesh`, `--batch`, `--search`. `flm compile` is the old name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import rich.console
+import rich.table
+
+from flm_jax.commands import config_files
+from flm_jax.commands.command import Call, Command, Gate, flag
+from flm_jax.config import ExperimentConfig, MeshConfig
+from flm_jax.errors import UserError
+from flm_jax.mapping import replaced
+from flm_jax.runs.programs import PROGRAMS
+from flm_jax.store.trials import Trials
+
+if TYPE_CHECKING:
+    from flm_jax.aot.compiler import Job, Report, Target
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """The command's own flags."""
+
+    topology: str = flag("", "Chips, as v5p:8x8x8, v6e:16x16@4 (4 slices) or h100:16x8.")
+    own: bool = flag(False, "Compile for this machine's devices.")
+    stage: int | None = flag(None, "Index of one stage; -1: the last.")
+    what: str = flag("", "Programs, with commas, as train,growth; empty: all.")
+    mesh: str = flag("", "Another mesh, as fsdp=32,tensor=16.")
+    batch: int = flag(0, "Another batch: sequences of one step, in one microbatch.", lower=0)
+    quick: bool = flag(False, "Compile with less optimisation: a tenth of the time.")
+    search: bool = flag(False, "Try the topology's meshes on one stage's step, quickly.")
+    results: str = flag("", "JSONL file that keeps each result; a second call continues.")
+
+
+def main(call: Call[Flags]) -> dict[str, Any]:
+    flags = call.flags
+    if not flags.own:
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from flm_jax.aot import compiler
+
+    chain = _tried(config_files.experiment(call.config), flags)
+    stage = None if flags.stage is None else config_files.stage_index(chain, flags.stage)
+    names = tuple(name for name in flags.what.split(",") if name)
+    for name in names:
+        if name not in PROGRAMS:
+            raise UserError(f"--what={name}: choose from {', '.join(PROGRAMS)}")
+
+    def wanted(index: int, name: str) -> bool:
+        return stage in (None, index) and (not names or name in names)
+
+    keep = Trials(flags.results).result if flags.results else _recomputed
+    console = rich.console.Console(stderr=True, highlight=False, soft_wrap=True)
+    reports: list[Report] = []
+
+    def compile_all(jobs: Iterator[Job]) -> None:
+        for job in jobs:
+            reports.append(compiler.report(job, keep))
+            console.print("  ".join(_row(reports[-1])))
+
+    for target, last in _targets(chain, flags, stage):
+        if flags.search:
+            index = len(chain.stages) - 1 if stage is None else stage
+            for tried in compiler.meshes(chain, index, target):
+                compile_all(compiler.jobs(tried, target, _step_of(index), index, quick=True))
+        else:
+            compile_all(compiler.jobs(chain, target, wanted, last, flags.quick))
+    if not reports:
+        raise UserError(f"--what={flags.what}: these stages have no such program: a first stage "
+                        "does not grow, and has no masks")  # fmt: skip
+    if flags.search:
+        reports.sort(key=lambda r: (not r["fits"], r.get("roofline", {}).get("step_s", 0)))
+    call.console(width=150).print(_table(reports))
+    # A single program's report is the result itself, too, as it was under the old name.
+    alone = reports[0] if len(reports) == 1 else {}
+    return {**alone, "programs": reports, "fits": all(r["fits"] for r in reports)}
+
+
+def _step_of(stage: int) -> Callable[[int, str], bool]:
+    """Chooses the train step of one stage; see `compiler.jobs`."""
+    return lambda index, name: index == stage and name == "train"
+
+
+def _tried(chain: ExperimentConfig, flags: Flags) -> ExperimentConfig:
+    """The chain with the mesh and the batch of the flags, in all stages."""
+    stages = list(chain.stages)
+    if flags.mesh:
+        rules = chain.mesh.rules
+        mesh = replaced(MeshConfig(rules=rules), _mesh(flags.mesh), f"--mesh={flags.mesh}")
+        stages = [dataclasses.replace(s, mesh=mesh, layouts=()) for s in stages]
+    if flags.batch:
+        stages = [
+            dataclasses.replace(
+                stage,
+                batch_size=flags.batch,
+                accumulate=1,
+                layouts=tuple(dataclasses.replace(x, accumulate=1) for x in stage.layouts),
+            )
+            for stage in stages
+        ]
+    return dataclasses.replace(chain, stages=tuple(stages))
+
+
+def _mesh(text: str) -> dict[str, int]:
+    try:
+        pairs = [part.split("=") for part in text.split(",") if part]
+        return {name: int(size) for name, size in pairs}
+    except ValueError:
+        raise UserError(f"--mesh={text}: give sizes by axis, as fsdp=32,tensor=16") from None
+
+
+def _targets(
+    chain: ExperimentConfig, flags: Flags, stage: int | None
+) -> Iterator[tuple[Target, int | None]]:
+    """Yields what to compile for, and the index of the last stage that runs there."""
+    from flm_jax.aot import compiler
+
+    if flags.own:
+        yield compiler.own_target(), stage
+    elif flags.topology:
+        yield compiler.described_target(flags.topology), stage
+    else:
+        named = dict.fromkeys(x.topology for s in chain.stages for x in s.layouts)
+        if not named or flags.mesh or flags.search:
+            raise UserError("--topology is missing; give one, as --topology=v5p:8x8x8, or --own")
+        for topology in named:
+            has = [i for i, s in enumerate(chain.stages) if s.has_layout(topology)]
+            if stage in (None, *has):
+                last = max(has) if stage is None else stage
+                yield compiler.described_target(topology), last
+
+
+def _recomputed(identity: Mapping[str, Any], compute: Callable[[], Report]) -> Report:
+    """Keeps nothing; as `Trials.result`."""
+    return {**identity, **compute()}
+
+
+def _row(report: Report) -> list[str]:
+    limit, roofline = report["hbm_limit_bytes"], report.get("roofline")
+    steps = f"{report['accumulate']} x {report['batch'] // report['accumulate']}"
+    return [
+        report["stage"], report["what"], report["topology"],
+        ",".join(f"{k}={v}" for k, v in report["mesh"].items() if v > 1),
+        steps, report["remat"],
+        "yes" if report["fits"] else f"no: {report['missing_bytes'] / 1e9:.1f} GB missing",
+        f"{report['hbm_bytes'] / 1e9:.3g} of {limit / 1e9:.1f} GB", report["binds"],
+        f"{roofline['step_s']:.2f} s ({roofline['bound']}), {roofline['utilisation']:.0%}"
+        if roofline else "",
+        f"{report['compile_s']:.0f} s",
+    ]  # fmt: skip
+
+
+def _table(reports: list[Report]) -> rich.table.Table:
+    table = rich.table.Table(
+        "stage", "program", "topology", "mesh", "batch", "remat", "fits", "HBM", "binds",
+        "bound on a step", "compile",
+    )  # fmt: skip
+    for report in reports:
+        table.add_row(*_row(report))
+    return table
+
+
+def _failure(result: Mapping[str, Any]) -> str:
+    """What does not fit, by stage."""
+    bad = [r for r in result["programs"] if not r["fits"]]
+    return "; ".join(
+        f"stage {r['stage']}, {r['what']} on {r['topology']} misses {r['missing_bytes'] / 1e9:.1f} "
+        f"GB of {r['hbm_limit_bytes'] / 1e9:.1f} (largest: {r['binds']})"
+        for r in bad
+    )
+
+
+COMMAND = Command(main, Flags, gate=Gate(1, _failure))
