@@ -3,15 +3,16 @@
 import dataclasses
 import importlib.util
 import json
+import time
 
 import pytest
 
 from flm_jax.aot import compiler, hlo
 from flm_jax.aot.roofline import CHIPS, seconds_of
-from flm_jax.errors import UserError
-from tests.commands import json_of, mistake, run
+from flm_jax.runs.programs import PROGRAMS
+from tests.commands import ROOT, json_of, mistake, needs_libtpu, run
 
-CHAIN = ("compile", "--config=configs/tele_flm_1t_chain.py")
+CHAIN = ("preflight", "--config=configs/tele_flm_1t_chain.py")
 
 HLO = """HloModule jit_step
 
@@ -110,31 +111,28 @@ def test_memory_report(tmp_path):
 
 @pytest.mark.slow
 def test_mistakes_are_one_line():
-    assert "--topology is missing" in mistake(*CHAIN, "--batch=8")
+    assert "--topology is missing" in mistake(*CHAIN, "--mesh=fsdp=8")
     demo = (CHAIN[0], "--config=configs/demo.py")
     assert "--topology is missing" in mistake(*demo)
     assert "kinds: v4" in mistake(*CHAIN, "--topology=v9:2x2")
-    assert "choose one of train" in mistake(*CHAIN, "--topology=v5p:2x2x1", "--what=think")
+    assert "choose from init" in mistake(*CHAIN, "--topology=v5p:2x2x1", "--what=think")
     assert "stages 0 to 2" in mistake(*CHAIN, "--topology=v5p:2x2x1", "--stage=5")
     assert "--mesh=fsdp" in mistake(*CHAIN, "--topology=v5p:2x2x1", "--mesh=fsdp")
+    assert "no such field" in mistake(*CHAIN, "--topology=v5p:2x2x1", "--mesh=expert=4")
     if importlib.util.find_spec("libtpu") is None:
         assert ".[tpu]" in mistake(*CHAIN, "--topology=v5p:2x2x1", "--mesh=fsdp=4")
+    else:
+        assert "stage 102b has none" in mistake(*CHAIN, "--topology=v5p:4x4x4")
+        assert "no such program" in mistake(
+            "preflight", "--config=configs/llama_8b.py", "--topology=v5p:2x2x2", "--what=growth"
+        )
 
 
-def test_a_mesh_must_match_its_topology():
-    with pytest.raises(UserError, match="8 devices, but v5e:2x2 has 4"):
-        compiler.mesh_of("v5e:2x2", {"fsdp": 8}, [None] * 4)
-    with pytest.raises(UserError, match="no mesh axis 'expert'"):
-        compiler.mesh_of("v5e:2x2", {"expert": 4}, [None] * 4)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra [tpu]")
-@pytest.mark.parametrize("what", ["train", "train_masked", "growth"])
-def test_the_tpu_compiler_compiles_a_small_chain(what):
-    sizes = [
+def small(*stages):
+    """Flags that make stages small enough to compile in seconds."""
+    return [
         f"--config.stages[{i}].model.{name}={value}"
-        for i, layers, width in ((0, 2, 512), (1, 2, 512), (2, 3, 1024))
+        for i, layers, width in stages
         for name, value in (
             ("num_layers", layers),
             ("d_model", width),
@@ -143,18 +141,57 @@ def test_the_tpu_compiler_compiles_a_small_chain(what):
             ("vocab_size", 512),
         )
     ]
-    report = json_of(
-        *CHAIN,
-        *sizes,
-        "--topology=v5p:2x2x1",
-        "--mesh=fsdp=2,tensor=2",
-        "--batch=4",
-        "--quick",
-        f"--what={what}",
-        by=run,
-    )
-    assert report["fits"] and report["devices"] == 4
-    keys = {"hbm_bytes", "hbm_limit_bytes", "compile_s", "peak_host_bytes", "collectives"}
-    assert keys | {"model_flops_per_device"} <= set(report)
-    assert set(report["roofline"]) >= {"step_s", "bound", "utilisation"}
-    assert json.dumps(report)
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_a_chain_is_compiled_whole_and_resumes(tmp_path):
+    """Every program of every stage, once; a second call reads what the first one kept."""
+    args = (
+        *CHAIN, *small((0, 2, 512), (1, 2, 512), (2, 3, 1024)), "--topology=v5p:2x2x1",
+        "--mesh=fsdp=2,tensor=2", "--batch=64", "--quick", f"--results={tmp_path}/results.jsonl",
+        "--config.data.sequence_length=256",
+    )  # fmt: skip
+    start = time.monotonic()
+    result = json_of(*args, by=run)
+    took = time.monotonic() - start
+    assert result["fits"]
+    names = [(r["stage"], r["what"]) for r in result["programs"]]
+    assert len(set(names)) == len(names)
+    assert {what for stage, what in names if stage == "1t"} == set(PROGRAMS) - {"init"}
+    assert {what for stage, what in names if stage == "52b"} == {
+        "init", "restore", "train", "evaluate"
+    }  # fmt: skip
+    for report in result["programs"]:
+        assert report["devices"] == 4 and report["batch"] == 64
+        parts = {"argument", "temporary", "output", "held"}
+        assert report["binds"] in parts
+        assert report["hbm_bytes"] >= report["held_bytes"]
+    step = next(r for r in result["programs"] if r["what"] == "train_masked")
+    assert set(step["roofline"]) >= {"step_s", "bound", "utilisation"}
+    start = time.monotonic()
+    assert json_of(*args, by=run) == result
+    assert time.monotonic() - start < took
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_what_does_not_fit_is_named_and_ends_with_status_1():
+    """The 1T needs more memory than four chips have; the old name of the command still works."""
+    done = run(
+        "compile", *CHAIN[1:], "--stage=2", "--what=train", "--topology=v5p:2x2x1", "--quick",
+        "--mesh=fsdp=2,tensor=2", "--batch=64", "--json",
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "stage 1t, train on v5p:2x2x1 misses" in done.stderr.splitlines()[-1]
+    assert not json.loads(done.stdout)["fits"]
+
+
+@pytest.mark.slow
+def test_a_run_compiles_its_programs_on_its_own_devices(tmp_path):
+    config = f"--config={ROOT / 'tests' / 'tiny_chain.py'}"
+    result = json_of("preflight", config, "--own", "--what=train,growth")
+    assert result["fits"] and [r["what"] for r in result["programs"]] == [
+        "train", "growth", "train"
+    ]  # fmt: skip
+    assert all(r["topology"] == "cpu:8" for r in result["programs"])

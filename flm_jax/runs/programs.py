@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -67,7 +68,9 @@ class Program:
 
     def lower(self) -> Any:
         """Traces and lowers it, as `jax.jit` does when the runner calls it."""
-        with jax.set_mesh(self.mesh):
+        with jax.set_mesh(self.mesh), warnings.catch_warnings():
+            # A growth donates a state that is smaller than its result; see `grow_on_mesh`.
+            warnings.filterwarnings("ignore", "Some donated buffers were not usable")
             return self.function.lower(*self.arguments)
 
 
