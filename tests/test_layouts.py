@@ -141,7 +141,7 @@ def test_a_node_with_a_process_for_each_gpu_is_one_node():
 @needs_libtpu
 def test_a_mesh_that_cannot_be_laid_out_names_some_that_can():
     there = described.devices_of("v5p:4x6x10")
-    with pytest.raises(UserError, match=r"config.mesh is data 1 x fsdp 7 x tensor 4 = 28 .* 240,"):
+    with pytest.raises(UserError, match=r"config.mesh is data 1 x fsdp 7 x tensor 4 = 28 .* 240;"):
         mesh_of(MeshConfig(1, 7, 4), there)
     words = "data 120 x fsdp 1 x tensor 2, which cannot be laid over v5p:4x6x10; these work: data"
     with pytest.raises(UserError, match=words) as error:

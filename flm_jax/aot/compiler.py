@@ -48,6 +48,11 @@ class Target:
     chip: Chip | None = None
 
     @property
+    def described(self) -> bool:
+        """Whether the devices are not there."""
+        return self.devices[0] not in jax.devices()
+
+    @property
     def topology(self) -> str:
         """The topology's name."""
         return str(topology_of(self.devices))
@@ -160,7 +165,7 @@ def _with_attention(config: ExperimentConfig, target: Target) -> ExperimentConfi
 
     cuDNN attention needs cuDNN to compile, so GPUs that are described get the plain implementation.
     """
-    if target.devices[0] in jax.devices():
+    if not target.described:
         return config
     kernel = "splash" if target.devices[0].platform == "tpu" else "plain"
     stages = []
@@ -179,7 +184,15 @@ def key_of(job: Job, lowered: Any) -> str:
     return hashlib.sha256(f"{parts}{text}".encode()).hexdigest()
 
 
-def report(job: Job, keep: Callable[[Mapping[str, Any], Callable[[], Report]], Report]) -> Report:
+def kept_nowhere(identity: Mapping[str, Any], compute: Callable[[], Report]) -> Report:
+    """Computes a report, and keeps it nowhere; the same signature as `Trials.result`."""
+    return {**identity, **compute()}
+
+
+def report(
+    job: Job,
+    keep: Callable[[Mapping[str, Any], Callable[[], Report]], Report] = kept_nowhere,
+) -> Report:
     """Lowers and compiles one program.
 
     Args:
@@ -244,8 +257,10 @@ def _optimisation(quick: bool) -> Iterator[None]:
 def _compile(lowered: Any, target: Target, held: int) -> Report:
     """Compiles a lowered program; a program that needs too much memory is a result, too."""
     with tempfile.TemporaryDirectory() as dump:
+        # The compiler's own report of the memory that it assigned.
+        options = {"xla_dump_to": dump} if target.described else None
         try:
-            compiled = lowered.compile(compiler_options={"xla_dump_to": dump})
+            compiled = lowered.compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
             sizes = _out_of_memory(str(error))
             if sizes is None:

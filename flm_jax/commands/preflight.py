@@ -31,6 +31,7 @@ from flm_jax.config import ExperimentConfig, MeshConfig
 from flm_jax.errors import UserError
 from flm_jax.mapping import replaced
 from flm_jax.runs.programs import PROGRAMS
+from flm_jax.runtime import host
 from flm_jax.store.trials import Trials
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def main(call: Call[Flags]) -> dict[str, Any]:
     flags = call.flags
     if not flags.own:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    from flm_jax.aot import compiler
+    from flm_jax.aot import compiler  # after the setting
 
     chain = _tried(config_files.experiment(call.config), flags)
     stage = None if flags.stage is None else config_files.stage_index(chain, flags.stage)
@@ -68,7 +69,7 @@ def main(call: Call[Flags]) -> dict[str, Any]:
     def wanted(index: int, name: str) -> bool:
         return stage in (None, index) and (not names or name in names)
 
-    keep = Trials(flags.results).result if flags.results else _recomputed
+    keep = Trials(flags.results).result if flags.results else compiler.kept_nowhere
     console = rich.console.Console(stderr=True, highlight=False, soft_wrap=True)
     reports: list[Report] = []
 
@@ -89,7 +90,7 @@ def main(call: Call[Flags]) -> dict[str, Any]:
                         "does not grow, and has no masks")  # fmt: skip
     if flags.search:
         reports.sort(key=lambda r: (not r["fits"], r.get("roofline", {}).get("step_s", 0)))
-    call.console(width=150).print(_table(reports))
+    call.console(width=150).print(table(reports))
     # A single program's report is the result itself, too, as it was under the old name.
     alone = reports[0] if len(reports) == 1 else {}
     return {**alone, "programs": reports, "fits": all(r["fits"] for r in reports)}
@@ -135,6 +136,8 @@ def _targets(
     from flm_jax.aot import compiler
 
     if flags.own:
+        if chain.quick_compile:
+            host.compile_quickly()
         yield compiler.own_target(), stage
     elif flags.topology:
         yield compiler.described_target(flags.topology), stage
@@ -147,11 +150,6 @@ def _targets(
             if stage in (None, *has):
                 last = max(has) if stage is None else stage
                 yield compiler.described_target(topology), last
-
-
-def _recomputed(identity: Mapping[str, Any], compute: Callable[[], Report]) -> Report:
-    """Keeps nothing; as `Trials.result`."""
-    return {**identity, **compute()}
 
 
 def _row(report: Report) -> list[str]:
@@ -169,7 +167,8 @@ def _row(report: Report) -> list[str]:
     ]  # fmt: skip
 
 
-def _table(reports: list[Report]) -> rich.table.Table:
+def table(reports: list[Report]) -> rich.table.Table:
+    """The reports of `compiler.report`, a row for each program."""
     table = rich.table.Table(
         "stage", "program", "topology", "mesh", "batch", "remat", "fits", "HBM", "binds",
         "bound on a step", "compile",
@@ -179,8 +178,8 @@ def _table(reports: list[Report]) -> rich.table.Table:
     return table
 
 
-def _failure(result: Mapping[str, Any]) -> str:
-    """What does not fit, by stage."""
+def failure(result: Mapping[str, Any]) -> str:
+    """What does not fit, by stage; "" if all `programs` fit."""
     bad = [r for r in result["programs"] if not r["fits"]]
     return "; ".join(
         f"stage {r['stage']}, {r['what']} on {r['topology']} misses {r['missing_bytes'] / 1e9:.1f} "
@@ -189,4 +188,4 @@ def _failure(result: Mapping[str, Any]) -> str:
     )
 
 
-COMMAND = Command(main, Flags, gate=Gate(1, _failure))
+COMMAND = Command(main, Flags, gate=Gate(1, failure))

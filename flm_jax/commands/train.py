@@ -20,10 +20,13 @@ from typing import Any
 
 import rich.console
 
-from flm_jax.commands import config_files
+from flm_jax.aot import compiler
+from flm_jax.commands import config_files, preflight
 from flm_jax.commands.command import Call, Command, flag
+from flm_jax.config import ExperimentConfig
+from flm_jax.errors import UserError
 from flm_jax.runs import chain, report
-from flm_jax.runtime import processes
+from flm_jax.runtime import host, processes
 from flm_jax.store.lineage import RunFolder
 
 
@@ -36,6 +39,9 @@ class Flags:
     processes: int | None = flag(None, "Number of processes.")
     distributed: bool = flag(
         False, "JAX finds the processes itself: on a TPU pod, under Slurm or Open MPI."
+    )
+    preflight: bool = flag(
+        False, "First compile every program of every stage; train only if all fit the devices."
     )
     join_within: int = flag(300, "Seconds within which all processes must start.")
     lost_after: int = flag(
@@ -51,11 +57,24 @@ def main(call: Call[Flags]) -> dict[str, Any]:
         join_within=flags.join_within, lost_after=flags.lost_after,
     )  # fmt: skip
     with processes.joined(group):
+        if flags.preflight:
+            _preflight(experiment, call.console(width=150))
         finished = folder.lineage.exists() and folder.stages()
         stages = chain.run(experiment, str(folder.path))
         if processes.first():
             _show(folder, stages, finished == stages, call.console())
     return {"stages": stages}
+
+
+def _preflight(experiment: ExperimentConfig, console: rich.console.Console) -> None:
+    """Compiles what the run will execute. Raises UserError if a program does not fit."""
+    if experiment.quick_compile:
+        host.compile_quickly()
+    reports = [compiler.report(job) for job in compiler.jobs(experiment, compiler.own_target())]
+    if processes.first():
+        console.print(preflight.table(reports))
+    if lacks := preflight.failure({"programs": reports}):
+        raise UserError(f"{lacks}; change its layout")
 
 
 def _show(
