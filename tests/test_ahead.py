@@ -145,8 +145,8 @@ def small(*stages):
 
 @pytest.mark.slow
 @needs_libtpu
-def test_a_chain_is_compiled_whole_and_resumes(tmp_path):
-    """Every program of every stage, once; a second call reads what the first one kept."""
+def test_a_stage_is_compiled_whole_and_resumes(tmp_path):
+    """Every program of a grown stage, once; a second call reads what the first one kept."""
     args = (
         *CHAIN, *small((0, 2, 512), (1, 2, 512), (2, 3, 1024)), "--topology=v5p:2x2x1",
         "--mesh=fsdp=2,tensor=2", "--batch=64", "--quick", f"--results={tmp_path}/results.jsonl",
