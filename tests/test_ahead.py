@@ -148,7 +148,7 @@ def small(*stages):
 def test_a_stage_is_compiled_whole_and_resumes(tmp_path):
     """Every program of a grown stage, once; a second call reads what the first one kept."""
     args = (
-        *CHAIN, *small((0, 2, 512), (1, 2, 512), (2, 3, 1024)), "--topology=v5p:2x2x1",
+        *CHAIN, *small((0, 2, 512), (1, 3, 1024), (2, 3, 1024)), "--stage=1", "--topology=v5p:2x2x1",
         "--mesh=fsdp=2,tensor=2", "--batch=64", "--quick", f"--results={tmp_path}/results.jsonl",
         "--config.data.sequence_length=256",
     )  # fmt: skip
@@ -156,12 +156,8 @@ def test_a_stage_is_compiled_whole_and_resumes(tmp_path):
     result = json_of(*args, by=run)
     took = time.monotonic() - start
     assert result["fits"]
-    names = [(r["stage"], r["what"]) for r in result["programs"]]
-    assert len(set(names)) == len(names)
-    assert {what for stage, what in names if stage == "1t"} == set(PROGRAMS) - {"init"}
-    assert {what for stage, what in names if stage == "52b"} == {
-        "init", "restore", "train", "evaluate"
-    }  # fmt: skip
+    names = [r["what"] for r in result["programs"]]
+    assert sorted(names) == sorted(set(PROGRAMS) - {"init"})
     for report in result["programs"]:
         assert report["devices"] == 4 and report["batch"] == 64
         parts = {"argument", "temporary", "output", "held"}
