@@ -148,7 +148,8 @@ def small(*stages):
 def test_a_stage_is_compiled_whole_and_resumes(tmp_path):
     """Every program of a grown stage, once; a second call reads what the first one kept."""
     args = (
-        *CHAIN, *small((0, 2, 512), (1, 3, 1024), (2, 3, 1024)), "--stage=1", "--topology=v5p:2x2x1",
+        *CHAIN, *small((0, 2, 512), (1, 3, 1024), (2, 3, 1024)), "--stage=1",
+        "--topology=v5p:2x2x1",
         "--mesh=fsdp=2,tensor=2", "--batch=64", "--quick", f"--results={tmp_path}/results.jsonl",
         "--config.data.sequence_length=256",
     )  # fmt: skip

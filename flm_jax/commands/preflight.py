@@ -19,13 +19,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import rich.console
-import rich.table
 
-from flm_jax.commands import config_files
+from flm_jax.commands import config_files, fit_table
 from flm_jax.commands.command import Call, Command, Gate, flag
 from flm_jax.config import ExperimentConfig, MeshConfig
 from flm_jax.errors import UserError
@@ -76,7 +75,7 @@ def main(call: Call[Flags]) -> dict[str, Any]:
     def compile_all(jobs: Iterator[Job]) -> None:
         for job in jobs:
             reports.append(compiler.report(job, keep))
-            console.print("  ".join(_row(reports[-1])))
+            console.print("  ".join(fit_table.row(reports[-1])))
 
     for target, last in _targets(chain, flags, stage):
         if flags.search:
@@ -90,7 +89,7 @@ def main(call: Call[Flags]) -> dict[str, Any]:
                         "does not grow, and has no masks")  # fmt: skip
     if flags.search:
         reports.sort(key=lambda r: (not r["fits"], r.get("roofline", {}).get("step_s", 0)))
-    call.console(width=150).print(table(reports))
+    call.console(width=150).print(fit_table.table(reports))
     # A single program's report is the result itself, too, as it was under the old name.
     alone = reports[0] if len(reports) == 1 else {}
     return {**alone, "programs": reports, "fits": all(r["fits"] for r in reports)}
@@ -152,40 +151,4 @@ def _targets(
                 yield compiler.described_target(topology), last
 
 
-def _row(report: Report) -> list[str]:
-    limit, roofline = report["hbm_limit_bytes"], report.get("roofline")
-    steps = f"{report['accumulate']} x {report['batch'] // report['accumulate']}"
-    return [
-        report["stage"], report["what"], report["topology"],
-        ",".join(f"{k}={v}" for k, v in report["mesh"].items() if v > 1),
-        steps, report["remat"],
-        "yes" if report["fits"] else f"no: {report['missing_bytes'] / 1e9:.1f} GB missing",
-        f"{report['hbm_bytes'] / 1e9:.3g} of {limit / 1e9:.1f} GB", report["binds"],
-        f"{roofline['step_s']:.2f} s ({roofline['bound']}), {roofline['utilisation']:.0%}"
-        if roofline else "",
-        f"{report['compile_s']:.0f} s",
-    ]  # fmt: skip
-
-
-def table(reports: list[Report]) -> rich.table.Table:
-    """The reports of `compiler.report`, a row for each program."""
-    table = rich.table.Table(
-        "stage", "program", "topology", "mesh", "batch", "remat", "fits", "HBM", "binds",
-        "bound on a step", "compile",
-    )  # fmt: skip
-    for report in reports:
-        table.add_row(*_row(report))
-    return table
-
-
-def failure(result: Mapping[str, Any]) -> str:
-    """What does not fit, by stage; "" if all `programs` fit."""
-    bad = [r for r in result["programs"] if not r["fits"]]
-    return "; ".join(
-        f"stage {r['stage']}, {r['what']} on {r['topology']} misses {r['missing_bytes'] / 1e9:.1f} "
-        f"GB of {r['hbm_limit_bytes'] / 1e9:.1f} (largest: {r['binds']})"
-        for r in bad
-    )
-
-
-COMMAND = Command(main, Flags, gate=Gate(1, failure))
+COMMAND = Command(main, Flags, gate=Gate(1, fit_table.failure))

@@ -21,7 +21,7 @@ from typing import Any
 import rich.console
 
 from flm_jax.aot import compiler
-from flm_jax.commands import config_files, preflight
+from flm_jax.commands import config_files, fit_table
 from flm_jax.commands.command import Call, Command, flag
 from flm_jax.config import ExperimentConfig
 from flm_jax.errors import UserError
@@ -72,8 +72,8 @@ def _preflight(experiment: ExperimentConfig, console: rich.console.Console) -> N
         host.compile_quickly()
     reports = [compiler.report(job) for job in compiler.jobs(experiment, compiler.own_target())]
     if processes.first():
-        console.print(preflight.table(reports))
-    if lacks := preflight.failure({"programs": reports}):
+        console.print(fit_table.table(reports))
+    if lacks := fit_table.failure({"programs": reports}):
         raise UserError(f"{lacks}; change its layout")
 
 
