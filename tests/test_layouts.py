@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from flm_jax import config as config_lib
-from flm_jax.aot import described
+from flm_jax.aot import compiler, described
 from flm_jax.commands import config_files
 from flm_jax.config import LayoutConfig, MeshConfig
 from flm_jax.errors import UserError
@@ -215,3 +215,52 @@ def test_programs_have_the_arguments_of_the_runner():
             for x in jax.tree.leaves(state)
         )
     assert sharding.batch_sharding(8, layouts[0].mesh) == batch["tokens"].sharding
+
+
+@needs_libtpu
+def test_what_is_compiled_has_the_mesh_and_the_settings_of_the_run():
+    module = importlib.import_module("configs.llama_8b")
+    given = config_lib.experiment(config_files.plain(module.get_config()))
+    target = compiler.described_target("v5p:2x2x2")
+    config, layouts = chain.on_devices(given, target.devices)
+    for job in compiler.jobs(given, target):
+        assert job.program.mesh == layouts[0].mesh
+        kernel = dataclasses.replace(config.stages[0].model, attention="splash")
+        assert job.config.stages == (dataclasses.replace(config.stages[0], model=kernel),)
+    step = next(job for job in compiler.jobs(given, target) if job.program.name == "train")
+    assert step.program.arguments[1]["tokens"].shape == (128, 8192)
+
+
+@pytest.mark.skipif(not described.installed(gpu=True), reason="needs the extra [gpu-aot]")
+def test_described_gpus_give_the_mesh_of_those_of_a_run():
+    there = described.devices_of("h100:2x8")
+    assert str(topology_of(there)) == "h100:2x8"
+    for config in (MeshConfig(1, 2, 8), MeshConfig(1, 16, 1, dcn_fsdp=2)):
+        meshes = [mesh_of(config, devices).devices for devices in (there, gpus(2))]
+        order = [[d.id for d in mesh.flat] for mesh in meshes]
+        assert order[0] == order[1]
+
+
+@pytest.mark.slow
+def test_a_run_takes_the_layout_of_its_devices_and_resumes_on_others(tmp_path):
+    """Another layout gives the same training up to rounding, and may change on resume."""
+    layout = LayoutConfig("cpu:8", MeshConfig(1, 4, 2), accumulate=2, remat="dots")
+    whole = dataclasses.replace(two_stages(steps=6), stages=two_stages(steps=6).stages[:1])
+    there = dataclasses.replace(
+        whole, stages=(dataclasses.replace(whole.stages[0], layouts=(layout,)),)
+    )
+    (plain,), (laid,) = (chain.run(c, str(tmp_path / str(n))) for n, c in enumerate((whole, there)))
+    assert laid["params_digest"] != plain["params_digest"]  # another order of sums: it was used
+    np.testing.assert_allclose(laid["eval"]["bpb_end"], plain["eval"]["bpb_end"], rtol=1e-6)
+    assert chain.run(whole, str(tmp_path / "1")) == [laid]  # finished with another layout
+    other = dataclasses.replace(there, stages=(there.stages[0].on("cpu:8"),))
+    other = dataclasses.replace(
+        other,
+        stages=(
+            dataclasses.replace(
+                other.stages[0], model=dataclasses.replace(other.stages[0].model, dtype="bfloat16")
+            ),
+        ),
+    )
+    with pytest.raises(UserError, match=r"stage.model.dtype"):
+        chain.run(other, str(tmp_path / "1"))

@@ -13,6 +13,9 @@ from flm_jax.aot.roofline import CHIPS, Chip
 from flm_jax.errors import UserError
 from flm_jax.params.topology import Topology, parse
 
+# Whether for GPUs -> the package that has the compiler, and the extra that installs it.
+_PACKAGES = {False: ("libtpu", "tpu"), True: ("jax_plugins.xla_cuda12", "gpu-aot")}
+
 # The facts about a Hopper GPU that XLA needs to compile without one (public specifications).
 _HOPPER = """
 gpu_device_info {{
@@ -52,7 +55,13 @@ def devices_of(topology: str) -> list[Any]:
         raise UserError(
             f"topology={topology}: give nodes x GPUs, as {named.kind}:16x8", argument="topology"
         )
-    _check_installed(topology, gpu)
+    if not installed(gpu):
+        package, extra = _PACKAGES[gpu]
+        raise UserError(
+            f"topology={topology} needs the compiler in package {package}; install it: "
+            f"pip install -e '.[{extra}]'",
+            argument="topology",
+        )
     try:
         described = _gpus(named, chip) if gpu else _tpus(named)
     except (RuntimeError, ValueError, NotImplementedError) as error:
@@ -62,19 +71,12 @@ def devices_of(topology: str) -> list[Any]:
     return list(described.devices)
 
 
-def _check_installed(topology: str, gpu: bool) -> None:
-    """Raises UserError if the compiler's package is missing."""
-    package, extra = ("jax_plugins.xla_cuda12", "gpu-aot") if gpu else ("libtpu", "tpu")
+def installed(gpu: bool) -> bool:
+    """Whether the package with the compiler for GPUs, or else for TPUs, is installed."""
     try:
-        installed = importlib.util.find_spec(package) is not None
+        return importlib.util.find_spec(_PACKAGES[gpu][0]) is not None
     except ModuleNotFoundError:  # the package's parent is missing
-        installed = False
-    if not installed:
-        raise UserError(
-            f"topology={topology} needs the compiler in package {package}; install it: "
-            f"pip install -e '.[{extra}]'",
-            argument="topology",
-        )
+        return False
 
 
 def _gpus(named: Topology, chip: Chip) -> Any:

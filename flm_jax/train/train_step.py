@@ -153,7 +153,14 @@ def gradients(
     if accumulate == 1:
         (loss, tokens), grads = value_and_grad(params, batch, config, masks)
     else:
-        micro = {k: v.reshape(accumulate, -1, *v.shape[1:]) for k, v in batch.items()}
+        # Every device has rows of every microbatch. Without this, XLA splits the microbatches over
+        # devices, and its partitioner then fails on the embedding's lookup if tensor > 1.
+        micro = {
+            k: sharding.constrain(
+                v.reshape(accumulate, -1, *v.shape[1:]), None, sharding.BATCH_AXES, None
+            )
+            for k, v in batch.items()
+        }
 
         def add(total: Any, part: Batch) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, value_and_grad(params, part, config, masks)), None
