@@ -14,6 +14,7 @@ from flm_jax.checks import require, require_choice, require_positive
 from flm_jax.mapping import Checked, added, from_mapping
 
 COMPUTE_DTYPES = ("float32", "bfloat16", "float64")
+GRADIENT_REDUCTIONS = ("compute", "float32")
 ATTENTIONS = ("auto", "plain", "splash", "cudnn")
 REMAT_POLICIES = ("none", "dots", "full")
 SCHEDULES = ("constant", "cosine", "wsd")
@@ -119,6 +120,8 @@ class TransformerConfig(Checked):
     remat: str = "none"
     attention: str = "auto"  # kernel; "auto": the platform's (`models/attention.py`)
     scan_unroll: int = 1  # layers in one step of the scan over layers
+    # The dtype in which devices add up their gradients: "compute" is `dtype`.
+    gradient_reduction: str = added("compute")
     # What other families change in the block.
     tied: bool = added(False)  # the head is the embedding
     qkv_bias: bool = added(False)  # biases of queries, keys and values
@@ -158,6 +161,7 @@ class TransformerConfig(Checked):
         require_choice(self, "dtype", COMPUTE_DTYPES)
         require_choice(self, "remat", REMAT_POLICIES)
         require_choice(self, "attention", ATTENTIONS)
+        require_choice(self, "gradient_reduction", GRADIENT_REDUCTIONS)
         require(
             self.num_heads % self.kv_heads == 0,
             f"TransformerConfig.num_heads is {self.num_heads}, not a multiple of num_kv_heads "
@@ -266,6 +270,12 @@ class TransformerConfig(Checked):
     def branch_mult(self) -> float:
         """Factor on every layer's two branches: residual_mult; under CompleteP over depth_mult."""
         return self.residual_mult / (self.depth_mult if self.parametrisation == "completep" else 1)
+
+    @property
+    def gradient_dtype(self) -> str:
+        """The dtype in which devices add up their gradients."""
+        narrow = self.gradient_reduction == "compute" or self.dtype == "float64"
+        return self.dtype if narrow else self.gradient_reduction
 
     @property
     def score_mult(self) -> float:

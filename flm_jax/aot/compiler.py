@@ -121,7 +121,7 @@ def jobs(
     Args:
       config: the chain, as its config file gives it.
       target: the devices.
-      wanted: (index of a stage, name of a program) -> whether to yield it.
+      wanted: (index of a stage, kind of program) -> whether to yield it.
       last: index of the last stage to run on it; None: the chain's last.
       quick: see `Job`.
 
@@ -132,7 +132,7 @@ def jobs(
     config = _with_attention(config, target)
     for index in range(len(layouts)):
         for program in programs(config, index, layouts):
-            if wanted(index, program.name):
+            if wanted(index, program.kind):
                 yield Job(config, index, program, target, quick)
 
 
@@ -240,7 +240,7 @@ def _report(job: Job, lowered: Any) -> Report:
     return fields
 
 
-_BOUNDED = ("train", "train_masked", "growth")  # programs that `roofline` knows
+_BOUNDED = ("train", "train_masked")  # programs whose time `roofline` bounds
 
 
 @contextlib.contextmanager

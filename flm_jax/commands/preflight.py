@@ -29,7 +29,7 @@ from flm_jax.commands.command import Call, Command, Gate, flag
 from flm_jax.config import ExperimentConfig, MeshConfig
 from flm_jax.errors import UserError
 from flm_jax.mapping import replaced
-from flm_jax.runs.programs import PROGRAMS
+from flm_jax.runs.programs import KINDS
 from flm_jax.runtime import host
 from flm_jax.store.trials import Trials
 
@@ -62,8 +62,8 @@ def main(call: Call[Flags]) -> dict[str, Any]:
     stage = None if flags.stage is None else config_files.stage_index(chain, flags.stage)
     names = tuple(name for name in flags.what.split(",") if name)
     for name in names:
-        if name not in PROGRAMS:
-            raise UserError(f"--what={name}: choose from {', '.join(PROGRAMS)}")
+        if name not in KINDS:
+            raise UserError(f"--what={name}: choose from {', '.join(KINDS)}")
 
     def wanted(index: int, name: str) -> bool:
         return stage in (None, index) and (not names or name in names)

@@ -85,7 +85,8 @@ def _grow_node(tree: Any, plan: Plan) -> Any:
 
     def grown(path: tuple[Any, ...], node: Any) -> Any:
         if isinstance(node, SlotAdamState):
-            return grow_slots(node, plan)._replace(
+            slots = node if node.steps is None else grow_slots(node, plan)
+            return slots._replace(
                 mu=_grow_moments(node.mu, plan, 1), nu=_grow_moments(node.nu, plan, 2)
             )
         if known(node):
@@ -110,7 +111,7 @@ def _grow_optax(node: Any, plan: Plan) -> Any:
         if name in powers:
             fields[name] = _grow_moments(value, plan, powers[name])
         elif name == "count" and plan.moments == "reset":
-            fields[name] = jnp.zeros_like(value)
+            fields[name] = jax.tree.map(jnp.zeros_like, value)
         else:
             fields[name] = _grow_node(value, plan)
     return type(node)(**fields)
@@ -203,6 +204,8 @@ def grow_moment(
 
 
 def _grow_moments(tree: Any, plan: Plan, power: int) -> Any:
+    if tree is None:
+        return None
     if not isinstance(tree, Mapping):
         raise UserError(
             f"grow: moments of the optimizer state are a {type(tree).__name__}, not nested dicts "

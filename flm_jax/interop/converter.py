@@ -33,8 +33,9 @@ from flm_jax.interop.tokenizer_files import (
 )
 from flm_jax.interop.weights import Resized, Rounded, Weights, scaled, without_offset
 from flm_jax.params import axes, counts, trees
+from flm_jax.params.digest import Piece, digest_of_pieces
 from flm_jax.runtime.display import Progress
-from flm_jax.store.checkpoint import CHUNK_BYTES, digest_of_leaves
+from flm_jax.store.checkpoint import CHUNK_BYTES
 from flm_jax.store.chunked import (
     CheckpointReader,
     CheckpointWriter,
@@ -396,16 +397,16 @@ def digest_on_disk(reader: CheckpointReader, config: TransformerConfig, memory: 
     total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
     with Progress("reading back", 0, total, "bytes") as progress:
 
-        def pieces(name: str) -> Iterator[np.ndarray]:
+        def pieces(name: str) -> Iterator[Piece]:
             leaf = reader.leaves[name]
             for index in cells(
                 leaf.shape, chunk_shape(leaf.shape, leaf.dtype.itemsize, memory // _COPIES)
             ):
                 piece = reader.read(name, index)
                 progress.add(piece.nbytes)
-                yield piece
+                yield index, piece
 
-        return digest_of_leaves(
+        return digest_of_pieces(
             (path, reader.leaves[f"params/{path}"], pieces(f"params/{path}")) for path in paths
         )
 

@@ -113,7 +113,7 @@ class Transformer(nn.Module):
         # Each device looks up its part of every row. If the table were split by token, the lookup
         # would bring all sequences, or the whole table, to every device.
         embedding_VD = constrain(w["embedding"], None, "tensor")
-        x_BTD = constrain(embedding_VD[tokens_BT], BATCH_AXES, None, "tensor")
+        x_BTD = constrain(embedding_VD[tokens_BT].astype(config.dtype), BATCH_AXES, None, "tensor")
         x_BTD = x_BTD * jnp.asarray(config.input_mult, config.dtype)
         x_BTD = constrain(x_BTD, BATCH_AXES, "tensor", None)
         angles = angles_by_kind(positions_BT, config)

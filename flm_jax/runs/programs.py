@@ -16,22 +16,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flm_jax import growth
 from flm_jax.config import ExperimentConfig, TransformerConfig
 from flm_jax.growth import measure
-from flm_jax.growth.mesh import in_order_of
+from flm_jax.growth.mesh import in_order_of, parts
 from flm_jax.inference import evaluation
-from flm_jax.params import sharding
+from flm_jax.params import sharding, trees
+from flm_jax.params.digest import digest_program
 from flm_jax.params.sharding import Layout
 from flm_jax.runs.stage import optimizer_of, plan_of
 from flm_jax.train.train_step import TrainState, abstract_state, init_program, make_train_step
 
-# All programs, in the order in which a run comes to them.
-PROGRAMS = (
-    "init", "restore", "receipt_before", "growth", "receipt_after", "train_masked", "train",
-    "evaluate_masked", "evaluate",
+# All kinds of programs, in the order in which a run comes to them.
+KINDS = (
+    "init", "receipt_before", "growth", "receipt_after", "receipt_gradient", "receipt_update",
+    "receipt_largest", "receipt_stuck", "restore", "train_masked", "evaluate_masked", "train",
+    "evaluate", "digest",
 )  # fmt: skip
 
 _BATCH_DTYPES = {
@@ -47,7 +50,7 @@ class Program:
 
     Attributes:
       stage: the stage's name.
-      name: one of `PROGRAMS`.
+      name: one of `KINDS`; a growth's parts are numbered, as in "growth_1".
       function: the jitted function; None: arrays are only placed (restore).
       arguments: its arguments, without arrays.
       mesh: the mesh that is set while it is traced and runs.
@@ -60,6 +63,11 @@ class Program:
     arguments: tuple[Any, ...]
     mesh: Mesh
     held: Any = ()
+
+    @property
+    def kind(self) -> str:
+        """One of `KINDS`."""
+        return self.name.rstrip("_0123456789")
 
     @property
     def held_bytes(self) -> int:
@@ -116,6 +124,8 @@ def programs(config: ExperimentConfig, index: int, layouts: list[Layout]) -> Ite
     yield program("train", step, (state, batch, None))
     plain = (state.params, texts, stage.model, masks_at, None)
     yield program("evaluate", evaluation.summed_nats, plain, held=rest)
+    leaves = dict(trees.flatten(state.params))
+    yield program("digest", digest_program(leaves), (leaves,), held=rest)
 
 
 def _growth_programs(
@@ -140,14 +150,46 @@ def _growth_programs(
     )
     moved = Layout(in_order_of(target.mesh, source.mesh), source.rules)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    arguments = (abstract_state(small.model, small_tx, moved), key)
+    old = parts(abstract_state(small.model, small_tx, moved), plan)
+    new = parts(state, plan)
     logits = _logits(rows, length, small.model, target.mesh)
-    grow = growth.growth_program(plan, arguments[0], target)
-    yield program("growth", grow, arguments, target.mesh, logits)
-    rest = dataclasses.replace(state, params=())
-    yield program(
-        "receipt_after", measure.grown, (state.params, batch, plan), target.mesh, (rest, logits)
-    )
+    for n, part in enumerate(old):
+        grow = growth.growth_program(plan, part, target)
+        held = (new[:n], old[n + 1 :], logits)
+        yield program(f"growth_{n + 1}", grow, (part, key), target.mesh, held)
+    yield from _receipt_programs(config, index, target.mesh, plan, state, logits)
+
+
+def _receipt_programs(
+    config: ExperimentConfig,
+    index: int,
+    mesh: Mesh,
+    plan: growth.Plan,
+    state: TrainState,
+    logits: jax.ShapeDtypeStruct,
+) -> Iterator[Program]:
+    """Yields the programs of the receipt after the growth; `logits`: the parent's."""
+    stage, params, moments = config.stages[index], state.params, measure.slot_adam(state)
+    rows, length = stage.growth.calibration_sequences, config.data_of(index).sequence_length
+    program = functools.partial(Program, stage.name, mesh=mesh)
+    rest = (dataclasses.replace(state, params=()), logits)
+    batch = _on_host(rows, length)
+    yield program("receipt_after", measure.grown, (params, batch, plan), held=rest)
+    if not plan.expansions:
+        return
+    with jax.set_mesh(mesh):
+        zeros = {name: np.zeros(x.shape, x.dtype) for name, x in batch.items()}
+        padded, accumulate = measure.in_microbatches(zeros, stage)
+    batch = _on_host(len(padded["tokens"]), length)
+    gradient = measure.gradient_program(plan, stage, accumulate, params)
+    yield program("receipt_gradient", gradient, (params, batch, _MASK), held=rest)
+    grown_at = sum(before.steps for before in config.stages[:index])
+    update = measure.update_program(plan, stage, config.optimizer, grown_at, params)
+    # Gradients, and directions after them, are placed like the parameters.
+    yield program("receipt_update", update, (params, moments, params), held=logits)
+    held = (params, moments, logits)
+    yield program("receipt_largest", measure.largest_step, (plan, params), held=held)
+    yield program("receipt_stuck", measure.stuck, (plan, params, params), held=logits)
 
 
 def _placed(rows: int, length: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:

@@ -24,12 +24,13 @@ import optax
 from flm_jax import growth, mapping
 from flm_jax.config import ExperimentConfig, GrowthConfig, StageConfig, TransformerConfig
 from flm_jax.growth import ligo, measure
-from flm_jax.growth.receipt import Receipt, measured
+from flm_jax.growth.receipt import Receipt, measured, unmeasured
 from flm_jax.interop.stage_source import resolved
 from flm_jax.params import counts
+from flm_jax.params.digest import params_digest
 from flm_jax.params.sharding import Layout
 from flm_jax.runtime import processes
-from flm_jax.store.checkpoint import Checkpoints, params_digest
+from flm_jax.store.checkpoint import Checkpoints
 from flm_jax.store.lineage import RunFolder, StageFolder
 from flm_jax.train import optim, schedules
 from flm_jax.train.schedules import Schedule
@@ -172,10 +173,9 @@ def begin(
       UserError: the latest checkpoint does not fit the stage, or the growth is impossible.
     """
     if checkpoints.latest is not None:
-        position = restore(stage, checkpoints)
-        if stage.parent and position.step == stage.start:
-            _complete_receipt(stage, stage.parent, position, folder)
-        return position
+        if stage.parent and checkpoints.latest == stage.start:
+            _complete_receipt(stage, stage.parent, folder, checkpoints)
+        return restore(stage, checkpoints)
     if stage.parent:
         return _grow(stage, stage.parent, before or stage.source(), folder, checkpoints)
     position = stage.source()
@@ -309,9 +309,11 @@ def calibration_batch(batches: Batches, data: dict[str, Any]) -> dict[str, Any]:
 def _grow(
     stage: Stage, parent: Parent, before: Position, folder: StageFolder, checkpoints: Checkpoints
 ) -> Position:
-    """Measures the parent, plans, grows, and writes plan, receipt and checkpoint.
+    """Measures the parent, plans, grows, and writes plan, checkpoint and receipt.
 
-    The parent's state is consumed.
+    The parent's state is consumed. The receipt's steps are taken in place, so that they need no
+    more memory than training; the state is then read back from the checkpoint. If the process ends
+    before the receipt is complete, `begin` completes it.
     """
     start_time = time.monotonic()
     config = stage.config
@@ -324,10 +326,13 @@ def _grow(
         with jax.set_mesh(mesh):
             plan = ligo.fit(plan, before.state.params, batches, mesh, config.growth, key)
     state = growth.grow_on_mesh(before.state, plan, key, parent.layout, stage.layout)
-    _write_growth(stage, old, batch, state, plan, folder)
-    position = Position(state, before.data, time.monotonic() - start_time)
-    _save_start(position, checkpoints)
-    return position
+    claimed = unmeasured(plan, _floats(old["distances"]))
+    processes.once(lambda: folder.keep_growth(plan.to_json(), claimed))
+    _save_start(Position(state, before.data, time.monotonic() - start_time), checkpoints)
+    _write_receipt(stage, old, batch, state, plan, folder)
+    del state
+    position = restore(stage, checkpoints)
+    return dataclasses.replace(position, wall_s=time.monotonic() - start_time)
 
 
 def _save_start(position: Position, checkpoints: Checkpoints) -> None:
@@ -346,7 +351,7 @@ def _measure_parent(
         return batch, measure.source(before.state.params, batch, parent.model)
 
 
-def _write_growth(
+def _write_receipt(
     stage: Stage,
     old: dict[str, jax.Array],
     batch: dict[str, Any],
@@ -354,7 +359,10 @@ def _write_growth(
     plan: growth.Plan,
     folder: StageFolder,
 ) -> None:
-    """Compares the grown state with `old`, the parent's measurements; writes plan and receipt."""
+    """Compares the grown state with `old`, the parent's measurements; writes the receipt.
+
+    The state is consumed.
+    """
     receipt = Receipt(
         operator=plan.recipe,
         exactness=plan.exactness,
@@ -367,15 +375,16 @@ def _write_growth(
 
 
 def _complete_receipt(
-    stage: Stage, parent: Parent, position: Position, folder: StageFolder
+    stage: Stage, parent: Parent, folder: StageFolder, checkpoints: Checkpoints
 ) -> None:
-    """Completes the receipt of a growth that was done on disk (`grow_on_disk.py`)."""
+    """Completes the receipt of a growth on disk (`grow_on_disk.py`), or of an interrupted one."""
     if measured(processes.once(lambda: json.loads(folder.receipt.read_text()))):
         return
+    # The parent's state is gone before the grown one is read.
     batch, old = _measure_parent(stage, parent, stage.source())
     plan = read_plan(stage, folder)
     assert plan is not None
-    _write_growth(stage, old, batch, position.state, plan, folder)
+    _write_receipt(stage, old, batch, restore(stage, checkpoints).state, plan, folder)
 
 
 def _floats(distances: jax.Array) -> tuple[float, ...]:
@@ -438,5 +447,6 @@ def _entry(
         },
         "receipt": json.loads(folder.receipt.read_text()) if stage.parent else None,
         "data_fingerprint": stage.identity["data_fingerprint"],
+        "gradient_reduction": model.gradient_dtype,
         **more,
     }

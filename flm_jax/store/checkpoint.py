@@ -5,20 +5,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import pathlib
-from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from flm_jax.errors import UserError
-from flm_jax.params import trees
 from flm_jax.store.earlier import as_stored, upgraded
 
 Tree = TypeVar("Tree")
@@ -273,49 +269,3 @@ def write_skeleton(path: pathlib.Path, like: Any, progress: dict[str, Any]) -> N
             ocp.save(path.absolute(), ones, custom_metadata=progress)
     finally:
         logging.set_verbosity(verbosity)
-
-
-def params_digest(params: Any, piece_bytes: int = 1 << 30) -> str:
-    """Computes a digest that is equal only for bit-identical parameters.
-
-    It does not depend on the parameters' sharding.
-
-    Args:
-      params: nested dicts of arrays.
-      piece_bytes: size of the largest piece that is copied to every process at one time.
-
-    Returns:
-      The SHA-256 over names, dtypes, shapes and bytes, in hexadecimal.
-    """
-    return digest_of_leaves(
-        (path, value, _pieces(value, piece_bytes)) for path, value in trees.flatten(params)
-    )
-
-
-def digest_of_leaves(leaves: Iterable[tuple[str, Any, Iterable[np.ndarray]]]) -> str:
-    """Computes `params_digest` from pieces.
-
-    Args:
-      leaves: for each leaf its path, a value with its dtype and shape, and its entries in C order,
-        cut into arrays of any sizes.
-
-    Returns:
-      The digest in hexadecimal.
-    """
-    hashed = hashlib.sha256()
-    for path, leaf, pieces in sorted(leaves, key=lambda entry: entry[0]):
-        hashed.update(f"{path} {np.dtype(leaf.dtype).name} {leaf.shape}".encode())
-        for piece in pieces:
-            hashed.update(np.ascontiguousarray(piece).data)
-    return hashed.hexdigest()
-
-
-def _pieces(array: jax.Array, most: int) -> Iterator[np.ndarray]:
-    """Yields the array in C order, in numpy arrays of at most `most` bytes (or one entry)."""
-    if array.nbytes <= most or not array.ndim:
-        yield multihost_utils.process_allgather(array, tiled=True)
-        return
-    rows = max(most * len(array) // array.nbytes, 1)
-    for start in range(0, len(array), rows):
-        part = array[start : start + rows]
-        yield from _pieces(part[0] if rows == 1 else part, most)
