@@ -5,11 +5,17 @@ import importlib.util
 import json
 import time
 
+import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
+from flm_jax import config as config_lib
 from flm_jax.aot import compiler, hlo
 from flm_jax.aot.roofline import CHIPS, seconds_of
+from flm_jax.commands import config_files
+from flm_jax.runs import chain
 from flm_jax.runs.programs import KINDS
+from tests import tiny_chain
 from tests.commands import ROOT, json_of, mistake, needs_libtpu, run
 
 CHAIN = ("preflight", "--config=configs/tele_flm_1t_chain.py")
@@ -193,3 +199,30 @@ def test_a_run_compiles_its_programs_on_its_own_devices(tmp_path):
         "train", "growth_1", "growth_2", "growth_3", "growth_4", "train"
     ]  # fmt: skip
     assert all(r["topology"] == "cpu:8" for r in result["programs"])
+
+
+@pytest.mark.slow
+def test_preflight_compiles_the_programs_of_the_run_and_no_others(tmp_path):
+    """After a run, every program of preflight is in the run's cache of compiled programs."""
+    settings = {
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+        "jax_compilation_cache_dir": None,
+    }
+    before = {name: jax.config.values[name] for name in settings}
+    try:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        config = config_lib.experiment(config_files.plain(tiny_chain.get_config("relayout")))
+        chain.run(config, str(tmp_path))
+        cache = tmp_path / "compiled"
+        compiled = {path.name for path in cache.iterdir() if path.name.endswith("-cache")}
+        assert any("step" in name for name in compiled)
+        reports = [compiler.report(job) for job in compiler.jobs(config, compiler.own_target())]
+        more = {path.name for path in cache.iterdir() if path.name.endswith("-cache")} - compiled
+        assert all(report["fits"] for report in reports)
+        assert not more
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()

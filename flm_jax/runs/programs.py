@@ -41,7 +41,7 @@ _BATCH_DTYPES = {
     "tokens": jnp.int32, "targets": jnp.int32, "segment_ids": jnp.int32, "positions": jnp.int32,
     "weights": jnp.float32,
 }  # fmt: skip
-_MASK = jax.ShapeDtypeStruct((), jnp.float32)  # the value of the run-time masks
+_MASK = jax.ShapeDtypeStruct((), jnp.float32)  # the value of the run-time masks, from the host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,8 +106,7 @@ def programs(config: ExperimentConfig, index: int, layouts: list[Layout]) -> Ite
         plan = plan_of(config.stages[index - 1].model, stage)
         yield from _growth_programs(config, index, layouts, plan, state)
     else:
-        key = jax.eval_shape(lambda: jax.random.key(0))
-        yield program("init", init_program(stage.model, tx, layout), (key,))
+        yield program("init", init_program(stage.model, tx, layout), (_key(mesh),))
     yield program("restore", None, (), held=state)
 
     length = config.data_of(index).sequence_length
@@ -149,7 +148,7 @@ def _growth_programs(
         "receipt_before", measure.source, (before.params, batch, small.model), source.mesh, rest
     )
     moved = Layout(in_order_of(target.mesh, source.mesh), source.rules)
-    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = _key(target.mesh)
     old = parts(abstract_state(small.model, small_tx, moved), plan)
     new = parts(state, plan)
     logits = _logits(rows, length, small.model, target.mesh)
@@ -182,7 +181,8 @@ def _receipt_programs(
         padded, accumulate = measure.in_microbatches(zeros, stage)
     batch = _on_host(len(padded["tokens"]), length)
     gradient = measure.gradient_program(plan, stage, accumulate, params)
-    yield program("receipt_gradient", gradient, (params, batch, _MASK), held=rest)
+    mask = jax.ShapeDtypeStruct((), jnp.float32, sharding=_everywhere(mesh))
+    yield program("receipt_gradient", gradient, (params, batch, mask), held=rest)
     grown_at = sum(before.steps for before in config.stages[:index])
     update = measure.update_program(plan, stage, config.optimizer, grown_at, params)
     # Gradients, and directions after them, are placed like the parameters.
@@ -190,6 +190,17 @@ def _receipt_programs(
     held = (params, moments, logits)
     yield program("receipt_largest", measure.largest_step, (plan, params), held=held)
     yield program("receipt_stuck", measure.stuck, (plan, params, params), held=logits)
+
+
+def _everywhere(mesh: Mesh) -> NamedSharding:
+    """Where JAX puts a small array that is made while the mesh is set."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def _key(mesh: Mesh) -> jax.ShapeDtypeStruct:
+    """A random key."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=_everywhere(mesh))
 
 
 def _placed(rows: int, length: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
