@@ -2,8 +2,8 @@
 
 XLA's TPU compiler is in the package libtpu, its GPU compiler in the CUDA wheels. Both compile for a
 described topology on any machine. Nothing is run. The reports show whether a program lowers,
-partitions and fits in memory, what its memory holds, how many bytes it moves between devices, and a
-lower bound on its time from the chips' published figures.
+partitions and fits in memory, what its memory holds, how many bytes it moves between devices, and
+how long it should take on the chips' published figures.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from typing import Any
 
 import jax
 
-from flm_jax.aot import described, hlo, roofline
-from flm_jax.aot.roofline import Chip
-from flm_jax.config import ExperimentConfig, MeshConfig
+from flm_jax.aot import described, forecast, hlo, search
+from flm_jax.aot.chips import CHIPS, Chip
+from flm_jax.aot.links import Fabric
+from flm_jax.config import ExperimentConfig
 from flm_jax.errors import UserError
-from flm_jax.params import counts
 from flm_jax.params.topology import topology_of
 from flm_jax.runs import chain
 from flm_jax.runs.programs import Program, programs
@@ -40,7 +40,7 @@ class Target:
     Attributes:
       devices: all of them, real or described.
       hbm_bytes: memory of one.
-      chip: published figures of one; None: there are none, and no bounds on times.
+      chip: published figures of one; None: there are none, and nothing is said of times.
     """
 
     devices: tuple[Any, ...]
@@ -71,7 +71,7 @@ def own_target() -> Target:
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = stats.get("bytes_limit") or machine // jax.local_device_count()
     kind = topology_of(devices).kind
-    return Target(tuple(devices), int(limit), roofline.CHIPS.get(kind))
+    return Target(tuple(devices), int(limit), CHIPS.get(kind))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,30 +136,6 @@ def jobs(
                 yield Job(config, index, program, target, quick)
 
 
-def meshes(config: ExperimentConfig, index: int, target: Target) -> Iterator[ExperimentConfig]:
-    """Yields the chain with each mesh fsdp x tensor that divides a stage's model and batch.
-
-    Args:
-      config: the chain.
-      index: the stage's index in it.
-      target: the devices; tensor is at most 64.
-    """
-    devices, stage = len(target.devices), config.stages[index].on(target.topology)
-    model, rules = stage.model, config.mesh.rules
-    for tensor in range(1, min(devices, 64) + 1):
-        fsdp = devices // tensor
-        fits = (
-            devices % tensor == 0
-            and all(n % fsdp == 0 for n in (stage.batch_size // stage.accumulate, model.d_model))
-            and all(n % tensor == 0 for n in (model.kv_heads, model.d_ff, model.vocab_size))
-        )
-        if fits:
-            mesh = MeshConfig(1, fsdp, tensor, rules)
-            stages = [dataclasses.replace(s, mesh=mesh, layouts=()) for s in config.stages]
-            stages[index] = dataclasses.replace(stage, mesh=mesh)
-            yield dataclasses.replace(config, stages=tuple(stages))
-
-
 def _with_attention(config: ExperimentConfig, target: Target) -> ExperimentConfig:
     """Names the kernel that "auto" stands for on the target, which is not this machine's platform.
 
@@ -203,7 +179,8 @@ def report(
       JSON values. `fits`; `hbm_bytes`, what the program needs on one device with what is held
       beside it, of `hbm_limit_bytes`; `missing_bytes`; its parts (`argument_bytes`,
       `temporary_bytes`, `output_bytes`, `held_bytes`) and `binds`, the largest; `compile_s`;
-      `peak_host_bytes` of the compiling process so far; the collectives and a bound on the time.
+      `peak_host_bytes` of the compiling process so far; the collectives;
+      `forecast` of a train step (`forecast.py`).
 
     Raises:
       UserError: a compiler refuses the program for another reason than its memory.
@@ -226,21 +203,20 @@ def _report(job: Job, lowered: Any) -> Report:
     fields["compile_s"] = time.monotonic() - start
     fields["peak_host_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     moves = fields.pop("moves", None)
-    stage = job.config.stages[job.index]
-    length = job.config.data_of(job.index).sequence_length
-    trains = job.program.name in ("train", "train_masked")
-    tokens = stage.batch_size * length if trains else 0
-    flops = tokens * counts.flops_per_token_train(stage.model, length) / len(job.target.devices)
-    fields["model_flops_per_device"] = flops
-    if moves is not None and job.target.chip and job.program.name in _BOUNDED:
-        figures = {**job.heading, **fields}
-        fields["roofline"] = roofline.roofline(
-            stage, job.program.name, figures, moves, job.target.chip
-        )
+    if moves is not None and job.target.chip and job.program.name in _STEPS:
+        fields["forecast"] = _forecast(job, job.target.chip, moves)
     return fields
 
 
-_BOUNDED = ("train", "train_masked")  # programs whose time `roofline` bounds
+def _forecast(job: Job, chip: Chip, moves: list[hlo.Move]) -> Report:
+    """The forecast of a train step, in the schedule that the compiler gave it."""
+    mesh, stage = job.program.mesh, job.config.stages[job.index]
+    length = job.config.data_of(job.index).sequence_length
+    step = search.step_of(stage, length, job.config.mesh_of(job.index), mesh.size)
+    return forecast.of_program(step, Fabric.of(chip, list(mesh.devices.flat)), moves).as_json()
+
+
+_STEPS = ("train", "train_masked")  # programs that are forecast
 
 
 @contextlib.contextmanager

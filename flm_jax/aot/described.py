@@ -9,7 +9,7 @@ from typing import Any
 
 from jax.experimental import topologies
 
-from flm_jax.aot.roofline import CHIPS, Chip
+from flm_jax.aot.chips import CHIPS, Chip
 from flm_jax.errors import UserError
 from flm_jax.params.topology import Topology, parse
 

@@ -12,7 +12,7 @@ Report = Mapping[str, Any]  # see `aot.compiler.report`
 
 def row(report: Report) -> list[str]:
     """The cells of one program."""
-    limit, roofline = report["hbm_limit_bytes"], report.get("roofline")
+    limit, made = report["hbm_limit_bytes"], report.get("forecast")
     steps = f"{report['accumulate']} x {report['batch'] // report['accumulate']}"
     return [
         report["stage"], report["what"], report["topology"],
@@ -20,8 +20,8 @@ def row(report: Report) -> list[str]:
         steps, report["remat"],
         "yes" if report["fits"] else f"no: {report['missing_bytes'] / 1e9:.1f} GB missing",
         f"{report['hbm_bytes'] / 1e9:.3g} of {limit / 1e9:.1f} GB", report["binds"],
-        f"{roofline['step_s']:.2f} s ({roofline['bound']}), {roofline['utilisation']:.0%}"
-        if roofline else "",
+        f"{made['step_s']:.3g} s, {made['utilisation']:.0%}" if made else "",
+        f"{made['bound_s']:.3g} s ({made['bound']})" if made else "",
         f"{report['compile_s']:.0f} s",
     ]  # fmt: skip
 
@@ -30,7 +30,7 @@ def table(reports: Sequence[Report]) -> rich.table.Table:
     """The reports of `compiler.report`, a row for each program."""
     table = rich.table.Table(
         "stage", "program", "topology", "mesh", "batch", "remat", "fits", "HBM", "binds",
-        "bound on a step", "compile",
+        "forecast", "bound", "compile",
     )  # fmt: skip
     for report in reports:
         table.add_row(*row(report))

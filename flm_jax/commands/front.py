@@ -28,7 +28,7 @@ COMMANDS = (
     "growth draw",
     "mup check", "mup sweep", "mup growth", "mup predict",
     "generate", "evaluate", "compare", "harness", "reported",
-    "inspect", "describe", "preflight", "convert", "families", "vocabulary",
+    "inspect", "describe", "forecast", "preflight", "convert", "families", "vocabulary",
     "samples make", "samples select", "less_is_more", "benchmark step", "benchmark generate",
 )  # fmt: skip
 OLD_NAMES = {"compile": "preflight"}

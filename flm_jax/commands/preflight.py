@@ -12,14 +12,16 @@ The table says for each program whether it fits, its memory on one device, and w
 largest: arguments, temporaries, results, or what is held beside the program. Exit status 1 if one
 does not fit. With `--results=FILE` each result is kept, and a second call continues.
 
-To try another layout: `--mesh`, `--batch`, `--search`. `flm compile` is the old name.
+To try another layout: `--mesh`, `--batch`. `--search` forecasts every mesh, accumulation and
+rematerialisation of one stage that should fit (`flm forecast --search`), and compiles its step in
+the best ones. `flm compile` is the old name.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import rich.console
@@ -48,7 +50,8 @@ class Flags:
     mesh: str = flag("", "Another mesh, as fsdp=32,tensor=16.")
     batch: int = flag(0, "Another batch: sequences of one step, in one microbatch.", lower=0)
     quick: bool = flag(False, "Compile with less optimisation: a tenth of the time.")
-    search: bool = flag(False, "Try the topology's meshes on one stage's step, quickly.")
+    search: bool = flag(False, "Forecast all layouts of one stage; compile its step in the best.")
+    best: int = flag(3, "Layouts that --search compiles.", lower=1)
     results: str = flag("", "JSONL file that keeps each result; a second call continues.")
 
 
@@ -56,7 +59,7 @@ def main(call: Call[Flags]) -> dict[str, Any]:
     flags = call.flags
     if not flags.own:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    from flm_jax.aot import compiler  # after the setting
+    from flm_jax.aot import compiler, search  # after the setting
 
     chain = _tried(config_files.experiment(call.config), flags)
     stage = None if flags.stage is None else config_files.stage_index(chain, flags.stage)
@@ -80,24 +83,27 @@ def main(call: Call[Flags]) -> dict[str, Any]:
     for target, last in _targets(chain, flags, stage):
         if flags.search:
             index = len(chain.stages) - 1 if stage is None else stage
-            for tried in compiler.meshes(chain, index, target):
-                compile_all(compiler.jobs(tried, target, _step_of(index), index, quick=True))
+            length = chain.data_of(index).sequence_length
+            found = search.search_layouts(chain.stages[index], length, [target.topology])
+            for candidate in found[: flags.best]:
+                tried = search.alone(chain, index, candidate.layout)
+                compile_all(compiler.jobs(tried, target, _is_step, quick=flags.quick))
         else:
             compile_all(compiler.jobs(chain, target, wanted, last, flags.quick))
     if not reports:
         raise UserError(f"--what={flags.what}: these stages have no such program: a first stage "
                         "does not grow, and has no masks")  # fmt: skip
     if flags.search:
-        reports.sort(key=lambda r: (not r["fits"], r.get("roofline", {}).get("step_s", 0)))
+        reports.sort(key=lambda r: (not r["fits"], r.get("forecast", {}).get("step_s", 0)))
     call.console(width=150).print(fit_table.table(reports))
     # A single program's report is the result itself, too, as it was under the old name.
     alone = reports[0] if len(reports) == 1 else {}
     return {**alone, "programs": reports, "fits": all(r["fits"] for r in reports)}
 
 
-def _step_of(stage: int) -> Callable[[int, str], bool]:
-    """Chooses the train step of one stage; see `compiler.jobs`."""
-    return lambda index, name: index == stage and name == "train"
+def _is_step(index: int, name: str) -> bool:
+    """Chooses the plain train step; see `compiler.jobs`."""
+    return name == "train"
 
 
 def _tried(chain: ExperimentConfig, flags: Flags) -> ExperimentConfig:
@@ -134,6 +140,8 @@ def _targets(
     """Yields what to compile for, and the index of the last stage that runs there."""
     from flm_jax.aot import compiler
 
+    if flags.own and flags.search:
+        raise UserError("--search needs --topology: it forecasts pods and clusters")
     if flags.own:
         if chain.quick_compile:
             host.compile_quickly()
