@@ -72,9 +72,9 @@ def replaced(config: T, values: Mapping[str, Any], path: str = "config") -> T:
     Raises:
       UserError: a field is unknown or of the wrong type; gives its full name.
 
-    >>> from flm_jax.config import CheckpointConfig
-    >>> replaced(CheckpointConfig(50, 3), {"keep": 1, "every_steps": None})
-    CheckpointConfig(every_steps=50, keep=1)
+    >>> from flm_jax.config import EvalConfig
+    >>> replaced(EvalConfig(50, 3), {"batch_size": 1, "every_steps": None})
+    EvalConfig(sequences=50, batch_size=1, every_steps=200)
     """
     fields: dict[str, Any] = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}  # type: ignore[arg-type]
     for name, value in values.items():

@@ -62,6 +62,7 @@ def run(config: ExperimentConfig, workdir: str) -> list[dict[str, Any]]:
     if config.quick_compile:
         host.compile_quickly()
     config = with_derived(config)
+    processes.check_devices()
     layouts = layouts_of(config)
     check(config, layouts)
     processes.check_same("the config", mapping.digest(mapping.to_dict(config)))

@@ -8,6 +8,22 @@ from types import FrameType
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+def request(signal_number: int, save: bool) -> int:
+    """One number for what a process asks of all: to stop (a signal's number; 0: no), or to save.
+
+    All follow the largest number, so a signal beats a save. A stop saves too.
+
+    >>> read_request(max(request(0, True), request(15, False)))
+    (15, False)
+    """
+    return signal_number << 1 | save
+
+
+def read_request(number: int) -> tuple[int, bool]:
+    """Returns the signal's number and whether to save; see `request`."""
+    return number >> 1, bool(number & 1)
+
+
 class StopRequest:
     """A context manager that records SIGINT and SIGTERM; a second signal acts as if unhandled.
 
