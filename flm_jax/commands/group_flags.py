@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from flm_jax.commands.command import flag
-from flm_jax.runtime import processes
+from flm_jax.runtime.processes import Group
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,9 +23,9 @@ class GroupFlags:
         60, "Seconds without a sign of life after which a process counts as lost."
     )
 
-    def group(self) -> processes.Group:
+    def group(self) -> Group:
         """Returns the group. Raises UserError if the flags do not fit each other."""
-        return processes.Group(
+        return Group(
             self.coordinator, self.process, self.processes, self.distributed,
             join_within=self.join_within, lost_after=self.lost_after,
         )  # fmt: skip

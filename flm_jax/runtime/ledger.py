@@ -33,10 +33,10 @@ class _CompileClock:
         self._clock = clock
         self._intervals: list[tuple[float, float]] = []  # disjoint, in order
 
-    def __call__(self, event: str, seconds: float, **_: Any) -> None:
+    def __call__(self, event: str, duration_secs: float, **_: str | int) -> None:
         if event.startswith(_COMPILE) and event.endswith("_duration"):
             end = self._clock()
-            start = end - seconds
+            start = end - duration_secs
             while self._intervals and self._intervals[-1][1] > start:
                 start = min(start, self._intervals.pop()[0])
             self._intervals.append((start, end))

@@ -25,7 +25,10 @@ def read_request(number: int) -> tuple[int, bool]:
 
 
 class StopRequest:
-    """A context manager that records SIGINT and SIGTERM; a second signal acts as if unhandled.
+    """A context manager that records SIGINT and SIGTERM; a second SIGINT acts as if unhandled.
+
+    SIGTERM may come twice at one preemption: from the scheduler to every process, and forwarded by
+    a launcher.
 
     Attributes:
       requested: the number of the signal that came; 0: none.
@@ -44,4 +47,5 @@ class StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.requested = number
-        signal.signal(number, self._before[signal.Signals(number)])
+        if number == signal.SIGINT:
+            signal.signal(number, self._before[signal.SIGINT])
