@@ -127,7 +127,7 @@ def test_the_best_checkpoint_is_the_result(tmp_path):
 
 
 def test_checkpoints_by_wall_time_and_the_account_of_time(whole, tmp_path):
-    """Always overdue: asked for with a step, read after the next one was dispatched, saved there."""
+    """Always overdue: asked for with a step, and saved at the next one."""
     run = RunFolder(tmp_path / "run")
     run.open()
     began = time.monotonic()

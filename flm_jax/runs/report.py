@@ -10,8 +10,8 @@ from typing import Any
 import rich.box
 import rich.table
 
-from flm_jax.runtime.ledger import KINDS, LOST
 from flm_jax.runtime.figures import ACCENT, GUIDE, LINE, clean, plt, save
+from flm_jax.runtime.ledger import KINDS, LOST
 from flm_jax.store.files import write_atomically
 from flm_jax.store.lineage import RunFolder, StageFolder, bits_per_byte
 
