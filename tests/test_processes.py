@@ -287,9 +287,9 @@ def test_after_losing_hosts_the_others_finish_the_run(alone, tmp_path):
     The checkpoints come by wall time, so each needs all processes to agree on its step.
     """
     workdir = tmp_path / "run"
-    command = (*CHAIN, f"--workdir={workdir}", "--config.checkpoint.every_steps=0",
-               "--config.checkpoint.every_minutes=1e-6")  # fmt: skip
-    four = start_group(*command, devices=(2, 2, 2, 2))
+    command = (*CHAIN, f"--workdir={workdir}", "--config.mesh.data=1")
+    by_time = ("--config.checkpoint.every_steps=0", "--config.checkpoint.every_minutes=1e-6")
+    four = start_group(*command, *by_time, devices=(1, 1, 1, 1))
     wait_for("stages/0-small/checkpoints/6", workdir, four)
     for lost in four[2:]:
         lost.kill()
@@ -297,8 +297,8 @@ def test_after_losing_hosts_the_others_finish_the_run(alone, tmp_path):
     assert statuses == [Exit.LOST, Exit.LOST, -signal.SIGKILL, -signal.SIGKILL]
     assert not (workdir / "lineage.json").exists()
 
-    command = (*command, "--config.mesh.data=1")
-    for status, _, lines in ended(start_group(*command, devices=(2, 2))):
+    two = start_group(*command, "--config.mesh.tensor=1", devices=(1, 1))
+    for status, _, lines in ended(two):
         assert status == 0, lines
     assert_same_run(workdir, alone)
     time_spent = lineage(workdir)[0]["goodput"]["seconds"]
