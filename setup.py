@@ -63,6 +63,7 @@ setuptools.setup(
         # Oracles of the weights' tests, older .bin files, and EleutherAI's evaluation harness,
         # whose own model needs accelerate.
         "hf": ["accelerate", "lm-eval", "torch==2.13.0", "transformers"],
+        "k8s": ["kubernetes"],  # with it jax finds the processes of a Kubernetes job
         "tpu": ["jax[tpu]"],
         # XLA's GPU compiler and ptxas, without cuDNN and the rest: `flm compile`.
         "gpu-aot": ["jax-cuda12-pjrt", "jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12"],

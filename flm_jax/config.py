@@ -6,6 +6,7 @@ Config files and commands use ml_collections; `from_mapping` turns their values 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -595,8 +596,21 @@ class EvalConfig(Checked):
 class CheckpointConfig(Checked):
     """How often a stage saves checkpoints, and how many it keeps."""
 
-    every_steps: int = 200
+    every_steps: int = 200  # 0: only by time and at the end
     keep: int = 2  # number of latest checkpoints kept in a stage; the last one is always kept
+    # Minutes after the last checkpoint at which one more is saved; 0: none. A lost process costs at
+    # most this time, whatever a step takes.
+    every_minutes: float = added(0.0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "keep")
+        for name in ("every_steps", "every_minutes"):
+            value = getattr(self, name)
+            require(
+                0 <= value < math.inf,
+                f"CheckpointConfig.{name} is {value}; it must be 0 or above",
+            )
 
 
 @dataclasses.dataclass(frozen=True)

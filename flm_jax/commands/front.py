@@ -1,7 +1,6 @@
 """The front of `flm`: finds a command, calls it, prints one JSON object or one line of error.
 
-Exit status 0 on success, 2 on a user's mistake, 130 when a signal stopped the run, and a command's
-own status when its gate does not hold.
+Exit statuses are those of `flm_jax.errors.Exit`; a command whose gate does not hold has its own.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ from typing import Any
 from absl import logging
 
 from flm_jax.data import json_text
-from flm_jax.errors import RunStopped, UserError
+from flm_jax.errors import Exit, RunStopped, UserError
 from flm_jax.version import __version__
 
 # In the order of --help. "growth check" is flm_jax/commands/growth/check.py.
 COMMANDS = (
-    "train", "sft", "growth check", "growth fuzz", "growth checkpoint", "growth probe",
+    "train", "doctor", "sft", "growth check", "growth fuzz", "growth checkpoint", "growth probe",
     "growth draw",
     "mup check", "mup sweep", "mup growth", "mup predict",
     "generate", "evaluate", "compare", "harness", "reported",
@@ -60,12 +59,10 @@ def run(argv: Sequence[str]) -> int:
         argv = [OLD_NAMES.get(argv[0], argv[0]), *argv[1:]] if argv else argv
         name = _name(argv)
         return _run_command(name, argv[len(name.split()) :])
-    except UserError as error:
-        return _failed(name, 2, str(error))
-    except RunStopped as stopped:
-        return _failed(name, 130, str(stopped))
+    except (UserError, RunStopped) as error:
+        return _failed(name, error.status, str(error))
     except KeyboardInterrupt:
-        return _failed(name, 130, "stopped")
+        return _failed(name, Exit.INTERRUPTED, "stopped")
 
 
 def _run_command(name: str, argv: Sequence[str]) -> int:
@@ -84,7 +81,7 @@ def _run_command(name: str, argv: Sequence[str]) -> int:
         with _only_on_stderr() if call.json else contextlib.nullcontext():
             result = command.main(call)
     except UserError as error:
-        return _failed(name, 2, command.line(error))
+        return _failed(name, error.status, command.line(error))
     if call.json:
         print(json_text.dump(result))
     if command.gate and (failure := command.gate.failure(result)):

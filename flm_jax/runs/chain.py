@@ -71,6 +71,7 @@ def run(config: ExperimentConfig, workdir: str) -> list[dict[str, Any]]:
     host.keep_freed()
     if config.quick_compile:
         host.compile_quickly()
+    processes.check_devices()
     config, layouts = on_devices(config, jax.devices())
     processes.check_same("the config", mapping.digest(mapping.to_dict(config)))
     folder = RunFolder(workdir)

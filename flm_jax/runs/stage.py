@@ -29,6 +29,7 @@ from flm_jax.interop.stage_source import resolved
 from flm_jax.params import counts
 from flm_jax.params.digest import params_digest
 from flm_jax.params.sharding import Layout
+from flm_jax.runs.timing import StageTime
 from flm_jax.runtime import processes
 from flm_jax.store.checkpoint import Checkpoints
 from flm_jax.store.lineage import RunFolder, StageFolder
@@ -131,6 +132,11 @@ class Stage:
     def end(self) -> int:
         """The global step at which it ends."""
         return self.start + self.config.steps
+
+    def saves_at(self, step: int) -> bool:
+        """Whether a checkpoint is due at a global step by the number of steps."""
+        every = self.experiment.checkpoint.every_steps
+        return every > 0 and (step - self.start) % every == 0
 
     def folder(self, run: RunFolder) -> StageFolder:
         """Returns the stage's folder in a run."""
@@ -392,7 +398,13 @@ def _floats(distances: jax.Array) -> tuple[float, ...]:
     return tuple(float(d) for d in np.asarray(distances))
 
 
-def finish(stage: Stage, position: Position, folder: StageFolder, checkpoints: Checkpoints) -> None:
+def finish(
+    stage: Stage,
+    position: Position,
+    folder: StageFolder,
+    checkpoints: Checkpoints,
+    timing: StageTime,
+) -> None:
     """Writes the stage's entry in lineage.json.
 
     Args:
@@ -400,6 +412,7 @@ def finish(stage: Stage, position: Position, folder: StageFolder, checkpoints: C
       position: the stage's final position.
       folder: the stage's folder.
       checkpoints: the stage's checkpoints; the entry names the best one.
+      timing: accounts for the time.
     """
     wall_s = position.wall_s
     step = checkpoints.best
@@ -418,7 +431,8 @@ def finish(stage: Stage, position: Position, folder: StageFolder, checkpoints: C
         params_digest=digest,
         checkpoint=str(path),
     )
-    processes.once(lambda: folder.run.add_stage(entry()))
+    timing.write(stage.end)
+    processes.once(lambda: folder.run.add_stage(entry() | {"goodput": timing.result()}))
 
 
 def _entry(

@@ -44,6 +44,7 @@ class StageFolder:
         self.plan = self.path / "plan.json"
         self.receipt = self.path / "receipt.json"
         self.metrics = MetricsFile(self.path / "metrics.jsonl")
+        self.time = MetricsFile(self.path / "time.jsonl")
 
     def keep_growth(self, plan: str, receipt: Mapping[str, Any]) -> None:
         """Writes plan.json and receipt.json; `plan` is JSON text."""
