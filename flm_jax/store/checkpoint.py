@@ -19,6 +19,7 @@ from orbax.checkpoint import v1 as ocp
 
 from flm_jax.errors import UserError
 from flm_jax.params import trees
+from flm_jax.runtime import paths
 from flm_jax.store.earlier import as_stored, upgraded
 
 Tree = TypeVar("Tree")
@@ -41,7 +42,7 @@ class Checkpoints:
         policies = ocp.training
         self.directory = directory
         self._checkpointer = ocp.training.Checkpointer(
-            directory.absolute(),
+            paths.absolute(directory),
             context=_context(),
             # The training loop decides when to save; orbax itself never skips a step.
             save_decision_policy=policies.save_decision_policies.FixedIntervalPolicy(1),
@@ -243,7 +244,7 @@ def describe(path: pathlib.Path) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[
     Raises UserError if there is no complete checkpoint.
     """
     try:
-        metadata = ocp.metadata(path.absolute())
+        metadata = ocp.metadata(paths.absolute(path))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is no checkpoint; give a folder checkpoints/STEP") from error
     progress, empty = _unpack(metadata.custom_metadata)
@@ -270,7 +271,7 @@ def write_skeleton(path: pathlib.Path, like: Any, progress: dict[str, Any]) -> N
     logging.set_verbosity(logging.ERROR)  # orbax warns that there is no OCDBT to merge
     try:
         with context:
-            ocp.save(path.absolute(), ones, custom_metadata=progress)
+            ocp.save(paths.absolute(path), ones, custom_metadata=progress)
     finally:
         logging.set_verbosity(verbosity)
 
