@@ -96,14 +96,17 @@ def gcs():
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}"
     while True:
-        with contextlib.suppress(ConnectionRefusedError), socket.create_connection(
-            ("127.0.0.1", port)
+        with (
+            contextlib.suppress(ConnectionRefusedError),
+            socket.create_connection(("127.0.0.1", port)),
         ):
             break
         time.sleep(0.02)
     connection = http.client.HTTPConnection("127.0.0.1", server.server_port)
     body = json.dumps({"name": "bucket"})
-    connection.request("POST", "/storage/v1/b?project=p", body, {"Content-Type": "application/json"})
+    connection.request(
+        "POST", "/storage/v1/b?project=p", body, {"Content-Type": "application/json"}
+    )
     assert connection.getresponse().status == 200
     connection.close()
     try:

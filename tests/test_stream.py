@@ -13,7 +13,8 @@ from flm_jax.errors import UserError
 from flm_jax.growth import stream
 from flm_jax.store import checkpoint
 from flm_jax.store.checkpoint import Checkpoints, by_name
-from flm_jax.store.chunked import CheckpointReader, CheckpointWriter, cells, chunk_shape
+from flm_jax.store.chunk_writer import CheckpointWriter
+from flm_jax.store.chunked import CheckpointReader, cells, chunk_shape
 from tests.models import SMALL, changed
 from tests.states import assert_same_bits, files_of_at_most, random_state
 

@@ -15,43 +15,22 @@ signal to one stops all at the same step; if one is lost, the others end.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import rich.console
 
 from flm_jax.commands import config_files
-from flm_jax.commands.command import Call, Command, flag
+from flm_jax.commands.command import Call, Command
+from flm_jax.commands.process_flags import ProcessFlags
 from flm_jax.runs import chain, report
 from flm_jax.runtime import paths, processes
 from flm_jax.store.lineage import RunFolder
 
 
-@dataclasses.dataclass(frozen=True)
-class Flags:
-    """The command's own flags."""
-
-    coordinator: str = flag("", "HOST:PORT where process 0 listens.")
-    process: int | None = flag(None, "This process's index, from 0.")
-    processes: int | None = flag(None, "Number of processes.")
-    distributed: bool = flag(
-        False, "JAX finds the processes itself: on a TPU pod, under Slurm or Open MPI."
-    )
-    join_within: int = flag(300, "Seconds within which all processes must start.")
-    lost_after: int = flag(
-        60, "Seconds without a sign of life after which a process counts as lost."
-    )
-
-
-def main(call: Call[Flags]) -> dict[str, Any]:
+def main(call: Call[ProcessFlags]) -> dict[str, Any]:
     experiment, folder = config_files.experiment(call.config), RunFolder(call.workdir)
-    flags = call.flags
-    group = processes.Group(
-        flags.coordinator, flags.process, flags.processes, flags.distributed,
-        join_within=flags.join_within, lost_after=flags.lost_after,
-    )  # fmt: skip
     paths.check_bucket(folder.path, "workdir")
-    with processes.joined(group):
+    with processes.joined(call.flags.group()):
         finished = folder.lineage.exists() and folder.stages()
         stages = chain.run(experiment, str(folder.path))
         if processes.first():
@@ -68,4 +47,4 @@ def _show(
     console.print(report.table(stages), f"report: {path}", sep="\n")
 
 
-COMMAND = Command(main, Flags, workdir="required")
+COMMAND = Command(main, ProcessFlags, workdir="required")

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import logging
 import os
 import pathlib
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from typing import Any, cast
@@ -20,7 +22,8 @@ from flm_jax.errors import UserError
 
 # The client of each scheme, and the extra that installs it.
 _CLIENTS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
+_SMALL_BYTES = 64 << 20
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://|(gs|s3):/")
 
 
 def of(given: str | os.PathLike[str], argument: str = "") -> pathlib.Path:
@@ -40,7 +43,7 @@ def of(given: str | os.PathLike[str], argument: str = "") -> pathlib.Path:
     found = _SCHEME.match(text)
     if not found:
         return pathlib.Path(text).expanduser()
-    scheme = found[1]
+    scheme = found[1] or found[2]
     name = f"{argument} {text}" if argument else text
     if scheme not in _CLIENTS:
         known = ", ".join(f"{name}://" for name in _CLIENTS)
@@ -84,7 +87,7 @@ def scheme(path: pathlib.PurePath) -> str:
     ''
     """
     found = _SCHEME.match(os.fspath(path))
-    return found[1] if found else ""
+    return found[1] or found[2] if found else ""
 
 
 def remote(path: pathlib.PurePath) -> bool:
@@ -114,6 +117,16 @@ def size(path: pathlib.Path) -> int:
     """Returns the size of a file in bytes."""
     found = path.stat()
     return int(found.length if remote(path) else found.st_size)  # type: ignore[attr-defined]
+
+
+def unbuffered(path: pathlib.Path) -> io.RawIOBase:
+    """Opens a file for reading parts of it: each read asks for what it returns and no more."""
+    if remote(path):
+        import fsspec
+
+        client = fsspec.filesystem(scheme(path))
+        return cast(io.RawIOBase, client.open(os.fspath(path), "rb", cache_type="none"))
+    return open(path, "rb", buffering=0)
 
 
 def check_bucket(path: pathlib.Path, argument: str = "") -> None:
@@ -152,19 +165,59 @@ def _list_one(kind: str, name: str) -> None:
         client.call_s3("list_objects_v2", Bucket=name, MaxKeys=1)
 
 
-@contextlib.contextmanager
-def fetched(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields a path of this machine with the content of a file or folder, for libraries that need one.
+@functools.lru_cache
+def fetched(path: pathlib.Path) -> pathlib.Path:
+    """Returns a path of this machine, for a library that reads only such: a tokenizer's files.
 
-    A path of this machine is yielded as it is; a copy of a bucket's is removed at the end.
+    A bucket's file is copied once for this process, and of a folder its small files
+    (`_SMALL_BYTES`): the weights beside a tokenizer stay where they are.
     """
     if not remote(path):
-        yield path
+        return path
+    target = pathlib.Path(_fetched_files().name) / str(len(os.listdir(_fetched_files().name)))
+    target = target / path.name
+    target.parent.mkdir()
+    if not path.is_dir():
+        if path.exists():
+            copy(path, target)
+        return target
+    for file in files(path):
+        if size(file) <= _SMALL_BYTES:
+            copy(file, target / file.relative_to(path))
+    return target
+
+
+@functools.cache
+def _fetched_files() -> tempfile.TemporaryDirectory[str]:
+    """The folder of the copies; removed when this process ends."""
+    return tempfile.TemporaryDirectory(prefix="flm_jax-")
+
+
+def check_local(path: pathlib.Path, kind: str) -> None:
+    """Raises UserError for a file on a bucket that a library maps into memory."""
+    if remote(path):
+        raise UserError(f"{path}: {kind} are read from a disk; copy the file to one")
+
+
+@contextlib.contextmanager
+def staged(target: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields a new folder to fill; at the end it becomes the target, or is copied to its bucket.
+
+    On this machine the folder is beside the target. After an error nothing is left.
+    """
+    if not remote(target):
+        partial = target.absolute().with_name(f".{target.name}.converting")
+        remove(partial)  # left by a killed process
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            partial.replace(target.absolute())
+        finally:
+            remove(partial)
         return
     with tempfile.TemporaryDirectory(prefix="flm_jax-") as folder:
-        target = pathlib.Path(folder) / path.name
-        copy(path, target)
-        yield target
+        yield pathlib.Path(folder)
+        copy(pathlib.Path(folder), target)
 
 
 def listed(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -210,8 +263,6 @@ def copy(source: pathlib.Path, target: pathlib.Path) -> None:
 
 def remove(path: pathlib.Path) -> None:
     """Removes a file, or a folder with all in it, if it exists."""
-    import shutil
-
     if remote(path):
         if path.exists():
             path.rmtree()  # type: ignore[attr-defined]

@@ -19,7 +19,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -224,6 +224,19 @@ def once(action: Callable[[], T]) -> T:
         raise UserError(answer["error"])
     value: T = answer["value"]
     return value
+
+
+def wait() -> None:
+    """Returns once all processes have called it."""
+    largest(0).block_until_ready()
+
+
+def share(items: Sequence[T]) -> Sequence[T]:
+    """Returns this process's share of what all processes have the same list of.
+
+    The shares have equal numbers, but for one, and are spread evenly over the list.
+    """
+    return items[jax.process_index() :: jax.process_count()]
 
 
 def check_same(what: str, value: str) -> None:

@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
@@ -26,6 +25,7 @@ Tree = TypeVar("Tree")
 
 STATE = "state"  # orbax's name for the folder of the train state in a checkpoint
 _EMPTY = "empty_leaves"  # key beside the progress: leaves without entries, which orbax cannot save
+COMMITTED = "commit_success.txt"  # orbax's mark of a complete checkpoint on a bucket
 CHUNK_BYTES = 32 << 20  # the largest chunk of a leaf on disk
 
 
@@ -238,6 +238,11 @@ def check_fits(
             )
 
 
+def complete(path: pathlib.Path) -> bool:
+    """Whether a checkpoint is complete; on a bucket an incomplete one has its final path."""
+    return (path / COMMITTED).exists() if paths.remote(path) else path.exists()
+
+
 def describe(path: pathlib.Path) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, Any]]:
     """Returns a checkpoint's leaves (name -> shape and dtype) and its progress; reads no array.
 
@@ -254,26 +259,28 @@ def describe(path: pathlib.Path) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[
 def write_skeleton(path: pathlib.Path, like: Any, progress: dict[str, Any]) -> None:
     """Writes a checkpoint in which every array has one entry.
 
-    Orbax's metadata describes how leaves are nested, not their sizes. Each array is a folder in
-    zarr's format, so `CheckpointWriter` can replace it by an array of another size.
+    Orbax's metadata describes how leaves are nested, not their sizes, so `CheckpointWriter` can
+    put arrays of other sizes in their place. It says that they are in zarr's format, version 2, in
+    a database (OCDBT); the database itself is left out.
 
     Args:
-      path: the checkpoint's folder, which does not exist yet.
+      path: the checkpoint's folder on this machine, which does not exist yet.
       like: a tree of `ShapeDtypeStruct`s.
       progress: JSON values to store with the state.
     """
     context = ocp.Context()
-    context.array.saving.use_ocdbt = context.array.saving.use_zarr3 = False
+    context.array.saving.use_zarr3 = False
     context.array.saving.enable_write_sharding_file = False
     context.array.saving.array_metadata_store = None
     ones = jax.tree.map(lambda x: jnp.zeros((1,) * len(x.shape), x.dtype), like)
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)  # orbax warns that there is no OCDBT to merge
-    try:
-        with context:
-            ocp.save(paths.absolute(path), ones, custom_metadata=progress)
-    finally:
-        logging.set_verbosity(verbosity)
+    # One process of several writes it, and waits for no other.
+    context.multiprocessing.primary_host = jax.process_index()
+    context.multiprocessing.active_processes = {jax.process_index()}
+    context.multiprocessing.barrier_sync_key_prefix = "skeleton"
+    with context:
+        ocp.save(path.absolute(), ones, custom_metadata=progress)
+    for part in ("manifest.ocdbt", "d", "ocdbt.process_0"):
+        paths.remove(path / STATE / part)
 
 
 def params_digest(params: Any, piece_bytes: int = 1 << 30) -> str:

@@ -149,8 +149,8 @@ class RunFolder:
         """
         if paths.scheme(self.path) == "s3":
             raise UserError(
-                f"workdir {self.path}: orbax writes no checkpoints to s3://; give a gs:// bucket, or "
-                "a folder (s3:// serves data, sources and exports)",
+                f"workdir {self.path}: orbax writes no checkpoints to s3://; give a gs:// bucket, "
+                "or a folder (s3:// serves data, sources and exports)",
                 argument="workdir",
             )
         paths.check_bucket(self.path, "workdir")

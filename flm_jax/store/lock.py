@@ -2,9 +2,9 @@
 
 On a disk it is the system's file lock (flock), which ends with the process that holds it. A bucket
 has no such lock. There it is a lease: an object that its owner rewrites every few seconds. Whoever
-finds one watches it for `LEASE` seconds by its own clock: an object that changes has a living owner,
-and one that does not is taken over. Each write names the generation that it replaces, so of two
-that take over at once one wins, and an owner that was replaced learns it and ends.
+finds one watches it for `LEASE` seconds by its own clock: an object that changes has a living
+owner, and one that does not is taken over. Each write names the generation that it replaces, so of
+two that take over at once one wins, and an owner that was replaced learns it and ends.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
 from typing import Any, Protocol
 
 from flm_jax.errors import UserError
@@ -191,12 +190,3 @@ class _Lease:
         self._thread.join()
         with contextlib.suppress(Changed):
             objects.delete(self._path, self._generation)
-
-
-def held(folder: pathlib.Path, action: Callable[[], Any]) -> Any:
-    """Runs `action` as the only writer of a folder; see `acquire`."""
-    lock = acquire(folder)
-    try:
-        return action()
-    finally:
-        lock.release()

@@ -43,7 +43,7 @@ def _open(path: pathlib.Path) -> tuple[ts.KvStore, str]:
 
 
 def read(path: pathlib.Path) -> tuple[bytes, bytes]:
-    """Returns an object's content (b"" if it is missing) and its generation (also of a missing one)."""
+    """Returns an object's content and generation; b"" and a generation if it is missing."""
     store, key = _open(path)
     found = store.read(key).result(timeout=_TIMEOUT_S)
     return bytes(found.value), bytes(found.stamp.generation)

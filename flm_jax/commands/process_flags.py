@@ -1,0 +1,35 @@
+"""Flags of commands that several processes run together."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from flm_jax.commands.command import flag
+from flm_jax.runtime.processes import Group
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessFlags:
+    """Which processes run together; see `runtime.Group`."""
+
+    coordinator: str = flag("", "HOST:PORT where process 0 listens.")
+    process: int | None = flag(None, "This process's index, from 0.")
+    processes: int | None = flag(None, "Number of processes.")
+    distributed: bool = flag(
+        False, "JAX finds the processes itself: on a TPU pod, under Slurm or Open MPI."
+    )
+    join_within: int = flag(300, "Seconds within which all processes must start.")
+    lost_after: int = flag(
+        60, "Seconds without a sign of life after which a process counts as lost."
+    )
+
+    def group(self) -> Group:
+        """Returns the processes. Raises UserError if the flags do not fit each other."""
+        return Group(
+            self.coordinator,
+            self.process,
+            self.processes,
+            self.distributed,
+            join_within=self.join_within,
+            lost_after=self.lost_after,
+        )
