@@ -35,7 +35,6 @@ from flm_jax.store.checkpoint import (
     write_skeleton,
 )
 from flm_jax.store.chunked import (
-    Slices,
     cells,
     chunk_shape,
     context,
@@ -111,7 +110,7 @@ class CheckpointWriter:
             for name, x in self.leaves.items()
             if x.size
         }
-        self._batches = _Batches(batch_bytes)
+        self._batches = _Batches(batch_bytes, self._held)
 
     def _begin(self, like: Any, progress: dict[str, Any], description: dict[str, Any]) -> None:
         """Creates the checkpoint without any piece; the file `_BEGUN` is written last."""
@@ -175,11 +174,11 @@ class CheckpointWriter:
         return cells(self.leaves[name].shape, self.chunks[name])
 
     def holds(self, name: str, piece: Sequence[slice]) -> bool:
-        """Tells whether a piece of `pieces` was written when this writer was created."""
+        """Tells whether a piece was written before this writer began, or since then by it."""
         return self._key(name, piece) in self._held
 
     def held_bytes(self) -> int:
-        """Returns the size of the pieces that were written before, in bytes."""
+        """Returns the size of the pieces that `holds` tells of, in bytes."""
         return sum(
             self.leaves[name].dtype.itemsize * math.prod(s.stop - s.start for s in piece)
             for name in self.leaves
@@ -187,7 +186,7 @@ class CheckpointWriter:
             if self.holds(name, piece)
         )
 
-    def write(self, name: str, slices: Slices | None, values: np.ndarray) -> None:
+    def write(self, name: str, slices: Sequence[slice] | None, values: np.ndarray) -> None:
         """Writes a part of a leaf; it may be on disk only after `finish`.
 
         Args:
@@ -202,7 +201,8 @@ class CheckpointWriter:
             return
         target = self._arrays[name]
         with disk_refusals(f"{self.path}: {name} cannot be written"):
-            self._batches.write(target, ... if slices is None else tuple(slices), values)
+            cut = tuple(slice(0, n) for n in target.shape) if slices is None else tuple(slices)
+            self._batches.write(target, cut, values, self._key(name, cut))
 
     def finish(self) -> None:
         """Waits for all processes, syncs the checkpoint and lets it appear at its final path.
@@ -245,29 +245,36 @@ class _Batch:
 
     def __init__(self) -> None:
         self.transaction = ts.Transaction()
+        self.keys: list[str] = []
         self.bytes = 0
         self.writers = 0  # threads that are adding a piece
 
-    def commit(self) -> None:
+    def commit(self) -> list[str]:
+        """Waits until the pieces are written; returns their keys."""
         if self.bytes:
             self.transaction.commit_async().result()
+        return self.keys
 
 
 class _Batches:
     """Collects pieces, and commits them when a batch is full; one more fills meanwhile."""
 
-    def __init__(self, most: int):
-        self._most = most
+    def __init__(self, most: int, written: set[str]):
+        """Commits `most` bytes at once; adds the keys of written pieces to `written`."""
+        self._most, self._written = most, written
         self._changed = threading.Condition()
         self._filling = _Batch()
         self._committing = False
 
-    def write(self, array: ts.TensorStore, cut: Any, values: np.ndarray) -> None:
+    def write(
+        self, array: ts.TensorStore, cut: tuple[Any, ...], values: np.ndarray, key: str
+    ) -> None:
         with self._changed:
             # A full batch waits until the one before is on disk: no more than two are held.
             self._changed.wait_for(lambda: self._filling.bytes < self._most)
             batch = self._filling
             batch.bytes += values.nbytes
+            batch.keys.append(key)
             batch.writers += 1
         try:
             array.with_transaction(batch.transaction)[cut].write(values).copy.result()
@@ -275,26 +282,32 @@ class _Batches:
             with self._changed:
                 batch.writers -= 1
                 self._changed.notify_all()
-        with self._changed:
-            full = batch is self._filling and batch.bytes >= self._most
-            if not full or batch.writers or self._committing:
-                return
-            self._filling, self._committing = _Batch(), True
-            self._changed.notify_all()
-        self._commit(batch)
+        self._commit_full()
 
-    def _commit(self, batch: _Batch) -> None:
-        try:
-            batch.commit()
-        finally:
+    def _commit_full(self) -> None:
+        """Commits the batch if it is full, and then the next one if that has become full."""
+        failed: Exception | None = None
+        while True:
+            with self._changed:
+                batch = self._filling
+                if batch.bytes < self._most or batch.writers or self._committing:
+                    break
+                self._filling, self._committing = _Batch(), True
+                self._changed.notify_all()
+            try:
+                self._written.update(batch.commit())
+            except Exception as error:  # other threads wait for the next batch all the same
+                failed = error
             with self._changed:
                 self._committing = False
                 self._changed.notify_all()
+        if failed:
+            raise failed
 
     def commit(self) -> None:
         """Commits what is left; no other thread writes any more."""
         batch, self._filling = self._filling, _Batch()
-        batch.commit()
+        self._written.update(batch.commit())
 
 
 def _kvstore(at: pathlib.Path) -> dict[str, Any]:
