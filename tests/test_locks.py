@@ -1,7 +1,7 @@
 """One writer for each run folder, and files that two writers write."""
 
+import concurrent.futures
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -54,18 +54,15 @@ def _write(path, letter, count):
 
 def test_two_writers_of_one_file_never_tear_it(tmp_path):
     path = tmp_path / "x.json"
-    context = multiprocessing.get_context("fork")
-    writers = [context.Process(target=_write, args=(path, letter, 30)) for letter in "ab"]
-    for writer in writers:
-        writer.start()
     read = 0
-    while any(writer.is_alive() for writer in writers):
-        if path.exists():
-            assert len(set(json.loads(path.read_text())["text"])) == 1
-            read += 1
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        writers = [pool.submit(_write, path, letter, 30) for letter in "ab"]
+        while not all(writer.done() for writer in writers):
+            if path.exists():
+                assert len(set(json.loads(path.read_text())["text"])) == 1
+                read += 1
     for writer in writers:
-        writer.join()
-        assert writer.exitcode == 0
+        writer.result()
     assert read and [p.name for p in tmp_path.iterdir()] == ["x.json"]
     mask = os.umask(0o022)
     os.umask(mask)
