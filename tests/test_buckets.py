@@ -16,7 +16,7 @@ from flm_jax.errors import UserError
 from flm_jax.interop import load_hf, save_hf
 from flm_jax.interop.opening import open_stored_model
 from flm_jax.runtime import paths
-from flm_jax.store import lock, objects
+from flm_jax.store import files, lock, objects
 from flm_jax.store.checkpoint import Checkpoints, by_name
 from flm_jax.store.chunk_writer import CheckpointWriter
 from flm_jax.store.chunked import CheckpointReader
@@ -120,6 +120,18 @@ def test_a_lease_is_refused_while_renewed_and_taken_over_when_not(gcs, capsys):
     assert len(ended) == 1 and "took it over" in ended[0]
     other.release()
     assert objects.read(folder / lock.NAME)[0] == b""
+
+
+def test_two_writers_of_one_lineage_do_not_lose_a_stage(gcs):
+    folder = RunFolder(f"{gcs}/lineage")
+    folder.add_stage({"index": 0, "name": "a"})
+    with (
+        pytest.raises(UserError, match="another process wrote it meanwhile"),
+        files.replacing(folder.lineage) as write,
+    ):
+        folder.add_stage({"index": 1, "name": "b"})
+        write({"version": 1, "stages": []})
+    assert [s["name"] for s in folder.stages()] == ["a", "b"]
 
 
 def test_what_a_client_refuses_is_one_line_before_anything_is_made(gcs, tmp_path):

@@ -88,3 +88,23 @@ def test_a_missing_client_is_named_with_its_extra(monkeypatch):
     with pytest.raises(UserError, match=r"needs the package gcsfs; install flm_jax\[gcs\]"):
         paths.of("gs://bucket/run")
     paths._prepare.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (FileNotFoundError("b/bucket/o"), "there is no bucket bucket"),
+        (OSError("Forbidden: b/bucket/o\nno storage.objects.list"), "no permission to list bucket"),
+        (TimeoutError(), r"cannot be reached \(TimeoutError\)"),
+    ],
+)
+def test_a_bucket_that_refuses_is_one_line(monkeypatch, tmp_path, error, words):
+    pytest.importorskip("gcsfs", reason="extra gcs")
+
+    def refuse(kind, name):
+        raise error
+
+    monkeypatch.setattr(paths, "_list_one", refuse)
+    with pytest.raises(UserError, match=f"^workdir gs://bucket/run: {words}") as refused:
+        RunFolder("gs://bucket/run").open()
+    assert "\n" not in str(refused.value)

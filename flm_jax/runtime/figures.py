@@ -22,7 +22,7 @@ def clean(axes: Any) -> None:
 
 
 def save(figure: Any, path: pathlib.Path) -> None:
-    """Writes a figure as an image file, creates its folder, and closes the figure."""
+    """Writes a figure as an image file, also on a bucket; creates its folder, closes the figure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()
     drawn = io.BytesIO()

@@ -141,17 +141,25 @@ def check_bucket(path: pathlib.Path, argument: str = "") -> None:
     try:
         _list_one(scheme(path), name)
     except Exception as error:  # each client has its own errors
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = reason_of(error)
         status = str(getattr(error, "code", "")) or str(
             getattr(error, "response", {}).get("ResponseMetadata", {}).get("HTTPStatusCode", "")
         )
         if isinstance(error, FileNotFoundError) or status == "404":
             advice = f"there is no bucket {name}; create it, or give another"
-        elif isinstance(error, PermissionError) or status in ("401", "403"):
+        elif (
+            isinstance(error, PermissionError) or status in ("401", "403") or "Forbidden" in reason
+        ):
             advice = f"no permission to list bucket {name} ({reason}); log in, or ask its owner"
         else:
             advice = f"bucket {name} cannot be reached ({reason}); fix this, then call again"
         raise UserError(f"{where}: {advice}", argument=argument) from error
+
+
+def reason_of(error: Exception) -> str:
+    """Returns what a client or the system says, in one line."""
+    said = getattr(error, "strerror", None) or str(error)
+    return " ".join(said.split())[:200] or type(error).__name__
 
 
 def _list_one(kind: str, name: str) -> None:

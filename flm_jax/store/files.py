@@ -9,10 +9,13 @@ import os
 import pathlib
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from flm_jax.data import json_text
+from flm_jax.errors import UserError
 from flm_jax.runtime import paths, processes
+from flm_jax.store import objects
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:
@@ -63,6 +66,31 @@ def sync(path: pathlib.Path) -> None:
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Writes a value of a run as JSON, atomically; it is read back exactly."""
     write_atomically(path, json.dumps(value, indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[Callable[[Any], None]]:
+    """Yields a function that writes JSON which the block derives from the file's present content.
+
+    On a bucket, the write is refused if the object changed since the block began.
+
+    Raises:
+      UserError: it was refused.
+    """
+    if not paths.remote(path):
+        yield lambda value: write_json(path, value)
+        return
+    generation = objects.read(path)[1]
+    try:
+        yield lambda value: _replace(path, value, generation)
+    except objects.Changed as error:
+        raise UserError(
+            f"{path}: another process wrote it meanwhile; end one of the two, then call again"
+        ) from error
+
+
+def _replace(path: pathlib.Path, value: Any, generation: bytes) -> None:
+    objects.write(path, (json.dumps(value, indent=1) + "\n").encode(), generation)
 
 
 def write_result(path: pathlib.Path, value: Any) -> None:

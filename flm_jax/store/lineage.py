@@ -21,7 +21,7 @@ from flm_jax.data.chat_template import TemplateConfig
 from flm_jax.errors import UserError
 from flm_jax.runtime import paths, processes
 from flm_jax.store import lock
-from flm_jax.store.files import MetricsFile, link_tree, write_atomically, write_json
+from flm_jax.store.files import MetricsFile, link_tree, replacing, write_atomically, write_json
 
 VERSION = 1
 # A stage's settings that may change on resume: they change only the order of a sum.
@@ -159,9 +159,11 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             probe.write_bytes(b"")
             probe.unlink()
-        except OSError as error:
+        except Exception as error:  # a bucket's client has its own errors
+            if not (isinstance(error, OSError) or paths.remote(self.path)):
+                raise
             raise UserError(
-                f"workdir {self.path} cannot be written ({error.strerror or error}); give a folder "
+                f"workdir {self.path} cannot be written ({paths.reason_of(error)}); give a folder "
                 "you own",
                 argument="workdir",
             ) from error
@@ -269,8 +271,9 @@ class RunFolder:
 
     def add_stage(self, entry: dict[str, Any]) -> None:
         """Writes the entry of a finished stage, and deletes the entries of later stages."""
-        earlier = [s for s in self.stages() if s["index"] < entry["index"]]
-        write_json(self.lineage, {"version": VERSION, "stages": [*earlier, entry]})
+        with replacing(self.lineage) as write:
+            earlier = [s for s in self.stages() if s["index"] < entry["index"]]
+            write({"version": VERSION, "stages": [*earlier, entry]})
 
 
 def pick_stage(entries: Sequence[dict[str, Any]], stage: str, path: pathlib.Path) -> dict[str, Any]:

@@ -52,7 +52,13 @@ def acquire(folder: pathlib.Path, lease: float = LEASE) -> Lock:
       UserError: another process has it; names its host, its number and its start.
     """
     path = folder / NAME
-    return _Lease(path, lease) if paths.remote(path) else _FileLock(path)
+    try:
+        return _Lease(path, lease) if paths.remote(path) else _FileLock(path)
+    except OSError as error:
+        raise UserError(
+            f"workdir {folder} cannot be locked ({paths.reason_of(error)}); fix this, or give another workdir",
+            argument="workdir",
+        ) from error
 
 
 def _owner() -> dict[str, Any]:
@@ -168,15 +174,19 @@ class _Lease:
                 self._generation = objects.write(self._path, self._content(), self._generation)
                 seen = time.monotonic()
             except Changed:
-                # A write that was repeated after a lost answer finds its own object.
-                content, generation = objects.read(self._path)
-                if content and json.loads(content).items() >= self._owner.items():
-                    self._generation = generation
-                    continue
-                self._give_up(f"{_text(content)} took it over")
-            except Exception as error:
+                self._check_owner()
+            except OSError as error:
                 if time.monotonic() - seen > self._lease:
                     self._give_up(f"it could not be renewed for {self._lease:g} s ({error})")
+
+    def _check_owner(self) -> None:
+        """Ends this process unless the object is its own: a write was repeated after a lost answer."""
+        with contextlib.suppress(OSError):  # the next renewal tries again
+            content, generation = objects.read(self._path)
+            if content and json.loads(content).items() >= self._owner.items():
+                self._generation = generation
+            else:
+                self._give_up(f"{_text(content)} took it over")
 
     def _give_up(self, reason: str) -> None:
         """Ends this process before it writes into a folder that is another's."""
@@ -188,5 +198,5 @@ class _Lease:
     def release(self) -> None:
         self._ended.set()
         self._thread.join()
-        with contextlib.suppress(Changed):
-            objects.delete(self._path, self._generation)
+        with contextlib.suppress(Changed, OSError):  # it then runs out
+            objects.write(self._path, None, self._generation)

@@ -39,31 +39,31 @@ def kvstore(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _open(path: pathlib.Path) -> tuple[ts.KvStore, str]:
-    return ts.KvStore.open(kvstore(path.parent)).result(timeout=_TIMEOUT_S), path.name
+    return _result(ts.KvStore.open(kvstore(path.parent))), path.name
+
+
+def _result(future: Any) -> Any:
+    """Waits for a client's answer. Raises OSError if it refuses or does not answer."""
+    try:
+        return future.result(timeout=_TIMEOUT_S)
+    except (ValueError, TimeoutError, RuntimeError) as error:
+        raise OSError(str(error) or f"no answer within {_TIMEOUT_S:g} s") from error
 
 
 def read(path: pathlib.Path) -> tuple[bytes, bytes]:
     """Returns an object's content and generation; b"" and a generation if it is missing."""
     store, key = _open(path)
-    found = store.read(key).result(timeout=_TIMEOUT_S)
+    found = _result(store.read(key))
     return bytes(found.value), bytes(found.stamp.generation)
 
 
-def write(path: pathlib.Path, content: bytes, generation: bytes) -> bytes:
-    """Replaces an object of a known generation; returns the new generation.
+def write(path: pathlib.Path, content: bytes | None, generation: bytes) -> bytes:
+    """Replaces an object of a known generation, or deletes it (None); returns the new generation.
 
     Raises Changed if it has another one.
     """
     store, key = _open(path)
-    written = store.write(key, content, if_equal=generation).result(timeout=_TIMEOUT_S)
-    if not written.generation:
+    written = bytes(_result(store.write(key, content, if_equal=generation)).generation)
+    if not written:
         raise Changed(path)
-    return bytes(written.generation)
-
-
-def delete(path: pathlib.Path, generation: bytes) -> None:
-    """Deletes an object of a known generation. Raises Changed if it has another one."""
-    store, key = _open(path)
-    deleted = store.write(key, None, if_equal=generation).result(timeout=_TIMEOUT_S)
-    if not deleted.generation:
-        raise Changed(path)
+    return written
