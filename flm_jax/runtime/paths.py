@@ -147,9 +147,7 @@ def check_bucket(path: pathlib.Path, argument: str = "") -> None:
         )
         if isinstance(error, FileNotFoundError) or status == "404":
             advice = f"there is no bucket {name}; create it, or give another"
-        elif (
-            isinstance(error, PermissionError) or status in ("401", "403") or "Forbidden" in reason
-        ):
+        elif status in ("401", "403") or "Forbidden" in reason:
             advice = f"no permission to list bucket {name} ({reason}); log in, or ask its owner"
         else:
             advice = f"bucket {name} cannot be reached ({reason}); fix this, then call again"

@@ -56,7 +56,8 @@ def acquire(folder: pathlib.Path, lease: float = LEASE) -> Lock:
         return _Lease(path, lease) if paths.remote(path) else _FileLock(path)
     except OSError as error:
         raise UserError(
-            f"workdir {folder} cannot be locked ({paths.reason_of(error)}); fix this, or give another workdir",
+            f"workdir {folder} cannot be locked ({paths.reason_of(error)}); fix this, or give "
+            "another workdir",
             argument="workdir",
         ) from error
 
@@ -180,7 +181,7 @@ class _Lease:
                     self._give_up(f"it could not be renewed for {self._lease:g} s ({error})")
 
     def _check_owner(self) -> None:
-        """Ends this process unless the object is its own: a write was repeated after a lost answer."""
+        """Ends this process unless the object is its own, written twice after a lost answer."""
         with contextlib.suppress(OSError):  # the next renewal tries again
             content, generation = objects.read(self._path)
             if content and json.loads(content).items() >= self._owner.items():
