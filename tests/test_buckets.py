@@ -14,6 +14,7 @@ from flm_jax.config import DataConfig
 from flm_jax.data.tasks import _files
 from flm_jax.errors import UserError
 from flm_jax.interop import load_hf, save_hf
+from flm_jax.interop.converter import convert
 from flm_jax.interop.opening import open_stored_model
 from flm_jax.runtime import paths
 from flm_jax.store import files, lock, objects
@@ -195,6 +196,10 @@ def test_models_and_text_on_a_bucket_are_read_as_on_a_disk(kind, request, tmp_pa
     assert open_stored_model(f"{bucket}/export").vocabulary.num_tokens() == 259
     with pytest.raises(UserError, match="exists and is not empty"):
         save_hf(f"{bucket}/export", params, config, "llama")
+    convert(f"{bucket}/export", f"{bucket}/imported", "flm")
+    loaded, _ = load_hf(here)
+    got = CheckpointReader(paths.of(f"{bucket}/imported/stages/0-imported/checkpoints/0"))
+    assert_same_bits({n: got.read(n) for n in got.leaves}, by_name({"params": loaded}))
     for name in ("a.txt", "b/c.txt"):
         paths.copy(here / "config.json", paths.of(f"{bucket}/text/{name}"))
         paths.copy(here / "config.json", tmp_path / "text" / name)

@@ -34,7 +34,7 @@ from flm_jax.interop.weights import Resized, Rounded, Weights, scaled, without_o
 from flm_jax.params import axes, counts, trees
 from flm_jax.runtime import paths, processes
 from flm_jax.runtime.display import Progress
-from flm_jax.store.checkpoint import CHUNK_BYTES, digest_of_leaves
+from flm_jax.store.checkpoint import CHUNK_BYTES, digest_of_leaves, mark_complete
 from flm_jax.store.chunk_writer import CheckpointWriter
 from flm_jax.store.chunked import CheckpointReader, cells, chunk_shape
 from flm_jax.store.files import write_json
@@ -268,6 +268,7 @@ def write_run(
         num_bytes = _write_checkpoint(path, weights, memory)
         digest = digest_on_disk(CheckpointReader(path), weights.config, memory)
         run.add_stage(untrained_entry(stage, saved, weights.config, digest))
+    mark_complete(target / path.relative_to(folder))
     return num_bytes
 
 

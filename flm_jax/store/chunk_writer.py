@@ -27,9 +27,9 @@ from flm_jax.runtime import paths, processes
 from flm_jax.store import objects
 from flm_jax.store.checkpoint import (
     CHUNK_BYTES,
-    COMMITTED,
     STATE,
     complete,
+    mark_complete,
     pack,
     shapes,
     write_skeleton,
@@ -232,8 +232,7 @@ class CheckpointWriter:
             together.commit_async().result()
             (self._partial / _BEGUN).unlink()
             if paths.remote(self.path):
-                for folder in (self._state, self.path):
-                    (folder / COMMITTED).write_text(f"commit_success to {folder}")
+                mark_complete(self.path)
                 return
             _sync_tree(self._partial)
             self._partial.rename(self.path)

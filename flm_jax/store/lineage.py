@@ -21,6 +21,7 @@ from flm_jax.data.chat_template import TemplateConfig
 from flm_jax.errors import UserError
 from flm_jax.runtime import paths, processes
 from flm_jax.store import lock
+from flm_jax.store.checkpoint import mark_complete
 from flm_jax.store.files import MetricsFile, link_tree, replacing, write_atomically, write_json
 
 VERSION = 1
@@ -267,6 +268,8 @@ class RunFolder:
             stage = self.stage(entry["index"], entry["name"])
             copy = other.stage(entry["index"], entry["name"])
             link_tree(stage.path, copy.path)
+            for step in paths.listed(copy.checkpoints):
+                mark_complete(step)
         write_json(other.lineage, {"version": VERSION, "stages": entries})
 
     def add_stage(self, entry: dict[str, Any]) -> None:
