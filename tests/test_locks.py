@@ -95,7 +95,7 @@ def test_a_missing_client_is_named_with_its_extra(monkeypatch):
     [
         (FileNotFoundError("b/bucket/o"), "there is no bucket bucket"),
         (OSError("Forbidden: b/bucket/o\nno storage.objects.list"), "no permission to list bucket"),
-        (TimeoutError(), r"cannot be reached \(TimeoutError\)"),
+        (TimeoutError(), r"bucket bucket cannot be reached \(TimeoutError\)"),
     ],
 )
 def test_a_bucket_that_refuses_is_one_line(monkeypatch, tmp_path, error, words):

@@ -198,9 +198,14 @@ def _find_each_other(group: Group) -> None:
         time.sleep(0.2)
 
 
+def index() -> int:
+    """Returns this process's index, from 0."""
+    return int(jax.process_index())
+
+
 def first() -> bool:
     """Whether this is the first process, which alone writes shared files."""
-    return jax.process_index() == 0
+    return index() == 0
 
 
 def once(action: Callable[[], T]) -> T:
@@ -236,7 +241,7 @@ def share(items: Sequence[T]) -> Sequence[T]:
 
     The shares have equal numbers, but for one, and are spread evenly over the list.
     """
-    return items[jax.process_index() :: jax.process_count()]
+    return items[index() :: jax.process_count()]
 
 
 def check_same(what: str, value: str) -> None:

@@ -18,7 +18,6 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 import tensorstore as ts
 
@@ -103,7 +102,7 @@ class CheckpointWriter:
         }
         processes.once(lambda: self._begin(like, progress, description))
         self._held = set(processes.once(self._written))
-        own = self._state / f"{_DATABASES}{jax.process_index()}"
+        own = self._state / f"{_DATABASES}{processes.index()}"
         # The descriptions of the arrays are in the first process's database.
         self._arrays = {
             name: _open(own, name, self._metadata(name), open=True, assume_metadata=True)
@@ -132,10 +131,12 @@ class CheckpointWriter:
                     skeleton = pathlib.Path(folder) / self.path.name
                     write_skeleton(skeleton, *pack(like, progress))
                     paths.copy(skeleton, self._partial)
+                together = ts.Transaction()  # one file describes all arrays
                 for name, x in self.leaves.items():
                     if x.size:
-                        _open(self._state / f"{_DATABASES}0", name, self._metadata(name),
-                              create=True, open=True)  # fmt: skip
+                        options = {"create": True, "open": True, "transaction": together}
+                        _open(self._state / f"{_DATABASES}0", name, self._metadata(name), **options)
+                together.commit_async().result()
                 (self._partial / _BEGUN).write_text(json.dumps(description))
             except BaseException:
                 paths.remove(self._partial)
@@ -211,7 +212,7 @@ class CheckpointWriter:
         """
         with disk_refusals(f"{self.path} cannot be written"):
             self._batches.commit()
-            own = self._state / f"{_DATABASES}{jax.process_index()}"
+            own = self._state / f"{_DATABASES}{processes.index()}"
             if not paths.remote(own) and own.exists():
                 _sync_tree(own)
         processes.wait()
