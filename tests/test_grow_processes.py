@@ -64,7 +64,7 @@ def test_what_the_processes_of_a_lost_run_wrote_is_kept(tmp_path, monkeypatch):
     files = [p.stat().st_size for p in reader.path.rglob("d/*")]
     batches = alone["bytes"] / stream.batch_bytes(MEMORY)
     pieces = [len(list(cells(x.shape, reader.chunk(n)))) for n, x in reader.leaves.items()]
-    assert sum(size > 9_000 for size in files) <= batches + 4
+    assert sum(size > 9_000 for size in files) <= 2 * batches
     assert len(files) < sum(pieces) / 4  # once a file for each
 
 
