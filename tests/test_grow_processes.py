@@ -103,8 +103,8 @@ def test_processes_grow_the_same_bits_also_after_one_was_killed(tmp_path):
     whole = {}
     for count in (1, 2, 4):
         target = tmp_path / f"by-{count}"
-        for status, _, err in end_all(start_all(count, tmp_path / "run", target)):
-            assert status == 0, err
+        ended = end_all(start_all(count, tmp_path / "run", target))
+        assert [status for status, _, _ in ended] == [0] * count, ended
         [path] = (target / at).iterdir()
         whole[count] = contents(path)
         sizes = [
@@ -125,7 +125,7 @@ def test_processes_grow_the_same_bits_also_after_one_was_killed(tmp_path):
     (status, _, err), _ = end_all(started)
     assert status == 1 and "another process was lost" in err
     assert [p.suffix for p in (target / at).iterdir()] == [".partial"]
-    for status, _, err in end_all(start_all(4, tmp_path / "run", target)):
-        assert status == 0, err
+    ended = end_all(start_all(4, tmp_path / "run", target))
+    assert [status for status, _, _ in ended] == [0] * 4, ended
     [path] = (target / at).iterdir()
     assert_same_bits(contents(path), whole[1])

@@ -268,10 +268,10 @@ def write_skeleton(path: pathlib.Path, like: Any, progress: dict[str, Any]) -> N
 
     Orbax's metadata describes how leaves are nested, not their sizes, so `CheckpointWriter` can
     put arrays of other sizes in their place. It says that they are in zarr's format, version 2, in
-    a database (OCDBT); the database itself is left out.
+    a database (OCDBT). All processes call this together.
 
     Args:
-      path: the checkpoint's folder on this machine, which does not exist yet.
+      path: the checkpoint's folder, which does not exist yet.
       like: a tree of `ShapeDtypeStruct`s.
       progress: JSON values to store with the state.
     """
@@ -279,15 +279,9 @@ def write_skeleton(path: pathlib.Path, like: Any, progress: dict[str, Any]) -> N
     context.array.saving.use_zarr3 = False
     context.array.saving.enable_write_sharding_file = False
     context.array.saving.array_metadata_store = None
-    ones = jax.tree.map(lambda x: jnp.zeros((1,) * len(x.shape), x.dtype), like)
-    # One process of several writes it, and waits for no other.
-    context.multiprocessing.primary_host = jax.process_index()
-    context.multiprocessing.active_processes = {jax.process_index()}
-    context.multiprocessing.barrier_sync_key_prefix = "skeleton"
+    ones = jax.tree.map(lambda x: np.zeros((1,) * len(x.shape), x.dtype), like)
     with context:
-        ocp.save(path.absolute(), ones, custom_metadata=progress)
-    for part in ("manifest.ocdbt", "d", "ocdbt.process_0"):
-        paths.remove(path / STATE / part)
+        ocp.save(paths.absolute(path), ones, custom_metadata=progress)
 
 
 def params_digest(params: Any, piece_bytes: int = 1 << 30) -> str:

@@ -13,7 +13,6 @@ import json
 import math
 import os
 import pathlib
-import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -26,6 +25,7 @@ from flm_jax.runtime import paths, processes
 from flm_jax.store import objects
 from flm_jax.store.checkpoint import (
     CHUNK_BYTES,
+    COMMITTED,
     STATE,
     complete,
     mark_complete,
@@ -100,7 +100,8 @@ class CheckpointWriter:
                 for name, x in self.leaves.items()
             },
         }
-        processes.once(lambda: self._begin(like, progress, description))
+        if not processes.once(lambda: self._is_begun(description)):
+            self._begin(like, progress, description)
         self._held = set(processes.once(self._written))
         own = self._state / f"{_DATABASES}{processes.index()}"
         # The descriptions of the arrays are in the first process's database.
@@ -111,36 +112,60 @@ class CheckpointWriter:
         }
         self._batches = _Batches(batch_bytes, self._held)
 
-    def _begin(self, like: Any, progress: dict[str, Any], description: dict[str, Any]) -> None:
-        """Creates the checkpoint without any piece; the file `_BEGUN` is written last."""
+    def _is_begun(self, description: dict[str, Any]) -> bool:
+        """Whether an earlier call created it. Raises UserError if there is another checkpoint."""
         if complete(self.path):
             raise UserError(f"{self.path} exists; give another folder, or remove it")
-        if (self._partial / _BEGUN).exists():
-            if json.loads((self._partial / _BEGUN).read_text()) != json.loads(
-                json.dumps(description)
-            ):
-                raise UserError(
-                    f"{self._partial}: another checkpoint was started here; remove it to start "
-                    "again"
-                )
-            return
+        begun = self._partial / _BEGUN
+        if not begun.exists():
+            return False
+        if json.loads(begun.read_text()) != json.loads(json.dumps(description)):
+            raise UserError(
+                f"{self._partial}: another checkpoint was started here; remove it to start again"
+            )
+        return True
+
+    def _begin(self, like: Any, progress: dict[str, Any], description: dict[str, Any]) -> None:
+        """Creates the checkpoint without any piece, beside its place; then it appears there."""
+        created = self.path.with_name(self.path.name + ".begun")
+
+        def clear() -> None:
+            for left in paths.listed(created.parent):  # orbax adds a temporary suffix
+                if left.name.startswith(created.name):
+                    paths.remove(left)
+
+        processes.once(clear)
         with disk_refusals(f"{self.path} cannot be written"):
             try:
-                paths.remove(self._partial)
-                with tempfile.TemporaryDirectory(prefix="flm_jax-") as folder:
-                    skeleton = pathlib.Path(folder) / self.path.name
-                    write_skeleton(skeleton, *pack(like, progress))
-                    paths.copy(skeleton, self._partial)
-                together = ts.Transaction()  # one file describes all arrays
-                for name, x in self.leaves.items():
-                    if x.size:
-                        options = {"create": True, "open": True, "transaction": together}
-                        _open(self._state / f"{_DATABASES}0", name, self._metadata(name), **options)
-                together.commit_async().result()
-                (self._partial / _BEGUN).write_text(json.dumps(description))
+                write_skeleton(created, *pack(like, progress))
+                processes.once(lambda: self._appear(created, description))
             except BaseException:
-                paths.remove(self._partial)
+                if processes.first():
+                    clear()
                 raise
+
+    def _appear(self, created: pathlib.Path, description: dict[str, Any]) -> None:
+        """Completes a skeleton, and moves it to the place of the incomplete checkpoint."""
+        for part in ("manifest.ocdbt", "d", f"{_DATABASES}0"):
+            paths.remove(created / STATE / part)
+        if paths.remote(self.path):
+            paths.remove(self._partial)
+            for file in paths.files(created):
+                if file.name != COMMITTED:
+                    paths.copy(file, self._partial / file.relative_to(created))
+            paths.remove(created)
+            created = self._partial
+        together = ts.Transaction()  # one file describes all arrays
+        for name, x in self.leaves.items():
+            if x.size:
+                options = {"create": True, "open": True, "transaction": together}
+                at = paths.absolute(created) / STATE / f"{_DATABASES}0"
+                _open(at, name, self._metadata(name), **options)
+        together.commit_async().result()
+        (created / _BEGUN).write_text(json.dumps(description))
+        if created != self._partial:
+            paths.remove(self._partial)
+            created.rename(self._partial)
 
     def _metadata(self, name: str) -> dict[str, Any]:
         """Describes an array in zarr's format, version 2: without compression."""
