@@ -78,12 +78,13 @@ def run(config: ExperimentConfig, workdir: str) -> list[dict[str, Any]]:
     first = config.stages[0]
     if first.source and not folder.stage(0, first.name).config.exists():
         open_stage_source(config)  # raises if it does not fit, before anything is written
-    done = processes.once(lambda: _open(config, folder))
-    if len(done) >= len(config.stages):
-        return done
-    stages = stages_of(config, corpus_of(config), folder, layouts)
-    run_stages(stages[len(done) :], folder)
-    return processes.once(folder.stages)
+    with folder.writing():
+        done = processes.once(lambda: _finished(config, folder))
+        if len(done) >= len(config.stages):
+            return done
+        stages = stages_of(config, corpus_of(config), folder, layouts)
+        run_stages(stages[len(done) :], folder)
+        return processes.once(folder.stages)
 
 
 def on_devices(
@@ -209,9 +210,8 @@ def stages_of(
     return stages
 
 
-def _open(config: ExperimentConfig, folder: RunFolder) -> list[dict[str, Any]]:
-    """Returns the finished stages. Raises UserError if the folder is unusable or another run's."""
-    folder.open()
+def _finished(config: ExperimentConfig, folder: RunFolder) -> list[dict[str, Any]]:
+    """Returns the finished stages. Raises UserError if the folder is another run's."""
     done = folder.stages()
     check_finished(config, folder, done)
     return done

@@ -22,7 +22,7 @@ from flm_jax.params import sharding
 from flm_jax.runs.hooks import Dispatched, Evaluation, Log, Report
 from flm_jax.runs.stage import Position, Stage, begin, finish, read_added, read_ramp
 from flm_jax.runs.timing import SaveTimer, StageTime
-from flm_jax.runtime import processes
+from flm_jax.runtime import paths, processes
 from flm_jax.runtime.display import Progress
 from flm_jax.runtime.stop import StopRequest, read_request, request
 from flm_jax.store.checkpoint import Checkpoints
@@ -43,7 +43,7 @@ def run_stages(stages: Sequence[Stage], run: RunFolder) -> None:
       RunStopped: after SIGINT or SIGTERM; a checkpoint was written.
     """
     # A restarted process finds its compiled programs here.
-    jax.config.update("jax_compilation_cache_dir", str(run.compiled.absolute()))
+    jax.config.update("jax_compilation_cache_dir", str(paths.absolute(run.compiled)))
     compilation_cache.reset_cache()  # JAX reads the setting only once, at its first program
     with StopRequest() as stop, TensorBoard(run.tensorboard) as board:
         position = None
@@ -128,6 +128,7 @@ def train(
                 dispatched = None
                 position = Position(state, batches.get_state(), time.monotonic() - start_time)
                 loss = evaluate.measured(step, stage.best_by)
+                folder.metrics.publish()
                 with timing.spend("save"):
                     checkpoints.save(step, state, position.progress(), loss)
                 timing.write(step)

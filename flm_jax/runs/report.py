@@ -192,7 +192,7 @@ def write(folder: RunFolder) -> pathlib.Path:
       The path of report.md.
     """
     stages = folder.stages()
-    folder.report.mkdir(exist_ok=True)
+    folder.report.mkdir(parents=True, exist_ok=True)
     figures = [("curve.png", "Validation bits per byte; dashed: growth.", _curves)]
     if _grown(stages):
         figures += [

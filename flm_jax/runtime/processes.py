@@ -21,7 +21,7 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -227,9 +227,14 @@ def _find_each_other(group: Group) -> None:
         time.sleep(0.2)
 
 
+def index() -> int:
+    """Returns this process's index, from 0."""
+    return int(jax.process_index())
+
+
 def first() -> bool:
     """Whether this is the first process, which alone writes shared files."""
-    return jax.process_index() == 0
+    return index() == 0
 
 
 def once(action: Callable[[], T]) -> T:
@@ -253,6 +258,19 @@ def once(action: Callable[[], T]) -> T:
         raise UserError(answer["error"])
     value: T = answer["value"]
     return value
+
+
+def wait() -> None:
+    """Returns once all processes have called it."""
+    largest(0).block_until_ready()
+
+
+def share(items: Sequence[T]) -> Sequence[T]:
+    """Returns this process's share of what all processes have the same list of.
+
+    The shares have equal numbers, but for one, and are spread evenly over the list.
+    """
+    return items[index() :: jax.process_count()]
 
 
 def check_same(what: str, value: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, cast
 
 from flm_jax.data import json_text
 from flm_jax.errors import UserError
+from flm_jax.runtime import paths
 
 _ENDINGS = ("*.jsonl", "*.jsonl.gz"), ("*.json", "*.json.gz")
 # The first bytes of files that are often given, and that hold no lines of JSON.
@@ -38,11 +39,13 @@ def files(given: str) -> list[pathlib.Path]:
     Raises:
       UserError: there is no such file.
     """
-    path = pathlib.Path(given).expanduser()
+    path = paths.of(given)
+    paths.check_bucket(path)
     if path.is_file():
         return [path]
+    inside = sorted(paths.files(path)) if path.is_dir() else []
     for endings in _ENDINGS:
-        if found := sorted(file for ending in endings for file in path.rglob(ending)):
+        if found := [file for file in inside if any(map(file.match, endings))]:
             return found
     raise UserError(f"{given} is neither a file nor a folder with .jsonl files; give conversations")
 
@@ -83,7 +86,7 @@ def _opened(path: pathlib.Path) -> BinaryIO:
         if start.startswith(signature):
             raise UserError(f"{path} is {kind}; convert it to JSONL in UTF-8")
     compressed = start.startswith(b"\x1f\x8b")
-    return cast(BinaryIO, gzip.open(path)) if compressed else path.open("rb")
+    return cast(BinaryIO, gzip.open(path.open("rb"))) if compressed else path.open("rb")
 
 
 def _parse_line(line: bytes) -> Any:

@@ -9,7 +9,6 @@ import collections
 import dataclasses
 import functools
 import itertools
-import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -27,6 +26,7 @@ from flm_jax.interop.opening import OpenedModel, open_model
 from flm_jax.models import Transformer
 from flm_jax.params import sharding
 from flm_jax.params.dtypes import wide
+from flm_jax.runtime import paths
 from flm_jax.sft.chats import BadRows, Sample
 from flm_jax.sft.packing import features
 from flm_jax.sft.scoring import ResponseLoss
@@ -214,7 +214,7 @@ def split_stage(given: str) -> tuple[str, str]:
     ('runs/demo', '')
     """
     path, colon, stage = given.rpartition(":")
-    if not colon or pathlib.Path(given).expanduser().exists():
+    if not colon or "/" in stage or paths.of(given).exists():
         return given, ""
     return path, stage
 

@@ -6,12 +6,12 @@ these functions through `processes.once`. Metrics are the exception: no process 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from flm_jax import config as config_lib
@@ -19,7 +19,10 @@ from flm_jax import mapping
 from flm_jax.config import ExperimentConfig
 from flm_jax.data.chat_template import TemplateConfig
 from flm_jax.errors import UserError
-from flm_jax.store.files import MetricsFile, link, write_atomically, write_json
+from flm_jax.runtime import paths, processes
+from flm_jax.store import lock
+from flm_jax.store.checkpoint import mark_complete
+from flm_jax.store.files import MetricsFile, link_tree, replacing, write_atomically, write_json
 
 VERSION = 1
 # A stage's settings that may change on resume: they change only rounding.
@@ -102,7 +105,7 @@ class StageFolder:
                 if "sft" in saved:
                     return mapping.from_mapping(TemplateConfig, saved["sft"]["template"])
                 if source := saved["stage"].get("source"):
-                    return _template_of(pathlib.Path(source).expanduser())
+                    return _template_of(paths.of(source))
         return None
 
     def start(self) -> int:
@@ -131,7 +134,7 @@ class RunFolder:
           path: the folder.
           compiled: folder of compiled programs that runs share; None: a folder of this run.
         """
-        self.path = pathlib.Path(path)
+        self.path = paths.of(path)
         self.lineage = self.path / "lineage.json"
         self.tensorboard = self.path / "tensorboard"
         self.report = self.path / "report"
@@ -146,21 +149,51 @@ class RunFolder:
 
         Raises UserError, and changes nothing, if it is not writable or holds other files.
         """
+        if paths.scheme(self.path) == "s3":
+            raise UserError(
+                f"workdir {self.path}: orbax writes no checkpoints to s3://; give a gs:// bucket, "
+                "or a folder (s3:// serves data, sources and exports)",
+                argument="workdir",
+            )
+        paths.check_bucket(self.path, "workdir")
+        probe = self.path / f".write-test-{os.getpid()}"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            probe = self.path / ".write-test"
-            probe.touch()
+            probe.write_bytes(b"")
             probe.unlink()
-        except OSError as error:
+        except Exception as error:  # a bucket's client has its own errors
+            if not (isinstance(error, OSError) or paths.remote(self.path)):
+                raise
             raise UserError(
-                f"workdir {self.path} cannot be written ({error.strerror}); give a folder you own",
+                f"workdir {self.path} cannot be written ({paths.reason_of(error)}); give a folder "
+                "you own",
                 argument="workdir",
             ) from error
-        if any(self.path.iterdir()) and not (self.path / "stages").is_dir():
+        others = (path for path in paths.listed(self.path) if path.name != lock.NAME)
+        if any(others) and not (self.path / "stages").is_dir():
             raise UserError(
                 f"workdir {self.path} holds files but no run; give an empty or new folder",
                 argument="workdir",
             )
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Opens the folder as its only writer, for all processes of this run.
+
+        Raises UserError as `open`, or if another run is writing to it.
+        """
+
+        def acquire() -> None:
+            self.open()
+            held.append(lock.acquire(self.path))
+
+        held: list[lock.Lock] = []
+        processes.once(acquire)
+        try:
+            yield
+        finally:
+            for mine in held:
+                mine.release()
 
     def check_stage(self, folder: StageFolder, identity: Mapping[str, Any]) -> list[str]:
         """Checks that a stage was started with the same settings, if it was started.
@@ -200,6 +233,7 @@ class RunFolder:
         if changes := self.check_stage(folder, identity):
             done = [int(path.name) for path in folder.checkpoints.glob("*") if path.name.isdigit()]
             folder.metrics.append("changed", max(done, default=folder.start()), settings=changes)
+            folder.metrics.publish()
         write_json(folder.config, identity)
 
     def stages(self) -> list[dict[str, Any]]:
@@ -222,7 +256,7 @@ class RunFolder:
     def branch(self, other: RunFolder, stages: int | None = None) -> None:
         """Copies finished stages into a new run folder, where training can continue.
 
-        Files are hard links where the disk allows it: a complete checkpoint never changes.
+        Files are hard links where one disk has both: a complete checkpoint never changes.
 
         Args:
           other: the new run's folder; if it has finished stages already, nothing is done.
@@ -234,13 +268,16 @@ class RunFolder:
         for entry in entries:
             stage = self.stage(entry["index"], entry["name"])
             copy = other.stage(entry["index"], entry["name"])
-            shutil.copytree(stage.path, copy.path, copy_function=link, dirs_exist_ok=True)
+            link_tree(stage.path, copy.path)
+            for step in paths.listed(copy.checkpoints):
+                mark_complete(step)
         write_json(other.lineage, {"version": VERSION, "stages": entries})
 
     def add_stage(self, entry: dict[str, Any]) -> None:
         """Writes the entry of a finished stage, and deletes the entries of later stages."""
-        earlier = [s for s in self.stages() if s["index"] < entry["index"]]
-        write_json(self.lineage, {"version": VERSION, "stages": [*earlier, entry]})
+        with replacing(self.lineage) as write:
+            earlier = [s for s in self.stages() if s["index"] < entry["index"]]
+            write({"version": VERSION, "stages": [*earlier, entry]})
 
 
 def pick_stage(entries: Sequence[dict[str, Any]], stage: str, path: pathlib.Path) -> dict[str, Any]:
