@@ -45,6 +45,11 @@ def test_every_config_resolves_and_opens_with_its_command(path):
         kind = SftConfig if "base" in config else LessIsMoreConfig
         assert isinstance(config_files.dataclass_of(kind, config), kind)
         return
+    source = config.get("stages") and config.stages[0].source
+    if source and not pathlib.Path(source).exists():  # the user downloads it
+        with pytest.raises(UserError, match=f"{source} holds no model"):
+            config_files.experiment(config)
+        return
     if "experiment" in config:  # a study over an experiment
         kind = ProbeConfig if "arms" in config else MupStudyConfig
         chain = config_files.dataclass_of(kind, config).experiment
