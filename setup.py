@@ -25,6 +25,7 @@ setuptools.setup(
         "absl-py",  # flags and logging of the commands
         "clu",  # metric writers: TensorBoard
         "datasketch",  # MinHash: near-duplicates among chat samples
+        "filelock",  # one process per piece of a study, released when the process dies
         "flax>=0.12",  # the model's modules
         "jax>=0.10",
         "jinja2>=3.1.6",  # chat templates, in its sandbox

@@ -6,11 +6,10 @@ r"""Does growth pay? A study with the controls that decide it, on Python source,
 Both train with one worker on each of two CPU cores, resume after any stop, and can be shared by
 machines of one kind. `--list` shows what is left and at which rate; `--report` writes docs/study.
 
-The target T has 0.49M parameters, the source S a quarter of its FLOPs per token, M half; O and H are
-T's first layer and half of its layers. The full study finds the budget C itself (a gate). `:small`
-has C = 24 TFLOP, three seeds, the primary arm and the arm that begins with one layer. `:tiny` has
-models of no use and takes a minute, for tests. `:gpu` is about 30 times larger: 16M parameters and a
-vocabulary of 4,096 tokens, which `flm vocabulary` makes first, as its config says.
+The target T has 0.49M parameters, the source S a quarter of its FLOPs per token, M half; O and H
+are T with one layer and with half of its layers. The full study finds the budget C itself (a gate).
+`:small` has C = 24 TFLOP, three seeds, the primary arm and the arm that begins with one layer.
+`:tiny` has models of no use and takes a minute, for tests. `:gpu` is about 30 times larger.
 
 FLOPs, each piece of training once (`flm study --list`): see docs/study/README.md.
 """

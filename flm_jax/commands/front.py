@@ -29,7 +29,8 @@ COMMANDS = (
     "mup check", "mup sweep", "mup growth", "mup predict",
     "generate", "evaluate", "compare", "harness", "reported",
     "inspect", "describe", "compile", "convert", "families", "vocabulary",
-    "samples make", "samples select", "less_is_more", "study", "plan", "benchmark step", "benchmark generate",
+    "samples make", "samples select", "less_is_more", "study", "plan",
+    "benchmark step", "benchmark generate",
 )  # fmt: skip
 GROUPS = tuple(dict.fromkeys(name.split()[0] for name in COMMANDS if " " in name))
 HELP = frozenset({"--help", "-h", "-help", "--helpshort"})

@@ -33,7 +33,9 @@ PHASES = ("gate", "tuning", "growth tuning", "arms", "ablations")
 class Flags:
     """The command's own flags."""
 
-    processes: int = flag(2, "Workers, each on a core of its own; 0: one, in this process.", lower=0)
+    processes: int = flag(
+        2, "Workers, each on a core of its own; 0: one, in this process.", lower=0
+    )
     core: int | None = flag(None, "Be the worker on this core.", lower=0)
     until: str = flag("", "Stop after this phase.", choices=PHASES)
     other_machine: bool = flag(False, "Continue on a machine that differs from the study's.")
@@ -100,7 +102,11 @@ def _report(call: Call[Flags]) -> dict[str, Any]:
         console.print(f"{one.name}: {one.verdict}; {one.page}", highlight=False)
     return {
         "studies": [
-            {"name": s.name, "verdict": s.verdict, "arms": [dataclasses.asdict(r) for r in s.results]}
+            {
+                "name": s.name,
+                "verdict": s.verdict,
+                "arms": [dataclasses.asdict(r) for r in s.results],
+            }
             for s in summaries
         ]
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from typing import Any
 
 from flm_jax.checks import require, require_choice, require_positive
 from flm_jax.config import GrowthConfig, OptimizerConfig, TransformerConfig
@@ -76,7 +77,7 @@ class ArmConfig(Checked):
     name: str
     chain: tuple[str, ...]
     shares: tuple[float, ...]
-    growth: GrowthConfig = GrowthConfig()
+    growth: GrowthConfig = dataclasses.field(default_factory=GrowthConfig)
     candidate: bool = False
     tested: bool = True
     placement: str = "distance"
@@ -123,7 +124,7 @@ class ChangeConfig(Checked):
     def of(self, arm: ArmConfig) -> ArmConfig:
         """The arm with the changes."""
 
-        def given(*names: str) -> dict[str, object]:
+        def given(*names: str) -> dict[str, Any]:
             return {n: v for n in names if (v := getattr(self, n)) is not None}
 
         growth = dataclasses.replace(
@@ -201,7 +202,7 @@ class GrowthStudyConfig(Checked):
     warmup_steps: int = 100
     learning_rate: float = 4e-3
     matrix_learning_rate: float = 4e-3
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     eval_batch: int = 16
     curve_points: int = 8
     save_seconds: float = 120.0
@@ -214,18 +215,19 @@ class GrowthStudyConfig(Checked):
             "learning_rate", "matrix_learning_rate", "eval_batch", "curve_points", "save_seconds",
         )  # fmt: skip
         names = [m.name for m in self.models]
-        labels = names + [a.name for a in (*self.arms, *self.changes)]
+        labels = names + [a.name for a in self.arms] + [c.name for c in self.changes]
         require(
             len(set(labels)) == len(labels),
             f"GrowthStudyConfig has names {labels}; give models, arms and changes different names",
         )
         for field in ("target", "source", "between"):
             require_choice(self, field, tuple(names))
-        for arm in (*self.arms, *self.changes):
-            for name in arm.chain:
+        chains = {a.name: a.chain for a in self.arms} | {c.name: c.chain for c in self.changes}
+        for owner, chain in chains.items():
+            for name in chain:
                 require(
                     name in names,
-                    f"arm {arm.name}: chain has {name!r}; the models are {', '.join(names)}",
+                    f"arm {owner}: chain has {name!r}; the models are {', '.join(names)}",
                 )
         for arm in self.arms:
             last = arm.shares[-1]

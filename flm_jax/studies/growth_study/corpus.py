@@ -224,14 +224,15 @@ def build(config: CorpusConfig, folder: pathlib.Path) -> None:
 
 def _encode(documents: list[Document], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
     """Tokens of all documents, each with its end token, and where each begins."""
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
+    dtype = np.dtype(np.uint16) if tokenizer.vocab_size <= 1 << 16 else np.dtype(np.int32)
     rows = []
     for document in documents:
         if tokenizer.name == "bytes":
-            ids = np.frombuffer(document.text, np.uint8).astype(dtype) + dtype(3)
+            ids = np.frombuffer(document.text, np.uint8).astype(dtype)
+            ids = ids + np.asarray(3, dtype)
         else:
             ids = np.array(tokenizer.encode(document.text.decode("utf-8")), dtype)
-        rows.append(np.append(ids, dtype(tokenizer.eos_id)))
+        rows.append(np.append(ids, np.asarray(tokenizer.eos_id, dtype)))
     lengths = [len(row) for row in rows]
     return np.concatenate(rows), np.cumsum([0, *lengths[:-1]])
 

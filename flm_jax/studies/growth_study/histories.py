@@ -26,7 +26,7 @@ class Leg:
       model: the model's name.
       steps: optimizer steps.
       rate: factor on the learning rates.
-      decay: whether the learning rate falls to zero over the leg; else it is constant, after a rise.
+      decay: whether the learning rate falls to zero over the leg; else it stays, after a rise.
       growth: how it grows out of the leg before; None: it does not.
       placement, shared_steps: see `ArmConfig`; of a leg that grows.
     """
@@ -114,7 +114,7 @@ class Lab:
     corpus: str
 
     def model_of(self, history: History) -> TransformerConfig:
-        """The model of the last leg, with the fields that follow from growths (`growth.derived`)."""
+        """The last leg's model, with the fields that follow from growths (`growth.derived`)."""
         return _model_of(self.config, history.legs)
 
     def flops_per_step(self, name: str) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from flm_jax.errors import UserError
-from flm_jax.studies.growth_study.config import ArmConfig, GrowthStudyConfig
+from flm_jax.studies.growth_study.config import ArmConfig
 from flm_jax.studies.growth_study.histories import History, Lab, closure, parent
 
 TUNING_SEED = 1000  # of gate and tuning; no arm has it

@@ -140,7 +140,8 @@ def plan(fits: Sequence[Fit], params: int, budget: float) -> dict[str, Any]:
     outside = []
     if not 1 / SIZE_RANGE <= params / size <= SIZE_RANGE:
         outside.append(
-            f"target: {params} parameters; tested: {size / SIZE_RANGE:.3g} to {size * SIZE_RANGE:.3g}"
+            f"target: {params} parameters; tested: {size / SIZE_RANGE:.3g} to "
+            f"{size * SIZE_RANGE:.3g}"
         )
     if not 1 / BUDGET_RANGE <= budget / c <= BUDGET_RANGE:
         outside.append(

@@ -178,8 +178,10 @@ def _phase(study: Opened, until: str, note: Note) -> list[Trial] | None:
         if study.frozen() is None:
             found = phases.gate(study.lab, study.bits)
             if found and not found.passed:
-                at = "outside the gate's budgets" if found.margin is None else (
-                    f"{found.margin:+.3f} bits per byte"
+                at = (
+                    "outside the gate's budgets"
+                    if found.margin is None
+                    else (f"{found.margin:+.3f} bits per byte")
                 )
                 raise UserError(
                     f"gate: at C = {found.budget:.3g} FLOPs {study.config.target} is ahead of "

@@ -10,10 +10,10 @@ import math
 import pathlib
 from typing import Any
 
+from flm_jax.store.files import write_atomically, write_result
 from flm_jax.studies.growth_study import analysis, figures, growths, planner, results
 from flm_jax.studies.growth_study.analysis import Interval, Result
 from flm_jax.studies.growth_study.results import Results
-from flm_jax.store.files import write_atomically, write_result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +93,7 @@ def _page(
     names: list[str],
     verdict: str,
 ) -> str:
-    frozen, config = found.frozen, found.config
+    frozen = found.frozen
     parts = [
         f"# Does growth pay? Results of study {found.name!r}",
         "Made from the raw results (`results/"
@@ -115,9 +115,7 @@ def _page(
     if judged:
         parts += ["## Arms", _arms(found, judged)]
     if secondary:
-        rows = [
-            [name, _of(value, 4), f"{p:.3g}"] for name, (value, p) in secondary.items()
-        ]
+        rows = [[name, _of(value, 4), f"{p:.3g}"] for name, (value, p) in secondary.items()]
         parts += [
             "## All other comparisons",
             "Differences are bits per byte; negative is better. p-values are corrected together "
@@ -141,8 +139,8 @@ def _verdict(found: Results, judged: list[Result], verdict: str) -> str:
         f"Primary arm {first.arm}, C = {frozen['budget']:.3g} FLOPs: compute multiplier "
         f"{_of(first.multiplier)}; against the best fixed size ({first.best}) "
         f"{_of(first.versus[first.best], 4)} bits per byte at C. Intervals: 95%, "
-        f"{first.multiplier.seeds} seeds.\n\nThe digest of the analysis, frozen with tuning, {kept} "
-        f"the code ({frozen['analysis'][:12]})."
+        f"{first.multiplier.seeds} seeds.\n\nThe digest of the analysis, frozen with tuning, "
+        f"{kept} the code ({frozen['analysis'][:12]})."
     )
 
 
@@ -163,8 +161,8 @@ def _setup(found: Results) -> str:
         [
             _table(["model", "parameters", "MFLOP per token"], models),
             f"Corpus: {corpus['train']['bytes'] / 1e6:.1f} MB for training, read at most "
-            f"{config.corpus.passes} time(s); {corpus['validation']['bytes'] / 1e3:.0f} kB held out "
-            f"in {corpus['validation']['documents']} files; {corpus['removed']['duplicates']} "
+            f"{config.corpus.passes} time(s); {corpus['validation']['bytes'] / 1e3:.0f} kB held "
+            f"out in {corpus['validation']['documents']} files; {corpus['removed']['duplicates']} "
             f"copies and {corpus['removed']['near_duplicates']} near duplicates of held-out files "
             f"left out. Digest {corpus['digest'][:16]}. Packages: {packages}.",
             f"Machines: {machines}. {len(found.pieces)} pieces of training, {seconds / 3600:.2f} "
@@ -207,9 +205,15 @@ def _arms(found: Results, judged: list[Result]) -> str:
         ]
         for r in judged
     ]
-    header = ["arm", "bits per byte at C", "compute multiplier", f"minus {judged[0].best}", "verdict"]
+    header = [
+        "arm",
+        "bits per byte at C",
+        "compute multiplier",
+        f"minus {judged[0].best}",
+        "verdict",
+    ]
     return _table(header, fixed + rows) + (
-        "\n\nOnly the first arm is tested; verdicts of the others are not corrected for their number."
+        "\n\nOnly the first arm is tested; the others' verdicts are not corrected for their number."
     )
 
 

@@ -48,7 +48,10 @@ def collect(study: Opened, path: pathlib.Path) -> None:
             "kind": "study",
             "version": VERSION,
             "config": mapping.to_dict(config),
-            "corpus": {**manifest, "validation": {k: v for k, v in validation.items() if k != "packages"}},
+            "corpus": {
+                **manifest,
+                "validation": {k: v for k, v in validation.items() if k != "packages"},
+            },
             "environments": list(study.pieces.environments),
             "frozen": dataclasses.asdict(frozen) if frozen else None,
             "models": {

@@ -74,7 +74,9 @@ class StudyFolder:
                 write_json(self.study, mine)
                 return
             study = self.read()
-            old, new = ({k: v for k, v in x["config"].items() if k not in _OPEN} for x in (study, mine))
+            old, new = (
+                {k: v for k, v in x["config"].items() if k not in _OPEN} for x in (study, mine)
+            )
             differing = mapping.differences(old, new)
             differing += mapping.differences(study["corpus"], corpus, "corpus")
             if differing:

@@ -1,8 +1,7 @@
 """Trains one piece: from the longest finished prefix of a history to the history's end.
 
 A piece resumes from its own checkpoints, bit by bit: state, data and learning rate are functions of
-the step. The learning rate is an argument of the compiled program, which therefore serves trunks,
-decays and all rates of a model.
+the step.
 
 Letters in array names: K steps of a call, B sequences of a batch, T tokens of a sequence.
 """
@@ -14,41 +13,31 @@ import functools
 import math
 import pathlib
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from flm_jax import growth
-from flm_jax.config import GrowthConfig, StageConfig, TransformerConfig
+from flm_jax.config import StageConfig, TransformerConfig
 from flm_jax.errors import RunStopped
-from flm_jax.growth import layer_maps, measure
-from flm_jax.growth.receipt import dead_slots, locked_copies
-from flm_jax.inference.evaluation import score
+from flm_jax.inference.evaluation import Score, score
 from flm_jax.params import sharding
 from flm_jax.runtime.stop import StopRequest
 from flm_jax.store.checkpoint import Checkpoints, params_digest
 from flm_jax.store.files import write_atomically
+from flm_jax.studies.growth_study import growing
 from flm_jax.studies.growth_study.config import GrowthStudyConfig
 from flm_jax.studies.growth_study.corpus import Corpus
-from flm_jax.studies.growth_study.histories import History, Leg
+from flm_jax.studies.growth_study.histories import History
+from flm_jax.studies.growth_study.programs import Program, Training, changes_optimizer, compiled
 from flm_jax.studies.growth_study.store import Pieces, Row
-from flm_jax.train import optim
-from flm_jax.train.optim import SlotAdamState
-from flm_jax.train.train_step import (
-    TrainState,
-    abstract_state,
-    gradients,
-    init_state,
-    make_train_step,
-)
+from flm_jax.train.train_step import TrainState, abstract_state, init_state
 
 LOSSES = 40  # points of a piece's loss curve
 PROGRAMS = 8  # compiled programs that a worker keeps
-PROBE_BATCHES = 4  # validation batches of a package, for the measurements inside a piece
+PROBE_PACKAGES, PROBE_BATCHES = 4, 2  # held-out text for the measurements inside a piece
 
 
 def rate_at(config: GrowthStudyConfig, history: History, step: int) -> float:
@@ -67,13 +56,21 @@ def rate_at(config: GrowthStudyConfig, history: History, step: int) -> float:
     return leg.rate
 
 
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """The compiled training of a model: `call(state, batches, rates, masks=None)`."""
+@dataclasses.dataclass
+class Position:
+    """A place in a piece: what a checkpoint holds, beside the state.
 
-    stage: StageConfig
-    tx: optax.GradientTransformation
-    call: Callable[..., tuple[TrainState, jax.Array]]
+    Attributes:
+      losses: [step, mean loss of a call] so far.
+      evals: [step, bits per byte] on a part of the held-out text.
+      seconds: spent so far.
+      growth: what was measured of the growth at the piece's start; None: it does not grow.
+    """
+
+    losses: list[list[float]] = dataclasses.field(default_factory=list)
+    evals: list[list[float]] = dataclasses.field(default_factory=list)
+    seconds: float = 0.0
+    growth: Row | None = None
 
 
 class Trainer:
@@ -82,8 +79,7 @@ class Trainer:
     def __init__(self, config: GrowthStudyConfig, corpus: Corpus, pieces: Pieces):
         self.config, self.corpus, self.pieces = config, corpus, pieces
         self.mesh = sharding.one_device()
-        self.layout = sharding.Layout(self.mesh)
-        self._programs: dict[Any, Program] = {}
+        self._programs: dict[Training, Program] = {}
 
     @functools.cached_property
     def validation(self) -> dict[str, list[dict[str, np.ndarray]]]:
@@ -92,8 +88,9 @@ class Trainer:
 
     @functools.cached_property
     def probe(self) -> list[dict[str, np.ndarray]]:
-        """A part of the held-out batches, for measurements inside a piece."""
-        return [b for batches in self.validation.values() for b in batches[:PROBE_BATCHES]][:8]
+        """A part of the held-out batches, of the packages that have most of them."""
+        largest = sorted(self.validation.values(), key=len, reverse=True)[:PROBE_PACKAGES]
+        return [batch for batches in largest for batch in batches[:PROBE_BATCHES]]
 
     def run(self, history: History, start: History | None, stop: StopRequest) -> Row:
         """Trains a piece and writes its result.
@@ -104,324 +101,219 @@ class Trainer:
           stop: tells whether a signal asked to stop.
 
         Returns:
-          The result.
+          The result; its `bpb` is None if the loss diverged, here or before.
 
         Raises:
           UserError: the growth is impossible, or the corpus has no more text.
           RunStopped: after a signal; a checkpoint was written.
         """
-        folder = self.pieces.path(history)
-        checkpoints = Checkpoints(folder / "checkpoints", keep=1)
+        checkpoints = self._checkpoints(history)
         try:
             with jax.set_mesh(self.mesh):
-                return self._run(history, start, checkpoints, stop)
+                state, position = self._train(history, start, checkpoints, stop)
+                row = self._measured(history, start, state, position)
         finally:
             checkpoints.close()
+        self.pieces.write(history, row)
+        return row
 
-    def _run(
-        self,
-        history: History,
-        start: History | None,
-        checkpoints: Checkpoints,
-        stop: StopRequest,
-    ) -> Row:
-        config, first = self.config, start.end if start else 0
-        began = time.monotonic()
-        program: Program | None = None
-        if checkpoints.latest is not None:
-            program = self._program(history)
-            like = abstract_state(program.stage.model, program.tx, self.layout)
-            state, progress = checkpoints.restore(checkpoints.latest, like)
-        else:
-            begun = self._begin(history, start)
-            if begun is None:
-                return self._finish(history, start, None, [], [], {"growth": None}, 0.0)
-            state, progress = begun
-        program = program or self._program(history)
-        step, losses = int(state.step), list(progress["losses"])
-        evals, seconds = list(progress["evals"]), progress["seconds"]
-        every = self._eval_every(history.end - first)
-        saved = time.monotonic()
+    def _checkpoints(self, history: History) -> Checkpoints:
+        return Checkpoints(self.pieces.path(history) / "checkpoints", keep=1)
+
+    def _train(
+        self, history: History, start: History | None, checkpoints: Checkpoints, stop: StopRequest
+    ) -> tuple[TrainState | None, Position]:
+        """Trains to the history's end; the state is None if the loss diverged."""
+        call, first = self.config.steps_per_call, start.end if start else 0
+        every = max(call, call * round((history.end - first) / self.config.curve_points / call))
+        began = saved = time.monotonic()
+        state, position = self._begin(history, start, checkpoints)
+        if state is None:
+            return None, position
+        began -= position.seconds
+        step = int(state.step)
         while step < history.end:
-            count = config.steps_per_call
-            state, loss_K = self._call(program, history, state, step, count)
+            state, loss_K = self._call(history, state, step)
+            step += call
             loss = float(jnp.mean(loss_K))
-            step += count
             if not math.isfinite(loss):
-                return self._finish(history, start, None, losses, evals, progress, seconds)
-            losses.append([step, loss])
+                return None, position
+            position.losses.append([step, loss])
             if (step - first) % every == 0 and step < history.end:
-                evals.append([step, self._bits(state.params, program.stage.model, self.probe)])
-            due = time.monotonic() - saved > config.save_seconds
-            if step < history.end and (due or stop.requested):
-                now = seconds + time.monotonic() - began
-                kept = {**progress, "losses": losses, "evals": evals, "seconds": now}
-                checkpoints.save(step, state, kept)
+                model = self.pieces.lab.model_of(history)
+                position.evals.append([step, self._bits(state.params, model)])
+            position.seconds = time.monotonic() - began
+            due = time.monotonic() - saved > self.config.save_seconds
+            if step == history.end or due or stop.requested:
+                checkpoints.save(step, state, dataclasses.asdict(position))
                 saved = time.monotonic()
-                if stop.requested:
-                    checkpoints.wait()
-                    raise RunStopped(
-                        f"stopped at step {step} of {history.end} in {history.name()}; the same "
-                        "command continues from there"
-                    )
-        seconds += time.monotonic() - began
-        if checkpoints.latest != history.end:
-            kept = {**progress, "losses": losses, "evals": evals, "seconds": seconds}
-            checkpoints.save(history.end, state, kept)
-            checkpoints.wait()
-        return self._finish(history, start, state, losses, evals, progress, seconds)
+            if stop.requested and step < history.end:
+                checkpoints.wait()
+                raise RunStopped(
+                    f"stopped at step {step} of {history.end} in {history.name()}; the same "
+                    "command continues from there"
+                )
+        checkpoints.wait()
+        return state, position
 
-    def _eval_every(self, steps: int) -> int:
-        """Steps between two measurements inside a piece: whole calls."""
-        call = self.config.steps_per_call
-        return max(call, call * round(steps / self.config.curve_points / call))
-
-    def _call(
-        self, program: Program, history: History, state: TrainState, step: int, count: int
-    ) -> tuple[TrainState, jax.Array]:
-        """Takes `count` steps; returns the state and their losses [K]."""
-        config, since = self.config, step - history.leg_start
+    def _call(self, history: History, state: TrainState, step: int) -> tuple[TrainState, jax.Array]:
+        """Takes the steps of one call; returns the state and their losses [K]."""
+        config, since, leg = self.config, step - history.leg_start, history.last
+        count = config.steps_per_call
         batches = self.corpus.batches(history.seed, step, count, config.batch_size)
-        rates_K = np.array(
-            [rate_at(config, history, since + n) for n in range(count)], np.float32
-        )
-        leg = history.last
+        numbers_K = range(since, since + count)
+        rates_K = np.array([rate_at(config, history, n) for n in numbers_K], np.float32)
+        masks_K = None
         if leg.growth and since < leg.growth.ramp_steps and self._plan(history).masked:
-            masks_K = np.arange(since + 1, since + count + 1, dtype=np.float32)
-            masks_K /= np.float32(leg.growth.ramp_steps)
-            return self._program(history, masked=True).call(state, batches, rates_K, masks_K)
-        return program.call(state, batches, rates_K, None)
+            masks_K = np.array([(n + 1) / leg.growth.ramp_steps for n in numbers_K], np.float32)
+        program = self._program(history, masked=masks_K is not None)
+        return program.call(state, batches, rates_K, masks_K)
 
-    def _begin(self, history: History, start: History | None) -> tuple[TrainState, Row] | None:
-        """The state at the start of a piece, and what is known of it; None if it diverged before."""
-        progress: Row = {"losses": [], "evals": [], "seconds": 0.0, "growth": None}
+    def _begin(
+        self, history: History, start: History | None, checkpoints: Checkpoints
+    ) -> tuple[TrainState | None, Position]:
+        """The state at which the piece starts or resumes; None if it diverged before."""
+        if checkpoints.latest is not None:
+            state, kept = self._restored(history, checkpoints)
+            return state, Position(**kept)
         if start is None:
-            program = self._program(history)
+            model, program = self.pieces.lab.model_of(history), self._program(history)
             key = jax.random.fold_in(jax.random.key(0), history.seed)
-            return init_state(program.stage.model, program.tx, key), progress
+            return init_state(model, program.tx, key), Position()
         before = self.pieces.result(start)
         if before is None or before["params_digest"] is None:
-            return None
-        program = self._program(start)
-        checkpoints = Checkpoints(self.pieces.path(start) / "checkpoints", keep=1)
+            return None, Position()
+        source = self._checkpoints(start)
         try:
-            like = abstract_state(program.stage.model, program.tx, self.layout)
-            state, _ = checkpoints.restore(start.end, like)
+            state, _ = self._restored(start, source)
         finally:
-            checkpoints.close()
-        if start.legs == history.legs[:-1] and history.last.growth:
-            state, progress["growth"] = self._grow(history, start, state)
-        return state, progress
+            source.close()
+        if start == history.before and history.last.growth:
+            return self._grow(history, start, state)
+        return state, Position()
+
+    def _restored(self, history: History, checkpoints: Checkpoints) -> tuple[TrainState, Row]:
+        """The latest checkpoint of a history's piece."""
+        model, program = self.pieces.lab.model_of(history), self._program(history)
+        assert checkpoints.latest is not None
+        like = abstract_state(model, program.tx, sharding.Layout(self.mesh))
+        return checkpoints.restore(checkpoints.latest, like)
 
     def _grow(
         self, history: History, start: History, state: TrainState
-    ) -> tuple[TrainState, Row]:
-        """Grows a state; writes the plan, and returns what was measured."""
+    ) -> tuple[TrainState, Position]:
+        """Grows a state and writes the plan."""
         lab, leg = self.pieces.lab, history.last
-        assert leg.growth is not None
-        small, big = lab.model_of(start), lab.model_of(history)
-        batch = self._calibration(history.seed, start.end, leg.growth.calibration_sequences)
-        old = measure.source(state.params, batch, small)
-        distances = [float(d) for d in np.asarray(old["distances"])]
-        plan = growth.plan(
-            small, big, leg.growth.recipe, moments=leg.growth.moments, rates=leg.growth.rates,
-            noise_db=leg.growth.noise_db, old_rate=leg.growth.old_rate,
-            layer_distances=placed(leg, distances, big.num_layers),
-        )  # fmt: skip
-        write_atomically(self._plan_path(history), plan.to_json())
-        before = self._bits(state.params, small, self.probe)
+        small, big, batch = lab.model_of(start), lab.model_of(history), self._calibration(history)
+        before = self._bits(state.params, small)
         key = jax.random.fold_in(jax.random.key(len(history.legs)), history.seed)
-        grown = jax.jit(functools.partial(growth.grow, plan=plan))(state, key=key)
-        if leg.shared_steps:
-            grown = dataclasses.replace(grown, opt_state=_with_shared_steps(grown.opt_state))
+        state, plan, found = growing.grow(state, small, big, leg, batch, key)
+        write_atomically(self._plan_path(history), plan.to_json())
         masks_at = plan.masks if plan.masked else None
-        change = measure.function_change(old, grown.params, batch, plan)
-        return grown, {
-            "step": start.end,
-            "exactness": plan.exactness,
-            "layer_map": list(plan.layer_map),
-            "distances": distances,
-            "max_abs_logit_diff": change["max_abs_logit_diff"],
-            "bpb_before": before,
-            "bpb_after": self._bits(grown.params, big, self.probe, masks_at, 0.0),
-            **self._stuck(plan, grown.params, batch, 0.0),
-        }
+        after = self._bits(state.params, big, masks_at)
+        return state, Position(growth={**found, "bpb_before": before, "bpb_after": after})
 
-    def _stuck(
-        self, plan: growth.Plan, params: Any, batch: Any, mask: float | None
-    ) -> dict[str, int]:
-        """Added slots without a gradient, and copies that are equal to their source."""
-        masks = plan.masks(mask) if plan.masked and mask is not None else None
-        _, grads, _ = gradients(params, batch, plan.config, masks)
-        return {
-            "dead_slots": int(dead_slots(plan, grads)),
-            "locked_copies": int(locked_copies(plan, params, grads)),
-        }
+    def _calibration(self, history: History) -> dict[str, jax.Array]:
+        """The sequences that follow where the growth in force took place."""
+        grown = history.grown
+        assert grown is not None and grown.last.growth is not None
+        rows, size = grown.last.growth.calibration_sequences, self.config.batch_size
+        batch = self.corpus.batches(history.seed, grown.leg_start, -(-rows // size), size)
+        return {k: jnp.asarray(v.reshape(-1, v.shape[-1])[:rows]) for k, v in batch.items()}
 
-    def _calibration(self, seed: int, step: int, rows: int) -> dict[str, np.ndarray]:
-        """The next sequences of the training data."""
-        batch = self.corpus.batches(seed, step, -(-rows // self.config.batch_size), self.config.batch_size)
-        return {k: v.reshape(-1, v.shape[-1])[:rows] for k, v in batch.items()}
-
-    def _plan_path(self, grown: History) -> pathlib.Path:
-        """Where the plan of a history's last leg is: the same for every length of that leg."""
+    def _plan_path(self, history: History) -> pathlib.Path:
+        """Where the plan of the growth in force is: the same for every length of its leg."""
+        grown = history.grown
+        assert grown is not None
         legs = (*grown.legs[:-1], dataclasses.replace(grown.last, steps=0))
         name = self.pieces.lab.identity(dataclasses.replace(grown, legs=legs))
         return self.pieces.folder.path / "plans" / f"{name}.json"
 
     def _plan(self, history: History) -> growth.Plan:
         """The plan of the growth in force."""
-        assert history.grown is not None
-        return _read_plan(str(self._plan_path(history.grown)))
+        return _read_plan(self._plan_path(history))
 
     def _program(self, history: History, masked: bool = False) -> Program:
-        """The program that trains a history's last leg, with its run-time masks or without.
-
-        A grown model trains by the same program as one that never grew, unless its masks rise or
-        its growth changes the optimizer.
-        """
-        grown, model = history.grown, self.pieces.lab.model_of(history)
-        stage = StageConfig(
-            name="piece",
-            model=model,
-            steps=1,
-            batch_size=self.config.batch_size,
-            learning_rate=self.config.learning_rate,
-            matrix_learning_rate=self.config.matrix_learning_rate,
+        """The program that trains a history's last leg, with its run-time masks or without."""
+        config, grown = self.config, history.grown
+        training = Training(
+            StageConfig(
+                name="piece",
+                model=self.pieces.lab.model_of(history),
+                steps=1,
+                batch_size=config.batch_size,
+                learning_rate=config.learning_rate,
+                matrix_learning_rate=config.matrix_learning_rate,
+            ),
+            dataclasses.replace(config.optimizer, b2=history.b2),
         )
-        grown_at, plan = None, None
-        if grown and grown.last.growth and (masked or changes_optimizer(grown.last.growth)):
-            stage = dataclasses.replace(stage, growth=grown.last.growth)
-            plan = self._plan(history)
-            if changes_optimizer(grown.last.growth):
-                grown_at = grown.leg_start
-        key = (stage, history.b2, grown_at, plan, masked)
-        if key not in self._programs:
+        settings = grown.last.growth if grown else None
+        if grown and settings and (masked or changes_optimizer(settings)):
+            training = dataclasses.replace(
+                training,
+                stage=dataclasses.replace(training.stage, growth=settings),
+                grown_at=grown.leg_start if changes_optimizer(settings) else None,
+                plan=self._plan(history),
+                masked=masked,
+            )
+        if training not in self._programs:
             if len(self._programs) >= PROGRAMS:
                 self._programs.pop(next(iter(self._programs)))
-            self._programs[key] = self._make(stage, history.b2, grown_at, plan, masked)
-        return self._programs[key]
+            self._programs[training] = compiled(training, self.mesh)
+        return self._programs[training]
 
-    def _make(
-        self,
-        stage: StageConfig,
-        b2: float,
-        grown_at: int | None,
-        plan: growth.Plan | None,
-        masked: bool,
-    ) -> Program:
-        settings = dataclasses.replace(self.config.optimizer, b2=b2)
+    def _bits(self, params: Any, model: TransformerConfig, masks_at: Any = None) -> float:
+        """Bits per byte on a part of the held-out text, with masks at 0 if there are any."""
+        mask = None if masks_at is None else 0.0
+        return self._score(params, model, self.probe, masks_at, mask).bits_per_byte
 
-        def with_rate(rate: jax.Array) -> optax.GradientTransformation:
-            return optim.optimizer(stage, settings, lambda step: rate, grown_at)
+    def _score(self, params: Any, model: TransformerConfig, batches: Any, *masks: Any) -> Score:
+        sizes = self.corpus.tokenizer.token_bytes
+        return score(params, model, batches, sizes, self.mesh, *masks)
 
-        tx = optax.inject_hyperparams(with_rate)(rate=1.0)
-        masks_at = plan.masks if plan and masked else None
-        added = growth.added_slots(plan) if plan else None
-        step = make_train_step(stage, tx, self.mesh, masks_at, added=added)
-
-        def call(
-            state: TrainState, batches: Any, rates_K: jax.Array, masks_K: jax.Array | None
-        ) -> tuple[TrainState, jax.Array]:
-            def one(state: TrainState, x: Any) -> tuple[TrainState, jax.Array]:
-                batch, rate, mask = x
-                opt_state = optax.tree.set(state.opt_state, rate=rate)
-                state, metrics = step(dataclasses.replace(state, opt_state=opt_state), batch, mask)
-                return state, metrics["loss"]
-
-            return jax.lax.scan(one, state, (batches, rates_K, masks_K))
-
-        return Program(stage, tx, jax.jit(call, donate_argnums=0))
-
-    def _bits(
-        self,
-        params: Any,
-        model: TransformerConfig,
-        batches: Any,
-        masks_at: Any = None,
-        mask: float | None = None,
-    ) -> float:
-        tokens = self.corpus.tokenizer.token_bytes
-        bits = score(params, model, batches, tokens, self.mesh, masks_at, mask).bits_per_byte
-        return round(bits, 6)
-
-    def _finish(
-        self,
-        history: History,
-        start: History | None,
-        state: TrainState | None,
-        losses: list[Any],
-        evals: list[Any],
-        progress: Row,
-        seconds: float,
+    def _measured(
+        self, history: History, start: History | None, state: TrainState | None, position: Position
     ) -> Row:
-        """Measures the end of a piece and writes its result; `state` is None if it diverged."""
-        lab, tokens_of = self.pieces.lab, self.corpus.tokenizer.token_bytes
+        """The result of a piece; `state` is None if it diverged."""
+        lab = self.pieces.lab
         row: Row = {
-            "start": start.end if start else 0,
             "started_from": lab.identity(start) if start else None,
+            "start": start.end if start else 0,
             "end": history.end,
             "flops": lab.flops(history),
             "tokens": lab.tokens(history),
-            "seconds": round(seconds, 1),
-            "bpb": None,
-            "packages": {},
-            "params_digest": None,
-            "losses": thinned(losses, LOSSES),
-            "evals": evals,
-            "growth": progress["growth"],
+            "seconds": round(position.seconds, 1),
+            "losses": thinned(position.losses, LOSSES),
+            "evals": [[step, round(bits, 4)] for step, bits in position.evals],
+            "growth": position.growth,
         }
-        if state is not None:
-            model = lab.model_of(history)
-            scores = {
-                name: score(state.params, model, batches, tokens_of, self.mesh)
-                for name, batches in self.validation.items()
-            }
-            total = sum(s.nats for s in scores.values()) / sum(s.bytes for s in scores.values())
-            row["bpb"] = total / math.log(2)
-            row["packages"] = {name: round(s.bits_per_byte, 4) for name, s in scores.items()}
-            row["params_digest"] = params_digest(state.params)
-            if history.grown:
-                leg = history.grown.last
-                assert leg.growth is not None
-                batch = self._calibration(history.seed, history.end, leg.growth.calibration_sequences)
-                row["stuck"] = self._stuck(self._plan(history), state.params, batch, None)
-        self.pieces.write(history, row)
+        if state is None:
+            return {**row, "bpb": None, "packages": {}, "params_digest": None}
+        model = lab.model_of(history)
+        scores = {name: self._score(state.params, model, b) for name, b in self.validation.items()}
+        nats, size = sum(s.nats for s in scores.values()), sum(s.bytes for s in scores.values())
+        row |= {
+            "bpb": nats / math.log(2) / size,
+            "packages": {name: round(s.bits_per_byte, 4) for name, s in scores.items()},
+            "params_digest": params_digest(state.params),
+        }
+        if history.grown:
+            batch = self._calibration(history)
+            row["stuck"] = growing.stuck(self._plan(history), state.params, batch, None)
         return row
 
 
-def changes_optimizer(settings: GrowthConfig) -> bool:
-    """Whether the steps after a growth differ from those of a model that never grew."""
-    return settings.old_rate != 1 or settings.added_rate != 1 or settings.rates == "ramp"
+def thinned(points: list[list[float]], most: int) -> list[list[float]]:
+    """At most so many points: the last step and the mean value of equal groups.
 
-
-def placed(leg: Leg, distances: list[float], layers: int) -> list[float]:
-    """The distances by which a growth chooses the layers to copy: measured, or evenly spread."""
-    if leg.placement == "distance" or not distances or layers <= len(distances):
-        return distances
-    copies = layer_maps.interposed(len(distances), layers)
-    return [-float(copies.count(i)) for i in range(len(distances))]
-
-
-def thinned(points: list[Any], most: int) -> list[list[float]]:
-    """At most so many points: [last step, mean value] of equal groups."""
+    >>> thinned([[1, 2.0], [2, 4.0], [3, 5.0]], 2)
+    [[2, 3.0], [3, 5.0]]
+    """
     size = -(-len(points) // most) or 1
     groups = [points[n : n + size] for n in range(0, len(points), size)]
     return [[g[-1][0], round(sum(p[1] for p in g) / len(g), 4)] for g in groups]
 
 
 @functools.lru_cache(maxsize=64)
-def _read_plan(path: str) -> growth.Plan:
-    with open(path, encoding="utf-8") as file:
-        return growth.Plan.from_json(file.read())
-
-
-def _with_shared_steps(opt_state: Any) -> Any:
-    """All slots get the age of the oldest: their bias correction is the old slots'."""
-
-    def aged(node: Any) -> Any:
-        if isinstance(node, SlotAdamState):
-            return node._replace(born=jax.tree.map(jnp.zeros_like, node.born))
-        return node
-
-    return jax.tree.map(aged, opt_state, is_leaf=lambda x: isinstance(x, SlotAdamState))
+def _read_plan(path: pathlib.Path) -> growth.Plan:
+    return growth.Plan.from_json(path.read_text(encoding="utf-8"))
