@@ -36,9 +36,10 @@ NOT_STDLIB = frozenset(
     ("site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "pydoc_data")
 )
 MIN_LINE = 20  # characters of a line that can show a near duplicate
-MIN_LINES = 5  # different such lines of a document that can be one
+MIN_LINES = 5  # different such lines that two documents must share
+BOILERPLATE = 10  # documents with a line that then shows nothing: licences, usual imports
 DUPLICATE = 0.5  # share of a document's lines in one held-out document, or the other way round
-MAX_HELD_OUT = 32_000  # bytes of a held-out document, so that no document dominates
+MAX_HELD_OUT = 16_000  # bytes of a held-out document, so that no document dominates
 MIN_PACKAGE = 8_000  # held-out bytes of a package that is listed by itself
 
 
@@ -127,7 +128,8 @@ def split(
 
     Documents with the same text count once. The first ones by `order` are held out, until they have
     enough bytes; long ones are passed over. A training document is a near duplicate, and left out,
-    if half of its long lines are in one held-out document, or half of that one's are in it.
+    if half of its long lines are in one held-out document, or half of that one's are in it. Lines
+    that many documents have do not count.
 
     Returns:
       Training, validation, and the number of `duplicates` and `near_duplicates` left out.
@@ -155,13 +157,19 @@ def split(
         )
     validation = list(held_out.values())
     owners: dict[bytes, list[int]] = {}
-    sizes = []
     for index, document in enumerate(validation):
-        lines = _lines(document)
-        sizes.append(len(lines))
-        for line in lines:
+        for line in _lines(document):
             owners.setdefault(line, []).append(index)
-    train = [d for d in rest if not _near_duplicate(_lines(d), owners, sizes)]
+    lines = [_lines(d) for d in rest]
+    seen = Counter(line for own in lines for line in own if line in owners)
+    common = {line for line, count in seen.items() if count > BOILERPLATE}
+    owners = {line: indices for line, indices in owners.items() if line not in common}
+    sizes = Counter(index for indices in owners.values() for index in indices)
+    train = [
+        d
+        for d, own in zip(rest, lines, strict=True)
+        if not _near_duplicate(own - common, owners, sizes)
+    ]
     counts = {
         "duplicates": len(documents) - len(unique),
         "near_duplicates": len(rest) - len(train),
@@ -169,7 +177,7 @@ def split(
     return train, validation, counts
 
 
-def _near_duplicate(lines: set[bytes], owners: dict[bytes, list[int]], sizes: list[int]) -> bool:
+def _near_duplicate(lines: set[bytes], owners: dict[bytes, list[int]], sizes: Counter[int]) -> bool:
     shared = Counter(index for line in lines for index in owners.get(line, ()))
     return any(
         common >= MIN_LINES and common >= DUPLICATE * min(len(lines), sizes[index])
