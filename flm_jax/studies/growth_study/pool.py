@@ -247,8 +247,11 @@ def run(study: Opened, processes: int, argv: Sequence[str], note: Note) -> None:
         )
     command = [sys.executable, "-m", "flm_jax.commands", "study", *argv]
     threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    # In groups of their own: Ctrl-C reaches them once, from here, and a second signal would kill.
     workers = [
-        subprocess.Popen([*command, f"--core={core}"], env={**os.environ, **threads})
+        subprocess.Popen(
+            [*command, f"--core={core}"], env={**os.environ, **threads}, process_group=0
+        )
         for core in cores[:processes]
     ]
 

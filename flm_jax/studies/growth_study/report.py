@@ -231,7 +231,7 @@ def _growths(measured: list[growths.Growths]) -> str:
     ]  # fmt: skip
     header = [
         "arm", "before", "right after", "recovered after, of C", "slope before", "slope after",
-        "dead slots, start / end", "locked copies, start / end", "tokens over T's",
+        "dead slots, at mask 0 / end", "locked copies, at mask 0 / end", "tokens over T's",
     ]  # fmt: skip
     return _table(header, rows)
 
