@@ -26,6 +26,7 @@ setuptools.setup(
         "clu",  # metric writers: TensorBoard
         "datasketch",  # MinHash: near-duplicates among chat samples
         "etils[epath]",  # paths on this machine and on buckets, as orbax takes them
+        "filelock",  # one process per piece of a study, released when the process dies
         "flax>=0.12",  # the model's modules
         "jax>=0.10",
         "jinja2>=3.1.6",  # chat templates, in its sandbox

@@ -28,7 +28,8 @@ COMMANDS = (
     "mup check", "mup sweep", "mup growth", "mup predict",
     "generate", "evaluate", "compare", "harness", "reported",
     "inspect", "describe", "forecast", "preflight", "convert", "families", "vocabulary",
-    "samples make", "samples select", "less_is_more", "benchmark step", "benchmark generate",
+    "samples make", "samples select", "less_is_more", "study", "plan",
+    "benchmark step", "benchmark generate",
 )  # fmt: skip
 OLD_NAMES = {"compile": "preflight"}
 GROUPS = tuple(dict.fromkeys(name.split()[0] for name in COMMANDS if " " in name))
