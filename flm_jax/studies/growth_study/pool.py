@@ -159,7 +159,8 @@ def work(study: Opened, note: Note, until: str = "") -> None:
                 time.sleep(POLL_SECONDS)
             if stop.requested:
                 raise RunStopped(
-                    f"{signal.Signals(stop.requested).name}: stopped; the same command continues"
+                    f"{signal.Signals(stop.requested).name}: stopped; the same command continues",
+                    stop.requested,
                 )
 
 
@@ -266,8 +267,9 @@ def run(study: Opened, processes: int, argv: Sequence[str], note: Note) -> None:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if 130 in statuses:
-        raise RunStopped("the workers stopped; the same command continues")
+    stopped = [number for number in SIGNALS if 128 + number in statuses]
+    if stopped:
+        raise RunStopped("the workers stopped; the same command continues", stopped[0])
     if any(statuses):
         raise UserError(f"workers ended with status {statuses}; see the lines above")
     note("the study is complete")

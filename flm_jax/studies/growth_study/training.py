@@ -24,8 +24,9 @@ from flm_jax.config import StageConfig, TransformerConfig
 from flm_jax.errors import RunStopped
 from flm_jax.inference.evaluation import Score, score
 from flm_jax.params import sharding
+from flm_jax.params.digest import params_digest
 from flm_jax.runtime.stop import StopRequest
-from flm_jax.store.checkpoint import Checkpoints, params_digest
+from flm_jax.store.checkpoint import Checkpoints
 from flm_jax.store.files import write_atomically
 from flm_jax.studies.growth_study import growing
 from flm_jax.studies.growth_study.config import GrowthStudyConfig
@@ -151,7 +152,8 @@ class Trainer:
                 checkpoints.wait()
                 raise RunStopped(
                     f"stopped at step {step} of {history.end} in {history.name()}; the same "
-                    "command continues from there"
+                    "command continues from there",
+                    stop.requested,
                 )
         checkpoints.wait()
         return state, position
