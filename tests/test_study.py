@@ -249,7 +249,7 @@ def test_a_tiny_study_from_gate_to_report(tmp_path):
     time.sleep(8)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+    assert process.returncode == 143, err
     found = json_of(*args, "--processes=0", by=run)
     assert found["finished"] == found["known"] and found["left"] == 0
     digests = {p: p.read_text() for p in tmp_path.glob("study/pieces/*/result.json")}

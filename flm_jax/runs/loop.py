@@ -18,11 +18,11 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 from flm_jax.errors import RunStopped
-from flm_jax.params import sharding
+from flm_jax.params import counts, sharding
 from flm_jax.runs.hooks import Dispatched, Evaluation, Log, Report
 from flm_jax.runs.stage import Position, Stage, begin, finish, read_added, read_ramp
 from flm_jax.runs.timing import SaveTimer, StageTime
-from flm_jax.runtime import paths, processes
+from flm_jax.runtime import host, paths, processes
 from flm_jax.runtime.display import Progress
 from flm_jax.runtime.stop import StopRequest, read_request, request
 from flm_jax.store.checkpoint import Checkpoints
@@ -42,6 +42,8 @@ def run_stages(stages: Sequence[Stage], run: RunFolder) -> None:
       UserError: the folder belongs to another config, or a loss is not finite.
       RunStopped: after SIGINT or SIGTERM; a checkpoint was written.
     """
+    # Parameters and both moments in float32.
+    host.return_freed(max(12 * counts.params(stage.config.model) for stage in stages))
     # A restarted process finds its compiled programs here.
     jax.config.update("jax_compilation_cache_dir", str(paths.absolute(run.compiled)))
     compilation_cache.reset_cache()  # JAX reads the setting only once, at its first program
