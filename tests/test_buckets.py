@@ -70,15 +70,15 @@ def await_object(path, process, timeout=300):
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("killed_in", ["0-small/checkpoints/3", "1-large/checkpoints/15"])
-def test_a_chain_on_a_bucket_killed_and_resumed_is_the_chain_on_a_disk(gcs, tmp_path, killed_in):
-    name = f"{gcs}/{killed_in.replace('/', '-')}"
-    first = start(*CHAIN, f"--workdir={name}")
-    folder = RunFolder(name)
-    await_object(folder.path / "stages" / killed_in / "commit_success.txt", first)
-    first.send_signal(signal.SIGKILL)
-    first.communicate()
-    status, _, err = run(*CHAIN, f"--workdir={name}")
+def test_a_chain_on_a_bucket_killed_and_resumed_is_the_chain_on_a_disk(gcs, tmp_path):
+    """It is killed in its first stage, and after the growth."""
+    folder = RunFolder(f"{gcs}/run")
+    for checkpoint in ("0-small/checkpoints/3", "1-large/checkpoints/15"):
+        killed = start(*CHAIN, f"--workdir={folder.path}")
+        await_object(folder.path / "stages" / checkpoint / "commit_success.txt", killed)
+        killed.send_signal(signal.SIGKILL)
+        killed.communicate()
+    status, _, err = run(*CHAIN, f"--workdir={folder.path}")
     assert status == 0, err
     assert "takes it over" in err
     local = RunFolder(tmp_path / "run")
@@ -98,8 +98,7 @@ def test_a_chain_on_a_bucket_killed_and_resumed_is_the_chain_on_a_disk(gcs, tmp_
     names = {p.name for p in paths.files(folder.path)}
     assert {"report.md", "curve.png"} <= names and lock.NAME not in names
     assert any(name.startswith("events.out") for name in names)
-    # A third call finds it complete.
-    status, out, _ = run(*CHAIN, f"--workdir={name}")
+    status, out, _ = run(*CHAIN, f"--workdir={folder.path}")
     assert status == 0 and "the run is complete" in out
 
 
