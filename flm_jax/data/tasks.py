@@ -413,9 +413,9 @@ def _files(config: DataConfig, pattern: str) -> list[tuple[pathlib.Path, str]]:
         return [(root, root.name)]
     files = [
         (path, path.relative_to(root).as_posix())
-        for path in paths.files(root)
+        for path, size in paths.sized(root)
         if fnmatch.fnmatch(path.name, pattern)
-        and paths.size(path) > 0
+        and size > 0
         and not any(part.startswith(".") for part in path.relative_to(root).parts)
     ]
     if not files:

@@ -39,7 +39,7 @@ from flm_jax.runs.stage import (
     restore,
     with_derived,
 )
-from flm_jax.runtime import host, processes
+from flm_jax.runtime import host, paths, processes
 from flm_jax.store.checkpoint import Checkpoints
 from flm_jax.store.lineage import RunFolder, identity
 from flm_jax.train import schedules
@@ -78,6 +78,7 @@ def run(config: ExperimentConfig, workdir: str) -> list[dict[str, Any]]:
     first = config.stages[0]
     if first.source and not folder.stage(0, first.name).config.exists():
         open_stage_source(config)  # raises if it does not fit, before anything is written
+    paths.check_bucket(paths.of(config.data.path, "config.data.path"), "config.data.path")
     with folder.writing():
         done = processes.once(lambda: _finished(config, folder))
         if len(done) >= len(config.stages):

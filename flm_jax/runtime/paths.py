@@ -187,8 +187,8 @@ def fetched(path: pathlib.Path) -> pathlib.Path:
         if path.exists():
             copy(path, target)
         return target
-    for file in files(path):
-        if size(file) <= _SMALL_BYTES:
+    for file, num_bytes in sized(path):
+        if num_bytes <= _SMALL_BYTES:
             copy(file, target / file.relative_to(path))
     return target
 
@@ -233,13 +233,19 @@ def listed(folder: pathlib.Path) -> list[pathlib.Path]:
 
 def files(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     """Yields the files in a folder and in all folders below it."""
+    return (path for path, _ in sized(folder))
+
+
+def sized(folder: pathlib.Path) -> Iterator[tuple[pathlib.Path, int]]:
+    """Yields the files in a folder and in all folders below it, with their sizes in bytes."""
     if remote(folder):
         import fsspec
 
-        for name in fsspec.filesystem(scheme(folder)).find(os.fspath(folder)):
-            yield of(f"{scheme(folder)}://{name}")
+        kind = scheme(folder)
+        found = fsspec.filesystem(kind).find(os.fspath(folder), detail=True)
+        yield from ((of(f"{kind}://{name}"), info["size"]) for name, info in found.items())
     else:
-        yield from (path for path in folder.rglob("*") if path.is_file())
+        yield from ((path, size(path)) for path in folder.rglob("*") if path.is_file())
 
 
 def copy(source: pathlib.Path, target: pathlib.Path) -> None:

@@ -20,6 +20,7 @@ import socket
 import sys
 import threading
 import time
+import uuid
 from typing import Any, Protocol
 
 from flm_jax.errors import UserError
@@ -65,7 +66,12 @@ def acquire(folder: pathlib.Path, lease: float = LEASE) -> Lock:
 def _owner() -> dict[str, Any]:
     """Describes this process."""
     started = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-    return {"host": socket.gethostname(), "process": os.getpid(), "started": started}
+    return {
+        "host": socket.gethostname(),
+        "process": os.getpid(),
+        "started": started,
+        "id": uuid.uuid4().hex,  # of this lock
+    }
 
 
 def _text(content: bytes) -> str:
