@@ -68,8 +68,8 @@ def main(call: Call[Flags]) -> dict[str, Any]:
     if flags.core is not None or flags.processes == 0:
         pool.work(study, note, flags.until)
     else:
-        argv = [a for a in call.argv if not a.startswith(("--processes", "--json", "-json"))]
-        pool.run(study, flags.processes, argv, note)
+        # The last --json counts: workers leave standard output to this process.
+        pool.run(study, flags.processes, [*call.argv, "--nojson"], note)
     return listing.summary(study)
 
 
