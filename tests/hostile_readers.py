@@ -37,7 +37,7 @@ from flm_jax.interop.weights import load
 from flm_jax.runs import report
 from flm_jax.sft import chats, scoring
 from flm_jax.sft.config import SftConfig
-from flm_jax.store.lineage import RunFolder
+from flm_jax.store.lineage import RunFolder, StageFolder
 from flm_jax.store.trials import Trials
 from tests import hostile
 from tests.hostile import Count, WrongError
@@ -162,8 +162,8 @@ def attack_run(file: str, rng: random.Random, folder: pathlib.Path) -> Iterator[
         yield lambda: read_run(run, rng)
 
 
-def read_plan(path: pathlib.Path) -> None:
-    plan = Plan.from_json(path.read_text())
+def read_plan(stage: StageFolder) -> None:
+    plan = Plan.from_json(stage.plan_text())
     finite(plan.noise_db), finite(plan.old_rate)
     _ = plan.exactness, plan.masked, plan.layer_map, plan.digest()
     folding.masks_of(plan, 0.5)
@@ -174,9 +174,10 @@ def read_plan(path: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def attack_plan(rng: random.Random, folder: pathlib.Path) -> Iterator[Callable[[], None]]:
-    path = folder / "stopped/stages/1-large/plan.json"
+    stage = RunFolder(folder / "stopped").stage(1, "large")
+    path = stage.plan
     with hostile.replaced(path, hostile.hostile_json(rng, json.loads(path.read_bytes()))):
-        yield lambda: read_plan(path)
+        yield lambda: read_plan(stage)
 
 
 @contextlib.contextmanager
@@ -323,7 +324,7 @@ def weights_folder(folder: pathlib.Path) -> pathlib.Path:
         "a.weight": rng.normal(size=(3, 4)).astype(np.float32),
         "b.weight": rng.normal(size=(2, 2, 2)).astype(np.float16),
         "empty": np.zeros((0, 4), np.float32),
-        "scalar": np.float64(1.5).reshape(()),
+        "scalar": np.array(1.5),
         "x.rotary_emb.inv_freq": rng.normal(size=4).astype(np.float32),
     }
     safetensors.numpy.save_file(tensors, str(inner / "model.safetensors"), {"format": "pt"})

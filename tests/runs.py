@@ -56,6 +56,18 @@ def save(path, models, data=None, seed=0):
             {
                 "index": index,
                 "name": stage.name,
+                "parent": None,
+                "config_digest": "",
+                "plan_digest": None,
+                "params": 0,
+                "tokens": 0,
+                "flops": 0,
+                "wall_s": 0.0,
+                "steps": 7,
+                "eval": {"bpb_start": None, "bpb_end": None},
+                "receipt": None,
+                "params_digest": "",
+                "data_fingerprint": "fingerprint",
                 "checkpoint": str((stage_folder.checkpoints / "7").relative_to(folder.path)),
             }
         )

@@ -229,7 +229,7 @@ def _prepare(
 ) -> None:
     """Writes all files of the target except the checkpoint."""
     folder, target = growing.folder, growing.target
-    if folder.plan.exists() and growth.Plan.from_json(folder.plan.read_text()) != plan:
+    if folder.plan.exists() and growth.Plan.from_json(folder.plan_text()) != plan:
         raise UserError(f"{folder.plan}: another growth was started here; give another target")
     target.open()
     check_space(target.path, jax.tree.leaves(grown), folder.path)

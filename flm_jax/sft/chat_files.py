@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, cast
 
 from flm_jax.data import json_text
 from flm_jax.errors import UserError
+from flm_jax.runtime import regular
 
 _ENDINGS = ("*.jsonl", "*.jsonl.gz"), ("*.json", "*.json.gz")
 # The first bytes of files that are often given, and that hold no lines of JSON.
@@ -39,7 +40,7 @@ def files(given: str) -> list[pathlib.Path]:
       UserError: there is no such file.
     """
     path = pathlib.Path(given).expanduser()
-    if path.is_file():
+    if path.exists() and not path.is_dir():
         return [path]
     for endings in _ENDINGS:
         if found := sorted(file for ending in endings for file in path.rglob(ending)):
@@ -68,7 +69,7 @@ def rows(path: pathlib.Path) -> Iterator[tuple[int, Callable[[], Any]]]:
             first = next(lines, None)
             if first is not None and first[1].startswith(b"["):
                 file.seek(0)
-                yield from _elements(path, file.read())
+                yield from _elements(path, regular.whole(file, path, regular.DATA_BYTES))
             elif first is not None:
                 for number, line in itertools.chain([first], lines):
                     yield number, functools.partial(_parse_line, line)
@@ -77,13 +78,14 @@ def rows(path: pathlib.Path) -> Iterator[tuple[int, Callable[[], Any]]]:
 
 
 def _opened(path: pathlib.Path) -> BinaryIO:
-    with path.open("rb") as file:
+    with regular.opened(path) as file:
         start = file.read(5)
     for signature, kind in _OTHER_KINDS.items():
         if start.startswith(signature):
             raise UserError(f"{path} is {kind}; convert it to JSONL in UTF-8")
     compressed = start.startswith(b"\x1f\x8b")
-    return cast(BinaryIO, gzip.open(path)) if compressed else path.open("rb")
+    file = regular.opened(path)
+    return cast(BinaryIO, gzip.open(file)) if compressed else file
 
 
 def _parse_line(line: bytes) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 
 from flm_jax.data import json_text
 from flm_jax.runtime import processes
+from flm_jax.store import entries
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:
@@ -55,14 +56,7 @@ class MetricsFile:
 
     def rows(self, kind: str | None = None) -> list[dict[str, Any]]:
         """Reads the rows of one `kind` (None: of all kinds), without an incomplete last line."""
-        if not self.path.exists():
-            return []
-        rows = []
-        for line in self.path.read_text(encoding="utf-8").split("\n"):
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:  # the end, or a line that was not written whole
-                break
+        rows = entries.read_metrics(self.path)
         return [row for row in rows if kind is None or row["kind"] == kind]
 
     def rewind(self, step: int) -> list[dict[str, Any]]:
