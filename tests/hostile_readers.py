@@ -22,11 +22,9 @@ import safetensors
 import safetensors.numpy
 import tokenizers
 
-from flm_jax import config as config_lib
 from flm_jax.commands import config_files, front
 from flm_jax.data import chat_template, jinja_text, json_text, special_tokens
 from flm_jax.data.chat_template import TemplateConfig
-from flm_jax.data.tasks import READS_PATH
 from flm_jax.data.tokenizer import open_tokenizer
 from flm_jax.errors import UserError
 from flm_jax.growth import folding
@@ -507,7 +505,7 @@ def attack_rows(rng: random.Random, folder: pathlib.Path) -> Iterator[Callable[[
 
     def read() -> None:
         if text:
-            READS_PATH["jsonl_files"](config_lib.DataConfig(path=str(path), task="jsonl_files"))
+            list(json_text.rows(path, "fix it"))
             return
         samples = chats.read([str(path)], bad=chats.BadRows(rng.choice((0, 9))))
         chats.fingerprint(samples), chats.split(samples, 0.5)

@@ -30,14 +30,17 @@ def opened(path: pathlib.Path) -> BinaryIO:
         _check(path, os.stat(path).st_mode)
         # It may have been exchanged since: opening a pipe then does not wait.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        file = os.fdopen(descriptor, "rb")
-        _check(path, os.fstat(file.fileno()).st_mode)
+    except UserError:
+        raise
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
-        if isinstance(error, UserError):
-            raise
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"{path} cannot be read ({reason}); fetch it again") from error
-    return file
+    try:
+        _check(path, os.fstat(descriptor).st_mode)
+    except UserError:
+        os.close(descriptor)
+        raise
+    return os.fdopen(descriptor, "rb")
 
 
 def _check(path: pathlib.Path, mode: int) -> None:
@@ -61,6 +64,8 @@ def read(path: pathlib.Path, most: int = JSON_BYTES) -> bytes:
       UserError: as `opened`, or the file is larger.
     """
     with opened(path) as file:
+        if isinstance(path, pathlib.Path) and os.fstat(file.fileno()).st_size > most:
+            raise _too_large(path, most)
         return whole(file, path, most)
 
 
@@ -71,10 +76,14 @@ def whole(file: BinaryIO, path: pathlib.Path, most: int) -> bytes:
         pieces.append(piece)
         left -= len(piece)
     if left < 0:
-        raise UserError(
-            f"{path} has more than {most:,} bytes, the most that is read; give a smaller file"
-        )
+        raise _too_large(path, most)
     return b"".join(pieces)
+
+
+def _too_large(path: pathlib.Path, most: int) -> UserError:
+    return UserError(
+        f"{path} has more than {most:,} bytes, the most that is read; give a smaller file"
+    )
 
 
 def text(path: pathlib.Path, most: int = JSON_BYTES) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gzip
 import itertools
@@ -77,15 +78,16 @@ def rows(path: pathlib.Path) -> Iterator[tuple[int, Callable[[], Any]]]:
         raise UserError(f"{path}: {error}; fetch the file again, or remove it") from error
 
 
-def _opened(path: pathlib.Path) -> BinaryIO:
+@contextlib.contextmanager
+def _opened(path: pathlib.Path) -> Iterator[BinaryIO]:
     with regular.opened(path) as file:
         start = file.read(5)
     for signature, kind in _OTHER_KINDS.items():
         if start.startswith(signature):
             raise UserError(f"{path} is {kind}; convert it to JSONL in UTF-8")
     compressed = start.startswith(b"\x1f\x8b")
-    file = regular.opened(path)
-    return cast(BinaryIO, gzip.open(file)) if compressed else file
+    with regular.opened(path) as file:
+        yield cast(BinaryIO, gzip.open(file)) if compressed else file
 
 
 def _parse_line(line: bytes) -> Any:
