@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from flm_jax.checks import require, require_choice, require_positive
+from flm_jax.checks import require, require_choice, require_positive, require_seed
 from flm_jax.mapping import Checked, added, from_mapping
 
 COMPUTE_DTYPES = ("float32", "bfloat16", "float64")
@@ -150,6 +150,12 @@ class TransformerConfig(Checked):
             "rms_norm_eps", "input_mult", "output_mult", "matrix_init_std", "vector_init_std",
             "scan_unroll",
         )  # fmt: skip
+        for name in ("vocab_size", "d_model", "num_heads", "head_dim", "d_ff", "num_layers"):
+            value, most = getattr(self, name), 10_000 if name == "num_layers" else 2**31 - 1
+            require(
+                value <= most,
+                f"TransformerConfig.{name} is {value}; it must be at most {most}",
+            )
         require(
             self.num_layers >= 0,
             f"TransformerConfig.num_layers is {self.num_layers}; give 0 (to grow from) or more",
@@ -306,6 +312,7 @@ class DataConfig(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, "sequence_length", "shuffle_tokens")
+        require_seed(self)
         require(
             self.window % self.sequence_length == 0,
             f"DataConfig.window_length is {self.window_length}, not a multiple of sequence_length "
@@ -591,6 +598,10 @@ class EvalConfig(Checked):
     batch_size: int = 8
     every_steps: int = 200
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "sequences", "batch_size", "every_steps")
+
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig(Checked):
@@ -629,6 +640,7 @@ class ExperimentConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_seed(self)
         require(len(self.stages) > 0, "ExperimentConfig.stages is empty; give at least one stage")
         names = [stage.name for stage in self.stages]
         require(

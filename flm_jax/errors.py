@@ -40,8 +40,24 @@ class UserError(ValueError):
     status = Exit.MISTAKE
 
     def __init__(self, message: str, *, argument: str = "") -> None:
-        super().__init__(message)
+        super().__init__(_one_line(message))
         self.argument = argument
+
+
+def _one_line(message: str) -> str:
+    """The message without control characters, which may come from a file, and not endless.
+
+    >>> _one_line("no tensor a\\nb")
+    'no tensor a\\\\nb'
+    """
+    if len(message) > _LONGEST:
+        message = f"{message[: _LONGEST // 2]} ... {message[-_LONGEST // 4 :]}"
+    if message.isprintable():
+        return message
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
+
+
+_LONGEST = 4000  # characters
 
 
 class RunStopped(Exception):

@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ import rich.tree
 from flm_jax import mapping
 from flm_jax.commands.command import Call, Command, flag
 from flm_jax.errors import UserError
+from flm_jax.store.entries import logit_change
 from flm_jax.store.lineage import RunFolder, bits_per_byte, pick_stage
 
 
@@ -40,22 +40,19 @@ def _tree(folder: RunFolder, stages: Sequence[dict[str, Any]]) -> rich.tree.Tree
         )
         node = node.add(text)
         if receipt := s["receipt"]:
-            change = receipt["max_abs_logit_diff"] / receipt["logit_scale"]
             grown = receipt["operator"] != "none"
             growth = f"grown by {receipt['operator']}" if grown else "not grown"
             node.add(
-                f"{growth} ({receipt['exactness']}): logits moved by {change:.1e} of their scale, "
-                f"plan {s['plan_digest'][:12]}"
+                f"{growth} ({receipt['exactness']}): logits moved by {logit_change(receipt):.1e} "
+                f"of their scale, plan {s['plan_digest'][:12]}"
             )
         node.add(f"{s['checkpoint']}  parameters {s['params_digest'][:12]}")
     return root
 
 
 def _differences(folder: RunFolder, one: dict[str, Any], two: dict[str, Any]) -> list[str]:
-    configs = [
-        json.loads(folder.stage(s["index"], s["name"]).config.read_text()) for s in (one, two)
-    ]
-    return mapping.differences(*configs)
+    configs = [folder.stage(s["index"], s["name"]).saved() for s in (one, two)]
+    return mapping.differences(configs[0], configs[1])
 
 
 def _comparison(one: dict[str, Any], two: dict[str, Any]) -> rich.table.Table:

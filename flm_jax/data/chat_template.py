@@ -17,7 +17,7 @@ from flm_jax.data import special_tokens
 from flm_jax.data.tokenizer import BYTES_SPECIAL
 from flm_jax.errors import UserError
 from flm_jax.mapping import Checked, added
-from flm_jax.runtime import paths
+from flm_jax.runtime import paths, regular
 
 TEXT = "{text}"  # where a pattern puts a message's content
 TOKENIZER = "tokenizer"  # `TemplateConfig.jinja`: the tokenizer's own template
@@ -75,8 +75,8 @@ def resolved(config: TemplateConfig, vocabulary: str) -> TemplateConfig:
         return dataclasses.replace(config, jinja=text)
     path = paths.of(config.jinja)
     try:
-        return dataclasses.replace(config, jinja=path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        return dataclasses.replace(config, jinja=regular.text(path))
+    except UserError as error:
         raise UserError(
             f"TemplateConfig.jinja is {config.jinja!r}, which is neither a template nor a file of "
             f"text ({error}); give one of them, or {TOKENIZER!r}"
@@ -103,11 +103,8 @@ def own(vocabulary: str) -> str:
     if vocabulary == "bytes" or not path.exists():
         return ""
     file = folder / "chat_template.jinja"
-    if file.is_file():
-        try:
-            return file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{file} is not UTF-8 text: {error}; restore it") from error
+    if file.exists():
+        return regular.text(file)
     for name in ("chat_template.json", "tokenizer_config.json"):
         template = special_tokens.object_in(folder / name).get("chat_template")
         if isinstance(template, list):  # several, with names
@@ -148,7 +145,7 @@ def _names_in_model(path: pathlib.Path) -> dict[str, str]:
     import sentencepiece
 
     model = sentencepiece.SentencePieceProcessor()
-    model.load(str(path))
+    model.load_from_serialized_proto(regular.read(path))
     ids = {"bos": model.bos_id(), "eos": model.eos_id(), "unk": model.unk_id()}
     return {f"{role}_token": model.id_to_piece(i) for role, i in ids.items() if i >= 0}
 

@@ -25,7 +25,7 @@ from flm_jax.config import DataConfig
 from flm_jax.data import json_text
 from flm_jax.data.tokenizer import Tokenizer
 from flm_jax.errors import UserError
-from flm_jax.runtime import paths
+from flm_jax.runtime import paths, regular
 
 VALIDATION_FRACTION = 0.04
 C4 = "c4/en:3.1.0"
@@ -429,7 +429,7 @@ def _files(config: DataConfig, pattern: str) -> list[tuple[pathlib.Path, str]]:
 def _text_documents(config: DataConfig) -> list[Document]:
     documents = []
     for path, name in _files(config, "*"):
-        data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+        data = regular.read(path, regular.DATA_BYTES).removeprefix(codecs.BOM_UTF8)
         try:
             data.decode("utf-8")
         except UnicodeDecodeError as error:

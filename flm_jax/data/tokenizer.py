@@ -20,7 +20,7 @@ import numpy as np
 
 from flm_jax.data import json_text, special_tokens
 from flm_jax.errors import UserError
-from flm_jax.runtime import paths
+from flm_jax.runtime import paths, regular
 
 # SentencePiece's character for a space.
 SPACE = "\u2581"
@@ -190,7 +190,7 @@ def _sentencepiece(path: pathlib.Path, where: str) -> Tokenizer:
     """Opens a SentencePiece model."""
     import sentencepiece
 
-    data = path.read_bytes()
+    data = regular.read(path)
     model = sentencepiece.SentencePieceProcessor()
     try:
         model.load_from_serialized_proto(data)
@@ -286,7 +286,7 @@ def _hugging_face(path: pathlib.Path, where: str) -> Tokenizer:
     """Opens a tokenizer.json."""
     import tokenizers
 
-    data = path.read_bytes()
+    data = regular.read(path)
     try:
         fields = json_text.parse(data)
         model = tokenizers.Tokenizer.from_buffer(data)

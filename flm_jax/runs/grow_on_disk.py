@@ -238,7 +238,7 @@ def _write(
 def _check_plan(growing: _DiskGrowth, plan: growth.Plan) -> None:
     """Raises UserError if another growth was started in the target."""
     file = growing.folder.plan
-    if file.exists() and growth.Plan.from_json(file.read_text()) != plan:
+    if file.exists() and growth.Plan.from_json(growing.folder.plan_text()) != plan:
         raise UserError(f"{file}: another growth was started here; give another target")
 
 

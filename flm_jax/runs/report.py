@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +11,7 @@ import rich.table
 
 from flm_jax.runtime.figures import ACCENT, GUIDE, LINE, clean, plt, save
 from flm_jax.runtime.ledger import KINDS, LOST
+from flm_jax.store import entries
 from flm_jax.store.files import write_atomically
 from flm_jax.store.lineage import RunFolder, StageFolder, bits_per_byte
 
@@ -38,7 +38,7 @@ def _row(stage: dict[str, Any]) -> list[str]:
     growth = ["", "", "", ""]
     if receipt:
         growth = [
-            f"{receipt['max_abs_logit_diff'] / receipt['logit_scale']:.1e}",
+            f"{entries.logit_change(receipt):.1e}",
             f"{receipt['loss_after'] - receipt['loss_before']:+.1e}",
             str(receipt["dead_slots"]),
             str(receipt["locked_copies"]),
@@ -201,7 +201,7 @@ def write(folder: RunFolder) -> pathlib.Path:
         ]
     for name, _, draw in figures:
         draw(folder, stages, folder.report / name)
-    config = json.loads(folder.stage(0, stages[0]["name"]).config.read_text())
+    config = folder.stage(0, stages[0]["name"]).saved()
     pictures = "\n".join(f"![{caption}]({name})\n\n{caption}\n" for name, caption, _ in figures)
     text = f"""# {" -> ".join(s["name"] for s in stages)}
 

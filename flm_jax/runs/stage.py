@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -261,7 +260,7 @@ def read_plan(stage: Stage, folder: StageFolder) -> growth.Plan | None:
     """Reads the plan of a stage's growth; None if the stage has no parent."""
     if stage.parent is None:
         return None
-    return growth.Plan.from_json(processes.once(folder.plan.read_text))
+    return growth.Plan.from_json(processes.once(folder.plan_text))
 
 
 def read_added(stage: Stage, folder: StageFolder) -> AddedSlots | None:
@@ -384,7 +383,7 @@ def _complete_receipt(
     stage: Stage, parent: Parent, folder: StageFolder, checkpoints: Checkpoints
 ) -> None:
     """Completes the receipt of a growth on disk (`grow_on_disk.py`), or of an interrupted one."""
-    if measured(processes.once(lambda: json.loads(folder.receipt.read_text()))):
+    if measured(processes.once(folder.saved_receipt)):
         return
     # The parent's state is gone before the grown one is read.
     batch, old = _measure_parent(stage, parent, stage.source())
@@ -447,7 +446,7 @@ def _entry(
         "index": stage.index,
         "name": stage.name,
         "parent": stage.parent.name if stage.parent else None,
-        "config_digest": mapping.digest(json.loads(folder.config.read_text())),
+        "config_digest": mapping.digest(folder.saved()),
         "plan_digest": plan.digest() if plan else None,
         "params": counts.params(model),
         "tokens": tokens,
@@ -459,7 +458,7 @@ def _entry(
             if name not in ("kind", "step", "mask")
             for when, row in ends.items()
         },
-        "receipt": json.loads(folder.receipt.read_text()) if stage.parent else None,
+        "receipt": folder.saved_receipt() if stage.parent else None,
         "data_fingerprint": stage.identity["data_fingerprint"],
         "gradient_reduction": model.gradient_dtype,
         **more,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gzip
 import itertools
@@ -14,7 +15,7 @@ from typing import Any, BinaryIO, cast
 
 from flm_jax.data import json_text
 from flm_jax.errors import UserError
-from flm_jax.runtime import paths
+from flm_jax.runtime import paths, regular
 
 _ENDINGS = ("*.jsonl", "*.jsonl.gz"), ("*.json", "*.json.gz")
 # The first bytes of files that are often given, and that hold no lines of JSON.
@@ -41,7 +42,7 @@ def files(given: str) -> list[pathlib.Path]:
     """
     path = paths.of(given)
     paths.check_bucket(path)
-    if path.is_file():
+    if path.exists() and not path.is_dir():
         return [path]
     inside = sorted(paths.files(path)) if path.is_dir() else []
     for endings in _ENDINGS:
@@ -71,7 +72,7 @@ def rows(path: pathlib.Path) -> Iterator[tuple[int, Callable[[], Any]]]:
             first = next(lines, None)
             if first is not None and first[1].startswith(b"["):
                 file.seek(0)
-                yield from _elements(path, file.read())
+                yield from _elements(path, regular.whole(file, path, regular.DATA_BYTES))
             elif first is not None:
                 for number, line in itertools.chain([first], lines):
                     yield number, functools.partial(_parse_line, line)
@@ -79,14 +80,16 @@ def rows(path: pathlib.Path) -> Iterator[tuple[int, Callable[[], Any]]]:
         raise UserError(f"{path}: {error}; fetch the file again, or remove it") from error
 
 
-def _opened(path: pathlib.Path) -> BinaryIO:
-    with path.open("rb") as file:
+@contextlib.contextmanager
+def _opened(path: pathlib.Path) -> Iterator[BinaryIO]:
+    with regular.opened(path) as file:
         start = file.read(5)
     for signature, kind in _OTHER_KINDS.items():
         if start.startswith(signature):
             raise UserError(f"{path} is {kind}; convert it to JSONL in UTF-8")
     compressed = start.startswith(b"\x1f\x8b")
-    return cast(BinaryIO, gzip.open(path.open("rb"))) if compressed else path.open("rb")
+    with regular.opened(path) as file:
+        yield cast(BinaryIO, gzip.GzipFile(fileobj=file)) if compressed else file
 
 
 def _parse_line(line: bytes) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 from flm_jax.data import json_text
 from flm_jax.errors import UserError
 from flm_jax.runtime import paths, processes
-from flm_jax.store import objects
+from flm_jax.store import entries, objects
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:
@@ -135,19 +135,8 @@ class MetricsFile:
 
     def rows(self, kind: str | None = None) -> list[dict[str, Any]]:
         """Reads the rows of one `kind` (None: of all kinds), without an incomplete last line."""
-        rows = self._stored() + self._pending
+        rows = entries.read_metrics(self.path) + self._pending
         return [row for row in rows if kind is None or row["kind"] == kind]
-
-    def _stored(self) -> list[dict[str, Any]]:
-        if not self.path.exists():
-            return []
-        rows = []
-        for line in self.path.read_text(encoding="utf-8").split("\n"):
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:  # the end, or a line that was not written whole
-                break
-        return rows
 
     def rewind(self, step: int) -> list[dict[str, Any]]:
         """Deletes the rows after `step`: a resumed run repeats their steps. Returns the others."""

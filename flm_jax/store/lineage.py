@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,12 +18,11 @@ from flm_jax import mapping
 from flm_jax.config import ExperimentConfig
 from flm_jax.data.chat_template import TemplateConfig
 from flm_jax.errors import UserError
-from flm_jax.runtime import paths, processes
-from flm_jax.store import lock
+from flm_jax.runtime import paths, processes, regular
+from flm_jax.store import entries, lock
 from flm_jax.store.checkpoint import mark_complete
 from flm_jax.store.files import MetricsFile, link_tree, replacing, write_atomically, write_json
 
-VERSION = 1
 # A stage's settings that may change on resume: they change only rounding.
 _MAY_CHANGE = ("accumulate", "model.remat")
 
@@ -78,19 +76,23 @@ class StageFolder:
 
         Raises UserError if config.json is not the config of a stage.
         """
-        saved = self._saved()
+        saved = self.saved()
         # Fine-tuning adds fields of its own, and so does the data (its fingerprint).
         fields = {field.name for field in dataclasses.fields(ExperimentConfig)}
         shared = {name: value for name, value in saved.items() if name in fields}
         return config_lib.experiment({**shared, "stages": [saved["stage"]]})
 
-    def _saved(self) -> dict[str, Any]:
-        try:
-            saved: dict[str, Any] = json.loads(self.config.read_text(encoding="utf-8"))
-            saved["stage"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{self.config}: not the config of a stage; restore the file") from None
-        return saved
+    def saved(self) -> dict[str, Any]:
+        """Reads config.json. Raises UserError if it is not the config of a stage."""
+        return entries.saved_config(self.config)
+
+    def saved_receipt(self) -> dict[str, Any]:
+        """Reads receipt.json. Raises UserError if it is not the receipt of a growth."""
+        return entries.saved_receipt(self.receipt)
+
+    def plan_text(self) -> str:
+        """Reads plan.json. Raises UserError if it is no file of text."""
+        return regular.text(self.plan)
 
     def template(self) -> TemplateConfig | None:
         """Returns the chat template of the latest fine-tuning up to this stage; None without one.
@@ -101,7 +103,7 @@ class StageFolder:
         """
         for index in range(self.index, -1, -1):
             for file in self.path.parent.glob(f"{index}-*/config.json"):
-                saved = StageFolder(self.run, index, file.parent.name.partition("-")[2])._saved()
+                saved = StageFolder(self.run, index, file.parent.name.partition("-")[2]).saved()
                 if "sft" in saved:
                     return mapping.from_mapping(TemplateConfig, saved["sft"]["template"])
                 if source := saved["stage"].get("source"):
@@ -212,7 +214,7 @@ class RunFolder:
         """
         if not folder.config.exists():
             return []
-        found = mapping.differences(json.loads(folder.config.read_text()), dict(identity))
+        found = mapping.differences(folder.saved(), dict(identity))
         allowed = tuple(f"config.stage.{name}: " for name in _MAY_CHANGE)
         differences = [line for line in found if not line.startswith(allowed)]
         if differences:
@@ -237,17 +239,10 @@ class RunFolder:
         write_json(folder.config, identity)
 
     def stages(self) -> list[dict[str, Any]]:
-        """Reads the finished stages from lineage.json. Raises UserError on another version."""
+        """Reads the finished stages of lineage.json; raises as `entries.read_lineage`."""
         if not self.lineage.exists():
             return []
-        data = json.loads(self.lineage.read_text(encoding="utf-8"))
-        if data.get("version") != VERSION:
-            raise UserError(
-                f"{self.lineage}: version {data.get('version')}, but this code reads version "
-                f"{VERSION}; use the code that wrote it"
-            )
-        stages: list[dict[str, Any]] = data["stages"]
-        return stages
+        return entries.read_lineage(self.lineage)
 
     def finished_stage(self, stage: str = "") -> dict[str, Any]:
         """Returns the entry of one finished stage; see `pick_stage`."""
@@ -264,27 +259,29 @@ class RunFolder:
         """
         if other.lineage.exists():
             return
-        entries = self.stages()[:stages]
-        for entry in entries:
+        copied = self.stages()[:stages]
+        for entry in copied:
             stage = self.stage(entry["index"], entry["name"])
             copy = other.stage(entry["index"], entry["name"])
             link_tree(stage.path, copy.path)
             for step in paths.listed(copy.checkpoints):
                 mark_complete(step)
-        write_json(other.lineage, {"version": VERSION, "stages": entries})
+        write_json(other.lineage, {"version": entries.VERSION, "stages": copied})
 
     def add_stage(self, entry: dict[str, Any]) -> None:
         """Writes the entry of a finished stage, and deletes the entries of later stages."""
         with replacing(self.lineage) as write:
             earlier = [s for s in self.stages() if s["index"] < entry["index"]]
-            write({"version": VERSION, "stages": [*earlier, entry]})
+            write({"version": entries.VERSION, "stages": [*earlier, entry]})
 
 
-def pick_stage(entries: Sequence[dict[str, Any]], stage: str, path: pathlib.Path) -> dict[str, Any]:
+def pick_stage(
+    finished: Sequence[dict[str, Any]], stage: str, path: pathlib.Path
+) -> dict[str, Any]:
     """Picks one finished stage.
 
     Args:
-      entries: the entries of the finished stages in lineage.json.
+      finished: the entries of the finished stages in lineage.json.
       stage: the index or name of a stage; "": the last one.
       path: the run's folder, for the error.
 
@@ -294,11 +291,11 @@ def pick_stage(entries: Sequence[dict[str, Any]], stage: str, path: pathlib.Path
     Raises:
       UserError: no stage is finished, or none has that index or name.
     """
-    if not entries:
+    if not finished:
         raise UserError(f"{path} has no finished stage (no lineage.json); train one first")
-    chosen = [s for s in entries if stage in ("", str(s["index"]), s["name"])]
+    chosen = [s for s in finished if stage in ("", str(s["index"]), s["name"])]
     if not chosen:
-        names = ", ".join(f"{s['index']} ({s['name']})" for s in entries)
+        names = ", ".join(f"{s['index']} ({s['name']})" for s in finished)
         raise UserError(f"{path} has no finished stage {stage!r}; it has {names}")
     return chosen[-1]
 

@@ -12,7 +12,8 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from flm_jax.runtime import paths
+from flm_jax.data import json_text
+from flm_jax.runtime import paths, regular
 
 Row = dict[str, Any]
 
@@ -32,7 +33,7 @@ class Trials:
         self._rows: list[Row] = []
         self._incomplete = False  # the file ends in the middle of a line
         if self.path.exists():
-            text = self.path.read_text(encoding="utf-8", errors="replace")
+            text = regular.read(self.path, regular.DATA_BYTES).decode("utf-8", "replace")
             self._rows = [row for line in text.split("\n") if (row := _parsed(line)) is not None]
             self._incomplete = bool(text) and not text.endswith("\n")
 
@@ -83,7 +84,7 @@ class Trials:
 def _parsed(line: str) -> Row | None:
     """Returns the line's JSON object; None if it is not one."""
     try:
-        row = json.loads(line)
+        row = json_text.parse(line)
     except ValueError:
         return None
     return row if isinstance(row, dict) else None

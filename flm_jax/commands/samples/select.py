@@ -19,6 +19,7 @@ from typing import Any
 import rich.markdown
 
 from flm_jax import mapping
+from flm_jax.commands.answer_flags import AnswerFlags
 from flm_jax.commands.chat_flags import ChatFlags
 from flm_jax.commands.command import Call, Command, flag
 from flm_jax.errors import UserError
@@ -30,7 +31,7 @@ from flm_jax.store.files import write_atomically, write_result
 
 
 @dataclasses.dataclass(frozen=True)
-class _OwnFlags(ChatFlags):
+class _OwnFlags(ChatFlags, AnswerFlags):
     """The command's own flags."""
 
     pool: tuple[str, ...] = flag(
@@ -94,7 +95,7 @@ def main(call: Call[Flags]) -> dict[str, Any]:
             "unprompted": judge.unprompted,
             "embed": judge.embeddings,
         }
-    chosen = selection.select(samples, config, evaluation, **model)
+    chosen = selection.select(samples, config, evaluation, **model, unsafe=flags.unsafe)
     left_out = judge.left_out(samples) if judge else {}
     report = {
         **chosen.report, "judge": flags.checkpoint, "bad_rows": bad.reasons, "left_out": left_out,
