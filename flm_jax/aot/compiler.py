@@ -26,12 +26,13 @@ from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from flm_jax import growth
-from flm_jax.aot import hlo, roofline
+from flm_jax.aot import cudnn, hlo, roofline
 from flm_jax.aot.roofline import CHIPS, Chip
 from flm_jax.config import MESH_AXES, ExperimentConfig, StageConfig
 from flm_jax.errors import UserError
 from flm_jax.params import counts, sharding
 from flm_jax.runs.stage import plan_of, with_derived
+from flm_jax.runtime import xla_flags
 from flm_jax.train import optim, schedules
 from flm_jax.train.train_step import abstract_state, make_train_step
 
@@ -50,7 +51,7 @@ gpu_device_info {{
   registers_per_core_limit: 65536  registers_per_block_limit: 65536
 }}
 platform_name: "CUDA"
-dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
+dnn_version_info {{ major: {cudnn[0]} minor: {cudnn[1]} patch: {cudnn[2]} }}
 runtime_version {{ major: 12 minor: 9 patch: 0 }}
 device_description_str: "NVIDIA {name}"
 """
@@ -118,8 +119,12 @@ def _gpus(kind: str, sizes: str, chip: Chip) -> Any:
         "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false "
         "--xla_gpu_shard_autotuning=false",
     )
+    xla_flags.merge("cuda", os.environ)  # those of a run
     target = _HOPPER.format(
-        bandwidth=int(chip.hbm_bandwidth), memory=int(chip.hbm_bytes), name=kind.upper()
+        bandwidth=int(chip.hbm_bandwidth),
+        memory=int(chip.hbm_bytes),
+        name=kind.upper(),
+        cudnn=cudnn.VERSION,
     )
     shape = "x".join(["1"] * (3 - sizes.count("x") - 1) + [sizes])  # XLA wants three sizes
     return topologies.get_topology_desc(
@@ -139,6 +144,7 @@ def _tpus(topology: str, sizes: str) -> Any:
     }
     for name, value in settings.items():
         os.environ.setdefault(name, value)
+    xla_flags.merge("tpu", os.environ)  # those of a run
     options: dict[str, Any] = {}
     if sizes.count("x") == 2:
         # Three axes: a torus of megacore chips, four to a host. Two: the compiler's defaults.
@@ -327,9 +333,9 @@ def compile_for(
         "batch": stage.batch_size,
         "stage": stage.name,
     }
-    attention = "plain" if chip.node > 1 else "splash"
+    attention = "cudnn" if chip.node > 1 else "splash"
     start = time.monotonic()
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), cudnn.described(devices[0]):
         if quick:
             jax.config.update("jax_optimization_level", "O0")
         function, arguments = program(config, index, what, mesh, attention)

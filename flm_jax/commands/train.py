@@ -23,7 +23,7 @@ import rich.console
 from flm_jax.commands import config_files
 from flm_jax.commands.command import Call, Command, flag
 from flm_jax.runs import chain, report
-from flm_jax.runtime import processes
+from flm_jax.runtime import processes, xla_flags
 from flm_jax.store.lineage import RunFolder
 
 
@@ -50,6 +50,7 @@ def main(call: Call[Flags]) -> dict[str, Any]:
         flags.coordinator, flags.process, flags.processes, flags.distributed,
         join_within=flags.join_within, lost_after=flags.lost_after,
     )  # fmt: skip
+    xla_flags.apply()  # before the processes meet: that starts JAX
     with processes.joined(group):
         finished = folder.lineage.exists() and folder.stages()
         stages = chain.run(experiment, str(folder.path))

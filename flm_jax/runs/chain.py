@@ -28,7 +28,7 @@ from flm_jax.params import sharding
 from flm_jax.params.sharding import Layout
 from flm_jax.runs.loop import run_stages
 from flm_jax.runs.stage import Batches, Parent, Position, Stage, plan_of, restore, with_derived
-from flm_jax.runtime import host, processes
+from flm_jax.runtime import host, processes, xla_flags
 from flm_jax.store.checkpoint import Checkpoints
 from flm_jax.store.lineage import RunFolder, identity
 from flm_jax.train import optim, schedules
@@ -58,6 +58,7 @@ def run(config: ExperimentConfig, workdir: str) -> list[dict[str, Any]]:
       RunStopped: after SIGINT or SIGTERM; a checkpoint was written.
     """
     require_type(config, ExperimentConfig, "run: config")
+    xla_flags.apply()
     host.keep_freed()
     if config.quick_compile:
         host.compile_quickly()

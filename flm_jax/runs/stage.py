@@ -28,7 +28,7 @@ from flm_jax.growth.receipt import Receipt, measured
 from flm_jax.interop.stage_source import resolved
 from flm_jax.params import counts
 from flm_jax.params.sharding import Layout
-from flm_jax.runtime import processes
+from flm_jax.runtime import processes, xla_flags
 from flm_jax.store.checkpoint import Checkpoints, params_digest
 from flm_jax.store.lineage import RunFolder, StageFolder
 from flm_jax.train.schedules import Schedule
@@ -424,5 +424,6 @@ def _entry(
         },
         "receipt": json.loads(folder.receipt.read_text()) if stage.parent else None,
         "data_fingerprint": stage.identity["data_fingerprint"],
+        "xla_flags": xla_flags.record(),
         **more,
     }
