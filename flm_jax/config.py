@@ -562,8 +562,11 @@ class ExperimentConfig(Checked):
                 layout.stage in names,
                 f"ExperimentConfig.layouts names stage {layout.stage!r}; it has {names}",
             )
-        for index in range(len(self.stages)):
-            self.data_of(index)  # raises if the lengths do not fit each other
+        for index, stage in enumerate(self.stages):
+            # These raise if the lengths do not fit each other, or the kernel's tiles.
+            length = self.data_of(index).sequence_length
+            if isinstance(stage.model, TransformerConfig) and length % SplashConfig.TILE == 0:
+                stage.model.splash.blocks(length)
 
     @property
     def total_steps(self) -> int:
