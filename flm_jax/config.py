@@ -12,14 +12,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from flm_jax.checks import require, require_choice, require_positive, require_seed
+from flm_jax.execution import SplashConfig, layer_groups
 from flm_jax.mapping import Checked, added, from_mapping
 
 COMPUTE_DTYPES = ("float32", "bfloat16", "float64")
 GRADIENT_REDUCTIONS = ("compute", "float32")
 ATTENTIONS = ("auto", "plain", "splash", "cudnn")
-REMAT_POLICIES = ("none", "dots", "full")
 SCHEDULES = ("constant", "cosine", "wsd")
 MOMENTS = ("dual", "asym", "reset")
+MOMENT_DTYPES = ("", "bfloat16")
 RATES = ("target", "carry", "ramp")
 PARAMETRISATIONS = ("mup", "completep", "sp")
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -118,6 +119,8 @@ class TransformerConfig(Checked):
     depth_scaled_init: bool = False  # residual writers also divided by sqrt(2 * num_layers)
     # How the model is computed. These fields do not change its function.
     dtype: str = "float32"  # dtype of activations; parameters are float32 (float64 with "float64")
+    # What the backward pass keeps of each layer: a policy, or one for each group of layers
+    # (`execution.py`), as in "dots:0-23,full:24-".
     remat: str = "none"
     attention: str = "auto"  # kernel; "auto": the platform's (`models/attention.py`)
     scan_unroll: int = 1  # layers in one step of the scan over layers
@@ -142,6 +145,13 @@ class TransformerConfig(Checked):
     # Ids that are tokens. The embedding's and the head's other rows are padding: they are not drawn
     # in generation and are left out of evaluation's softmax. 0: all.
     num_tokens: int = added(0)
+    # Chunks of the vocabulary in which the loss is computed, so that no array [tokens, vocab_size]
+    # exists (`train/loss.py`); 0: all logits at once.
+    loss_chunks: int = added(0)
+    splash: SplashConfig = added(SplashConfig())  # tiles of the TPU's attention kernel
+    # Documents that cuDNN's attention kernel tells apart in a row, by their offsets; a row with
+    # more gives NaN. 0: any number, by a bias [B, 1, T, T].
+    cudnn_documents: int = added(0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -160,13 +170,16 @@ class TransformerConfig(Checked):
             self.num_layers >= 0,
             f"TransformerConfig.num_layers is {self.num_layers}; give 0 (to grow from) or more",
         )
+        for name in ("loss_chunks", "cudnn_documents"):
+            value = getattr(self, name)
+            require(value >= 0, f"TransformerConfig.{name} is {value}; give 0 (off) or more")
         require(
             0 <= self.num_tokens <= self.vocab_size,
             f"TransformerConfig.num_tokens is {self.num_tokens} and vocab_size {self.vocab_size}; "
             "give 0 (all ids) or a number that is not larger",
         )
         require_choice(self, "dtype", COMPUTE_DTYPES)
-        require_choice(self, "remat", REMAT_POLICIES)
+        layer_groups(self.remat, self.num_layers)  # raises if the groups are not all layers
         require_choice(self, "attention", ATTENTIONS)
         require_choice(self, "gradient_reduction", GRADIENT_REDUCTIONS)
         require(
@@ -337,12 +350,22 @@ class OptimizerConfig(Checked):
     eps: float = 1e-8
     weight_decay: float = 0.1  # decoupled, for vector-like parameters; norm gains have no decay
     clip_norm: float = 1.0
+    # How Adam's moments are stored; "": as the parameters. Arithmetic is in the parameters' dtype.
+    moment_dtype: str = added("")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_choice(self, "moment_dtype", MOMENT_DTYPES)
         for name in ("b1", "b2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"OptimizerConfig.{name} is {value}; it must be in [0, 1)")
+            # Neighbours in bfloat16 are up to 2^-7 apart, so that a change by less than 2^-8 can
+            # round to none: without a gradient the moment would never fall.
+            require(
+                self.moment_dtype != "bfloat16" or 1 - value > 2**-8,
+                f"OptimizerConfig.{name} is {value} and moment_dtype 'bfloat16', in which a moment "
+                f"cannot change by 1 - {name}; give {name} below {1 - 2**-8}, or moment_dtype ''",
+            )
         require_positive(self, "eps", "clip_norm")
 
 
@@ -511,7 +534,6 @@ class LayoutConfig(Checked):
             self.accumulate >= 0,
             f"LayoutConfig.accumulate is {self.accumulate}; give 0 (the stage's) or more",
         )
-        require_choice(self, "remat", ("", *REMAT_POLICIES))
         require_choice(self, "dtype", ("", "float32", "bfloat16"))
 
 
@@ -566,6 +588,8 @@ class StageConfig(Checked):
                 f"stage {self.name}: batch_size {self.batch_size} is not a multiple of accumulate "
                 f"{layout.accumulate} in its layout for {layout.topology}; change one",
             )
+            if layout.remat and isinstance(self.model, TransformerConfig):
+                layer_groups(layout.remat, self.model.num_layers)  # raises if it has a mistake
 
     def has_layout(self, topology: str) -> bool:
         """Whether one of its layouts is for this topology."""
@@ -658,8 +682,11 @@ class ExperimentConfig(Checked):
                 f"stage {stage.name}: growth.ramp_steps is {stage.growth.ramp_steps}, more than "
                 f"its steps {stage.steps}; the masks must reach 1 before the stage ends",
             )
-        for index in range(len(self.stages)):
-            self.data_of(index)  # raises if the lengths do not fit each other
+        for index, stage in enumerate(self.stages):
+            # These raise if the lengths do not fit each other, or the kernel's tiles.
+            length = self.data_of(index).sequence_length
+            if isinstance(stage.model, TransformerConfig) and length % SplashConfig.TILE == 0:
+                stage.model.splash.blocks(length)
 
     @property
     def total_steps(self) -> int:
