@@ -249,6 +249,7 @@ def write_run(
     Raises:
       UserError: the target exists or cannot be written.
     """
+    RunFolder(target).check_client()
     with appearing(target) as folder:
         run = RunFolder(folder)
         stage = run.stage(0, _IMPORTED)

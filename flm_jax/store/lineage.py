@@ -146,17 +146,21 @@ class RunFolder:
         """Returns the folder of a stage, which may not exist."""
         return StageFolder(self, index, name)
 
-    def open(self) -> None:
-        """Creates the folder, or checks that it holds a run and is writable.
-
-        Raises UserError, and changes nothing, if it is not writable or holds other files.
-        """
+    def check_client(self) -> None:
+        """Raises UserError for a place where no client writes checkpoints."""
         if paths.scheme(self.path) == "s3":
             raise UserError(
                 f"workdir {self.path}: orbax writes no checkpoints to s3://; give a gs:// bucket, "
                 "or a folder (s3:// serves data, sources and exports)",
                 argument="workdir",
             )
+
+    def open(self) -> None:
+        """Creates the folder, or checks that it holds a run and is writable.
+
+        Raises UserError, and changes nothing, if it is not writable or holds other files.
+        """
+        self.check_client()
         paths.check_bucket(self.path, "workdir")
         probe = self.path / f".write-test-{os.getpid()}"
         try:
