@@ -596,6 +596,76 @@ def positive(value: Any, where: str = "config") -> None:
             positive(part, where)
 
 
+def gguf_folder(folder: pathlib.Path) -> pathlib.Path:
+    import gguf
+
+    (folder / "inner").mkdir()
+    path, rng = folder / "inner" / "model.gguf", np.random.default_rng(0)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1), writer.add_context_length(64), writer.add_embedding_length(8)
+    writer.add_feed_forward_length(12), writer.add_head_count(2), writer.add_head_count_kv(1)
+    writer.add_key_length(4), writer.add_layer_norm_rms_eps(1e-5), writer.add_rope_freq_base(700.0)
+    writer.add_tokenizer_model("gpt2"), writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(["a", "b", "ab", "</s>"]), writer.add_token_merges(["a b"])
+    writer.add_token_types([1, 1, 1, 3]), writer.add_eos_token_id(3)
+    writer.add_chat_template(TEMPLATE)
+    shapes = {
+        "token_embd": (4, 8), "output": (4, 8), "output_norm": (8,), "blk.0.attn_norm": (8,),
+        "blk.0.ffn_norm": (8,), "blk.0.attn_q": (8, 8), "blk.0.attn_k": (4, 8),
+        "blk.0.attn_v": (4, 8), "blk.0.attn_output": (8, 8), "blk.0.ffn_gate": (12, 8),
+        "blk.0.ffn_up": (12, 8), "blk.0.ffn_down": (8, 12),
+    }  # fmt: skip
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", rng.normal(size=shape).astype(np.float32))
+    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def read_gguf(path: pathlib.Path) -> None:
+    opened = opening.open_stored_model(str(path))
+    finite(opened.weights.config)
+    load(opened.weights)
+    opened.vocabulary.num_tokens(), opened.vocabulary.values()
+    target = path.parent / "copied"
+    target.mkdir()
+    try:
+        opened.vocabulary.copy(target)
+    finally:
+        shutil.rmtree(target)
+
+
+@contextlib.contextmanager
+def attack_gguf(rng: random.Random, path: pathlib.Path) -> Iterator[Callable[[], None]]:
+    data = path.read_bytes()
+    new = hostile.mutated_bytes(rng, data)
+    if rng.random() < 0.5:  # in the metadata, without moving what follows
+        at = rng.randrange(8, len(data) // 3)
+        new = data[:at] + rng.choice((b"\x00", b"\xff", b"\x08", b"z")) + data[at + 1 :]
+    with hostile.replaced(path, new):
+        yield lambda: read_gguf(path)
+
+
+def sentencepiece_folder(folder: pathlib.Path) -> pathlib.Path:
+    import sentencepiece
+
+    (folder / "inner").mkdir()
+    with open(folder / "inner" / "tokenizer.model", "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(["some words of a text", "a text of other words"] * 20),
+            model_writer=file, vocab_size=60, hard_vocab_limit=False, minloglevel=2,
+            pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
+        )  # fmt: skip
+    return folder / "inner"
+
+
+@contextlib.contextmanager
+def attack_sentencepiece(rng: random.Random, folder: pathlib.Path) -> Iterator[Callable[[], None]]:
+    path = folder / "tokenizer.model"
+    with hostile.replaced(path, hostile.mutated_bytes(rng, path.read_bytes())):
+        yield lambda: read_tokenizer(folder)
+
+
 KINDS = (
     Kind("lineage", 1500, stored, functools.partial(attack_run, "lineage.json")),
     Kind("stage config", 700, stored, functools.partial(attack_run, "stages/1-large/config.json")),
@@ -607,6 +677,8 @@ KINDS = (
     Kind("index", 1000, sharded_folder, attack_index),
     Kind("weights not finite", 60, lambda f: stored(f) / "export", attack_values),
     Kind("model texts", 2200, model_folder, attack_texts),
+    Kind("sentencepiece", 500, sentencepiece_folder, attack_sentencepiece),
+    Kind("gguf", 500, gguf_folder, attack_gguf),
     Kind("chat template", 300, rows_folder, attack_template),
     Kind("rows", 4000, rows_folder, attack_rows),
     Kind("config override", 2750, configs, attack_config),

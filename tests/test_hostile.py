@@ -25,6 +25,8 @@ QUICK = {"rows": 60, "safetensors": 80, "index": 30, "lineage": 40, "model texts
 def test_hostile_files_are_accepted_or_refused_in_one_line(kind, tmp_path):
     if kind.name == "chat template":
         pytest.skip("slow by design; below, and in the long form")
+    if kind.name == "gguf":
+        pytest.importorskip("gguf", reason="extra [gguf]")
     with hostile.bounded_memory():
         count = hostile_readers.run(kind, SEED, QUICK.get(kind.name, 15), tmp_path)
     assert count.clean, count.findings
@@ -81,7 +83,7 @@ def test_control_characters_of_a_file_do_not_reach_the_terminal():
         ("checkpoint", "stages/1-s0/checkpoints/7"), ("checkpoint", "stages/0-s0/checkpoints/../7"),
         ("index", -1), ("index", 1), ("index", True), ("steps", -1), ("wall_s", float("nan")),
         ("flops", 10**400), ("params", "1"), ("eval", None), ("eval", {"bpb_start": 1}),
-        ("receipt", {}), ("params_digest", None),
+        ("receipt", {}), ("params_digest", None), ("receipt", ...),
     ],
 )  # fmt: skip
 def test_a_lineage_cannot_name_what_is_outside(field, value, tmp_path):
@@ -91,6 +93,8 @@ def test_a_lineage_cannot_name_what_is_outside(field, value, tmp_path):
     assert len(run.stages()) == 1  # the control
     data = json.loads(run.lineage.read_text())
     data["stages"][0][field] = value
+    if value is ...:
+        del data["stages"][0][field]
     run.lineage.write_text(json.dumps(data))
     before = sorted(tmp_path.rglob("*"))
     for read in (run.stages, run.finished_stage, lambda: run.branch(RunFolder(tmp_path / "b"))):
@@ -173,6 +177,26 @@ def test_a_template_may_do_what_templates_do():
     )
     done, _ = jinja_text.render(text, [{"role": "user", "content": ""}] * 2, {})
     assert done == "user6user12|007A+B  x  |  1---[1, 2]1024"
+
+
+@pytest.mark.parametrize("kind", ["fifo", "loop", "zero", "socket", "gone", "back"])
+def test_a_run_is_not_copied_with_what_is_no_file(kind, tmp_path):
+    run, other = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "other")
+    folder = run.stage(0, "s0").path
+    (folder / "inner").mkdir(parents=True)
+    run.add_stage(runs.entry(0, "s0"))
+    if kind == "back":
+        (folder / "inner" / "x").symlink_to(folder)
+    elif kind == "gone":
+        (folder / "inner" / "x").symlink_to(folder / "nothing")
+    else:
+        hostile.make_special(folder / "inner" / "x", kind)
+    with hostile.patience(5), pytest.raises(UserError, match="inner/x "):
+        run.branch(other)
+    assert not other.path.exists()
+    (folder / "inner" / "x").unlink()
+    run.branch(other)  # the control
+    assert other.stages() == run.stages()
 
 
 def test_a_pipe_in_a_run_does_not_wait(tmp_path):

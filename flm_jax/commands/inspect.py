@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import rich.table
+import rich.text
 import rich.tree
 
 from flm_jax import mapping
@@ -34,9 +35,10 @@ def _tree(folder: RunFolder, stages: Sequence[dict[str, Any]]) -> rich.tree.Tree
     """Each stage is a child of the stage that it grew from."""
     root = node = rich.tree.Tree(str(folder.path))
     for s in stages:
-        text = (
-            f"[bold]{s['index']} {s['name']}[/]  {s['params']:,} parameters  "
-            f"{s['steps']:,} steps  bits per byte {bits_per_byte(s['eval'])}"
+        text = rich.text.Text.assemble(
+            (f"{s['index']} {s['name']}", "bold"),
+            f"  {s['params']:,} parameters  {s['steps']:,} steps  "
+            f"bits per byte {bits_per_byte(s['eval'])}",
         )
         node = node.add(text)
         if receipt := s["receipt"]:

@@ -145,11 +145,9 @@ class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         for loop in tree.find_all(nodes.For):
             if loop.test is not None:
                 loop.test = nodes.And(_call("turn"), loop.test)
-        for node in tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):
-            node.body.insert(
-                0,  # type: ignore[attr-defined]
-                nodes.ExprStmt(_call("turn")),
-            )
+        bodies: list[Any] = list(tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock)))
+        for node in bodies:
+            node.body.insert(0, nodes.ExprStmt(_call("turn")))
         _replace_joins(tree)
         return self.from_string(tree)
 

@@ -133,7 +133,7 @@ class Expansion:
 
     def __post_init__(self) -> None:
         for name, size in (("source", self.source), ("target", self.target)):
-            if not 0 <= size <= _MOST_SLOTS:
+            if not 0 <= size <= _MOST_SLOTS or not self.runs:
                 raise UserError(
                     f"growth of axis {self.axis!r}: its {name} has {size} slots; growth is for 0 "
                     f"to {_MOST_SLOTS}"

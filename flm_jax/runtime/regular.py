@@ -96,3 +96,22 @@ def text(path: pathlib.Path, most: int = JSON_BYTES) -> str:
         return read(path, most).decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error}); restore it") from error
+
+
+def check_tree(folder: pathlib.Path) -> None:
+    """Checks that a folder can be copied: it has only regular files, folders, and links to such.
+
+    Raises:
+      UserError: something else is in it, or a link that leads nowhere or back; names it.
+    """
+    if not isinstance(folder, pathlib.Path):
+        return  # on a bucket
+    for path in folder.rglob("*"):
+        if (
+            path.is_symlink()
+            and path.is_dir()
+            and path.parent.resolve().is_relative_to(path.resolve())
+        ):
+            raise UserError(f"{path} is a link back to {path.resolve()}; remove it")
+        if not path.is_dir():
+            opened(path).close()

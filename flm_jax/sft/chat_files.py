@@ -88,8 +88,11 @@ def _opened(path: pathlib.Path) -> Iterator[BinaryIO]:
         if start.startswith(signature):
             raise UserError(f"{path} is {kind}; convert it to JSONL in UTF-8")
     compressed = start.startswith(b"\x1f\x8b")
-    with regular.opened(path) as file:
-        yield cast(BinaryIO, gzip.GzipFile(fileobj=file)) if compressed else file
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(regular.opened(path))
+        if compressed:
+            file = cast(BinaryIO, stack.enter_context(gzip.open(file)))
+        yield file
 
 
 def _parse_line(line: bytes) -> Any:

@@ -100,7 +100,8 @@ def _check_entry(entry: Any, place: int) -> None:
     require(isinstance(scores, dict), f"{path}.eval is no group of named values")
     for name in dict.fromkeys(("bpb_start", "bpb_end", *scores)):
         _check_number(scores, name, f"{path}.eval", null=True)
-    receipt = entry.get("receipt")
+    require("receipt" in entry, f"{path}.receipt is missing; it is null or a group of values")
+    receipt = entry["receipt"]
     if receipt is not None:
         has_plan = isinstance(checked.plan_digest, str)
         require(has_plan, f"{path} has a receipt, and plan_digest is null")

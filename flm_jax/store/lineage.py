@@ -265,6 +265,8 @@ class RunFolder:
             return
         copied = self.stages()[:stages]
         for entry in copied:
+            regular.check_tree(self.stage(entry["index"], entry["name"]).path)
+        for entry in copied:
             stage = self.stage(entry["index"], entry["name"])
             copy = other.stage(entry["index"], entry["name"])
             link_tree(stage.path, copy.path)
