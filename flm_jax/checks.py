@@ -35,3 +35,11 @@ def require_choice(config: Any, name: str, choices: tuple[str, ...]) -> None:
         value in choices,
         f"{type(config).__name__}.{name} is {value!r}; choose one of {', '.join(choices)}",
     )
+
+
+def require_seed(config: Any) -> None:
+    """Raises UserError unless the field `seed` fits into 32 bits, as random keys need."""
+    require(
+        0 <= config.seed < 2**32,
+        f"{type(config).__name__}.seed is {config.seed}; it must be in [0, 2^32)",
+    )

@@ -8,6 +8,7 @@ import enum
 import hashlib
 import json
 import numbers
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -21,8 +22,10 @@ T = TypeVar("T")
 class Checked:
     """Base of config dataclasses: checks that every field has its declared type.
 
+    No setting is below 0; the fields' own rules are in the subclasses.
+
     Raises:
-      UserError: a field does not; names class, field, value and both types.
+      UserError: a field does not, or is below 0; names class, field, value and both types.
     """
 
     def __post_init__(self) -> None:
@@ -30,6 +33,8 @@ class Checked:
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             path = f"{type(self).__name__}.{field.name}"
             value = _convert_field(field, hints[field.name], getattr(self, field.name), path)
+            if isinstance(value, int | float) and value < 0:
+                raise UserError(f"{path} is {value}; it must be 0 or above")
             object.__setattr__(self, field.name, value)
 
 
@@ -72,9 +77,9 @@ def replaced(config: T, values: Mapping[str, Any], path: str = "config") -> T:
     Raises:
       UserError: a field is unknown or of the wrong type; gives its full name.
 
-    >>> from flm_jax.config import CheckpointConfig
-    >>> replaced(CheckpointConfig(50, 3), {"keep": 1, "every_steps": None})
-    CheckpointConfig(every_steps=50, keep=1)
+    >>> from flm_jax.config import EvalConfig
+    >>> replaced(EvalConfig(50, 3), {"batch_size": 1, "every_steps": None})
+    EvalConfig(sequences=50, batch_size=1, every_steps=200)
     """
     fields: dict[str, Any] = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}  # type: ignore[arg-type]
     for name, value in values.items():
@@ -155,9 +160,9 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], path: str = "config") 
     Raises:
       UserError: a field is unknown, missing, or of the wrong type; gives its full name.
 
-    >>> from flm_jax.config import CheckpointConfig
-    >>> from_mapping(CheckpointConfig, {"keep": 1})
-    CheckpointConfig(every_steps=200, keep=1)
+    >>> from flm_jax.config import CheckpointConfig, EvalConfig
+    >>> from_mapping(EvalConfig, {"batch_size": 1})
+    EvalConfig(sequences=96, batch_size=1, every_steps=200)
     >>> from_mapping(CheckpointConfig, {"kept": 1})
     Traceback (most recent call last):
     flm_jax.errors.UserError: config.kept: CheckpointConfig has no such field; did you mean 'keep'?
@@ -239,10 +244,19 @@ def _convert_enum(hint: type[enum.Enum], value: Any, path: str) -> enum.Enum:
         raise UserError(f"{path} is {value!r}; choose one of {known}") from None
 
 
+_LARGEST = {bool: 1, int: 2**63 - 1, float: sys.float_info.max}
+
+
 def _convert_scalar(hint: type, value: Any, path: str) -> Any:
     """A bool, int, float or str; numpy's numbers become Python's, and an int may be a float."""
     accepted = {int: numbers.Integral, float: numbers.Real}.get(hint, hint)
     if isinstance(value, accepted) and (hint is bool or not isinstance(value, bool)):
+        if isinstance(value, numbers.Real) and not abs(typing.cast(float, value)) <= _LARGEST[hint]:
+            shown = "larger" if isinstance(value, int) else value  # it may have 4300 digits
+            raise UserError(
+                f"{path} is {shown}; it must be a finite {hint.__name__}, at most "
+                f"{_LARGEST[hint]:g} in size"
+            )
         return hint(value)
     raise UserError(
         f"{path} is {value!r} of type {type(value).__name__}; it must be {hint.__name__}"

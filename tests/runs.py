@@ -24,6 +24,27 @@ def lineage(workdir):
     return json.loads((workdir / "lineage.json").read_text())["stages"]
 
 
+def entry(index, name, step=7):
+    """The entry in lineage.json of a stage that was not measured."""
+    return {
+        "index": index,
+        "name": name,
+        "parent": None,
+        "config_digest": "",
+        "plan_digest": None,
+        "params": 0,
+        "tokens": 0,
+        "flops": 0,
+        "wall_s": 0.0,
+        "steps": step,
+        "eval": {"bpb_start": None, "bpb_end": None},
+        "receipt": None,
+        "params_digest": "",
+        "data_fingerprint": "fingerprint",
+        "checkpoint": f"stages/{index}-{name}/checkpoints/{step}",
+    }
+
+
 def save(path, models, data=None, seed=0):
     """Writes a run with stages `s0`, `s1`, .. of random parameters, which `open_model` can read.
 
@@ -52,13 +73,7 @@ def save(path, models, data=None, seed=0):
         checkpoints.save(7, {"params": params, **({} if index else {"step": jnp.int32(7)})}, {})
         checkpoints.wait()
         checkpoints.close()
-        folder.add_stage(
-            {
-                "index": index,
-                "name": stage.name,
-                "checkpoint": str((stage_folder.checkpoints / "7").relative_to(folder.path)),
-            }
-        )
+        folder.add_stage(entry(index, stage.name))
     return str(folder.path), all_params
 
 

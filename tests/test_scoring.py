@@ -1,19 +1,16 @@
-"""Scores: checks by program, the sandbox's protections, confidence intervals."""
+"""Scores: checks by program, confidence intervals."""
 
 import dataclasses
 import math
 import re
-import sys
-import time
 
 import numpy as np
 import pytest
 from scipy import stats
 
 from flm_jax.errors import UserError
-from flm_jax.sft import sandbox, scoring, synthetic
+from flm_jax.sft import scoring, synthetic
 from flm_jax.sft.chats import Check, Message, Sample
-from flm_jax.sft.sandbox import Limits, run_examples
 from flm_jax.sft.scoring import ResponseLoss
 
 DOUBLE = Check(
@@ -45,96 +42,6 @@ def test_examples_that_raise_and_their_options():
     body = "if not x: raise {}\nreturn list(range(9))"
     assert scoring.check_answer(Check("doctest", source), body.format("ValueError('none')"))[0]
     assert not scoring.check_answer(Check("doctest", source), body.format("ValueError('no')"))[0]
-
-
-@pytest.mark.parametrize(
-    "trick",
-    [
-        "import os\nos._exit(0)",
-        "raise SystemExit(0)",
-        "import doctest\ndoctest.OutputChecker.check_output = lambda *a: True",
-        "class Equal:\n    def __eq__(self, other): return True\nreturn Equal()",
-        "import sys\nsys.modules['__main__'].json.dumps = lambda x: 'x'",
-        # Writes a result itself: with the wanted outputs it would be right, without it cannot be.
-        'import os\nos.write(3, b\'{"outputs": ["7", "7"], "failure": ""}\')\nos._exit(0)',
-        'import os\nos.write(3, b\'{"outputs": [], "failure": ""}\')\nos._exit(0)',
-        "import os\nos.write(3, b'[]')\nos._exit(0)",
-        # Reads the expected output from its own docstring.
-        "return int(f.__doc__.split('\\n')[-2])",
-    ],
-)
-def test_tricks_do_not_pass(trick):
-    right, why = scoring.check_answer(DOUBLE, trick)
-    assert not right and why
-
-
-def test_the_channel_of_the_tricks_passes_with_right_outputs():
-    """Negative control of the tricks above: right outputs in the same channel pass."""
-    message = r'{"outputs": ["6\\n", "-2\\n"], "failure": ""}'
-    assert scoring.check_answer(DOUBLE, f"import os\nos.write(3, b'{message}')\nos._exit(0)")[0]
-
-
-def outcome_of(body, **limits):
-    return run_examples(f"def f():\n    {body}\n", ["f()\n"], Limits(**limits))
-
-
-def test_time_and_memory_are_limited():
-    begin = time.monotonic()
-    assert "ended without" in outcome_of("while True: pass", cpu_seconds=1).failure
-    assert "more than 0.5 s" in outcome_of("import time; time.sleep(60)", wall_seconds=0.5).failure
-    assert "MemoryError" in outcome_of("return len([0] * 10**10)").outputs[0]
-    assert "MemoryError" in outcome_of("x = []\n    while True: x.append(' ' * 10**6)").outputs[0]
-    assert "wrote more" in outcome_of("print('x' * 10**6)").failure
-    assert "wrote more" in outcome_of("import os\n    while True: os.write(3, b'x' * 999)").failure
-    assert time.monotonic() - begin < 60
-
-
-ATTACKS = {
-    "writes": "open({path!r}, 'w').write('x')",
-    "removes": "import os; os.remove({path!r})",
-    "forks": "import os; os.fork()",
-    "network": "import socket; socket.socket().connect(('127.0.0.1', 9))",
-    "limits": "import resource; resource.setrlimit(resource.RLIMIT_CPU, (99, 99))",
-}
-
-
-def without_hook(monkeypatch):
-    child = sandbox.CHILD.replace("sys.addaudithook(hook)", "pass")
-    child = child.replace("import bisect", "import socket, bisect")
-    assert child.count("hook") < sandbox.CHILD.count("hook")
-    monkeypatch.setattr(sandbox, "CHILD", child)
-
-
-@pytest.mark.parametrize("hook", [True, False])
-@pytest.mark.parametrize("attack", ATTACKS)
-def test_each_protection_works_alone(attack, hook, tmp_path, monkeypatch):
-    """With the audit hook, and with the kernel's limits alone, if the kernel has them."""
-    path = tmp_path / "file"
-    path.write_text("kept")
-    for folder in (tmp_path, *list(tmp_path.parents)[:3]):
-        if folder.owner() == tmp_path.owner() and folder.name != "tmp":
-            folder.chmod(0o755)
-    if not hook:
-        without_hook(monkeypatch)
-        if attack in ("writes", "removes", "network") and sys.platform != "linux":
-            pytest.skip("only Linux has Landlock and user namespaces")
-    outcome = outcome_of(ATTACKS[attack].format(path=str(path)))
-    assert outcome.outputs[0].startswith("Traceback"), outcome
-    if hook:
-        assert "sandbox refuses" in outcome.outputs[0] or "No module" in outcome.outputs[0]
-    assert path.read_text() == "kept"
-
-
-def test_the_environment_is_empty_and_the_folder_is_private(monkeypatch, tmp_path):
-    monkeypatch.setenv("A_SECRET", "1")
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "here").write_text("the caller's folder")
-    environment = outcome_of("import os; return 'A_SECRET' in os.environ or os.listdir('.')")
-    assert environment.outputs == ("[]\n",)
-    assert outcome_of("import numpy").outputs[0].endswith("No module named 'numpy'\n")
-    for mode in ("w", "a"):
-        assert outcome_of(f"open('x', {mode!r}).write('1')").outputs[0].startswith("Traceback")
-    assert [path.name for path in tmp_path.iterdir()] == ["here"]
 
 
 def test_wilson_and_bootstrap_against_their_formulas():

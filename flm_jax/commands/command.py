@@ -86,8 +86,11 @@ class Call(Generic[F]):
     argv: tuple[str, ...]
 
     def console(self, **options: Any) -> rich.console.Console:
-        """The console for results: standard output, or standard error with --json."""
-        return rich.console.Console(stderr=self.json, **options)
+        """The console for results: standard output, or standard error with --json.
+
+        Brackets in names that come from files are not markup.
+        """
+        return rich.console.Console(stderr=self.json, markup=False, **options)
 
 
 @dataclasses.dataclass(frozen=True)

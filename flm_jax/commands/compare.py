@@ -15,16 +15,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pathlib
 from typing import TYPE_CHECKING, Any
 
 import rich.console
 import rich.table
 
 from flm_jax import data
+from flm_jax.commands.answer_flags import AnswerFlags
 from flm_jax.commands.chat_flags import ChatFlags
 from flm_jax.commands.command import Call, Command, Gate, flag
 from flm_jax.errors import UserError
+from flm_jax.runtime import paths
 from flm_jax.runtime.display import Progress
 from flm_jax.sft import comparison, judge, scoring, synthetic
 from flm_jax.sft.chat_model import ChatModel, open_chat_model, retention
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class Flags(ChatFlags):
+class Flags(ChatFlags, AnswerFlags):
     """The command's own flags."""
 
     samples: tuple[str, ...] = flag((), "Held-out conversations; repeatable.")
@@ -112,18 +113,24 @@ def _answers(one: list[scoring.Scored], two: list[scoring.Scored]) -> str:
 
 
 def _score(
-    name: str, model: ChatModel, samples: list[Sample], all_answers: bool
+    name: str, model: ChatModel, samples: list[Sample], all_answers: bool, unsafe: bool
 ) -> list[scoring.Scored]:
     """Scores a model; with `all_answers` also on samples without a check."""
     with Progress(name, unit="samples") as progress:
-        return _scored(dataclasses.replace(model, note=progress.count), samples, all_answers)
+        return _scored(
+            dataclasses.replace(model, note=progress.count), samples, all_answers, unsafe
+        )
 
 
-def _scored(model: ChatModel, samples: list[Sample], all_answers: bool) -> list[scoring.Scored]:
+def _scored(
+    model: ChatModel, samples: list[Sample], all_answers: bool, unsafe: bool
+) -> list[scoring.Scored]:
     if not all_answers:
-        return scoring.score(samples, model.losses, model.answer)
+        return scoring.score(samples, model.losses, model.answer, unsafe)
     answers = dict(zip(samples, model.answer(samples), strict=True))
-    scored = scoring.score(samples, model.losses, lambda checked: [answers[s] for s in checked])
+    scored = scoring.score(
+        samples, model.losses, lambda checked: [answers[s] for s in checked], unsafe
+    )
     return [dataclasses.replace(s, answer=answers[s.sample]) for s in scored]
 
 
@@ -147,7 +154,7 @@ def main(call: Call[Flags]) -> dict[str, Any]:
     flags, arguments = call.flags, list(call.arguments)
     gates = [comparison.Gate.parse(text) for text in flags.fail_if]
     answer_judge = judge.Judge(flags.judge, flags.judge_timeout) if flags.judge else None
-    folder = pathlib.Path(flags.output) if flags.output else None
+    folder = paths.of(flags.output, "output") if flags.output else None
     if answer_judge and not folder:
         raise UserError("--judge is given without --output; give a folder for its verdicts")
     bad = BadRows(flags.bad_rows)
@@ -162,7 +169,7 @@ def main(call: Call[Flags]) -> dict[str, Any]:
     _check_gates(gates, samples)
     other = _same_text(corpus, other)
     scored = [
-        _score(name, model, samples, answer_judge is not None)
+        _score(name, model, samples, answer_judge is not None, flags.unsafe)
         for name, model in zip(arguments, (one, two), strict=True)
     ]
     retained = [

@@ -19,6 +19,7 @@ from typing import Any
 
 import rich.console
 import rich.table
+import rich.text
 
 from flm_jax.commands.command import Call, Command, Gate, flag
 from flm_jax.errors import UserError
@@ -60,7 +61,8 @@ def main(call: Call[Flags]) -> dict[str, Any]:
         table.add_column(column)
     for row in rows:
         distances = (f"{row[column]:.1e}" for column in check_families.COLUMNS)
-        table.add_row(row["name"], *distances, "ok" if row["ok"] else "[red]TOO FAR[/]")
+        verdict = "ok" if row["ok"] else rich.text.Text("TOO FAR", "red")
+        table.add_row(row["name"], *distances, verdict)
     call.console(width=120).print(table)
     return {"families": rows}
 

@@ -10,16 +10,17 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from typing import Any
 
 import rich.table
+import rich.text
 import rich.tree
 
 from flm_jax import mapping
 from flm_jax.commands.command import Call, Command, flag
 from flm_jax.errors import UserError
+from flm_jax.store.entries import logit_change
 from flm_jax.store.lineage import RunFolder, bits_per_byte, pick_stage
 
 
@@ -34,28 +35,26 @@ def _tree(folder: RunFolder, stages: Sequence[dict[str, Any]]) -> rich.tree.Tree
     """Each stage is a child of the stage that it grew from."""
     root = node = rich.tree.Tree(str(folder.path))
     for s in stages:
-        text = (
-            f"[bold]{s['index']} {s['name']}[/]  {s['params']:,} parameters  "
-            f"{s['steps']:,} steps  bits per byte {bits_per_byte(s['eval'])}"
+        text = rich.text.Text.assemble(
+            (f"{s['index']} {s['name']}", "bold"),
+            f"  {s['params']:,} parameters  {s['steps']:,} steps  "
+            f"bits per byte {bits_per_byte(s['eval'])}",
         )
         node = node.add(text)
         if receipt := s["receipt"]:
-            change = receipt["max_abs_logit_diff"] / receipt["logit_scale"]
             grown = receipt["operator"] != "none"
             growth = f"grown by {receipt['operator']}" if grown else "not grown"
             node.add(
-                f"{growth} ({receipt['exactness']}): logits moved by {change:.1e} of their scale, "
-                f"plan {s['plan_digest'][:12]}"
+                f"{growth} ({receipt['exactness']}): logits moved by {logit_change(receipt):.1e} "
+                f"of their scale, plan {s['plan_digest'][:12]}"
             )
         node.add(f"{s['checkpoint']}  parameters {s['params_digest'][:12]}")
     return root
 
 
 def _differences(folder: RunFolder, one: dict[str, Any], two: dict[str, Any]) -> list[str]:
-    configs = [
-        json.loads(folder.stage(s["index"], s["name"]).config.read_text()) for s in (one, two)
-    ]
-    return mapping.differences(*configs)
+    configs = [folder.stage(s["index"], s["name"]).saved() for s in (one, two)]
+    return mapping.differences(configs[0], configs[1])
 
 
 def _comparison(one: dict[str, Any], two: dict[str, Any]) -> rich.table.Table:

@@ -11,18 +11,19 @@ from __future__ import annotations
 from typing import Any
 
 from flm_jax.commands import config_files
-from flm_jax.commands.command import Call, Command, NoFlags
+from flm_jax.commands.answer_flags import AnswerFlags
+from flm_jax.commands.command import Call, Command
 from flm_jax.studies import claims, less_is_more
 from flm_jax.studies.less_is_more import LessIsMoreConfig
 
 
-def main(call: Call[NoFlags]) -> dict[str, Any]:
+def main(call: Call[AnswerFlags]) -> dict[str, Any]:
     settings = config_files.dataclass_of(LessIsMoreConfig, call.config)
-    rows = less_is_more.run(settings, call.workdir)
+    rows = less_is_more.run(settings, call.workdir, call.flags.unsafe)
     verdicts = claims.write(settings, rows, call.workdir)
     console = call.console()
     console.print(*map(str, verdicts), f"report: {call.workdir}/report/less_is_more.md", sep="\n")
     return {"arms": rows, "verdicts": claims.verdict_rows(verdicts)}
 
 
-COMMAND = Command(main, NoFlags, workdir="required")
+COMMAND = Command(main, AnswerFlags, workdir="required")

@@ -14,19 +14,22 @@ import pathlib
 from typing import Any
 
 from flm_jax.commands import config_files
-from flm_jax.commands.command import Call, Command, NoFlags
+from flm_jax.commands.answer_flags import AnswerFlags
+from flm_jax.commands.command import Call, Command
 from flm_jax.sft import before_after, fine_tune
 from flm_jax.sft.config import SftConfig
 
 
-def main(call: Call[NoFlags]) -> dict[str, Any]:
+def main(call: Call[AnswerFlags]) -> dict[str, Any]:
     settings = config_files.dataclass_of(SftConfig, call.config)
     name = pathlib.Path(settings.base).resolve().name
     workdir = call.workdir or f"runs/{name}-{settings.name}"
-    scores = before_after.scores(settings, workdir, fine_tune.run(settings, workdir))
+    scores = before_after.scores(
+        settings, workdir, fine_tune.run(settings, workdir), call.flags.unsafe
+    )
     console = call.console()
     console.print(before_after.table(scores), *before_after.sentences(scores), sep="\n")
     return scores
 
 
-COMMAND = Command(main, NoFlags, workdir="optional")
+COMMAND = Command(main, AnswerFlags, workdir="optional")

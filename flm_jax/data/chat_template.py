@@ -17,6 +17,7 @@ from flm_jax.data import special_tokens
 from flm_jax.data.tokenizer import BYTES_SPECIAL
 from flm_jax.errors import UserError
 from flm_jax.mapping import Checked, added
+from flm_jax.runtime import paths, regular
 
 TEXT = "{text}"  # where a pattern puts a message's content
 TOKENIZER = "tokenizer"  # `TemplateConfig.jinja`: the tokenizer's own template
@@ -72,10 +73,10 @@ def resolved(config: TemplateConfig, vocabulary: str) -> TemplateConfig:
                 "a template, or the path of one"
             )
         return dataclasses.replace(config, jinja=text)
-    path = pathlib.Path(config.jinja).expanduser()
+    path = paths.of(config.jinja)
     try:
-        return dataclasses.replace(config, jinja=path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        return dataclasses.replace(config, jinja=regular.text(path))
+    except UserError as error:
         raise UserError(
             f"TemplateConfig.jinja is {config.jinja!r}, which is neither a template nor a file of "
             f"text ({error}); give one of them, or {TOKENIZER!r}"
@@ -97,16 +98,13 @@ def own(vocabulary: str) -> str:
     Raises:
       UserError: a file is damaged.
     """
-    path = pathlib.Path(vocabulary).expanduser()
+    path = paths.fetched(paths.of(vocabulary))
     folder = path if path.is_dir() else path.parent
     if vocabulary == "bytes" or not path.exists():
         return ""
     file = folder / "chat_template.jinja"
-    if file.is_file():
-        try:
-            return file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{file} is not UTF-8 text: {error}; restore it") from error
+    if file.exists():
+        return regular.text(file)
     for name in ("chat_template.json", "tokenizer_config.json"):
         template = special_tokens.object_in(folder / name).get("chat_template")
         if isinstance(template, list):  # several, with names
@@ -129,7 +127,7 @@ def names_of_tokens(vocabulary: str) -> Mapping[str, str]:
     """
     if vocabulary == "bytes":
         return dict(zip(("bos_token", "eos_token", "unk_token"), BYTES_SPECIAL, strict=True))
-    path = pathlib.Path(vocabulary).expanduser()
+    path = paths.fetched(paths.of(vocabulary))
     folder = path if path.is_dir() else path.parent
     names = _names_in_model(path)
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
@@ -147,7 +145,7 @@ def _names_in_model(path: pathlib.Path) -> dict[str, str]:
     import sentencepiece
 
     model = sentencepiece.SentencePieceProcessor()
-    model.load(str(path))
+    model.load_from_serialized_proto(regular.read(path))
     ids = {"bos": model.bos_id(), "eos": model.eos_id(), "unk": model.unk_id()}
     return {f"{role}_token": model.id_to_piece(i) for role, i in ids.items() if i >= 0}
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
-import jinja2.sandbox
 from jinja2 import nodes, parser
 
+from flm_jax.data import jinja_budget, json_text
 from flm_jax.errors import UserError
 
 # The day that training writes where a template asks for the date: a resumed training must write
@@ -59,14 +59,14 @@ def _to_json(
 
 @functools.lru_cache(maxsize=8)
 def _compiled(text: str) -> jinja2.Template:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    environment = jinja_budget.Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
-    environment.filters["tojson"] = _to_json
+    environment.add_filter("tojson", _to_json)
     environment.globals["raise_exception"] = _raise
     try:
-        return environment.from_string(text)
-    except (jinja2.TemplateError, RecursionError) as error:
+        return environment.template(text)
+    except Exception as error:  # also Python's compiler refuses some, by several types
         line = getattr(error, "lineno", None)
         raise UserError(
             f"the chat template is not valid Jinja{f', line {line}' if line else ''}: "
@@ -105,17 +105,19 @@ def render(
     """
     mark = f"\x00{secrets.token_hex(8)}\x00"
     try:
-        marked = _compiled(text).render(
-            {
-                **variables,
-                "messages": [dict(message) for message in messages],
-                "tools": list(tools) or None,
-                "documents": None,
-                "add_generation_prompt": prompt,
-                "strftime_now": now.strftime,
-                _MARK: mark,
-            }
-        )
+        with jinja_budget.rendering():
+            marked = _compiled(text).render(
+                {
+                    **variables,
+                    "messages": [dict(message) for message in messages],
+                    "tools": list(tools) or None,
+                    "documents": None,
+                    "add_generation_prompt": prompt,
+                    "strftime_now": now.strftime,
+                    _MARK: mark,
+                }
+            )
+        json_text.check_text(marked)
     except Exception as error:  # a template can raise any exception
         raise UserError(
             f"the chat template refuses it: {_one_line(error)}; fix the conversation, or give "

@@ -13,18 +13,23 @@ from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
 
 from flm_jax.errors import UserError
+from flm_jax.runtime import regular
 
 _BOM = b"\xef\xbb\xbf"
 # Deeper values would be read or not depending on how deep the calls are that read them.
 _DEEPEST = 200
+_STRICT_DEPTH = 120
+_LONGEST_ROW = 256 << 20  # bytes
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
-def parse(text: str | bytes) -> Any:
+def parse(text: str | bytes, strict: bool = False) -> Any:
     """Parses one JSON value.
 
     Args:
       text: the value; bytes are UTF-8, with or without a byte order mark.
+      strict: refuse what only some readers of JSON accept: a byte order mark, a key that an object
+        has twice, NaN and infinity, and more than `_STRICT_DEPTH` levels.
 
     Raises:
       ValueError: it is not JSON, not UTF-8, nested too deeply, or holds half of a surrogate pair,
@@ -34,11 +39,15 @@ def parse(text: str | bytes) -> Any:
     {'a': ['one', 2]}
     """
     data = check_text(text).encode("utf-8") if isinstance(text, str) else text
+    deepest = _STRICT_DEPTH if strict else _DEEPEST
     try:
-        value = json.loads(data.removeprefix(_BOM).decode("utf-8"))
+        if strict:
+            value = _STRICT.decode(data.decode("utf-8"))
+        else:
+            value = json.loads(data.removeprefix(_BOM).decode("utf-8"))
         if _SURROGATE.search(data):
             check_text(json.dumps(value, ensure_ascii=False))
-        if data.count(b"[") + data.count(b"{") > _DEEPEST and _too_deep(value):
+        if data.count(b"[") + data.count(b"{") > deepest and _too_deep(value, deepest):
             raise RecursionError
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
@@ -49,10 +58,24 @@ def parse(text: str | bytes) -> Any:
     return value
 
 
-def _too_deep(value: Any) -> bool:
-    """Whether lists and objects are nested in each other more than _DEEPEST times."""
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("an object has a key twice")
+    return values
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+_STRICT = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
+
+
+def _too_deep(value: Any, deepest: int) -> bool:
+    """Whether lists and objects are nested in each other more than `deepest` times."""
     level = [value]
-    for _ in range(_DEEPEST + 1):
+    for _ in range(deepest + 1):
         nested = [v for v in level if isinstance(v, dict | list)]
         if not nested:
             return False
@@ -78,6 +101,27 @@ def check_text(text: str) -> str:
     return text
 
 
+def read_object(path: pathlib.Path, advice: str = "fetch it again") -> dict[str, Any]:
+    """Reads a file with one JSON object.
+
+    Args:
+      path: the file.
+      advice: what to do about a file that has none, for the error.
+
+    Raises:
+      UserError: the file cannot be read, or has something else in it; names the file.
+    """
+    try:
+        value = parse(regular.read(path))
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); {advice}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: no JSON object; {advice}")
+    return value
+
+
 def rows(path: pathlib.Path, advice: str) -> Iterator[tuple[int, Any]]:
     """Reads a JSONL file: one value per line. Only a line feed ends a line.
 
@@ -91,7 +135,7 @@ def rows(path: pathlib.Path, advice: str) -> Iterator[tuple[int, Any]]:
     Raises:
       UserError: a line is not JSON; the error names file and line.
     """
-    with path.open("rb") as file:
+    with regular.opened(path) as file:
         for number, line in lines(file):
             try:
                 value = parse(line)
@@ -106,8 +150,16 @@ def rows(path: pathlib.Path, advice: str) -> Iterator[tuple[int, Any]]:
 
 
 def lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """Reads the lines that are not empty, with their numbers from 1, without white space around."""
-    for number, line in enumerate(file, start=1):
+    """Reads the lines that are not empty, with their numbers from 1, without white space around.
+
+    Raises UserError for a line that is too long to be a row.
+    """
+    for number, line in enumerate(iter(lambda: file.readline(_LONGEST_ROW + 1), b""), start=1):
+        if len(line) > _LONGEST_ROW:
+            raise UserError(
+                f"line {number} has more than {_LONGEST_ROW:,} bytes, the most of a row; give rows "
+                "of JSON, one per line"
+            )
         text = (line.removeprefix(_BOM) if number == 1 else line).strip()
         if text:
             yield number, text

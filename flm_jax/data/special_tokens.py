@@ -11,7 +11,6 @@ import pathlib
 from typing import Any
 
 from flm_jax.data import json_text
-from flm_jax.errors import UserError
 
 # Usual names of the end-of-sequence token, for a tokenizer without a file that names it.
 USUAL_ENDS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eos|>", "<|im_end|>")
@@ -94,10 +93,4 @@ def _names(files: list[dict[str, Any]], key: str) -> tuple[str, ...]:
 
 def object_in(file: pathlib.Path) -> dict[str, Any]:
     """Reads a file with one JSON object; {} if there is no file. Raises UserError if damaged."""
-    if not file.is_file():
-        return {}
-    try:
-        values = json_text.parse(file.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{file} is not JSON: {error}; restore it") from error
-    return values if isinstance(values, dict) else {}
+    return json_text.read_object(file, "restore it") if file.exists() else {}

@@ -20,6 +20,7 @@ import numpy as np
 
 from flm_jax.data import json_text, special_tokens
 from flm_jax.errors import UserError
+from flm_jax.runtime import paths, regular
 
 # SentencePiece's character for a space.
 SPACE = "\u2581"
@@ -137,7 +138,7 @@ def open_tokenizer(vocabulary: str) -> Tokenizer:
     """
     if vocabulary == "bytes":
         return _bytes()
-    path = pathlib.Path(vocabulary).expanduser()
+    path = paths.fetched(paths.of(vocabulary, "DataConfig.vocabulary"))
     where = f"DataConfig.vocabulary is {vocabulary!r}"
     if path.is_dir():
         files = [path / name for name in ("tokenizer.json", "tokenizer.model")]
@@ -189,7 +190,7 @@ def _sentencepiece(path: pathlib.Path, where: str) -> Tokenizer:
     """Opens a SentencePiece model."""
     import sentencepiece
 
-    data = path.read_bytes()
+    data = regular.read(path)
     model = sentencepiece.SentencePieceProcessor()
     try:
         model.load_from_serialized_proto(data)
@@ -285,7 +286,7 @@ def _hugging_face(path: pathlib.Path, where: str) -> Tokenizer:
     """Opens a tokenizer.json."""
     import tokenizers
 
-    data = path.read_bytes()
+    data = regular.read(path)
     try:
         fields = json_text.parse(data)
         model = tokenizers.Tokenizer.from_buffer(data)

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from flm_jax import mapping
 from flm_jax.config import BLOCK_FIELDS, MOMENTS, RATES, TransformerConfig
+from flm_jax.data import json_text
 from flm_jax.errors import UserError
 from flm_jax.growth import locks, operators
 from flm_jax.growth.expansion import NEW, Expansion
@@ -229,13 +230,33 @@ class Plan:
         Raises:
           UserError: the text has another version of the format, or is not a plan.
         """
-        data = json.loads(text)
+        try:
+            data = json_text.parse(text)
+        except ValueError as error:
+            raise UserError(f"plan: not JSON ({error}); restore plan.json") from None
+        if not isinstance(data, dict):
+            raise UserError("plan: no JSON object; restore plan.json")
         if (version := data.pop("version", None)) != VERSION:
             raise UserError(
                 f"plan: version {version}, but this code reads version {VERSION}; use the version "
                 "of flm_jax that wrote it"
             )
-        return mapping.from_mapping(cls, data, "plan")
+        made = mapping.from_mapping(cls, data, "plan")
+        _check_models(made.source, made.target)
+        grown = dict(made.small.sizes)
+        for e in made.expansions:
+            if grown.get(e.axis) != e.source:
+                raise UserError(
+                    f"plan: it grows axis {e.axis!r} from {e.source}, and the source has "
+                    f"{grown.get(e.axis)}; restore plan.json"
+                )
+            grown[e.axis] = e.target
+        if grown != made.big.sizes:
+            raise UserError(
+                f"plan: its expansions lead to {grown}, and its target is {made.big.sizes}; "
+                "restore plan.json"
+            )
+        return made
 
     def digest(self) -> str:
         """SHA-256 of the JSON text."""

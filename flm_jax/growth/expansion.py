@@ -36,6 +36,7 @@ from flm_jax.params.trees import Window, along, slots_in
 
 NEW = -1
 _FEW_RUNS = 8
+_MOST_SLOTS = 1 << 24  # of an axis; each takes some 30 bytes in memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +47,13 @@ class Run:
     length: int
     weight: float = 1.0  # alpha of copies
     ahead: bool = False  # copies are written as in the next layer (bert2BERT's AKI)
+
+    def __post_init__(self) -> None:
+        if self.start < NEW or not 0 < self.length <= _MOST_SLOTS:
+            raise UserError(
+                f"growth: {self.length} slots from {self.start} on; a run has 1 to {_MOST_SLOTS} "
+                f"slots, and starts at a slot, or at {NEW} for new ones"
+            )
 
 
 class DenseMap(NamedTuple):
@@ -124,6 +132,12 @@ class Expansion:
     learned: Learned | None = None
 
     def __post_init__(self) -> None:
+        for name, size in (("source", self.source), ("target", self.target)):
+            if not 0 <= size <= _MOST_SLOTS or not self.runs:
+                raise UserError(
+                    f"growth of axis {self.axis!r}: its {name} has {size} slots; growth is for 0 "
+                    f"to {_MOST_SLOTS}"
+                )
         kept = np.unique(self.index[self.index != NEW])
         if not np.array_equal(kept, np.arange(self.source)):
             raise UserError(

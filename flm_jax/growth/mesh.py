@@ -77,6 +77,12 @@ def growth_program(
     return jax.jit(grown, out_shardings=placed, donate_argnums=0)
 
 
+def in_order_of(target: Mesh, mesh: Mesh) -> Mesh:
+    """A mesh of the shape of `mesh`, with the devices in the order of `target`."""
+    devices = target.devices.reshape(mesh.devices.shape)
+    return Mesh(devices, mesh.axis_names, mesh.axis_types)
+
+
 def grow_on_mesh(
     state: TrainState, plan: Plan, key: jax.Array, source: Layout, target: Layout
 ) -> TrainState:
@@ -97,9 +103,7 @@ def grow_on_mesh(
     """
     moments.check(state, plan)
     mesh, rules = source
-    same_order = Mesh(
-        target.mesh.devices.reshape(mesh.devices.shape), mesh.axis_names, mesh.axis_types
-    )
+    same_order = in_order_of(target.mesh, mesh)
     if same_order != mesh:
         with jax.set_mesh(same_order):
             placed = sharding.shardings(state, plan.table, same_order, rules)

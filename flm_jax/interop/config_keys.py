@@ -3,26 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import pathlib
+import sys
 from collections.abc import Mapping
 from typing import Any
 
-from flm_jax.data import json_text
 from flm_jax.errors import UserError
-
-
-def read_object(file: pathlib.Path) -> dict[str, Any]:
-    """Reads a file with one JSON object. Raises UserError, naming the file, if it has none."""
-    try:
-        values = json_text.parse(file.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{file}: not JSON ({error}); fetch it again") from None
-    except OSError as error:
-        raise UserError(f"{file}: {error.strerror}; fetch it again") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{file}: no JSON object; fetch it again")
-    return values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +37,7 @@ class Keys:
         value = self.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self._wrong(key, "a number")
-        if not math.isfinite(value):
+        if not abs(value) <= sys.float_info.max:  # NaN, or an integer that is too large
             raise self._wrong(key, "a finite number")
         return float(value)
 
@@ -66,8 +51,8 @@ class Keys:
     def size(self, key: str, default: int | None = None) -> int:
         """An integer above 0."""
         value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self._wrong(key, "an integer above 0")
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
+            raise self._wrong(key, "an integer above 0 and below 2^31")
         return value
 
     def flag(self, key: str, default: bool = False) -> bool:

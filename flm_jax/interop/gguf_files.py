@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from flm_jax.errors import UserError
+from flm_jax.runtime import paths
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _ROPE_BY_PAIRS = ("llama",)  # architectures whose queries and keys are reordered
@@ -70,6 +71,7 @@ class GgufFile:
           UserError: the library is missing, the file is damaged, or its architecture is not one of
             `ARCHITECTURES`.
         """
+        paths.check_local(path, "GGUF files")
         try:
             import gguf
         except ImportError:
@@ -123,6 +125,11 @@ class GgufFile:
         for part, heads in (("q_proj", "head_count"), ("k_proj", "head_count_kv")):
             if f".{part}." in name and self.architecture in _ROPE_BY_PAIRS:
                 rows = np.arange(self.shapes[name][0])
+                if rows.size % (2 * self.number(f"attention.{heads}")):
+                    raise UserError(
+                        f"{self.path}: {name} has {rows.size} rows, which are not pairs in "
+                        f"{self.number(f'attention.{heads}')} heads; fetch the file again"
+                    )
                 # Pair i of a head is in rows 2 i and 2 i + 1 there, and in i and i + H / 2 here.
                 return rows.reshape(self.number(f"attention.{heads}"), -1, 2).swapaxes(1, 2).ravel()
         return None
@@ -130,12 +137,19 @@ class GgufFile:
     def number(self, key: str) -> int:
         """An integer of the architecture's metadata. Raises UserError if it is missing."""
         value = self.fields.get(f"{self.architecture}.{key}")
-        if not isinstance(value, int):
+        if type(value) is not int or not 0 < value < 2**31:
             raise UserError(
-                f"{self.path}: {self.architecture}.{key} is {value!r}; it must be a whole number: "
-                "fetch the file again"
+                f"{self.path}: {self.architecture}.{key} is {value!r}; it must be a whole number "
+                "above 0: fetch the file again"
             )
         return value
+
+    def texts(self, key: str) -> list[str]:
+        """A list of texts in the metadata. Raises UserError if it is something else."""
+        values = self.fields.get(key)
+        if not isinstance(values, list) or not all(isinstance(text, str) for text in values):
+            raise UserError(f"{self.path}: {key} is no list of texts; fetch the file again")
+        return values
 
     @functools.cached_property
     def values(self) -> dict[str, Any]:
@@ -175,14 +189,17 @@ _SPLITS_DIGITS = {"smollm": True, "gpt-2": False, "default": False}
 def tokenizer_of(file: GgufFile) -> Any:
     """The file's byte-level BPE, by the library `tokenizers`; None for other kinds."""
     kind, split = (file.fields.get(f"tokenizer.ggml.{key}", "") for key in ("model", "pre"))
-    if kind != "gpt2" or split not in _SPLITS_DIGITS:
+    if kind != "gpt2" or not isinstance(split, str) or split not in _SPLITS_DIGITS:
         return None
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
 
-    tokens = file.fields["tokenizer.ggml.tokens"]
-    merges = [tuple(merge.split(" ", 1)) for merge in file.fields["tokenizer.ggml.merges"]]
-    made = tokenizers.Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, merges))
+    tokens, texts = file.texts("tokenizer.ggml.tokens"), file.texts("tokenizer.ggml.merges")
+    merges = [text.partition(" ")[::2] for text in texts]
+    try:
+        made = tokenizers.Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, merges))
+    except Exception as error:  # the library raises no narrower type
+        raise UserError(f"{file.path}: no tokenizer ({error}); fetch the file again") from error
     by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.pre_tokenizer = by_bytes
     if _SPLITS_DIGITS[split]:
@@ -191,19 +208,21 @@ def tokenizer_of(file: GgufFile) -> Any:
         )
     made.decoder = decoders.ByteLevel()
     control = 3  # llama.cpp's type of special tokens
-    kinds = file.fields.get("tokenizer.ggml.token_type", [])
+    kinds = file.fields.get("tokenizer.ggml.token_type")
+    kinds = kinds if isinstance(kinds, list) else []
     made.add_special_tokens([t for t, k in zip(tokens, kinds, strict=False) if k == control])
     return made
 
 
 def tokenizer_config(file: GgufFile) -> dict[str, Any]:
     """The keys of tokenizer_config.json: special tokens and chat template."""
-    tokens = file.fields.get("tokenizer.ggml.tokens", [])
+    tokens = file.texts("tokenizer.ggml.tokens")
     values: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
         token = file.fields.get(f"tokenizer.ggml.{theirs}_token_id")
-        if isinstance(token, int) and token < len(tokens):
+        if isinstance(token, int) and 0 <= token < len(tokens):
             values[f"{ours}_token"] = tokens[token]
-    if template := file.fields.get("tokenizer.chat_template"):
+    template = file.fields.get("tokenizer.chat_template")
+    if isinstance(template, str) and template:
         values["chat_template"] = template
     return values

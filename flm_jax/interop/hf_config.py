@@ -14,9 +14,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from flm_jax.config import TransformerConfig
+from flm_jax.data import json_text
 from flm_jax.errors import UserError
 from flm_jax.interop import rope_keys
-from flm_jax.interop.config_keys import Keys, read_object
+from flm_jax.interop.config_keys import Keys
 from flm_jax.interop.families import FAMILIES, Family, families_with, family_of
 from flm_jax.params import axes
 from flm_jax.params.axes import Role
@@ -73,7 +74,7 @@ def read(folder: pathlib.Path) -> Described:
     path = folder / "config.json"
     if not path.exists():
         raise UserError(f"{path}: missing; give a folder with a Hugging Face model")
-    return described(read_object(path), path)
+    return described(json_text.read_object(path), path)
 
 
 def described(values: dict[str, Any], path: pathlib.Path) -> Described:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 import os
 import pathlib
@@ -30,6 +29,7 @@ from flm_jax.interop.tokenizer_files import GgufVocabulary, Vocabulary
 from flm_jax.interop.weights import Checkpoint, HuggingFace, Weights, folded, place
 from flm_jax.params import axes, sharding
 from flm_jax.params.sharding import Layout
+from flm_jax.runtime import paths, regular
 from flm_jax.store.checkpoint import Checkpoints
 from flm_jax.store.chunked import CheckpointReader
 from flm_jax.store.lineage import RunFolder, StageFolder
@@ -196,7 +196,7 @@ def open_state(path: str, stage: str = "") -> OpenedState:
     folder = RunFolder(path)
     entry = folder.finished_stage(stage)
     stage_folder = folder.stage(entry["index"], entry["name"])
-    if "sft" in json.loads(stage_folder.config.read_text()):
+    if "sft" in stage_folder.saved():
         raise UserError(
             f"{path}: stage {entry['name']} was trained on conversations and has no position in a "
             "text; give a run that ends with a stage trained on text"
@@ -204,7 +204,7 @@ def open_state(path: str, stage: str = "") -> OpenedState:
     config = stage_folder.experiment()
     tx = optim.optimizer(config.stages[0], config.optimizer, schedules.steady)
     like = abstract_state(config.stages[0].model, tx, Layout(sharding.one_device()))
-    checkpoint = pathlib.Path(folder.path / entry["checkpoint"])
+    checkpoint = folder.path / entry["checkpoint"]
     checkpoints = Checkpoints(checkpoint.parent, keep=None)
     try:
         state, progress = checkpoints.restore(int(checkpoint.name), like)
@@ -258,7 +258,8 @@ def open_stored_model(path: str, stage: str = "", step: int | None = None) -> St
     """
     if not isinstance(path, str | os.PathLike):
         raise UserError(f"path is {path!r} of type {type(path).__name__}; give a folder's path")
-    folder = pathlib.Path(path).expanduser()
+    folder = paths.of(path)
+    paths.check_bucket(folder)
     run = RunFolder(folder)
     if run.lineage.exists():
         entry = run.finished_stage(stage)
@@ -294,7 +295,7 @@ def open_huggingface(folder: pathlib.Path) -> StoredModel:
             notes = [*notes, f"quantised tensors are read as float32: {kinds}"]
     return StoredModel(
         path=folder,
-        name=folder.resolve().name,
+        name=folder.name if paths.remote(folder) else folder.resolve().name,
         weights=files,
         vocabulary=vocabulary,
         config=None,
@@ -312,7 +313,7 @@ def _is_huggingface(folder: pathlib.Path) -> bool:
     if not file.is_file():
         return False
     try:
-        values = json_text.parse(file.read_bytes())
+        values = json_text.parse(regular.read(file))
     except ValueError:
         return True  # `open_huggingface` reports the error
     return not (isinstance(values, dict) and "stage" in values)
@@ -327,7 +328,7 @@ def _checkpoint(path: pathlib.Path) -> StoredModel:
     weights: Weights = Checkpoint(reader, stage.model)
     masks = _mask(folder, stage, int(path.name))
     if masks is not None:
-        plan = Plan.from_json(folder.plan.read_text())
+        plan = Plan.from_json(folder.plan_text())
         weights = folded(weights, masks_of(plan, masks))
     leaves = [reader.leaves[f"params/{leaf}"] for leaf in axes.table(stage.model)]
     return StoredModel(
@@ -346,6 +347,6 @@ def _checkpoint(path: pathlib.Path) -> StoredModel:
 
 def _mask(folder: StageFolder, stage: StageConfig, step: int) -> float | None:
     """Returns the masks' value after that step; None if there are none, or if they are at 1."""
-    if not folder.plan.exists() or not Plan.from_json(folder.plan.read_text()).masked:
+    if not folder.plan.exists() or not Plan.from_json(folder.plan_text()).masked:
         return None
     return stage.growth.mask_at(step - folder.start())

@@ -12,8 +12,10 @@ tensor. The tests compare the files of both.
 from __future__ import annotations
 
 import collections
+import itertools
 import json
 import math
+import operator
 import os
 import pathlib
 import re
@@ -26,6 +28,7 @@ import numpy as np
 
 from flm_jax.data import json_text
 from flm_jax.errors import UserError
+from flm_jax.runtime import paths, regular
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -33,9 +36,16 @@ DTYPES: dict[str, np.dtype] = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+# Bits of a value of every dtype that the format has.
+_BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64), **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16), "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 8),
+}  # fmt: skip
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 WEIGHTS, BIN = "model.safetensors", "pytorch_model.bin"
 _LONGEST_HEADER = 100 << 20  # bytes; the same limit as in the safetensors library
+_MOST_AXES = 32
 _BUFFER = r"(^|\.)(rotary_\w*\.\w*(inv_freq|cos_cached|sin_cached)|position_ids)$"
 _TORCH_NAMES = {"torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16",
                 "torch.bfloat16": "BF16"}  # fmt: skip
@@ -81,17 +91,7 @@ class SafetensorsFile:
         header, data = self._header()
         extents: list[tuple[int, int, str]] = []
         for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            try:
-                code, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
-                whole = isinstance(code, str) and all(
-                    type(x) is int and x >= 0 for x in (*shape, start, stop)
-                )
-            except (KeyError, TypeError, ValueError):
-                whole = False
-            if not whole:
-                raise self._torn(f"its header has {entry!r} for {name}")
+            code, shape, start, stop = self._entry(name, entry)
             extents.append((start, stop, name))
             if is_buffer(name):
                 continue
@@ -99,11 +99,31 @@ class SafetensorsFile:
                 raise UserError(
                     f"{path}: {name} has dtype {code}; convert it to one of {', '.join(DTYPES)}"
                 )
-            self.dtypes[name], self.shapes[name] = DTYPES[code], tuple(shape)
+            self.dtypes[name], self.shapes[name] = DTYPES[code], shape
             self._offsets[name] = data + start
-            if stop - start != math.prod(shape) * DTYPES[code].itemsize:
-                raise self._torn(f"{name} {list(shape)} has {stop - start} bytes of {code}")
         self._check_extents(extents, data)
+
+    def _entry(self, name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
+        """Reads a tensor's dtype, shape and place, by the rules of the safetensors library.
+
+        The library counts in 64 bits, and refuses a shape whose product overflows on the way.
+        """
+        try:
+            code, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+            whole = isinstance(shape, list) and all(
+                type(x) is int and 0 <= x < 2**64 for x in (*shape, start, stop)
+            )
+            bits = _BITS[code]
+        except (KeyError, TypeError, ValueError):
+            whole = False
+        if not whole:
+            raise self._torn(f"its header has {entry!r} for {name}")
+        if len(shape) > _MOST_AXES:
+            raise self._torn(f"{name} has {len(shape)} axes")
+        counts = itertools.accumulate((bits, *shape), operator.mul)
+        if max(counts) >= 2**64 or math.prod(shape) * bits != (stop - start) * 8:
+            raise self._torn(f"{name} {shape} has {stop - start} bytes of {code}")
+        return code, tuple(shape), start, stop
 
     def _check_extents(self, extents: list[tuple[int, int, str]], data: int) -> None:
         """Checks that the tensors fill the file, each once; `data` is the offset of the first."""
@@ -123,18 +143,24 @@ class SafetensorsFile:
 
     def _header(self) -> tuple[Any, int]:
         """Reads the header; returns it and the offset of the data in bytes."""
-        self._size = self.path.stat().st_size
-        with open(self.path, "rb") as file:
+        with regular.opened(self.path) as file:
+            self._size = paths.size(self.path)
             start = file.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
             if not 2 <= length <= min(self._size - 8, _LONGEST_HEADER):
                 raise self._torn(f"{self._size:,} bytes, header of {length:,}")
             try:
-                header = json_text.parse(file.read(length))
-            except ValueError:
-                raise self._torn("its header is not JSON") from None
-        if not isinstance(header, dict):
+                text = file.read(length)
+                header = json_text.parse(text, strict=True)
+            except ValueError as error:
+                raise self._torn(f"its header is not JSON ({error})") from None
+        if not isinstance(header, dict) or not text.startswith(b"{"):
             raise self._torn("its header is no JSON object")
+        more = header.pop("__metadata__", None)
+        if not isinstance(more, dict | None) or any(
+            type(x) is not str for x in (more or {}).values()
+        ):
+            raise self._torn("__metadata__ in its header is no object of texts")
         return header, 8 + length
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
@@ -142,7 +168,7 @@ class SafetensorsFile:
         row = math.prod(shape[1:])
         rows = np.empty((stop - start, *shape[1:]), dtype)
         view = rows.reshape(-1).view(np.uint8).data
-        with open(self.path, "rb", buffering=0) as file:
+        with paths.unbuffered(self.path) as file:
             file.seek(self._offsets[name] + start * row * dtype.itemsize)
             while view:
                 read = file.readinto(view)
@@ -161,6 +187,7 @@ class BinFile:
         Raises:
           UserError: torch is not installed, or the file is damaged or holds other objects.
         """
+        paths.check_local(path, ".bin files")
         try:
             import torch
         except ImportError:
@@ -169,15 +196,20 @@ class BinFile:
                 "flm_jax[hf], or convert the file to safetensors"
             ) from None
         self.path = path
+        regular.opened(path).close()  # torch would wait for a pipe
         try:
             self._tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         except Exception as error:  # torch raises many types
-            reason = str(error).strip().splitlines()[0]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(
                 f"{path}: torch's loader for weights alone refuses it ({reason}); fetch the file "
                 "again, or convert it to safetensors"
             ) from error
         self.shapes, self.dtypes = {}, {}
+        if not isinstance(self._tensors, dict) or not all(
+            isinstance(n, str) for n in self._tensors
+        ):
+            raise UserError(f"{path}: no tensors by name; fetch the file again")
         for name, tensor in self._tensors.items():
             if is_buffer(name):
                 continue
@@ -227,10 +259,19 @@ class Tensors:
 
     def _read_index(self, index: pathlib.Path, kind: type[SafetensorsFile] | type[BinFile]) -> None:
         try:
-            file_of = json_text.parse(index.read_bytes())["weight_map"]
-            names = {name: pathlib.PurePath(file).name for name, file in file_of.items()}
-        except (ValueError, KeyError, AttributeError, TypeError):
+            names = dict(json_text.read_object(index)["weight_map"].items())
+        except (KeyError, AttributeError):
             raise UserError(f"{index}: no JSON object with a weight_map; fetch it again") from None
+        for name, file in names.items():
+            if (
+                not isinstance(file, str)
+                or file in ("", "..")
+                or file != pathlib.PurePath(file).name
+            ):
+                raise UserError(
+                    f"{index}: {name} is in {file!r}, which is no file of this folder; fetch it "
+                    "again"
+                )
         by_file = collections.defaultdict(set)
         for name, file in names.items():
             if not is_buffer(name):

@@ -13,9 +13,9 @@ from flm_jax.data import json_text
 from flm_jax.data.chat_template import TemplateConfig, as_jinja
 from flm_jax.data.tokenizer import BYTES_SPECIAL, byte_alphabet, open_tokenizer
 from flm_jax.errors import UserError
-from flm_jax.interop.config_keys import read_object
 from flm_jax.interop.gguf_files import GgufFile, tokenizer_config, tokenizer_of
 from flm_jax.interop.hf_config import SPECIAL_IDS
+from flm_jax.runtime import paths, regular
 
 # Files that define how text becomes tokens, chat templates included.
 _TOKENIZER = ("tokenizer*", "tokenization_*.py", "special_tokens_map.json", "added_tokens.json",
@@ -40,7 +40,7 @@ class Vocabulary:
 
     def __init__(self, path: str):
         self.path = path
-        self._folder = pathlib.Path(path) if path and path != BYTES else None
+        self._folder = paths.fetched(paths.of(path)) if path and path != BYTES else None
         if self._folder and self._folder.name in ("tokenizer.json", "tokenizer.model"):
             self._folder = self._folder.parent
 
@@ -58,7 +58,7 @@ class Vocabulary:
         elif (file := self._folder / "tokenizer.model").exists():
             ids.append(_sentencepiece(file).vocab_size() - 1)
         if (file := self._folder / "added_tokens.json").exists():
-            ids += read_object(file).values()
+            ids += _added_ids(file)
         return max(ids) + 1 or None
 
     def special_tokens(self) -> dict[str, Any]:
@@ -75,12 +75,14 @@ class Vocabulary:
     def values(self) -> dict[str, Any]:
         """Returns the values of the config.json beside the files; {} if there is none."""
         file = (self._folder or pathlib.Path()) / "config.json"
-        return read_object(file) if self._folder and file.is_file() else {}
+        return json_text.read_object(file) if self._folder and file.is_file() else {}
 
     def readme(self) -> str:
         """Returns the README.md beside the files; "" if there is none."""
         file = (self._folder or pathlib.Path()) / "README.md"
-        return file.read_text("utf-8", "replace") if self._folder and file.is_file() else ""
+        return (
+            regular.read(file).decode("utf-8", "replace") if self._folder and file.is_file() else ""
+        )
 
     def copy(self, target: pathlib.Path, code: bool = False) -> None:
         """Copies the files into a folder; with `code`, also the model's own Python files."""
@@ -90,14 +92,15 @@ class Vocabulary:
         if self._folder is None:
             return
         if self._folder.is_file():
-            shutil.copyfile(self._folder, target / "tokenizer.model")
+            _copy(self._folder, target / "tokenizer.model")
         else:
             patterns = (*_TOKENIZER, *_TERMS, _GENERATION, *(_MODEL_CODE if code else ()))
             for file in self._folder.iterdir():
                 if file.is_file() and any(fnmatch.fnmatch(file.name.lower(), p) for p in patterns):
-                    shutil.copyfile(file, target / file.name)
-            if (self._folder / _TEMPLATES).is_dir():
-                shutil.copytree(self._folder / _TEMPLATES, target / _TEMPLATES)
+                    _copy(file, target / file.name)
+            for file in (self._folder / _TEMPLATES).glob("*.jinja"):
+                (target / _TEMPLATES).mkdir(exist_ok=True)
+                _copy(file, target / _TEMPLATES / file.name)
         if not any((target / name).exists() for name in ("tokenizer.json", _CONFIG)):
             _name_special_tokens(target)
 
@@ -130,7 +133,7 @@ def write_chat_template(folder: pathlib.Path, text: str) -> None:
         other.unlink()
     shutil.rmtree(folder / _TEMPLATES, ignore_errors=True)
     file = folder / _CONFIG
-    _write(file, {**(read_object(file) if file.exists() else {}), "chat_template": text})
+    _write(file, {**(json_text.read_object(file) if file.exists() else {}), "chat_template": text})
 
 
 class GgufVocabulary(Vocabulary):
@@ -181,7 +184,7 @@ def write_config(folder: pathlib.Path, values: Mapping[str, Any]) -> list[str]:
     rows, file = values["vocab_size"], folder / _GENERATION
     values, notes = _within(values, rows, "config.json")
     _write(folder / "config.json", values)
-    generation = read_object(file) if file.exists() else {}
+    generation = json_text.read_object(file) if file.exists() else {}
     generation, more = _within(generation, rows, _GENERATION)
     generation.pop("transformers_version", None)
     for key in SPECIAL_IDS:
@@ -253,13 +256,27 @@ def _name_special_tokens(folder: pathlib.Path) -> None:
     _write(folder / _CONFIG, {"add_bos_token": True, **names})
 
 
+def _copy(source: pathlib.Path, target: pathlib.Path) -> None:
+    """Copies a file. As in a cache of Hugging Face's, it may be a link to another place."""
+    target.write_bytes(regular.read(source))
+
+
+def _added_ids(file: pathlib.Path) -> list[int]:
+    """The ids in added_tokens.json. Raises UserError if a token's id is none."""
+    ids = json_text.read_object(file)
+    for name, token in ids.items():
+        if type(token) is not int or not 0 <= token < 2**31:
+            raise UserError(f"{file}: {name!r} has id {token!r}; it must be an integer from 0 on")
+    return list(ids.values())
+
+
 def _sentencepiece(file: pathlib.Path) -> Any:
     import sentencepiece
 
     model = sentencepiece.SentencePieceProcessor()
     try:
-        model.Load(str(file))
-    except (OSError, RuntimeError) as error:
+        model.LoadFromSerializedProto(regular.read(file))
+    except RuntimeError as error:
         raise UserError(f"{file}: no SentencePiece model ({error}); fetch it again") from None
     return model
 
@@ -268,6 +285,8 @@ def _tokenizer_json(file: pathlib.Path) -> Any:
     import tokenizers
 
     try:
-        return tokenizers.Tokenizer.from_file(str(file))
+        return tokenizers.Tokenizer.from_buffer(regular.read(file))
+    except UserError:
+        raise
     except Exception as error:  # the library raises no narrower type
         raise UserError(f"{file}: no tokenizer ({error}); fetch it again") from None

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -29,9 +28,11 @@ from flm_jax.interop.stage_source import resolved
 from flm_jax.params import counts
 from flm_jax.params.digest import params_digest
 from flm_jax.params.sharding import Layout
-from flm_jax.runtime import processes
+from flm_jax.runs.timing import StageTime
+from flm_jax.runtime import processes, xla_flags
 from flm_jax.store.checkpoint import Checkpoints
 from flm_jax.store.lineage import RunFolder, StageFolder
+from flm_jax.train import optim, schedules
 from flm_jax.train.schedules import Schedule
 from flm_jax.train.train_step import MasksAt, TrainState, abstract_state
 from flm_jax.train.trained import AddedSlots
@@ -130,6 +131,11 @@ class Stage:
     def end(self) -> int:
         """The global step at which it ends."""
         return self.start + self.config.steps
+
+    def saves_at(self, step: int) -> bool:
+        """Whether a checkpoint is due at a global step by the number of steps."""
+        every = self.experiment.checkpoint.every_steps
+        return every > 0 and (step - self.start) % every == 0
 
     def folder(self, run: RunFolder) -> StageFolder:
         """Returns the stage's folder in a run."""
@@ -237,11 +243,24 @@ def plan_of(
     )
 
 
+def optimizer_of(
+    config: ExperimentConfig, index: int
+) -> tuple[optax.GradientTransformation, Schedule]:
+    """The optimizer and the schedule of the chain's stage at `index`."""
+    stage = config.stages[index]
+    schedule = schedules.schedule_shape(config.schedule, config.total_steps)
+    if index == 0:
+        return optim.optimizer(stage, config.optimizer, schedule), schedule
+    start, g = sum(before.steps for before in config.stages[:index]), stage.growth
+    schedule = schedules.rewarmed(schedule, start, g.rewarmup_steps, g.rewarmup_ratio)
+    return optim.optimizer(stage, config.optimizer, schedule, start), schedule
+
+
 def read_plan(stage: Stage, folder: StageFolder) -> growth.Plan | None:
     """Reads the plan of a stage's growth; None if the stage has no parent."""
     if stage.parent is None:
         return None
-    return growth.Plan.from_json(processes.once(folder.plan.read_text))
+    return growth.Plan.from_json(processes.once(folder.plan_text))
 
 
 def read_added(stage: Stage, folder: StageFolder) -> AddedSlots | None:
@@ -364,7 +383,7 @@ def _complete_receipt(
     stage: Stage, parent: Parent, folder: StageFolder, checkpoints: Checkpoints
 ) -> None:
     """Completes the receipt of a growth on disk (`grow_on_disk.py`), or of an interrupted one."""
-    if measured(processes.once(lambda: json.loads(folder.receipt.read_text()))):
+    if measured(processes.once(folder.saved_receipt)):
         return
     # The parent's state is gone before the grown one is read.
     batch, old = _measure_parent(stage, parent, stage.source())
@@ -378,7 +397,13 @@ def _floats(distances: jax.Array) -> tuple[float, ...]:
     return tuple(float(d) for d in np.asarray(distances))
 
 
-def finish(stage: Stage, position: Position, folder: StageFolder, checkpoints: Checkpoints) -> None:
+def finish(
+    stage: Stage,
+    position: Position,
+    folder: StageFolder,
+    checkpoints: Checkpoints,
+    timing: StageTime,
+) -> None:
     """Writes the stage's entry in lineage.json.
 
     Args:
@@ -386,6 +411,7 @@ def finish(stage: Stage, position: Position, folder: StageFolder, checkpoints: C
       position: the stage's final position.
       folder: the stage's folder.
       checkpoints: the stage's checkpoints; the entry names the best one.
+      timing: accounts for the time.
     """
     wall_s = position.wall_s
     step = checkpoints.best
@@ -404,7 +430,8 @@ def finish(stage: Stage, position: Position, folder: StageFolder, checkpoints: C
         params_digest=digest,
         checkpoint=str(path),
     )
-    processes.once(lambda: folder.run.add_stage(entry()))
+    timing.write(stage.end)
+    processes.once(lambda: folder.run.add_stage(entry() | {"goodput": timing.result()}))
 
 
 def _entry(
@@ -419,7 +446,7 @@ def _entry(
         "index": stage.index,
         "name": stage.name,
         "parent": stage.parent.name if stage.parent else None,
-        "config_digest": mapping.digest(json.loads(folder.config.read_text())),
+        "config_digest": mapping.digest(folder.saved()),
         "plan_digest": plan.digest() if plan else None,
         "params": counts.params(model),
         "tokens": tokens,
@@ -431,8 +458,9 @@ def _entry(
             if name not in ("kind", "step", "mask")
             for when, row in ends.items()
         },
-        "receipt": json.loads(folder.receipt.read_text()) if stage.parent else None,
+        "receipt": folder.saved_receipt() if stage.parent else None,
         "data_fingerprint": stage.identity["data_fingerprint"],
         "gradient_reduction": model.gradient_dtype,
+        "xla_flags": xla_flags.record(),
         **more,
     }

@@ -48,7 +48,7 @@ def few_of_each(samples: Sequence[Sample], most: int) -> list[Sample]:
 
 
 def of_model(
-    model: OpenedModel, config: SftConfig, samples: list[Sample]
+    model: OpenedModel, config: SftConfig, samples: list[Sample], unsafe: bool = False
 ) -> dict[str, dict[str, float | None]]:
     """Scores a model on samples.
 
@@ -56,15 +56,17 @@ def of_model(
       model: an opened model, with its chat template.
       config: gives the longest answer.
       samples: what to score.
+      unsafe: as for `scoring.check_all`.
 
     Returns:
       category -> metric -> value, with intervals, as `scoring.flat` gives them.
     """
     chat = ChatModel(model, config.max_new_tokens)
-    return scoring.flat(scoring.summarise(scoring.score(samples, chat.losses, chat.answer)))
+    scored = scoring.score(samples, chat.losses, chat.answer, unsafe)
+    return scoring.flat(scoring.summarise(scored))
 
 
-def scores(config: SftConfig, workdir: str, tuned: Tuned) -> dict[str, Any]:
+def scores(config: SftConfig, workdir: str, tuned: Tuned, unsafe: bool = False) -> dict[str, Any]:
     """Scores the base and the fine-tuned model, unless that is done already.
 
     Finished scores are rows of the stage's scores.jsonl.
@@ -73,6 +75,7 @@ def scores(config: SftConfig, workdir: str, tuned: Tuned) -> dict[str, Any]:
       config: the fine-tuning's config.
       workdir: the run's folder.
       tuned: the fine-tuning's result.
+      unsafe: as for `scoring.check_all`.
 
     Returns:
       A JSON-able dict:
@@ -92,7 +95,9 @@ def scores(config: SftConfig, workdir: str, tuned: Tuned) -> dict[str, Any]:
             "samples": chats.fingerprint(samples),
             "max_new_tokens": config.max_new_tokens,
         }
-        row = trials.result(identity, lambda: {"scores": of_model(model(), config, samples)})
+        row = trials.result(
+            identity, lambda: {"scores": of_model(model(), config, samples, unsafe)}
+        )
         return dict(row["scores"])
 
     base = tuned.base.model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gzip
 import itertools
@@ -14,6 +15,7 @@ from typing import Any, BinaryIO, cast
 
 from flm_jax.data import json_text
 from flm_jax.errors import UserError
+from flm_jax.runtime import paths, regular
 
 _ENDINGS = ("*.jsonl", "*.jsonl.gz"), ("*.json", "*.json.gz")
 # The first bytes of files that are often given, and that hold no lines of JSON.
@@ -38,11 +40,13 @@ def files(given: str) -> list[pathlib.Path]:
     Raises:
       UserError: there is no such file.
     """
-    path = pathlib.Path(given).expanduser()
-    if path.is_file():
+    path = paths.of(given)
+    paths.check_bucket(path)
+    if path.exists() and not path.is_dir():
         return [path]
+    inside = sorted(paths.files(path)) if path.is_dir() else []
     for endings in _ENDINGS:
-        if found := sorted(file for ending in endings for file in path.rglob(ending)):
+        if found := [file for file in inside if any(map(file.match, endings))]:
             return found
     raise UserError(f"{given} is neither a file nor a folder with .jsonl files; give conversations")
 
@@ -68,7 +72,7 @@ def rows(path: pathlib.Path) -> Iterator[tuple[int, Callable[[], Any]]]:
             first = next(lines, None)
             if first is not None and first[1].startswith(b"["):
                 file.seek(0)
-                yield from _elements(path, file.read())
+                yield from _elements(path, regular.whole(file, path, regular.DATA_BYTES))
             elif first is not None:
                 for number, line in itertools.chain([first], lines):
                     yield number, functools.partial(_parse_line, line)
@@ -76,14 +80,19 @@ def rows(path: pathlib.Path) -> Iterator[tuple[int, Callable[[], Any]]]:
         raise UserError(f"{path}: {error}; fetch the file again, or remove it") from error
 
 
-def _opened(path: pathlib.Path) -> BinaryIO:
-    with path.open("rb") as file:
+@contextlib.contextmanager
+def _opened(path: pathlib.Path) -> Iterator[BinaryIO]:
+    with regular.opened(path) as file:
         start = file.read(5)
     for signature, kind in _OTHER_KINDS.items():
         if start.startswith(signature):
             raise UserError(f"{path} is {kind}; convert it to JSONL in UTF-8")
     compressed = start.startswith(b"\x1f\x8b")
-    return cast(BinaryIO, gzip.open(path)) if compressed else path.open("rb")
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(regular.opened(path))
+        if compressed:
+            file = cast(BinaryIO, stack.enter_context(gzip.open(file)))
+        yield file
 
 
 def _parse_line(line: bytes) -> Any:

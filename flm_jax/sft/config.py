@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import field
 
-from flm_jax.checks import require, require_choice, require_positive
+from flm_jax.checks import require, require_choice, require_positive, require_seed
 from flm_jax.config import CheckpointConfig, DataConfig, EvalConfig, MeshConfig, OptimizerConfig
 from flm_jax.data.chat_template import TemplateConfig
 from flm_jax.mapping import Checked, added
@@ -87,12 +87,13 @@ class SftConfig(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, "batch_size", "learning_rate", "matrix_learning_rate")
+        require_positive(self, "max_new_tokens")
+        require_seed(self)
         require(
             bool(self.paths or self.made),
             "SftConfig.paths is empty and made is 0; give conversations to train on",
         )
         require_choice(self, "overlong", OVERLONG)
-        require(self.bad_rows >= 0, f"SftConfig.bad_rows is {self.bad_rows}; it must be 0 or more")
         require(
             0 < self.held_out < 1,
             f"SftConfig.held_out is {self.held_out}; it must be between 0 and 1",

@@ -41,7 +41,7 @@ from flm_jax.params.sharding import Layout
 from flm_jax.runs import chain
 from flm_jax.runs.loop import run_stages
 from flm_jax.runs.stage import Batches, Parent, Position, Stage
-from flm_jax.runtime import host
+from flm_jax.runtime import host, paths, xla_flags
 from flm_jax.sft import chats, synthetic
 from flm_jax.sft.chats import BadRows, Sample
 from flm_jax.sft.config import SftConfig
@@ -403,6 +403,7 @@ def run(
       UserError: base, data, config or folder do not fit together; nothing is overwritten.
       RunStopped: SIGINT or SIGTERM stopped it; a checkpoint was written, and the same call resumes.
     """
+    xla_flags.apply()
     host.keep_freed()
     if config.quick_compile:
         host.compile_quickly()
@@ -422,11 +423,11 @@ def run(
     stage = stage_of(config, base, corpus, talk, layout)
     chain.check(stage.experiment, [layout])
     folder = RunFolder(workdir, compiled)
-    folder.open()
-    if base.stages and folder.path.resolve() != pathlib.Path(config.base).resolve():
-        RunFolder(config.base).branch(folder, stages=len(base.stages))
-    if not _finished(stage, base, folder):
-        run_stages([stage], folder)
+    with folder.writing():
+        if base.stages and not paths.same(folder.path, paths.of(config.base)):
+            RunFolder(config.base).branch(folder, stages=len(base.stages))
+        if not _finished(stage, base, folder):
+            run_stages([stage], folder)
     return Tuned(folder.stages()[stage.index], base, talk)
 
 

@@ -1,30 +1,43 @@
-"""Runs code that a model wrote in a separate process with few permissions.
+"""Runs code that a model wrote, in a process that the kernel isolates.
 
-The child is Python in isolated mode, without site packages, with an empty environment and an empty
-folder. Before it runs the code it permanently gives up: CPU time and memory above a limit, writing
-to files, and starting processes (as root it first becomes `nobody`, because root cannot be denied
-processes). Where the kernel supports it, the child also gives up the network (Linux, user
-namespaces) and every change of the file system (Linux, Landlock). An audit hook refuses all but a
-few harmless events. It is a second barrier, and the only one where the kernel lacks support. The
-child can still read files. The parent kills the process group at the wall-clock limit and reads at
-most `output_bytes` of output.
+The child (`sandbox_child.py`) gives up its permissions before it runs the code: a seccomp filter
+allows the few system calls that computing needs, Landlock allows reading Python's standard library
+alone, and limits bound CPU time, memory and open files. Started by root it becomes `nobody` first.
+Where bubblewrap is installed and works, the child also lives in namespaces of its own. The parent
+kills it at the wall-clock limit and reads at most `output_bytes` of its output. No protection is
+Python's: an answer may patch all that it finds in its own process. A kernel that lacks one of them
+runs nothing, unless `unsafe` is given. See docs/reliability.md, "Running untrusted answers".
 
 The child never learns the expected outputs: the parent compares them. Exit codes, monkeypatching
 and early exits therefore gain nothing.
+
+Own code of 60 lines instead of a library (0.8): pyseccomp's last release is of 2021 and needs a
+system library; sandlock brings a supervisor that this process does not need; Landlock's bindings
+would have to be importable in a child without site packages.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
+import pathlib
+import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import threading
 from collections.abc import Sequence
+
+from flm_jax.data import json_text
+from flm_jax.errors import UserError
+
+CHILD = pathlib.Path(__file__).with_name("sandbox_child.py")
+_LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,23 +58,54 @@ class Outcome:
     failure: str = ""
 
 
-def run_examples(source: str, examples: Sequence[str], limits: Limits = Limits()) -> Outcome:
+def run_examples(
+    source: str, examples: Sequence[str], limits: Limits = Limits(), unsafe: bool = False
+) -> Outcome:
     """Executes a module's source, then each example as if typed at the interpreter's prompt.
 
     Args:
       source: the module's source.
       examples: statements or expressions, each with a final newline.
       limits: what the child may use.
+      unsafe: also run where the kernel lacks a protection.
 
     Returns:
       Each example's output as doctest shows it: the printed text, then the value's repr; or
       doctest's traceback header and the traceback's last line.
+
+    Raises:
+      UserError: the kernel lacks a protection, and `unsafe` is not given; names what it lacks.
     """
-    task = {"source": source, "examples": list(examples), **dataclasses.asdict(limits)}
+    task = {
+        "source": source,
+        "examples": list(examples),
+        "unsafe": unsafe,
+        "limits": {"cpu_seconds": limits.cpu_seconds, "memory_bytes": limits.memory_bytes},
+    }
+    output, timed_out = _output_of(json.dumps(task).encode(), limits)
+    first, newline, result = output.partition(b"\n")
+    if first.startswith(b"lacks ") and newline and not unsafe:
+        raise UserError(
+            f"answers are not run: this system lacks {first[6:].decode()}, so they would not be "
+            "isolated; run on such a system, or give --unsafe if you trust the answers"
+        )
+    if timed_out:
+        return Outcome(failure=f"ran for more than {limits.wall_seconds:g} s")
+    if len(output) > limits.output_bytes:
+        return Outcome(failure=f"wrote more than {limits.output_bytes} bytes")
+    try:
+        read = json_text.parse(result)
+        return Outcome(tuple(map(str, read["outputs"])), str(read["failure"]))
+    except (ValueError, TypeError, KeyError):
+        return Outcome(failure="ended without a result (it reached a limit, or exited)")
+
+
+def _output_of(task: bytes, limits: Limits) -> tuple[bytes, bool]:
+    """Runs the child; returns the start of its output, and whether it reached the time limit."""
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)  # `nobody` must be able to enter it
         process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", CHILD],
+            [*_namespaces(CHILD), sys.executable, "-I", "-S", str(CHILD)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -84,7 +128,7 @@ def run_examples(source: str, examples: Sequence[str], limits: Limits = Limits()
         timer.start()
         try:
             with contextlib.suppress(BrokenPipeError):
-                process.stdin.write(json.dumps(task).encode())
+                process.stdin.write(task)
                 process.stdin.close()
             output = process.stdout.read(limits.output_bytes + 1)
         finally:
@@ -92,91 +136,36 @@ def run_examples(source: str, examples: Sequence[str], limits: Limits = Limits()
             kill()
             process.stdout.close()
             process.wait()
-    if timed_out.is_set():
-        return Outcome(failure=f"ran for more than {limits.wall_seconds:g} s")
-    if len(output) > limits.output_bytes:
-        return Outcome(failure=f"wrote more than {limits.output_bytes} bytes")
+    return output, timed_out.is_set()
+
+
+@functools.cache
+def _namespaces(child: pathlib.Path) -> tuple[str, ...]:
+    """The command line of bubblewrap; () where it is not installed or may not make namespaces.
+
+    The child then sees only the interpreter's files and the system's libraries, no network, no
+    other process, and has no capabilities. If the parent is killed, so is the child.
+    """
+    program = shutil.which("bwrap")
+    if not program:
+        return ()
+    shown = [
+        sysconfig.get_path("stdlib"),
+        sys.executable,
+        os.path.realpath(sys.executable),
+        str(pathlib.Path(sys.prefix) / "pyvenv.cfg"),
+        str(child),
+        *_LIBRARIES,
+    ]
+    files = [word for path in dict.fromkeys(shown) for word in ("--ro-bind-try", path, path)]
+    command = (
+        program, "--unshare-all", "--uid", "65534", "--gid", "65534", "--cap-drop", "ALL",
+        "--die-with-parent", "--new-session", "--clearenv", "--setenv", "FLM_SANDBOX_MOUNTS", "1",
+        "--dev", "/dev", *files,
+    )  # fmt: skip
+    probe = [*command, sys.executable, "-I", "-S", "-c", ""]
     try:
-        result = json.loads(output)
-        return Outcome(tuple(map(str, result["outputs"])), str(result["failure"]))
-    except (ValueError, TypeError, KeyError):
-        return Outcome(failure="ended without a result (it reached a limit, or exited)")
-
-
-# The child's program. It restricts itself before it runs any code.
-CHILD = r"""
-import contextlib, ctypes, io, json, os, resource, sys, traceback
-# Imported now: as nobody, a Python in a private folder can no longer be read.
-import bisect, collections, datetime, functools, heapq, itertools, math, operator, random, re
-
-def confine(task):
-    null = os.open(os.devnull, os.O_RDWR)
-    for fd in (0, 1, 2):
-        os.dup2(null, fd)
-    os.close(null)
-    for kind, limit in (
-        (resource.RLIMIT_CPU, task["cpu_seconds"]), (resource.RLIMIT_AS, task["memory_bytes"]),
-        (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0), (resource.RLIMIT_NOFILE, 16),
-        (resource.RLIMIT_NPROC, 0),
-    ):
-        resource.setrlimit(kind, (limit, limit))
-    if os.geteuid() == 0:
-        os.setgroups([])
-        os.setgid(65534)
-        os.setuid(65534)
-    if sys.platform.startswith("linux"):
-        libc = ctypes.CDLL(None)
-        libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
-        libc.unshare(0x10000000 | 0x40000000 | 0x08000000)  # CLONE_NEWUSER, NEWNET, NEWIPC
-        # Landlock, first version: a ruleset that handles every write and grants none.
-        handled = ctypes.c_uint64(0x1FF2)
-        ruleset = libc.syscall(444, ctypes.byref(handled), ctypes.c_size_t(8), 0)
-        if ruleset >= 0:
-            libc.syscall(446, ruleset, 0)
-            os.close(ruleset)
-    allowed = {
-        "import", "compile", "exec", "os.listdir", "os.scandir", "marshal.loads", "code.__new__",
-        "function.__new__", "object.__getattr__", "object.__setattr__", "object.__delattr__",
-        "builtins.id", "sys._getframe", "array.__new__", "time.sleep",
-    }
-
-    def hook(event, arguments):
-        if event in allowed:
-            return
-        if event == "open":
-            path, mode, flags = arguments
-            writes = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-            if not flags & writes:
-                return
-        raise PermissionError(f"the sandbox refuses {event}")
-
-    sys.addaudithook(hook)
-
-def run(task):
-    module = {"__name__": "answer"}
-    outputs = []
-    try:
-        exec(compile(task["source"], "<answer>", "exec"), module)
-    except BaseException as error:
-        return outputs, "".join(traceback.format_exception_only(error)).strip()[-300:]
-    for source in task["examples"]:
-        with contextlib.redirect_stdout(io.StringIO()) as said:
-            try:
-                exec(compile(source, "<example>", "single"), module)
-                output = said.getvalue()
-            except BaseException as error:
-                last = traceback.format_exception_only(error)[-1]
-                output = "Traceback (most recent call last):\n" + last
-        outputs.append(output)
-    return outputs, ""
-
-def main():
-    task = json.loads(sys.stdin.buffer.read())
-    answer = os.dup(1)
-    confine(task)
-    outputs, failure = run(task)
-    os.write(answer, json.dumps({"outputs": outputs, "failure": failure}).encode())
-    os._exit(0)
-
-main()
-"""
+        works = subprocess.run(probe, capture_output=True, timeout=10, env={}).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        works = False
+    return command if works else ()

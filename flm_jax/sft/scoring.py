@@ -77,25 +77,28 @@ class Estimate:
 Scores = dict[str, dict[str, Estimate]]  # category -> metric
 
 
-def score(samples: Sequence[Sample], losses: Losses, answer: Answer) -> list[Scored]:
+def score(
+    samples: Sequence[Sample], losses: Losses, answer: Answer, unsafe: bool = False
+) -> list[Scored]:
     """Computes the loss of every sample, and checks the answers to those that have a check.
 
     Args:
       samples: what to score.
       losses: the model's response losses.
       answer: the model's answers; called with the samples that have a check.
+      unsafe: as for `check_all`.
 
     Returns:
       One result per sample, in order.
 
     Raises:
-      UserError: there are no samples, or a check is malformed.
+      UserError: there are no samples, a check is malformed, or answers cannot be isolated.
     """
     if not samples:
         raise UserError("there are no samples to score; give some (`flm samples make` writes them)")
     checked = [s for s in samples if s.check]
     answers = answer(checked) if checked else []
-    verdicts = zip(answers, check_all(checked, answers), strict=True)
+    verdicts = zip(answers, check_all(checked, answers, unsafe), strict=True)
     results = []
     for sample, loss in zip(samples, losses(samples), strict=True):
         if sample.check:
@@ -227,25 +230,28 @@ def flat(scores: Scores) -> dict[str, dict[str, float | None]]:
     }
 
 
-def check_all(samples: Sequence[Sample], answers: Sequence[str]) -> list[tuple[bool, str]]:
+def check_all(
+    samples: Sequence[Sample], answers: Sequence[str], unsafe: bool = False
+) -> list[tuple[bool, str]]:
     """Checks one answer per sample, in parallel.
 
     Args:
       samples: samples with a check.
       answers: one per sample.
+      unsafe: run code also where the kernel cannot isolate it; see `sandbox.run_examples`.
 
     Returns:
       For each answer whether it is right, and the reason if it is not.
 
     Raises:
-      UserError: a check is malformed; the error names the sample.
+      UserError: a check is malformed, or the answer cannot be isolated; the error names the sample.
     """
 
     def one(pair: tuple[Sample, str]) -> tuple[bool, str]:
         sample, answer = pair
         assert sample.check
         try:
-            return check_answer(sample.check, answer)
+            return check_answer(sample.check, answer, unsafe)
         except UserError as error:
             raise UserError(f"sample {sample.id!r}: {error}") from error
 
@@ -253,8 +259,13 @@ def check_all(samples: Sequence[Sample], answers: Sequence[str]) -> list[tuple[b
         return list(pool.map(one, zip(samples, answers, strict=True)))
 
 
-def check_answer(check: Check, answer: str) -> tuple[bool, str]:
+def check_answer(check: Check, answer: str, unsafe: bool = False) -> tuple[bool, str]:
     """Checks one answer.
+
+    Args:
+      check: the rule.
+      answer: the text.
+      unsafe: as for `check_all`.
 
     Returns:
       Whether it is right, and the reason if it is not.
@@ -278,7 +289,7 @@ def check_answer(check: Check, answer: str) -> tuple[bool, str]:
             return True, ""
         return False, "no number" if given is None else "another number"
     if check.kind == "doctest":
-        return _check_doctest(check.expected, answer)
+        return _check_doctest(check.expected, answer, unsafe)
     raise UserError(f"its check is of kind {check.kind!r}; choose exact, number or doctest")
 
 
@@ -292,7 +303,7 @@ def last_number(text: str) -> float | None:
     return float(numbers[-1]) if numbers else None
 
 
-def _check_doctest(expected: str, answer: str) -> tuple[bool, str]:
+def _check_doctest(expected: str, answer: str, unsafe: bool) -> tuple[bool, str]:
     """Runs the docstring's examples with the answer as the function's body, in the sandbox."""
     try:
         module = ast.parse(expected)
@@ -300,14 +311,18 @@ def _check_doctest(expected: str, answer: str) -> tuple[bool, str]:
         assert isinstance(function, ast.FunctionDef)
         examples = doctest.DocTestParser().get_examples(ast.get_docstring(function) or "")
         assert examples
-    except (SyntaxError, ValueError, IndexError, AssertionError) as error:
+        # The expected outputs stay in this process, so that the answer cannot read them.
+        function.body = [ast.Expr(ast.Constant("Completed below."))]
+        head = ast.unparse(module)
+    except (
+        SyntaxError, ValueError, IndexError, AssertionError, RecursionError, MemoryError,
+    ) as error:  # fmt: skip  # the last two: nested too deeply
         raise UserError(
             "its check must be source whose last function has a docstring with examples and no body"
         ) from error
-    # The expected outputs stay in this process, so that the answer cannot read them.
-    function.body = [ast.Expr(ast.Constant("Completed below."))]
     body = textwrap.indent(textwrap.dedent(answer.strip("\n")), "    ")
-    outcome = sandbox.run_examples(f"{ast.unparse(module)}\n{body}\n", [e.source for e in examples])
+    source = f"{head}\n{body}\n"
+    outcome = sandbox.run_examples(source, [e.source for e in examples], unsafe=unsafe)
     if outcome.failure:
         return False, outcome.failure
     if len(outcome.outputs) != len(examples):

@@ -123,6 +123,7 @@ def select(
     losses: Losses | None = None,
     unprompted: Losses | None = None,
     embed: Embed | None = None,
+    unsafe: bool = False,
 ) -> Selection:
     """Chooses `config.size` samples, or fewer if the filters or the quotas leave fewer.
 
@@ -134,6 +135,7 @@ def select(
       unprompted: the same model's losses without the questions. If this or `losses` is None,
         quality plays no part, and every sample of a cluster is as good as the others.
       embed: gives the vectors to cluster; None: TF-IDF of letters.
+      unsafe: as for `scoring.check_all`.
 
     Returns:
       The chosen samples, the others with their reasons, and a report.
@@ -156,7 +158,7 @@ def select(
         "language": functools.partial(_language, config=config),
         "duplicate": _duplicates,
         # Before near-duplicates: a wrong copy must not replace a right one.
-        "check": functools.partial(_unverified, config=config),
+        "check": functools.partial(_unverified, config=config, unsafe=unsafe),
         "near_duplicate": functools.partial(_near_duplicates, config=config),
         "contamination": functools.partial(_contaminated, config=config, evaluation=evaluation),
         "quality": quality,
@@ -287,7 +289,7 @@ def _duplicates(remaining: Remaining) -> Reasons:
     return reasons
 
 
-def _unverified(remaining: Remaining, config: SelectionConfig) -> Reasons:
+def _unverified(remaining: Remaining, config: SelectionConfig, unsafe: bool) -> Reasons:
     """Drops samples whose last answer fails their own check. Code runs in the sandbox."""
     if not config.verify:
         return {}
@@ -295,7 +297,7 @@ def _unverified(remaining: Remaining, config: SelectionConfig) -> Reasons:
     answers = [
         [m.content for m in s.messages if m.role == "assistant"][-1] for s in checked.values()
     ]
-    verdicts = check_all(list(checked.values()), answers)
+    verdicts = check_all(list(checked.values()), answers, unsafe)
     return {
         row: f"fails its check: {why}"
         for row, (right, why) in zip(checked, verdicts, strict=True)

@@ -6,12 +6,11 @@ these functions through `processes.once`. Metrics are the exception: no process 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
 import os
 import pathlib
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from flm_jax import config as config_lib
@@ -19,11 +18,13 @@ from flm_jax import mapping
 from flm_jax.config import ExperimentConfig
 from flm_jax.data.chat_template import TemplateConfig
 from flm_jax.errors import UserError
-from flm_jax.store.files import MetricsFile, link, write_atomically, write_json
+from flm_jax.runtime import paths, processes, regular
+from flm_jax.store import entries, lock
+from flm_jax.store.checkpoint import mark_complete
+from flm_jax.store.files import MetricsFile, link_tree, replacing, write_atomically, write_json
 
-VERSION = 1
-# A stage's settings that may change on resume: they change only the order of a sum.
-_MAY_CHANGE = ("accumulate",)
+# A stage's settings that may change on resume: they change only rounding.
+_MAY_CHANGE = ("accumulate", "model.remat")
 
 
 class StageFolder:
@@ -44,6 +45,7 @@ class StageFolder:
         self.plan = self.path / "plan.json"
         self.receipt = self.path / "receipt.json"
         self.metrics = MetricsFile(self.path / "metrics.jsonl")
+        self.time = MetricsFile(self.path / "time.jsonl")
 
     def keep_growth(self, plan: str, receipt: Mapping[str, Any]) -> None:
         """Writes plan.json and receipt.json; `plan` is JSON text."""
@@ -74,19 +76,23 @@ class StageFolder:
 
         Raises UserError if config.json is not the config of a stage.
         """
-        saved = self._saved()
+        saved = self.saved()
         # Fine-tuning adds fields of its own, and so does the data (its fingerprint).
         fields = {field.name for field in dataclasses.fields(ExperimentConfig)}
         shared = {name: value for name, value in saved.items() if name in fields}
         return config_lib.experiment({**shared, "stages": [saved["stage"]]})
 
-    def _saved(self) -> dict[str, Any]:
-        try:
-            saved: dict[str, Any] = json.loads(self.config.read_text(encoding="utf-8"))
-            saved["stage"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{self.config}: not the config of a stage; restore the file") from None
-        return saved
+    def saved(self) -> dict[str, Any]:
+        """Reads config.json. Raises UserError if it is not the config of a stage."""
+        return entries.saved_config(self.config)
+
+    def saved_receipt(self) -> dict[str, Any]:
+        """Reads receipt.json. Raises UserError if it is not the receipt of a growth."""
+        return entries.saved_receipt(self.receipt)
+
+    def plan_text(self) -> str:
+        """Reads plan.json. Raises UserError if it is no file of text."""
+        return regular.text(self.plan)
 
     def template(self) -> TemplateConfig | None:
         """Returns the chat template of the latest fine-tuning up to this stage; None without one.
@@ -97,11 +103,11 @@ class StageFolder:
         """
         for index in range(self.index, -1, -1):
             for file in self.path.parent.glob(f"{index}-*/config.json"):
-                saved = StageFolder(self.run, index, file.parent.name.partition("-")[2])._saved()
+                saved = StageFolder(self.run, index, file.parent.name.partition("-")[2]).saved()
                 if "sft" in saved:
                     return mapping.from_mapping(TemplateConfig, saved["sft"]["template"])
                 if source := saved["stage"].get("source"):
-                    return _template_of(pathlib.Path(source).expanduser())
+                    return _template_of(paths.of(source))
         return None
 
     def start(self) -> int:
@@ -130,7 +136,7 @@ class RunFolder:
           path: the folder.
           compiled: folder of compiled programs that runs share; None: a folder of this run.
         """
-        self.path = pathlib.Path(path)
+        self.path = paths.of(path)
         self.lineage = self.path / "lineage.json"
         self.tensorboard = self.path / "tensorboard"
         self.report = self.path / "report"
@@ -140,31 +146,65 @@ class RunFolder:
         """Returns the folder of a stage, which may not exist."""
         return StageFolder(self, index, name)
 
+    def check_client(self) -> None:
+        """Raises UserError for a place where no client writes checkpoints."""
+        if paths.scheme(self.path) == "s3":
+            raise UserError(
+                f"workdir {self.path}: orbax writes no checkpoints to s3://; give a gs:// bucket, "
+                "or a folder (s3:// serves data, sources and exports)",
+                argument="workdir",
+            )
+
     def open(self) -> None:
         """Creates the folder, or checks that it holds a run and is writable.
 
         Raises UserError, and changes nothing, if it is not writable or holds other files.
         """
+        self.check_client()
+        paths.check_bucket(self.path, "workdir")
+        probe = self.path / f".write-test-{os.getpid()}"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            probe = self.path / ".write-test"
-            probe.touch()
+            probe.write_bytes(b"")
             probe.unlink()
-        except OSError as error:
+        except Exception as error:  # a bucket's client has its own errors
+            if not (isinstance(error, OSError) or paths.remote(self.path)):
+                raise
             raise UserError(
-                f"workdir {self.path} cannot be written ({error.strerror}); give a folder you own",
+                f"workdir {self.path} cannot be written ({paths.reason_of(error)}); give a folder "
+                "you own",
                 argument="workdir",
             ) from error
-        if any(self.path.iterdir()) and not (self.path / "stages").is_dir():
+        others = (path for path in paths.listed(self.path) if path.name != lock.NAME)
+        if any(others) and not (self.path / "stages").is_dir():
             raise UserError(
                 f"workdir {self.path} holds files but no run; give an empty or new folder",
                 argument="workdir",
             )
 
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Opens the folder as its only writer, for all processes of this run.
+
+        Raises UserError as `open`, or if another run is writing to it.
+        """
+
+        def acquire() -> None:
+            self.open()
+            held.append(lock.acquire(self.path))
+
+        held: list[lock.Lock] = []
+        processes.once(acquire)
+        try:
+            yield
+        finally:
+            for mine in held:
+                mine.release()
+
     def check_stage(self, folder: StageFolder, identity: Mapping[str, Any]) -> list[str]:
         """Checks that a stage was started with the same settings, if it was started.
 
-        `accumulate` may differ: the sums of a step are then added in another order.
+        What a layout sets may differ (`accumulate`, `model.remat`): it changes only rounding.
 
         Args:
           folder: the stage's folder.
@@ -178,7 +218,7 @@ class RunFolder:
         """
         if not folder.config.exists():
             return []
-        found = mapping.differences(json.loads(folder.config.read_text()), dict(identity))
+        found = mapping.differences(folder.saved(), dict(identity))
         allowed = tuple(f"config.stage.{name}: " for name in _MAY_CHANGE)
         differences = [line for line in found if not line.startswith(allowed)]
         if differences:
@@ -199,20 +239,14 @@ class RunFolder:
         if changes := self.check_stage(folder, identity):
             done = [int(path.name) for path in folder.checkpoints.glob("*") if path.name.isdigit()]
             folder.metrics.append("changed", max(done, default=folder.start()), settings=changes)
+            folder.metrics.publish()
         write_json(folder.config, identity)
 
     def stages(self) -> list[dict[str, Any]]:
-        """Reads the finished stages from lineage.json. Raises UserError on another version."""
+        """Reads the finished stages of lineage.json; raises as `entries.read_lineage`."""
         if not self.lineage.exists():
             return []
-        data = json.loads(self.lineage.read_text(encoding="utf-8"))
-        if data.get("version") != VERSION:
-            raise UserError(
-                f"{self.lineage}: version {data.get('version')}, but this code reads version "
-                f"{VERSION}; use the code that wrote it"
-            )
-        stages: list[dict[str, Any]] = data["stages"]
-        return stages
+        return entries.read_lineage(self.lineage)
 
     def finished_stage(self, stage: str = "") -> dict[str, Any]:
         """Returns the entry of one finished stage; see `pick_stage`."""
@@ -221,7 +255,7 @@ class RunFolder:
     def branch(self, other: RunFolder, stages: int | None = None) -> None:
         """Copies finished stages into a new run folder, where training can continue.
 
-        Files are hard links where the disk allows it: a complete checkpoint never changes.
+        Files are hard links where one disk has both: a complete checkpoint never changes.
 
         Args:
           other: the new run's folder; if it has finished stages already, nothing is done.
@@ -229,24 +263,31 @@ class RunFolder:
         """
         if other.lineage.exists():
             return
-        entries = self.stages()[:stages]
-        for entry in entries:
+        copied = self.stages()[:stages]
+        for entry in copied:
+            regular.check_tree(self.stage(entry["index"], entry["name"]).path)
+        for entry in copied:
             stage = self.stage(entry["index"], entry["name"])
             copy = other.stage(entry["index"], entry["name"])
-            shutil.copytree(stage.path, copy.path, copy_function=link, dirs_exist_ok=True)
-        write_json(other.lineage, {"version": VERSION, "stages": entries})
+            link_tree(stage.path, copy.path)
+            for step in paths.listed(copy.checkpoints):
+                mark_complete(step)
+        write_json(other.lineage, {"version": entries.VERSION, "stages": copied})
 
     def add_stage(self, entry: dict[str, Any]) -> None:
         """Writes the entry of a finished stage, and deletes the entries of later stages."""
-        earlier = [s for s in self.stages() if s["index"] < entry["index"]]
-        write_json(self.lineage, {"version": VERSION, "stages": [*earlier, entry]})
+        with replacing(self.lineage) as write:
+            earlier = [s for s in self.stages() if s["index"] < entry["index"]]
+            write({"version": entries.VERSION, "stages": [*earlier, entry]})
 
 
-def pick_stage(entries: Sequence[dict[str, Any]], stage: str, path: pathlib.Path) -> dict[str, Any]:
+def pick_stage(
+    finished: Sequence[dict[str, Any]], stage: str, path: pathlib.Path
+) -> dict[str, Any]:
     """Picks one finished stage.
 
     Args:
-      entries: the entries of the finished stages in lineage.json.
+      finished: the entries of the finished stages in lineage.json.
       stage: the index or name of a stage; "": the last one.
       path: the run's folder, for the error.
 
@@ -256,11 +297,11 @@ def pick_stage(entries: Sequence[dict[str, Any]], stage: str, path: pathlib.Path
     Raises:
       UserError: no stage is finished, or none has that index or name.
     """
-    if not entries:
+    if not finished:
         raise UserError(f"{path} has no finished stage (no lineage.json); train one first")
-    chosen = [s for s in entries if stage in ("", str(s["index"]), s["name"])]
+    chosen = [s for s in finished if stage in ("", str(s["index"]), s["name"])]
     if not chosen:
-        names = ", ".join(f"{s['index']} ({s['name']})" for s in entries)
+        names = ", ".join(f"{s['index']} ({s['name']})" for s in finished)
         raise UserError(f"{path} has no finished stage {stage!r}; it has {names}")
     return chosen[-1]
 
@@ -293,9 +334,9 @@ def identity(config: ExperimentConfig, index: int, fingerprint: str) -> dict[str
       JSON values, as they are written to config.json.
     """
     shared = mapping.to_dict(config)
-    for name in ("stages", "mesh", "layouts", "eval", "checkpoint"):
+    for name in ("stages", "mesh", "eval", "checkpoint"):
         del shared[name]
     shared["schedule"]["total_steps"] = config.schedule.total_steps or config.total_steps
-    stage = mapping.to_dict(config.stages[index])
+    stage = mapping.to_dict(dataclasses.replace(config.stages[index], layouts=()))
     del stage["mesh"]
     return {**shared, "stage": stage, "data_fingerprint": fingerprint}

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-import pathlib
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
+
+from flm_jax.data import json_text
+from flm_jax.runtime import paths, regular
 
 Row = dict[str, Any]
 
@@ -26,12 +28,12 @@ class Trials:
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        self.path = pathlib.Path(path)
+        self.path = paths.of(path)
         self._lock = threading.Lock()
         self._rows: list[Row] = []
         self._incomplete = False  # the file ends in the middle of a line
         if self.path.exists():
-            text = self.path.read_text(encoding="utf-8", errors="replace")
+            text = regular.read(self.path, regular.DATA_BYTES).decode("utf-8", "replace")
             self._rows = [row for line in text.split("\n") if (row := _parsed(line)) is not None]
             self._incomplete = bool(text) and not text.endswith("\n")
 
@@ -65,18 +67,24 @@ class Trials:
         line = json.dumps({**identity, **compute()})
         row: Row = json.loads(line)  # the same value that a later call reads
         with self._lock:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(f"\n{line}\n" if self._incomplete else f"{line}\n")
-            self._incomplete = False
             self._rows.append(row)
+            if paths.remote(self.path):  # a bucket cannot append
+                self.path.write_text("".join(json.dumps(each) + "\n" for each in self._rows))
+            else:
+                self._append(line)
         return row
+
+    def _append(self, line: str) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(f"\n{line}\n" if self._incomplete else f"{line}\n")
+        self._incomplete = False
 
 
 def _parsed(line: str) -> Row | None:
     """Returns the line's JSON object; None if it is not one."""
     try:
-        row = json.loads(line)
+        row = json_text.parse(line)
     except ValueError:
         return None
     return row if isinstance(row, dict) else None

@@ -21,6 +21,7 @@ from flm_jax.checks import require, require_positive
 from flm_jax.errors import UserError
 from flm_jax.interop.opening import OpenedModel, open_model
 from flm_jax.mapping import Checked
+from flm_jax.runtime import paths
 from flm_jax.sft import chats, fine_tune, scoring, selection, synthetic
 from flm_jax.sft.before_after import few_of_each
 from flm_jax.sft.chat_model import ChatModel
@@ -191,6 +192,7 @@ class Pool:
         seed: int,
         judge: Callable[[], ChatModel],
         base: OpenedModel,
+        unsafe: bool,
     ):
         """Stores the arguments; nothing is computed yet.
 
@@ -199,8 +201,10 @@ class Pool:
           seed: index of the seed, from 0.
           judge: opens the model of the seed's first arm; called when that arm is finished.
           base: the model to fine-tune, with its template.
+          unsafe: as for `scoring.check_all`.
         """
         self._config, self._seed, self._open_judge, self._base = config, seed, judge, base
+        self._unsafe = unsafe
 
     def choose(self, arm: Arm) -> list[Sample]:
         """Returns the conversations of an arm; raises UserError if the pool has too few."""
@@ -254,7 +258,9 @@ class Pool:
         losses, unprompted = self._judged
         _, held_out = self._sides
         settings = dataclasses.replace(settings, seed=self._seed)
-        return selection.select(samples, settings, held_out, losses, unprompted).chosen
+        return selection.select(
+            samples, settings, held_out, losses, unprompted, unsafe=self._unsafe
+        ).chosen
 
     @functools.cached_property
     def _judged(self) -> tuple[Losses, Losses]:
@@ -282,9 +288,9 @@ def _rooms(shares: dict[str, float], size: int) -> dict[str, int]:
 class Bench:
     """What all arms share: base, data, samples to score, folder and stored rows."""
 
-    def __init__(self, config: LessIsMoreConfig, workdir: str):
+    def __init__(self, config: LessIsMoreConfig, workdir: str, unsafe: bool):
         """Opens base and data; raises UserError if the base, the config or the pool do not fit."""
-        self.config, self.root = config, pathlib.Path(workdir)
+        self.config, self.root, self.unsafe = config, paths.of(workdir), unsafe
         self.base = fine_tune.open_base(config.sft)
         self.corpus = data.open_corpus(self.base.data)
         good, self.held_out = sides(config.sft, self.base.model)
@@ -317,7 +323,7 @@ class Bench:
 
     def score(self, model: ChatModel) -> dict[str, Any]:
         """Scores a model on the held-out conversations."""
-        scored = scoring.score(self.held_out, model.losses, model.answer)
+        scored = scoring.score(self.held_out, model.losses, model.answer, self.unsafe)
         return {"scores": scoring.flat(scoring.summarise(scored))}
 
     def score_base(self) -> dict[str, Any]:
@@ -339,12 +345,13 @@ class Bench:
         }  # fmt: skip
 
 
-def run(config: LessIsMoreConfig, workdir: str) -> list[dict[str, Any]]:
+def run(config: LessIsMoreConfig, workdir: str, unsafe: bool = False) -> list[dict[str, Any]]:
     """Runs the unfinished part of the grid.
 
     Args:
       config: the study.
       workdir: its folder.
+      unsafe: as for `scoring.check_all`.
 
     Returns:
       The rows: the base's, then the arms'. A row has name and scores (category -> metric -> value).
@@ -355,12 +362,12 @@ def run(config: LessIsMoreConfig, workdir: str) -> list[dict[str, Any]]:
       UserError: the base, the config or the pool do not fit.
       RunStopped: a signal stopped the run; the same call resumes it.
     """
-    bench = Bench(config, workdir)
+    bench = Bench(config, workdir, unsafe)
     rows = [bench.row("base", bench.score_base)]
     for seed, seed_arms in itertools.groupby(arms_of(config), key=lambda arm: arm.seed):
         arms = list(seed_arms)
         judge = functools.partial(bench.model_of, arms[0])
-        pool = Pool(config, seed, judge, bench.base.model)
+        pool = Pool(config, seed, judge, bench.base.model, unsafe)
         for arm in arms:
             rows.append(bench.row(arm.name, functools.partial(bench.train_and_score, arm, pool)))
     return rows

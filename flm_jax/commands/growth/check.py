@@ -17,6 +17,7 @@ from typing import Any
 
 import rich.console
 import rich.table
+import rich.text
 
 from flm_jax.commands.command import Call, Command, Gate, flag
 from flm_jax.errors import UserError
@@ -54,7 +55,7 @@ def _table(rows: list[dict[str, Any]]) -> rich.table.Table:
             f"{r['kl']:.1e}", f"{r['gradient_error']:.1e}" if r["claimed"] == "EXACT" else "",
             str(r["dead_slots"]),
             str(r["locked_copies"]), f"{r['first_update_over_lr']:.2f}",
-            "ok" if r["ok"] else "[red]CONTRADICTED[/]",
+            "ok" if r["ok"] else rich.text.Text("CONTRADICTED", "red"),
         )  # fmt: skip
     return table
 

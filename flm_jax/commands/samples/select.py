@@ -13,16 +13,17 @@ docs/selection.md describes the steps.
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 import typing
 from typing import Any
 
 import rich.markdown
 
 from flm_jax import mapping
+from flm_jax.commands.answer_flags import AnswerFlags
 from flm_jax.commands.chat_flags import ChatFlags
 from flm_jax.commands.command import Call, Command, flag
 from flm_jax.errors import UserError
+from flm_jax.runtime import paths
 from flm_jax.sft import chats, selection
 from flm_jax.sft.chat_model import open_chat_model
 from flm_jax.sft.chats import BadRows
@@ -30,7 +31,7 @@ from flm_jax.store.files import write_atomically, write_result
 
 
 @dataclasses.dataclass(frozen=True)
-class _OwnFlags(ChatFlags):
+class _OwnFlags(ChatFlags, AnswerFlags):
     """The command's own flags."""
 
     pool: tuple[str, ...] = flag(
@@ -94,12 +95,12 @@ def main(call: Call[Flags]) -> dict[str, Any]:
             "unprompted": judge.unprompted,
             "embed": judge.embeddings,
         }
-    chosen = selection.select(samples, config, evaluation, **model)
+    chosen = selection.select(samples, config, evaluation, **model, unsafe=flags.unsafe)
     left_out = judge.left_out(samples) if judge else {}
     report = {
         **chosen.report, "judge": flags.checkpoint, "bad_rows": bad.reasons, "left_out": left_out,
     }  # fmt: skip
-    path = pathlib.Path(flags.output)
+    path = paths.of(flags.output, "output")
     chats.write_jsonl(path, chosen.chosen)
     write_result(path.with_name(path.name + ".report.json"), report)
     page = selection.markdown(report)
