@@ -18,7 +18,7 @@ from flm_jax.store.lineage import RunFolder
 from tests import hostile, hostile_readers, runs
 
 SEED = 7
-QUICK = {"rows": 60, "safetensors": 80, "index": 30, "lineage": 40, "model texts": 30, "plan": 40}
+QUICK = {"rows": 60, "safetensors": 80, "index": 30, "lineage": 30, "model texts": 25, "plan": 20}
 
 
 @pytest.mark.parametrize("kind", hostile_readers.KINDS, ids=lambda kind: kind.name)
@@ -28,9 +28,9 @@ def test_hostile_files_are_accepted_or_refused_in_one_line(kind, tmp_path):
     if kind.name == "gguf":
         pytest.importorskip("gguf", reason="extra [gguf]")
     with hostile.bounded_memory():
-        count = hostile_readers.run(kind, SEED, QUICK.get(kind.name, 15), tmp_path)
+        count = hostile_readers.run(kind, SEED, QUICK.get(kind.name, 8), tmp_path)
     assert count.clean, count.findings
-    assert count.refused or kind.name == "trials"  # which ignores a damaged row
+    assert count.refused or kind.name in ("trials", "receipt")  # read to be copied
 
 
 def test_the_fuzzer_sees_tracebacks_hangs_and_wrong_answers(monkeypatch):

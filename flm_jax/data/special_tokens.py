@@ -73,7 +73,7 @@ def model_ids(folder: pathlib.Path, key: str) -> tuple[int, ...]:
         values = object_in(folder / name)
         for value in (values.get(key), _inner(values).get(key)):
             ids = value if isinstance(value, list) else [value]
-            found = tuple(i for i in ids if isinstance(i, int) and not isinstance(i, bool))
+            found = tuple(i for i in ids if type(i) is int and 0 <= i < 2**31)  # -1: none
             if found:
                 return found
     return ()

@@ -115,7 +115,7 @@ class Tokenizer:
 
         (A model with a padded vocabulary can generate ids beyond the tokenizer's.)
         """
-        return b"".join(self.pieces[i] for i in ids if i < len(self.pieces))
+        return b"".join(self.pieces[i] for i in ids if 0 <= i < len(self.pieces))
 
     def decode(self, ids: Iterable[int]) -> str:
         """Decodes to text; U+FFFD replaces bytes that are not UTF-8.

@@ -127,6 +127,8 @@ def _elements(path: pathlib.Path, data: bytes) -> Iterator[tuple[int, Callable[[
             raise wrong(error.pos, error.msg) from error
         except RecursionError:
             raise wrong(place, "it is nested too deeply") from None
+        except ValueError as error:  # a number of thousands of digits
+            raise wrong(place, str(error)) from error
         line, counted = line + text.count("\n", counted, place), place
         yield line, functools.partial(json_text.parse, text[place:end])
         place = after_space(end)
