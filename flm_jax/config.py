@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from flm_jax.checks import require, require_choice, require_positive
+from flm_jax.execution import SplashConfig, layer_groups
 from flm_jax.mapping import Checked, added, from_mapping
 
 COMPUTE_DTYPES = ("float32", "bfloat16", "float64")
 GRADIENT_REDUCTIONS = ("compute", "float32")
 ATTENTIONS = ("auto", "plain", "splash", "cudnn")
-REMAT_POLICIES = ("none", "dots", "full")
 SCHEDULES = ("constant", "cosine", "wsd")
 MOMENTS = ("dual", "asym", "reset")
 RATES = ("target", "carry", "ramp")
@@ -118,6 +118,8 @@ class TransformerConfig(Checked):
     depth_scaled_init: bool = False  # residual writers also divided by sqrt(2 * num_layers)
     # How the model is computed. These fields do not change its function.
     dtype: str = "float32"  # dtype of activations; parameters are float32 (float64 with "float64")
+    # What the backward pass keeps of each layer: a policy, or one for each group of layers
+    # (`execution.py`), as in "dots:0-23,full:24-".
     remat: str = "none"
     attention: str = "auto"  # kernel; "auto": the platform's (`models/attention.py`)
     scan_unroll: int = 1  # layers in one step of the scan over layers
@@ -142,6 +144,13 @@ class TransformerConfig(Checked):
     # Ids that are tokens. The embedding's and the head's other rows are padding: they are not drawn
     # in generation and are left out of evaluation's softmax. 0: all.
     num_tokens: int = added(0)
+    # Chunks of the vocabulary in which the loss is computed, so that no array [tokens, vocab_size]
+    # exists (`train/loss.py`); 0: all logits at once.
+    loss_chunks: int = added(0)
+    splash: SplashConfig = added(SplashConfig())  # tiles of the TPU's attention kernel
+    # Documents that cuDNN's attention kernel tells apart in a row, by their offsets; a row with
+    # more gives NaN. 0: any number, by a bias [B, 1, T, T].
+    cudnn_documents: int = added(0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -154,13 +163,16 @@ class TransformerConfig(Checked):
             self.num_layers >= 0,
             f"TransformerConfig.num_layers is {self.num_layers}; give 0 (to grow from) or more",
         )
+        for name in ("loss_chunks", "cudnn_documents"):
+            value = getattr(self, name)
+            require(value >= 0, f"TransformerConfig.{name} is {value}; give 0 (off) or more")
         require(
             0 <= self.num_tokens <= self.vocab_size,
             f"TransformerConfig.num_tokens is {self.num_tokens} and vocab_size {self.vocab_size}; "
             "give 0 (all ids) or a number that is not larger",
         )
         require_choice(self, "dtype", COMPUTE_DTYPES)
-        require_choice(self, "remat", REMAT_POLICIES)
+        layer_groups(self.remat, self.num_layers)  # raises if the groups are not all layers
         require_choice(self, "attention", ATTENTIONS)
         require_choice(self, "gradient_reduction", GRADIENT_REDUCTIONS)
         require(

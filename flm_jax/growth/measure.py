@@ -19,8 +19,9 @@ from flm_jax.models import Transformer, layers
 from flm_jax.models.rope import angles_by_kind
 from flm_jax.params import axes, mup, sharding, trees
 from flm_jax.train import optim, schedules
+from flm_jax.train.loss import cross_entropy
 from flm_jax.train.optim import SlotAdamState
-from flm_jax.train.train_step import Batch, TrainState, cross_entropy, gradients, logits_of
+from flm_jax.train.train_step import Batch, TrainState, gradients, logits_of
 from flm_jax.train.trained import Trained
 
 FIRST_STEPS = 3  # a side that is zero delays gradients by one step, two such sides by two

@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 
 from flm_jax.config import TransformerConfig
 from flm_jax.params import sharding
-from flm_jax.train.train_step import Batch, MasksAt, cross_entropy, logits_of
+from flm_jax.train import loss
+from flm_jax.train.train_step import Batch, MasksAt, nats_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,5 +90,5 @@ def summed_nats(
 ) -> jax.Array:
     """Returns the summed negative log-likelihood of a batch's targets."""
     masks = None if masks_at is None or mask_value is None else masks_at(mask_value)
-    logits_BTV = logits_of(config, params, batch, masks)[..., : config.tokens]
-    return cross_entropy(logits_BTV, batch["targets"], batch["weights"])[0]
+    nats_BT = nats_of(config, params, batch, masks, config.tokens)
+    return loss.summed(nats_BT, batch["weights"])[0]

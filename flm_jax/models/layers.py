@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from flm_jax.config import TransformerConfig
 from flm_jax.models.attention import Scoring, attention, in_slots
@@ -258,12 +259,11 @@ class Attention(nn.Module):
             k_BTKH, v_BTKH = (
                 constrain(x, BATCH_AXES, None, groups, None) for x in (k_BTKH, v_BTKH)
             )
+            q_BTKGH, k_BTKH, v_BTKH = (checkpoint_name(x, "qkv") for x in (q_BTKGH, k_BTKH, v_BTKH))
             scoring = Scoring.of(config, kind)
             if past is None or slots is None:
-                out_BTKGH = attention(
-                    q_BTKGH, k_BTKH, v_BTKH, segment_ids_BT, scoring, config.attention
-                )
-                return out_BTKGH, None
+                out_BTKGH = attention(q_BTKGH, k_BTKH, v_BTKH, segment_ids_BT, scoring, config)
+                return checkpoint_name(out_BTKGH, "attended"), None
             segment_ids_BS, start = slots
             k_BKSH, v_BKSH = extended = (
                 write(past[0], k_BTKH.transpose(0, 2, 1, 3), start, axis=2),
@@ -309,7 +309,10 @@ class MLP(nn.Module):
         w = create(self, self.table, self.config)
         y_BTD = _branch_input(w, x_BTD, self.config, masks)
         activation = _ACTIVATIONS[self.config.activation]
-        a_BTF = activation(_mapped(w, "gate", y_BTD)) * _mapped(w, "up", y_BTD)
+        gate_BTF, up_BTF = (
+            checkpoint_name(_mapped(w, name, y_BTD), "gate_up") for name in ("gate", "up")
+        )
+        a_BTF = activation(gate_BTF) * up_BTF
         a_BTF = constrain(a_BTF, BATCH_AXES, None, "tensor")
         if "mlp" in masks:
             a_BTF *= masks["mlp"].astype(a_BTF.dtype)[None, None]
@@ -340,6 +343,7 @@ class Layer(nn.Module):
         slots: Slots | None = None,
     ) -> tuple[jax.Array, KeysValues | None]:
         def scaled(branch_BTD: jax.Array) -> jax.Array:
+            branch_BTD = checkpoint_name(branch_BTD, "branches")
             if self.config.branch_mult != 1:
                 branch_BTD = branch_BTD * jnp.asarray(self.config.branch_mult, branch_BTD.dtype)
             if layer_mask is None:

@@ -56,12 +56,14 @@ def param_spec(param: axes.Param, rules: RulesConfig = RULES) -> PartitionSpec:
 
 
 def check_divisible(config: TransformerConfig, mesh: Mesh, rules: RulesConfig = RULES) -> None:
-    """Checks that every parameter can be split by the rules.
+    """Checks that every parameter can be split by the rules, and the loss into its chunks.
 
     Raises:
-      UserError: an axis does not divide by the devices of its mesh axis, or two axes of one
-        parameter share a mesh axis; names the parameter, the axes and the sizes.
+      UserError: the loss's chunks do not divide over the devices; or an axis does not divide by the
+        devices of its mesh axis, or two axes of one parameter share a mesh axis: names the
+        parameter, the axes and the sizes.
     """
+    _check_chunks(config, mesh.shape["tensor"])
     sizes = axes.axis_sizes(config)
     for path, param in axes.table(config).items():
         taken: dict[str, str] = {}  # mesh axis -> the parameter's axis that is split over it
@@ -126,6 +128,27 @@ def constrain(x: jax.Array, *mesh_axes: str | tuple[str, ...] | None) -> jax.Arr
         spec.append(names if size % parts == 0 else None)
     constrained: jax.Array = jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
     return constrained
+
+
+def vocabulary_parts(config: TransformerConfig) -> int:
+    """Devices of the current mesh that a chunk of the loss is split over.
+
+    Raises:
+      UserError: the vocabulary does not divide into `loss_chunks` chunks on each of them.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = 1 if mesh.empty else mesh.shape["tensor"]
+    _check_chunks(config, parts)
+    return parts
+
+
+def _check_chunks(config: TransformerConfig, parts: int) -> None:
+    if config.loss_chunks and config.vocab_size % (parts * config.loss_chunks):
+        raise UserError(
+            f"loss_chunks is {config.loss_chunks} and vocab_size {config.vocab_size}, which does "
+            f"not divide by {config.loss_chunks} chunks x {parts} devices of mesh axis 'tensor'; "
+            "change one of them, or set loss_chunks to 0"
+        )
 
 
 def head_axes(kv_heads: int, q_per_kv: int) -> tuple[str | None, str | None]:

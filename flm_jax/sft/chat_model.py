@@ -39,7 +39,7 @@ from flm_jax.sft.template import (
     without_questions,
 )
 from flm_jax.sft.unwritten import left_out, writable
-from flm_jax.train.train_step import Batch, cross_entropy, logits_of
+from flm_jax.train.train_step import Batch, nats_of
 
 T = TypeVar("T")
 
@@ -249,8 +249,8 @@ def _batches(order: list[int], size: int) -> Iterator[list[int]]:
 @functools.partial(jax.jit, static_argnames="config")
 def _nats(params: Any, batch: Batch, config: TransformerConfig) -> jax.Array:
     """[B]: the loss in nats, summed over a row's learned tokens."""
-    logits_BTV = logits_of(config, params, batch)[..., : config.tokens]
-    return jax.vmap(cross_entropy)(logits_BTV, batch["targets"], batch["weights"])[0]
+    nats_BT = nats_of(config, params, batch, tokens=config.tokens)
+    return jnp.sum(nats_BT * batch["weights"].astype(nats_BT.dtype), axis=1)
 
 
 @functools.partial(jax.jit, static_argnames="config")
