@@ -20,6 +20,7 @@ GRADIENT_REDUCTIONS = ("compute", "float32")
 ATTENTIONS = ("auto", "plain", "splash", "cudnn")
 SCHEDULES = ("constant", "cosine", "wsd")
 MOMENTS = ("dual", "asym", "reset")
+MOMENT_DTYPES = ("", "bfloat16")
 RATES = ("target", "carry", "ramp")
 PARAMETRISATIONS = ("mup", "completep", "sp")
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -342,12 +343,22 @@ class OptimizerConfig(Checked):
     eps: float = 1e-8
     weight_decay: float = 0.1  # decoupled, for vector-like parameters; norm gains have no decay
     clip_norm: float = 1.0
+    # How Adam's moments are stored; "": as the parameters. Arithmetic is in the parameters' dtype.
+    moment_dtype: str = added("")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_choice(self, "moment_dtype", MOMENT_DTYPES)
         for name in ("b1", "b2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"OptimizerConfig.{name} is {value}; it must be in [0, 1)")
+            # Neighbours in bfloat16 are up to 2^-7 apart, so that a change by less than 2^-8 can
+            # round to none: without a gradient the moment would never fall.
+            require(
+                self.moment_dtype != "bfloat16" or 1 - value > 2**-8,
+                f"OptimizerConfig.{name} is {value} and moment_dtype 'bfloat16', in which a moment "
+                f"cannot change by 1 - {name}; give {name} below {1 - 2**-8}, or moment_dtype ''",
+            )
         require_positive(self, "eps", "clip_norm")
 
 

@@ -68,8 +68,10 @@ def layer_groups(remat: str, num_layers: int) -> tuple[LayerGroup, ...]:
         groups.append(LayerGroup(match[1], first, end))
     starts = [0, *(group.end for group in groups)]
     require(
-        (starts == [*(group.first for group in groups), num_layers]
-        and all(group.first < group.end for group in groups))
+        (
+            starts == [*(group.first for group in groups), num_layers]
+            and all(group.first < group.end for group in groups)
+        )
         or (num_layers == 0 and len(groups) == 1 and starts == [0, 0]),
         f"TransformerConfig.remat is {remat!r}, and the model has layers 0 to {num_layers - 1}; "
         "give groups that follow each other from 0 on, the last one open, as in "

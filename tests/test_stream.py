@@ -230,6 +230,21 @@ def test_growth_by_pieces_has_the_bits_of_growth_in_memory(recipe, big, how, lim
     assert any(len(list(target.pieces(n))) > 3 for n in target.leaves)
 
 
+@pytest.mark.slow
+def test_moments_in_bfloat16_grow_by_pieces_alike():
+    state, key = grown_state(), jax.random.key(11)
+    adam = state.opt_state[1]
+    mu, nu = (
+        jax.tree.map(lambda x: x.astype(jnp.bfloat16), moment) for moment in (adam.mu, adam.nu)
+    )
+    rest = (state.opt_state[0], adam._replace(mu=mu, nu=nu), *state.opt_state[2:])
+    state = dataclasses.replace(state, opt_state=rest)
+    plan = growth.plan(CONFIG, BIG, "msg", moments="asym")
+    want = jax.jit(functools.partial(growth.grow, plan=plan))(state, key=key)
+    assert want.opt_state[1].nu["head"].dtype == jnp.bfloat16
+    assert_same_bits(streamed(state, plan, key, 500).arrays, by_name(want))
+
+
 KEY = jax.random.key(11)
 UP = "params/layers/mlp/up"
 WIDE = growth.plan(CONFIG, changed(CONFIG, d_ff=30), "msg")

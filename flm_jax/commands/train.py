@@ -28,7 +28,7 @@ from flm_jax.commands.group_flags import GroupFlags
 from flm_jax.config import ExperimentConfig
 from flm_jax.errors import UserError
 from flm_jax.runs import chain, report
-from flm_jax.runtime import host, paths, processes
+from flm_jax.runtime import host, paths, processes, xla_flags
 from flm_jax.store.lineage import RunFolder
 
 
@@ -44,6 +44,7 @@ class Flags(GroupFlags):
 def main(call: Call[Flags]) -> dict[str, Any]:
     experiment, folder = config_files.experiment(call.config), RunFolder(call.workdir)
     paths.check_bucket(folder.path, "workdir")
+    xla_flags.apply()  # before the processes meet: that starts JAX
     with processes.joined(call.flags.group()):
         if call.flags.preflight:
             _preflight(experiment, call.console(width=150))

@@ -23,6 +23,7 @@ from flm_jax.growth import locks
 from flm_jax.growth._plan import LockedCopiesWarning, Plan, UnfinishedRampWarning
 from flm_jax.growth.expansion import Expansion, any_slot, gather, split, weighted
 from flm_jax.params import trees
+from flm_jax.params.dtypes import wide
 from flm_jax.params.trees import Window
 from flm_jax.train.optim import SlotAdamState
 
@@ -183,20 +184,21 @@ def grow_moment(
       window: the part of the grown moment to compute; None: all of it.
 
     Returns:
-      The grown moment, or the window of it; zero at slots that do not keep their history.
+      The grown moment, or the window of it, in its dtype; zero at slots that do not keep their
+      history. Moments in bfloat16 are multiplied in float32 and rounded once.
     """
     param = plan.table[path]
     if plan.moments == "reset":
         return jnp.zeros(trees.window_shape(plan.big.shape(path), window), x.dtype)
     grown = weighted(
-        gather(x, param, plan.by_axis, window),
+        gather(x.astype(wide(x.dtype)), param, plan.by_axis, window),
         param,
         plan.by_axis,
         scale=1 / plan.value_scale(path),
         dual=True,
         power=power,
         window=window,
-    )
+    ).astype(x.dtype)
     restarted = any_slot(
         param, plan.by_axis, lambda e, role: ~e.keeps_history(plan.moments), window
     )

@@ -39,7 +39,7 @@ from flm_jax.runs.stage import (
     restore,
     with_derived,
 )
-from flm_jax.runtime import host, processes
+from flm_jax.runtime import host, processes, xla_flags
 from flm_jax.store.checkpoint import Checkpoints
 from flm_jax.store.lineage import RunFolder, identity
 from flm_jax.train import schedules
@@ -68,6 +68,7 @@ def run(config: ExperimentConfig, workdir: str) -> list[dict[str, Any]]:
       RunStopped: after SIGINT or SIGTERM; a checkpoint was written.
     """
     require_type(config, ExperimentConfig, "run: config")
+    xla_flags.apply()
     host.keep_freed()
     if config.quick_compile:
         host.compile_quickly()

@@ -30,7 +30,7 @@ from flm_jax.params import counts
 from flm_jax.params.digest import params_digest
 from flm_jax.params.sharding import Layout
 from flm_jax.runs.timing import StageTime
-from flm_jax.runtime import processes
+from flm_jax.runtime import processes, xla_flags
 from flm_jax.store.checkpoint import Checkpoints
 from flm_jax.store.lineage import RunFolder, StageFolder
 from flm_jax.train import optim, schedules
@@ -462,5 +462,6 @@ def _entry(
         "receipt": json.loads(folder.receipt.read_text()) if stage.parent else None,
         "data_fingerprint": stage.identity["data_fingerprint"],
         "gradient_reduction": model.gradient_dtype,
+        "xla_flags": xla_flags.record(),
         **more,
     }

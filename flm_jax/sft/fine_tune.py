@@ -41,7 +41,7 @@ from flm_jax.params.sharding import Layout
 from flm_jax.runs import chain
 from flm_jax.runs.loop import run_stages
 from flm_jax.runs.stage import Batches, Parent, Position, Stage
-from flm_jax.runtime import host, paths
+from flm_jax.runtime import host, paths, xla_flags
 from flm_jax.sft import chats, synthetic
 from flm_jax.sft.chats import BadRows, Sample
 from flm_jax.sft.config import SftConfig
@@ -403,6 +403,7 @@ def run(
       UserError: base, data, config or folder do not fit together; nothing is overwritten.
       RunStopped: SIGINT or SIGTERM stopped it; a checkpoint was written, and the same call resumes.
     """
+    xla_flags.apply()
     host.keep_freed()
     if config.quick_compile:
         host.compile_quickly()
