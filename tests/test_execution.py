@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from flm_jax.aot import cudnn
-from flm_jax.config import MeshConfig
+from flm_jax.config import DataConfig, ExperimentConfig, MeshConfig
 from flm_jax.errors import UserError
 from flm_jax.execution import SplashConfig, layer_groups
 from flm_jax.models import attention
@@ -22,7 +22,16 @@ from flm_jax.models.attention import Scoring
 from flm_jax.models.documents import document_spans
 from flm_jax.params import sharding, trees
 from flm_jax.runtime import xla_flags
-from tests.models import SMALL, TINY, changed, gradients, losses_on, packed_batch, random_params
+from tests.models import (
+    SMALL,
+    TINY,
+    changed,
+    gradients,
+    losses_on,
+    packed_batch,
+    random_params,
+    stage_of,
+)
 
 
 @pytest.mark.parametrize(
@@ -30,7 +39,7 @@ from tests.models import SMALL, TINY, changed, gradients, losses_on, packed_batc
     [
         ("some", "has 'some'; give none, dots, full, or names"),
         ("qkv+dots", r"has 'qkv\+dots'"),
-        ("dots:0-1,full:3-", "layers 0 to 3; give groups that follow each other"),
+        ("dots:0-1,full:3-", "has 4 layers; give groups that follow each other"),
         ("dots:1-", "follow each other from 0 on"),
         ("dots:0-1", "follow each other"),
         ("dots:0-1,full", "follow each other"),
@@ -78,6 +87,9 @@ def test_tiles_that_do_not_fit_are_refused():
     assert tiles.blocks(4096)["block_kv"] == 2048
     with pytest.raises(UserError, match=r"block_q is 1024, which does not divide .* 1536"):
         tiles.blocks(1536)
+    model = changed(SMALL, splash=SplashConfig(block_q=1024))
+    with pytest.raises(UserError, match=r"block_q is 1024, which does not divide .* 1536"):
+        ExperimentConfig((stage_of(model),), data=DataConfig(sequence_length=1536))
     with pytest.raises(UserError, match=r"block_kv is 128 and block_kv_compute 512"):
         SplashConfig(block_kv=128).blocks(1024)
     with pytest.raises(UserError, match=r"block_kv_backward is 100; give a multiple of 128"):

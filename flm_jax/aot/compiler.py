@@ -21,7 +21,7 @@ from typing import Any
 
 import jax
 
-from flm_jax.aot import described, forecast, hlo, search
+from flm_jax.aot import cudnn, described, forecast, hlo, search
 from flm_jax.aot.chips import CHIPS, Chip
 from flm_jax.aot.links import Fabric
 from flm_jax.config import ExperimentConfig
@@ -137,13 +137,10 @@ def jobs(
 
 
 def _with_attention(config: ExperimentConfig, target: Target) -> ExperimentConfig:
-    """Names the kernel that "auto" stands for on the target, which is not this machine's platform.
-
-    cuDNN attention needs cuDNN to compile, so GPUs that are described get the plain implementation.
-    """
+    """Names the kernel that "auto" stands for on the target, not on this machine's platform."""
     if not target.described:
         return config
-    kernel = "splash" if target.devices[0].platform == "tpu" else "plain"
+    kernel = "splash" if target.devices[0].platform == "tpu" else "cudnn"
     stages = []
     for stage in config.stages:
         named = kernel if stage.model.attention == "auto" else stage.model.attention
@@ -186,11 +183,16 @@ def report(
       UserError: a compiler refuses the program for another reason than its memory.
     """
     start = time.monotonic()
-    with _optimisation(job.quick):
+    with _optimisation(job.quick), _traceable(job.target):
         lowered = job.program.lower() if job.program.function else None
         lower_s = time.monotonic() - start
         identity = {**job.heading, "key": key_of(job, lowered)}
         return keep(identity, lambda: {**_report(job, lowered), "lower_s": lower_s})
+
+
+def _traceable(target: Target) -> contextlib.AbstractContextManager[None]:
+    """A context in which the target's kernels can be traced."""
+    return cudnn.described(target.devices[0]) if target.described else contextlib.nullcontext()
 
 
 def _report(job: Job, lowered: Any) -> Report:

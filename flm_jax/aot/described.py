@@ -9,9 +9,11 @@ from typing import Any
 
 from jax.experimental import topologies
 
+from flm_jax.aot import cudnn
 from flm_jax.aot.chips import CHIPS, Chip
 from flm_jax.errors import UserError
 from flm_jax.params.topology import Topology, parse
+from flm_jax.runtime import xla_flags
 
 # Whether for GPUs -> the package that has the compiler, and the extra that installs it.
 _PACKAGES = {False: ("libtpu", "tpu"), True: ("jax_plugins.xla_cuda12", "gpu-aot")}
@@ -29,7 +31,7 @@ gpu_device_info {{
   registers_per_core_limit: 65536  registers_per_block_limit: 65536
 }}
 platform_name: "CUDA"
-dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
+dnn_version_info {{ major: {cudnn[0]} minor: {cudnn[1]} patch: {cudnn[2]} }}
 runtime_version {{ major: 12 minor: 9 patch: 0 }}
 device_description_str: "NVIDIA {name}"
 """
@@ -86,8 +88,12 @@ def _gpus(named: Topology, chip: Chip) -> Any:
         "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false "
         "--xla_gpu_shard_autotuning=false",
     )
+    xla_flags.merge("cuda", os.environ)  # those of a run
     target = _HOPPER.format(
-        bandwidth=int(chip.hbm_bandwidth), memory=int(chip.hbm_bytes), name=named.kind.upper()
+        bandwidth=int(chip.hbm_bandwidth),
+        memory=int(chip.hbm_bytes),
+        name=named.kind.upper(),
+        cudnn=cudnn.VERSION,
     )
     sizes = (1, 1, *named.sizes)[-3:]  # XLA wants three
     return topologies.get_topology_desc(
@@ -110,6 +116,7 @@ def _tpus(named: Topology) -> Any:
     }
     for name, value in settings.items():
         os.environ.setdefault(name, value)
+    xla_flags.merge("tpu", os.environ)  # those of a run
     options: dict[str, Any] = {"num_slices": named.slices}
     if len(named.sizes) == 3:
         # Three axes: a torus, four chips to a host. Two: the compiler's defaults.

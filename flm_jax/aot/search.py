@@ -11,7 +11,6 @@ from flm_jax.aot import work
 from flm_jax.aot.forecast import Forecast, forecast
 from flm_jax.aot.places import fabric, places
 from flm_jax.config import (
-    REMAT_POLICIES,
     ExperimentConfig,
     GrowthConfig,
     LayoutConfig,
@@ -21,6 +20,7 @@ from flm_jax.config import (
     TransformerConfig,
 )
 from flm_jax.errors import UserError
+from flm_jax.execution import REMAT_POLICIES
 from flm_jax.params import axes
 from flm_jax.params.topology import parse
 
