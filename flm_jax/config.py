@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flm_jax.checks import require, require_choice, require_positive, require_seed
-from flm_jax.execution import SplashConfig, layer_groups
+from flm_jax.execution import SplashConfig, layer_groups, parse_remat
 from flm_jax.mapping import Checked, added, from_mapping
 
 COMPUTE_DTYPES = ("float32", "bfloat16", "float64")
@@ -520,7 +520,7 @@ class LayoutConfig(Checked):
     topology: str  # as v5p:8x8x8, h100:16x8 (nodes x GPUs), or v6e:16x16@4 (4 slices)
     mesh: MeshConfig = MeshConfig()
     accumulate: int = 0  # microbatches in one optimizer step; 0: the stage's
-    remat: str = ""  # "": the model's
+    remat: str = ""  # as the model's; "": the model's
     dtype: str = ""  # of activations; "": the model's
 
     def __post_init__(self) -> None:
@@ -534,6 +534,8 @@ class LayoutConfig(Checked):
             self.accumulate >= 0,
             f"LayoutConfig.accumulate is {self.accumulate}; give 0 (the stage's) or more",
         )
+        if self.remat:
+            parse_remat(self.remat, "LayoutConfig.remat")
         require_choice(self, "dtype", ("", "float32", "bfloat16"))
 
 

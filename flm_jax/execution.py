@@ -33,12 +33,39 @@ class LayerGroup:
     end: int
 
 
-def layer_groups(remat: str, num_layers: int) -> tuple[LayerGroup, ...]:
-    """The groups of layers that share a policy.
+def parse_remat(remat: str, name: str) -> list[tuple[str, int, int | None]]:
+    """The policies of a text such as "dots:0-2,full:3-", each with its first and last layer.
 
     Args:
       remat: one policy for all layers, or POLICY:FIRST-LAST joined with commas; the last group may
         leave out LAST.
+      name: the field, for errors.
+
+    Raises:
+      UserError: a policy is unknown.
+
+    >>> parse_remat("dots:0-2,full:3-", "remat")
+    [('dots', 0, 2), ('full', 3, None)]
+    """
+    groups: list[tuple[str, int, int | None]] = []
+    for part in [remat] if ":" not in remat else remat.split(","):
+        match = re.fullmatch(r"([a-z_+]+)(?::(\d+)-(\d*))?", part)
+        policy = match[1] if match else ""
+        require(
+            policy in REMAT_POLICIES or all(x in REMAT_NAMES for x in policy.split("+")),
+            f"{name} has {part!r}; give {', '.join(REMAT_POLICIES)}, or names joined with + "
+            f"({', '.join(REMAT_NAMES)}), each with :FIRST-LAST if groups of layers differ",
+        )
+        assert match is not None
+        groups.append((policy, int(match[2] or 0), int(match[3]) if match[3] else None))
+    return groups
+
+
+def layer_groups(remat: str, num_layers: int) -> tuple[LayerGroup, ...]:
+    """The groups of layers that share a policy.
+
+    Args:
+      remat: as for `parse_remat`.
       num_layers: the model's layers.
 
     Returns:
@@ -50,34 +77,19 @@ def layer_groups(remat: str, num_layers: int) -> tuple[LayerGroup, ...]:
     >>> layer_groups("dots:0-2,full:3-", 8)
     (LayerGroup(policy='dots', first=0, end=3), LayerGroup(policy='full', first=3, end=8))
     """
-    groups: list[LayerGroup] = []
-    parts = [remat] if ":" not in remat else remat.split(",")
-    for part in parts:
-        match = re.fullmatch(r"([a-z_+]+)(?::(\d+)-(\d*))?", part)
-        names = match[1].split("+") if match else []
-        require(
-            match is not None
-            and (match[1] in REMAT_POLICIES or all(name in REMAT_NAMES for name in names)),
-            f"TransformerConfig.remat has {part!r}; give {', '.join(REMAT_POLICIES)}, or names "
-            f"joined with + ({', '.join(REMAT_NAMES)}), each with :FIRST-LAST if groups of layers "
-            "differ",
-        )
-        assert match is not None
-        first = int(match[2] or 0)
-        end = int(match[3]) + 1 if match[3] else num_layers
-        groups.append(LayerGroup(match[1], first, end))
-    starts = [0, *(group.end for group in groups)]
-    require(
-        (
-            starts == [*(group.first for group in groups), num_layers]
-            and all(group.first < group.end for group in groups)
-        )
-        or (num_layers == 0 and len(groups) == 1 and starts == [0, 0]),
-        f"TransformerConfig.remat is {remat!r}, and the model has layers 0 to {num_layers - 1}; "
-        "give groups that follow each other from 0 on, the last one open, as in "
-        "'dots:0-3,full:4-'",
+    groups = tuple(
+        LayerGroup(policy, first, num_layers if last is None else last + 1)
+        for policy, first, last in parse_remat(remat, "TransformerConfig.remat")
     )
-    return tuple(groups)
+    ends = [0, *(group.end for group in groups)]
+    follow = ends == [*(group.first for group in groups), num_layers]
+    filled = num_layers == 0 or all(group.first < group.end for group in groups)
+    require(
+        follow and filled,
+        f"TransformerConfig.remat is {remat!r}, and the model has {num_layers} layers; give groups "
+        "that follow each other from 0 on, the last one open, as in 'dots:0-3,full:4-'",
+    )
+    return groups
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,7 +39,7 @@ from tests.models import (
     [
         ("some", "has 'some'; give none, dots, full, or names"),
         ("qkv+dots", r"has 'qkv\+dots'"),
-        ("dots:0-1,full:3-", "layers 0 to 3; give groups that follow each other"),
+        ("dots:0-1,full:3-", "has 4 layers; give groups that follow each other"),
         ("dots:1-", "follow each other from 0 on"),
         ("dots:0-1", "follow each other"),
         ("dots:0-1,full", "follow each other"),

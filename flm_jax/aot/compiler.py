@@ -137,7 +137,7 @@ def jobs(
 
 
 def _with_attention(config: ExperimentConfig, target: Target) -> ExperimentConfig:
-    """Names the kernel that "auto" stands for on a target that is not this machine's platform."""
+    """Names the kernel that "auto" stands for on the target, not on this machine's platform."""
     if not target.described:
         return config
     kernel = "splash" if target.devices[0].platform == "tpu" else "cudnn"
@@ -183,12 +183,16 @@ def report(
       UserError: a compiler refuses the program for another reason than its memory.
     """
     start = time.monotonic()
-    with _optimisation(job.quick):
-        with cudnn.described(job.target.devices[0]):
-            lowered = job.program.lower() if job.program.function else None
+    with _optimisation(job.quick), _traceable(job.target):
+        lowered = job.program.lower() if job.program.function else None
         lower_s = time.monotonic() - start
         identity = {**job.heading, "key": key_of(job, lowered)}
         return keep(identity, lambda: {**_report(job, lowered), "lower_s": lower_s})
+
+
+def _traceable(target: Target) -> contextlib.AbstractContextManager[None]:
+    """A context in which the target's kernels can be traced."""
+    return cudnn.described(target.devices[0]) if target.described else contextlib.nullcontext()
 
 
 def _report(job: Job, lowered: Any) -> Report:

@@ -20,12 +20,20 @@ import numpy as np
 
 from flm_jax.aot.hlo import Move
 from flm_jax.config import MESH_AXES, RulesConfig, TransformerConfig
+from flm_jax.execution import layer_groups
 from flm_jax.params import axes, counts, sharding
 
 STATE_BYTES = counts.MASTER_BYTES + counts.MOMENTS_BYTES
 # Maps whose forward pass rematerialisation does not run again: nothing in its layer reads `down`,
 # and what the next layer reads is saved.
 _LAST = "layers/mlp/down"
+# Maps that a policy's named activations keep the results of (`execution.py`).
+_KEPT = {
+    "qkv": [f"layers/attention/{name}" for name in ("query", "key", "value")],
+    "attended": ["attention"],
+    "gate_up": ["layers/mlp/gate", "layers/mlp/up"],
+    "branches": ["layers/attention/out"],
+}
 _WIDTHS = {"bfloat16": 2, "float32": 4, "float64": 8}
 
 
@@ -71,9 +79,25 @@ class Step:
         """The maps, and "attention", whose forward pass the backward pass runs again."""
         if self.recompute is not None:
             return frozenset(self.recompute)
-        if self.model.remat == "full":
-            return frozenset(_maps(self.model)) - {_LAST} | {"attention"}
-        return frozenset() if self.model.remat == "none" else frozenset({"attention"})
+        if self.model.remat in ("none", "dots"):
+            return frozenset({"attention"} if self.model.remat == "dots" else ())
+        kept = [_KEPT.get(name, ()) for name in self.model.remat.split("+")]
+        everything = frozenset(_maps(self.model)) - {_LAST} | {"attention"}
+        return everything.difference(*kept)
+
+    @property
+    def groups(self) -> tuple[tuple[int, Step], ...]:
+        """Groups of layers that share a rematerialisation: how many, and a step with only it."""
+        groups = layer_groups(self.model.remat, self.model.num_layers)
+        return tuple(
+            (
+                group.end - group.first,
+                dataclasses.replace(
+                    self, model=dataclasses.replace(self.model, remat=group.policy)
+                ),
+            )
+            for group in groups
+        )
 
 
 def _maps(model: TransformerConfig) -> dict[str, int]:
@@ -110,7 +134,12 @@ def forward(step: Step) -> Work:
 
 def backward(step: Step) -> Work:
     """All layers' backward passes, with what they run again."""
-    again = _layers(step, step.again, passes=step.model.remat != "none")
+    layers = max(step.model.num_layers, 1)
+    again = Work()
+    for number, one in step.groups:
+        part = _layers(one, one.again, passes=one.model.remat != "none")
+        pairs = zip(dataclasses.astuple(again), dataclasses.astuple(part), strict=True)
+        again = Work(*(x + number / layers * y for x, y in pairs))
     once = _layers(step, frozenset(_maps(step.model)), passes=2)
     # A flash kernel's gradient has five products where its forward pass has two.
     attention = 2.5 * _attention(step) + again.attention
@@ -202,10 +231,10 @@ def moves(step: Step) -> Iterator[tuple[str, str, Move]]:
     # the input again for the weights' gradient, and runs a branch again up to what it needs.
     yield over("tensor", "all-gather", "forward", "stream", 2 * layers, stream)
     yield over("tensor", "reduce-scatter", "forward", "stream", 2 * layers, stream)
-    inputs = 2 if model.remat == "none" else 4
-    yield over("tensor", "all-gather", "backward", "stream", inputs * layers, stream)
-    if "layers/attention/out" in step.again:
-        yield over("tensor", "reduce-scatter", "backward", "stream", layers, stream)
+    inputs = sum(n * (2 if one.model.remat == "none" else 4) for n, one in step.groups)
+    yield over("tensor", "all-gather", "backward", "stream", inputs, stream)
+    if again := sum(n for n, one in step.groups if "layers/attention/out" in one.again):
+        yield over("tensor", "reduce-scatter", "backward", "stream", again, stream)
     yield over("tensor", "all-reduce", "backward", "stream", 2 * layers, stream)
     vocab = width * model.vocab_size * model.d_model / step.size("tensor")
     yield over("fsdp", "all-gather", "ends", "weights", 2, vocab)  # the embedding and the head
@@ -235,14 +264,22 @@ def memory(step: Step) -> float:
     tensor = step.size("tensor")
     heads = (model.num_heads + 2 * model.kv_heads) * model.head_dim
     inside = heads + model.num_heads * model.head_dim + 2 * model.d_ff
-    saved = {
-        "full": model.d_model,
-        "dots": 3 * model.d_model + inside,
+    kept = {
+        "full": 0,
+        "dots": 2 * model.d_model + inside,
         # Adjusted to the 102B's program on v5p:4x4x8 (83.6 GB).
-        "none": 9 * model.d_model + 3 * inside + 2 * model.d_ff,
-    }[model.remat]
+        "none": 8 * model.d_model + 3 * inside + 2 * model.d_ff,
+        "qkv": heads,
+        "attended": model.num_heads * model.head_dim,
+        "gate_up": 2 * model.d_ff,
+        "branches": 2 * model.d_model,
+    }
+    saved = sum(
+        number * (model.d_model + sum(kept[name] for name in one.model.remat.split("+")))
+        for number, one in step.groups
+    )
     layer = sum(_maps(model).values()) / max(model.num_layers, 1)
     working = 2 * width * layer / tensor + width * n * (4 * model.d_model + 2 * inside / tensor)
     logits = 3 * 4 * n * model.vocab_size / tensor
     state = (STATE_BYTES + counts.MASTER_BYTES) * own
-    return state + width * n / tensor * saved * model.num_layers + max(working, logits)
+    return state + width * n / tensor * saved + max(working, logits)

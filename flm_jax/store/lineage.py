@@ -24,7 +24,9 @@ from flm_jax.store.checkpoint import mark_complete
 from flm_jax.store.files import MetricsFile, link_tree, replacing, write_atomically, write_json
 
 # A stage's settings that may change on resume: they change only rounding.
-_MAY_CHANGE = ("accumulate", "model.remat")
+_MAY_CHANGE = (
+    "accumulate", "model.remat", "model.loss_chunks", "model.splash", "model.cudnn_documents",
+)  # fmt: skip
 
 
 class StageFolder:
@@ -204,7 +206,8 @@ class RunFolder:
     def check_stage(self, folder: StageFolder, identity: Mapping[str, Any]) -> list[str]:
         """Checks that a stage was started with the same settings, if it was started.
 
-        What a layout sets may differ (`accumulate`, `model.remat`): it changes only rounding.
+        How a stage is computed may differ (`accumulate`, `model.remat`, kernels): it changes only
+        rounding.
 
         Args:
           folder: the stage's folder.
