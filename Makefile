@@ -2,16 +2,17 @@
 # constraints.txt. Later calls reuse it.
 PYTHON ?= python3
 BIN := .venv/bin
-# What is installed beside the package. CI takes EXTRAS=dev,hf,gguf,tpu.
+# What is installed beside the package. CI takes EXTRAS=buckets,dev,docs,gcs,gguf,hf,s3,tpu.
 EXTRAS ?= dev
 STAMP := .venv/.installed-$(EXTRAS)
 
-.PHONY: demo test check help
+.PHONY: demo test check docs help
 
 help:
 	@echo "make demo   grow a model through three stages into runs/demo (about 8 minutes, 2 cores)"
 	@echo "make test   run the tests, but for the slow ones"
-	@echo "make check  lint, format, types and all tests. With EXTRAS=dev,hf,gguf,tpu: what CI runs"
+	@echo "make docs   build the documentation into docs/_build/html; a broken reference fails"
+	@echo "make check  lint, format, types and all tests. With EXTRAS=buckets,dev,docs,gcs,gguf,hf,s3,tpu: what CI runs"
 
 $(STAMP): setup.py constraints.txt
 	$(PYTHON) -m venv .venv
@@ -32,4 +33,9 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -rs
 	@echo "Installed extras: $(EXTRAS). A test that needs another one was skipped and is listed above."
-	@echo "CI leaves none out: make check EXTRAS=dev,hf,gguf,tpu"
+	@echo "CI leaves none out: make check EXTRAS=buckets,dev,docs,gcs,gguf,hf,s3,tpu"
+
+docs:
+	$(MAKE) .venv/.installed-$(EXTRAS),docs EXTRAS=$(EXTRAS),docs
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"

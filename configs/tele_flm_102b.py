@@ -12,9 +12,16 @@ import dataclasses
 import ml_collections
 
 from flm_jax.commands import config_files
-from flm_jax.config import ExperimentConfig, GrowthConfig, StageConfig
+from flm_jax.config import ExperimentConfig, GrowthConfig, LayoutConfig, MeshConfig, StageConfig
 
 tele_flm_52b = config_files.shipped("tele_flm_52b")
+# Our choice: layouts that fit (docs/scaling.md).
+LAYOUTS = (
+    LayoutConfig("v5p:4x4x8", MeshConfig(1, 32, 4), accumulate=21),
+    LayoutConfig("v5p:8x8x8", MeshConfig(1, 64, 8), accumulate=7),
+    LayoutConfig("h100:16x8", MeshConfig(1, 16, 8), accumulate=28),
+    LayoutConfig("h100:128x8", MeshConfig(1, 64, 16), accumulate=7),
+)
 
 
 def stage() -> StageConfig:
@@ -35,6 +42,7 @@ def stage() -> StageConfig:
         steps=300_000_000_000 // (small.batch_size * 4096),
         # Our choice: the ramp. The re-warm-up is FLM-101B's, 100 steps.
         growth=GrowthConfig(ramp_steps=1000, rewarmup_steps=100, calibration_sequences=64),
+        layouts=LAYOUTS,
     )
 
 

@@ -11,10 +11,15 @@ import dataclasses
 import ml_collections
 
 from flm_jax.commands import config_files
-from flm_jax.config import ExperimentConfig, GrowthConfig, StageConfig
+from flm_jax.config import ExperimentConfig, GrowthConfig, LayoutConfig, MeshConfig, StageConfig
 
 tele_flm_52b = config_files.shipped("tele_flm_52b")
 tele_flm_102b = config_files.shipped("tele_flm_102b")
+# Our choice: layouts that fit (docs/scaling.md).
+LAYOUTS = (
+    LayoutConfig("v5p:8x8x8", MeshConfig(1, 32, 16), accumulate=42, remat="dots"),
+    LayoutConfig("h100:128x8", MeshConfig(1, 64, 16), accumulate=7),
+)
 
 
 def stage() -> StageConfig:
@@ -38,6 +43,7 @@ def stage() -> StageConfig:
         steps=15_700_000_000 // (small.batch_size * 4096),
         matrix_learning_rate=2 * small.matrix_learning_rate,
         growth=GrowthConfig(ramp_steps=500, rewarmup_steps=100, calibration_sequences=64),
+        layouts=LAYOUTS,
     )
 
 

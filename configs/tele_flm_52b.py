@@ -14,6 +14,8 @@ from flm_jax.config import (
     DataConfig,
     EvalConfig,
     ExperimentConfig,
+    LayoutConfig,
+    MeshConfig,
     OptimizerConfig,
     ScheduleConfig,
     StageConfig,
@@ -40,6 +42,15 @@ SCHEDULE = ScheduleConfig(
     final_ratio=0.1,  # minimum 1.5e-5
 )
 EVAL = EvalConfig(sequences=1024, batch_size=64, every_steps=1000)  # our choice
+# Our choice: layouts that fit (docs/scaling.md). 1344 divides over 64 devices, not over 128.
+LAYOUTS = (
+    LayoutConfig("v5p:4x4x4", MeshConfig(1, 16, 4), accumulate=21),
+    LayoutConfig("v5p:4x4x8", MeshConfig(1, 32, 4), accumulate=21),
+    LayoutConfig("v5p:8x8x8", MeshConfig(1, 64, 8), accumulate=7),
+    LayoutConfig("h100:8x8", MeshConfig(1, 8, 8), accumulate=42),
+    LayoutConfig("h100:16x8", MeshConfig(1, 16, 8), accumulate=21),
+    LayoutConfig("h100:128x8", MeshConfig(1, 64, 16), accumulate=7),
+)
 CHECKPOINT = CheckpointConfig(every_steps=500, keep=3)  # our choice
 
 
@@ -66,6 +77,7 @@ def stage() -> StageConfig:
         batch_size=BATCH,
         learning_rate=1.5e-4,
         matrix_learning_rate=2.4e-3,  # 1.5e-4 at width 8192
+        layouts=LAYOUTS,
     )
 
 

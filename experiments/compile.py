@@ -1,6 +1,6 @@
-"""The same as `flm compile`."""
+"""The old name of `flm preflight`; it stays."""
 
 from flm_jax.commands import front
 
 if __name__ == "__main__":
-    front.main("compile")
+    front.main("preflight")

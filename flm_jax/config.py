@@ -6,20 +6,25 @@ Config files and commands use ml_collections; `from_mapping` turns their values 
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from flm_jax.checks import require, require_choice, require_positive, require_seed
+from flm_jax.execution import SplashConfig, layer_groups, parse_remat
 from flm_jax.mapping import Checked, added, from_mapping
 
 COMPUTE_DTYPES = ("float32", "bfloat16", "float64")
+GRADIENT_REDUCTIONS = ("compute", "float32")
 ATTENTIONS = ("auto", "plain", "splash", "cudnn")
-REMAT_POLICIES = ("none", "dots", "full")
 SCHEDULES = ("constant", "cosine", "wsd")
 MOMENTS = ("dual", "asym", "reset")
+MOMENT_DTYPES = ("", "bfloat16")
 RATES = ("target", "carry", "ramp")
 PARAMETRISATIONS = ("mup", "completep", "sp")
 MESH_AXES = ("data", "fsdp", "tensor")
+TOPOLOGY = re.compile(r"(\w+):([1-9]\d*(?:x[1-9]\d*)*)(?:@([1-9]\d*))?")  # kind, sizes, slices
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 NORMS = ("before", "after", "both")
 QK_NORMS = ("none", "head", "all")
@@ -114,9 +119,13 @@ class TransformerConfig(Checked):
     depth_scaled_init: bool = False  # residual writers also divided by sqrt(2 * num_layers)
     # How the model is computed. These fields do not change its function.
     dtype: str = "float32"  # dtype of activations; parameters are float32 (float64 with "float64")
+    # What the backward pass keeps of each layer: a policy, or one for each group of layers
+    # (`execution.py`), as in "dots:0-23,full:24-".
     remat: str = "none"
     attention: str = "auto"  # kernel; "auto": the platform's (`models/attention.py`)
     scan_unroll: int = 1  # layers in one step of the scan over layers
+    # The dtype in which devices add up their gradients: "compute" is `dtype`.
+    gradient_reduction: str = added("compute")
     # What other families change in the block.
     tied: bool = added(False)  # the head is the embedding
     qkv_bias: bool = added(False)  # biases of queries, keys and values
@@ -136,6 +145,13 @@ class TransformerConfig(Checked):
     # Ids that are tokens. The embedding's and the head's other rows are padding: they are not drawn
     # in generation and are left out of evaluation's softmax. 0: all.
     num_tokens: int = added(0)
+    # Chunks of the vocabulary in which the loss is computed, so that no array [tokens, vocab_size]
+    # exists (`train/loss.py`); 0: all logits at once.
+    loss_chunks: int = added(0)
+    splash: SplashConfig = added(SplashConfig())  # tiles of the TPU's attention kernel
+    # Documents that cuDNN's attention kernel tells apart in a row, by their offsets; a row with
+    # more gives NaN. 0: any number, by a bias [B, 1, T, T].
+    cudnn_documents: int = added(0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -154,14 +170,18 @@ class TransformerConfig(Checked):
             self.num_layers >= 0,
             f"TransformerConfig.num_layers is {self.num_layers}; give 0 (to grow from) or more",
         )
+        for name in ("loss_chunks", "cudnn_documents"):
+            value = getattr(self, name)
+            require(value >= 0, f"TransformerConfig.{name} is {value}; give 0 (off) or more")
         require(
             0 <= self.num_tokens <= self.vocab_size,
             f"TransformerConfig.num_tokens is {self.num_tokens} and vocab_size {self.vocab_size}; "
             "give 0 (all ids) or a number that is not larger",
         )
         require_choice(self, "dtype", COMPUTE_DTYPES)
-        require_choice(self, "remat", REMAT_POLICIES)
+        layer_groups(self.remat, self.num_layers)  # raises if the groups are not all layers
         require_choice(self, "attention", ATTENTIONS)
+        require_choice(self, "gradient_reduction", GRADIENT_REDUCTIONS)
         require(
             self.num_heads % self.kv_heads == 0,
             f"TransformerConfig.num_heads is {self.num_heads}, not a multiple of num_kv_heads "
@@ -272,6 +292,12 @@ class TransformerConfig(Checked):
         return self.residual_mult / (self.depth_mult if self.parametrisation == "completep" else 1)
 
     @property
+    def gradient_dtype(self) -> str:
+        """The dtype in which devices add up their gradients."""
+        narrow = self.gradient_reduction == "compute" or self.dtype == "float64"
+        return self.dtype if narrow else self.gradient_reduction
+
+    @property
     def score_mult(self) -> float:
         """Factor on attention's scores."""
         return self.attention_mult or self.head_dim**-0.5
@@ -324,12 +350,22 @@ class OptimizerConfig(Checked):
     eps: float = 1e-8
     weight_decay: float = 0.1  # decoupled, for vector-like parameters; norm gains have no decay
     clip_norm: float = 1.0
+    # How Adam's moments are stored; "": as the parameters. Arithmetic is in the parameters' dtype.
+    moment_dtype: str = added("")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_choice(self, "moment_dtype", MOMENT_DTYPES)
         for name in ("b1", "b2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"OptimizerConfig.{name} is {value}; it must be in [0, 1)")
+            # Neighbours in bfloat16 are up to 2^-7 apart, so that a change by less than 2^-8 can
+            # round to none: without a gradient the moment would never fall.
+            require(
+                self.moment_dtype != "bfloat16" or 1 - value > 2**-8,
+                f"OptimizerConfig.{name} is {value} and moment_dtype 'bfloat16', in which a moment "
+                f"cannot change by 1 - {name}; give {name} below {1 - 2**-8}, or moment_dtype ''",
+            )
         require_positive(self, "eps", "clip_norm")
 
 
@@ -428,12 +464,79 @@ class RulesConfig(Checked):
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig(Checked):
-    """Number of devices along each mesh axis; data = 0: all that the other axes leave."""
+    """Number of devices along each mesh axis; data = 0: all that the other axes leave.
+
+    `dcn_data` and `dcn_fsdp` say how many parts of `data` and `fsdp` lie in different slices of
+    TPUs, or different nodes of GPUs, which only a slower network connects. The sizes include them:
+    fsdp=64 with dcn_fsdp=4 is 16 devices of each of 4 slices.
+
+    Raises:
+      UserError: a field has the wrong type or value, or an axis does not divide over its slices.
+    """
 
     data: int = 0
     fsdp: int = 1
     tensor: int = 1
     rules: RulesConfig = RulesConfig()
+    dcn_data: int = added(1)
+    dcn_fsdp: int = added(1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "fsdp", "tensor", "dcn_data", "dcn_fsdp")
+        require(
+            self.data >= 0,
+            f"MeshConfig.data is {self.data}; give 0 (all devices that are left) or more",
+        )
+        for axis, size, parts in (
+            ("data", self.data, self.dcn_data),
+            ("fsdp", self.fsdp, self.dcn_fsdp),
+        ):
+            require(
+                size % parts == 0,
+                f"MeshConfig.{axis} is {size}, not a multiple of dcn_{axis} {parts}; {axis} counts "
+                "the devices of all slices",
+            )
+
+    @property
+    def slices(self) -> int:
+        """Number of slices or nodes that the mesh is laid over; 1: it does not tell them apart."""
+        return self.dcn_data * self.dcn_fsdp
+
+
+@dataclasses.dataclass(frozen=True)
+class LayoutConfig(Checked):
+    """How a stage is computed on one topology: mesh and rules, accumulation, remat, precision.
+
+    A layout changes nothing that a stage learns, except for rounding: the sequences of one step are
+    the stage's. The runner takes the layout of the devices that it finds, and ahead-of-time
+    compilation that of the devices that it describes. On other devices a stage has the layout of
+    its own fields (`mesh`, `accumulate`, `model.remat`, `model.dtype`).
+
+    Raises:
+      UserError: a field has the wrong type or value.
+    """
+
+    topology: str  # as v5p:8x8x8, h100:16x8 (nodes x GPUs), or v6e:16x16@4 (4 slices)
+    mesh: MeshConfig = MeshConfig()
+    accumulate: int = 0  # microbatches in one optimizer step; 0: the stage's
+    remat: str = ""  # as the model's; "": the model's
+    dtype: str = ""  # of activations; "": the model's
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            bool(TOPOLOGY.fullmatch(self.topology)),
+            f"LayoutConfig.topology is {self.topology!r}; give KIND:SIZES, as v5p:8x8x8 or "
+            "h100:16x8 (nodes x GPUs), with @SLICES for several slices",
+        )
+        require(
+            self.accumulate >= 0,
+            f"LayoutConfig.accumulate is {self.accumulate}; give 0 (the stage's) or more",
+        )
+        if self.remat:
+            parse_remat(self.remat, "LayoutConfig.remat")
+        require_choice(self, "dtype", ("", "float32", "bfloat16"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -458,6 +561,7 @@ class StageConfig(Checked):
     # Patterns of the parameters that train, as in ("layers/mlp/*", "head"); the others keep their
     # bits. (): all train. `*` also matches "/".
     train_paths: tuple[str, ...] = added(())
+    layouts: tuple[LayoutConfig, ...] = added(())  # on topologies where the fields above change
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -474,6 +578,41 @@ class StageConfig(Checked):
             self.batch_size % self.accumulate == 0,
             f"stage {self.name}: batch_size {self.batch_size} is not a multiple of accumulate "
             f"{self.accumulate}; change one",
+        )
+        topologies = [layout.topology for layout in self.layouts]
+        require(
+            len(set(topologies)) == len(topologies),
+            f"stage {self.name}: layouts are for {', '.join(topologies)}; give each topology one",
+        )
+        for layout in self.layouts:
+            require(
+                self.batch_size % (layout.accumulate or 1) == 0,
+                f"stage {self.name}: batch_size {self.batch_size} is not a multiple of accumulate "
+                f"{layout.accumulate} in its layout for {layout.topology}; change one",
+            )
+            if layout.remat and isinstance(self.model, TransformerConfig):
+                layer_groups(layout.remat, self.model.num_layers)  # raises if it has a mistake
+
+    def has_layout(self, topology: str) -> bool:
+        """Whether one of its layouts is for this topology."""
+        return any(layout.topology == topology for layout in self.layouts)
+
+    def on(self, topology: str) -> StageConfig:
+        """The stage as it is computed on a topology; without a layout for it, the stage itself."""
+        layout = next((x for x in self.layouts if x.topology == topology), None)
+        if layout is None:
+            return dataclasses.replace(self, layouts=())
+        model = dataclasses.replace(
+            self.model,
+            remat=layout.remat or self.model.remat,
+            dtype=layout.dtype or self.model.dtype,
+        )
+        return dataclasses.replace(
+            self,
+            model=model,
+            mesh=layout.mesh,
+            accumulate=layout.accumulate or self.accumulate,
+            layouts=(),
         )
 
 
@@ -494,20 +633,21 @@ class EvalConfig(Checked):
 class CheckpointConfig(Checked):
     """How often a stage saves checkpoints, and how many it keeps."""
 
-    every_steps: int = 200
+    every_steps: int = 200  # 0: only by time and at the end
     keep: int = 2  # number of latest checkpoints kept in a stage; the last one is always kept
+    # Minutes after the last checkpoint at which one more is saved; 0: none. A lost process costs at
+    # most this time, whatever a step takes.
+    every_minutes: float = added(0.0)
 
-
-@dataclasses.dataclass(frozen=True)
-class LayoutConfig(Checked):
-    """Hardware, mesh and batch size that a stage should fit; `flm compile` checks it."""
-
-    stage: str
-    topology: str
-    batch_size: int
-    data: int = 1
-    fsdp: int = 1
-    tensor: int = 1
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "keep")
+        for name in ("every_steps", "every_minutes"):
+            value = getattr(self, name)
+            require(
+                0 <= value < math.inf,
+                f"CheckpointConfig.{name} is {value}; it must be 0 or above",
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -521,7 +661,6 @@ class ExperimentConfig(Checked):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     mesh: MeshConfig = MeshConfig()
-    layouts: tuple[LayoutConfig, ...] = ()  # for accelerators that this machine does not have
     seed: int = 0
     quick_compile: bool = False  # on CPUs: compile faster and optimise less, for runs of seconds
 
@@ -545,19 +684,20 @@ class ExperimentConfig(Checked):
                 f"stage {stage.name}: growth.ramp_steps is {stage.growth.ramp_steps}, more than "
                 f"its steps {stage.steps}; the masks must reach 1 before the stage ends",
             )
-
-        for layout in self.layouts:
-            require(
-                layout.stage in names,
-                f"ExperimentConfig.layouts names stage {layout.stage!r}; it has {names}",
-            )
-        for index in range(len(self.stages)):
-            self.data_of(index)  # raises if the lengths do not fit each other
+        for index, stage in enumerate(self.stages):
+            # These raise if the lengths do not fit each other, or the kernel's tiles.
+            length = self.data_of(index).sequence_length
+            if isinstance(stage.model, TransformerConfig) and length % SplashConfig.TILE == 0:
+                stage.model.splash.blocks(length)
 
     @property
     def total_steps(self) -> int:
         """Optimizer steps of all stages."""
         return sum(stage.steps for stage in self.stages)
+
+    def on(self, topology: str) -> ExperimentConfig:
+        """The experiment as it is computed on a topology: every stage with its layout for it."""
+        return dataclasses.replace(self, stages=tuple(s.on(topology) for s in self.stages))
 
     def mesh_of(self, index: int) -> MeshConfig:
         """The mesh of the stage at `index`."""

@@ -1,4 +1,30 @@
-"""The error that a user can fix: one clear line, no traceback."""
+"""What ends a command: exit statuses, and the errors that mean them.
+
+`Exit` is the one list of statuses. By the status alone, a scheduler or
+`experiments/clusters/restart.sh` decides whether to start the same command again (`RESTARTABLE`).
+"""
+
+from __future__ import annotations
+
+import enum
+
+
+class Exit(enum.IntEnum):
+    """Exit statuses of every command. 128 + N: stopped by signal N, with the state on disk."""
+
+    OK = 0
+    FAILED = 1  # a traceback, or a check of the command does not hold (its --help says which)
+    MISTAKE = 2  # of the user: one line says what to change
+    GATE = 3  # `flm compare`: the new model is worse than its limits allow
+    LOST = 75  # another process was lost (EX_TEMPFAIL of sysexits.h: try again)
+    INTERRUPTED = 130  # Ctrl-C (SIGINT)
+    PREEMPTED = 143  # SIGTERM, as schedulers send it before they take the machine
+
+
+# After these the same command can continue where it stopped. A hardware fault also shows as a
+# traceback (1), or as a signal that nobody handles: abort, bus error, kill (also by the kernel for
+# memory), segmentation fault.
+RESTARTABLE = (Exit.FAILED, Exit.LOST, 134, 135, 137, 139, Exit.PREEMPTED)
 
 
 class UserError(ValueError):
@@ -10,6 +36,8 @@ class UserError(ValueError):
     Attributes:
       argument: the name of the wrong argument or field; a command whose flag has this name says so.
     """
+
+    status = Exit.MISTAKE
 
     def __init__(self, message: str, *, argument: str = "") -> None:
         super().__init__(_one_line(message))
@@ -33,4 +61,12 @@ _LONGEST = 4000  # characters
 
 
 class RunStopped(Exception):
-    """A signal stopped the run; its state is on disk, and the same command resumes from there."""
+    """A signal stopped the run; its state is on disk, and the same command resumes from there.
+
+    Attributes:
+      status: the exit status: 128 + the signal's number.
+    """
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.status = 128 + signal_number

@@ -77,9 +77,9 @@ def replaced(config: T, values: Mapping[str, Any], path: str = "config") -> T:
     Raises:
       UserError: a field is unknown or of the wrong type; gives its full name.
 
-    >>> from flm_jax.config import CheckpointConfig
-    >>> replaced(CheckpointConfig(50, 3), {"keep": 1, "every_steps": None})
-    CheckpointConfig(every_steps=50, keep=1)
+    >>> from flm_jax.config import EvalConfig
+    >>> replaced(EvalConfig(50, 3), {"batch_size": 1, "every_steps": None})
+    EvalConfig(sequences=50, batch_size=1, every_steps=200)
     """
     fields: dict[str, Any] = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}  # type: ignore[arg-type]
     for name, value in values.items():
@@ -160,9 +160,9 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], path: str = "config") 
     Raises:
       UserError: a field is unknown, missing, or of the wrong type; gives its full name.
 
-    >>> from flm_jax.config import CheckpointConfig
-    >>> from_mapping(CheckpointConfig, {"keep": 1})
-    CheckpointConfig(every_steps=200, keep=1)
+    >>> from flm_jax.config import CheckpointConfig, EvalConfig
+    >>> from_mapping(EvalConfig, {"batch_size": 1})
+    EvalConfig(sequences=96, batch_size=1, every_steps=200)
     >>> from_mapping(CheckpointConfig, {"kept": 1})
     Traceback (most recent call last):
     flm_jax.errors.UserError: config.kept: CheckpointConfig has no such field; did you mean 'keep'?

@@ -1,6 +1,7 @@
 """Helpers that call the commands, in this process or in a separate one."""
 
 import contextlib
+import importlib.util
 import io
 import json
 import os
@@ -10,9 +11,14 @@ import sys
 import time
 from unittest import mock
 
+import pytest
+
 from flm_jax.commands import front
 
 ROOT = pathlib.Path(__file__).parent.parent
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs the extra [tpu]"
+)
 
 
 def call(*args: str) -> tuple[int, str, str]:

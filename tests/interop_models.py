@@ -10,7 +10,7 @@ from flm_jax.config import TransformerConfig
 from flm_jax.interop.opening import open_model, open_stored_model
 from flm_jax.interop.weights import load
 from flm_jax.params import trees
-from flm_jax.store.checkpoint import params_digest
+from flm_jax.params.digest import params_digest
 from flm_jax.store.lineage import RunFolder
 from tests.models import logits_of
 

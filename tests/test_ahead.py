@@ -1,24 +1,32 @@
 """Ahead-of-time compilation: reading the compiler's reports, and the compiler if installed."""
 
-import dataclasses
 import importlib.util
 import json
+import time
 
+import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
+from flm_jax import config as config_lib
 from flm_jax.aot import compiler, hlo
-from flm_jax.aot.roofline import CHIPS, seconds_of
-from flm_jax.errors import UserError
-from tests.commands import json_of, mistake, run
+from flm_jax.commands import config_files
+from flm_jax.runs import chain
+from flm_jax.runs.programs import KINDS
+from tests import tiny_chain
+from tests.commands import ROOT, json_of, mistake, needs_libtpu, run
 
-CHAIN = ("compile", "--config=configs/tele_flm_1t_chain.py")
+CHAIN = ("preflight", "--config=configs/tele_flm_1t_chain.py")
 
 HLO = """HloModule jit_step
 
 %body.1 (p: (s32[], f32[4,8])) -> (s32[], f32[4,8]) {
   %p = (s32[], f32[4,8]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %one = s32[] constant(1)
+  %n = s32[] add(%i, %one)
   %g = f32[4,8]{1,0} all-gather(%x), replica_groups=[4,2]<=[8], dimensions={0}
-  ROOT %t = (s32[], f32[4,8]) tuple(%i, %g)
+  ROOT %t = (s32[], f32[4,8]) tuple(%n, %g)
 }
 
 %inner (q: f32[2]) -> f32[2] {
@@ -31,11 +39,15 @@ HLO = """HloModule jit_step
 }
 
 %cond.1 (p: (s32[], f32[4,8])) -> pred[] {
+  %p = (s32[], f32[4,8]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
   %c = s32[] constant(7)
   ROOT %lt = pred[] compare(%i, %c), direction=LT
 }
 
 ENTRY %main (a: f32[4,8]) -> f32[4,8] {
+  %zero = s32[] constant(0)
+  %t0 = (s32[], f32[4,8]) tuple(%zero, %a)
   %w = (s32[], f32[4,8]) while(%t0), condition=%cond.1, body=%body.1
   %f = f32[2] fusion(%a), kind=kLoop, calls=%inner
   %h = f32[10] fusion(%a), kind=kCustom, calls=%all-reduce-scatter.3
@@ -78,19 +90,6 @@ def test_groups_in_every_notation(written, group):
     assert hlo._group(line, 8) == group
 
 
-def test_a_ring_between_nodes_uses_every_network_card():
-    """With one device in a node, its card sends all bytes; with two, each card sends half."""
-    chip = dataclasses.replace(CHIPS["h100"], node=2, network=10.0, inside=1000.0)
-
-    def seconds(*group):
-        return seconds_of(hlo.Move("all-gather", 3, 100.0, group), chip)
-
-    assert seconds(0, 2, 4, 6) == 300 / 10
-    assert seconds(0, 1, 2, 3) == 300 / 20
-    assert seconds(0, 1) == 300 / 1000
-    assert seconds_of(hlo.Move("all-gather", 3, 100.0, (0, 1)), CHIPS["v5p"]) == 300 / 600e9
-
-
 def test_an_out_of_memory_error_gives_needed_and_available_bytes():
     message = (
         "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
@@ -110,31 +109,28 @@ def test_memory_report(tmp_path):
 
 @pytest.mark.slow
 def test_mistakes_are_one_line():
-    assert "--topology is missing" in mistake(*CHAIN, "--batch=8")
+    assert "--topology is missing" in mistake(*CHAIN, "--mesh=fsdp=8")
     demo = (CHAIN[0], "--config=configs/demo.py")
     assert "--topology is missing" in mistake(*demo)
     assert "kinds: v4" in mistake(*CHAIN, "--topology=v9:2x2")
-    assert "choose one of train" in mistake(*CHAIN, "--topology=v5p:2x2x1", "--what=think")
+    assert "choose from init" in mistake(*CHAIN, "--topology=v5p:2x2x1", "--what=think")
     assert "stages 0 to 2" in mistake(*CHAIN, "--topology=v5p:2x2x1", "--stage=5")
     assert "--mesh=fsdp" in mistake(*CHAIN, "--topology=v5p:2x2x1", "--mesh=fsdp")
+    assert "no such field" in mistake(*CHAIN, "--topology=v5p:2x2x1", "--mesh=expert=4")
     if importlib.util.find_spec("libtpu") is None:
         assert ".[tpu]" in mistake(*CHAIN, "--topology=v5p:2x2x1", "--mesh=fsdp=4")
+    else:
+        assert "stage 102b has none" in mistake(*CHAIN, "--topology=v5p:4x4x4")
+        assert "no such program" in mistake(
+            "preflight", "--config=configs/llama_8b.py", "--topology=v5p:2x2x2", "--what=growth"
+        )
 
 
-def test_a_mesh_must_match_its_topology():
-    with pytest.raises(UserError, match="8 devices, but v5e:2x2 has 4"):
-        compiler.mesh_of("v5e:2x2", {"fsdp": 8}, [None] * 4)
-    with pytest.raises(UserError, match="no mesh axis 'expert'"):
-        compiler.mesh_of("v5e:2x2", {"expert": 4}, [None] * 4)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra [tpu]")
-@pytest.mark.parametrize("what", ["train", "train_masked", "growth"])
-def test_the_tpu_compiler_compiles_a_small_chain(what):
-    sizes = [
+def small(*stages):
+    """Flags that make stages small enough to compile in seconds."""
+    return [
         f"--config.stages[{i}].model.{name}={value}"
-        for i, layers, width in ((0, 2, 512), (1, 2, 512), (2, 3, 1024))
+        for i, layers, width in stages
         for name, value in (
             ("num_layers", layers),
             ("d_model", width),
@@ -143,18 +139,82 @@ def test_the_tpu_compiler_compiles_a_small_chain(what):
             ("vocab_size", 512),
         )
     ]
-    report = json_of(
-        *CHAIN,
-        *sizes,
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_a_stage_is_compiled_whole_and_resumes(tmp_path):
+    """Every program of a grown stage, once; a second call reads what the first one kept."""
+    args = (
+        *CHAIN, *small((0, 2, 512), (1, 3, 1024), (2, 3, 1024)), "--stage=1",
         "--topology=v5p:2x2x1",
-        "--mesh=fsdp=2,tensor=2",
-        "--batch=4",
-        "--quick",
-        f"--what={what}",
-        by=run,
-    )
-    assert report["fits"] and report["devices"] == 4
-    keys = {"hbm_bytes", "hbm_limit_bytes", "compile_s", "peak_host_bytes", "collectives"}
-    assert keys | {"model_flops_per_device"} <= set(report)
-    assert set(report["roofline"]) >= {"step_s", "bound", "utilisation"}
-    assert json.dumps(report)
+        "--mesh=fsdp=2,tensor=2", "--batch=64", "--quick", f"--results={tmp_path}/results.jsonl",
+        "--config.data.sequence_length=256",
+    )  # fmt: skip
+    start = time.monotonic()
+    result = json_of(*args, by=run)
+    took = time.monotonic() - start
+    assert result["fits"]
+    names = [r["what"] for r in result["programs"]]
+    assert len(set(names)) == len(names)
+    assert {name.rstrip("_0123456789") for name in names} == set(KINDS) - {"init"}
+    for report in result["programs"]:
+        assert report["devices"] == 4 and report["batch"] == 64
+        parts = {"argument", "temporary", "output", "held"}
+        assert report["binds"] in parts
+        assert report["hbm_bytes"] >= report["held_bytes"]
+    step = next(r for r in result["programs"] if r["what"] == "train_masked")
+    assert set(step["forecast"]) >= {"step_s", "bound_s", "bound", "utilisation"}
+    start = time.monotonic()
+    assert json_of(*args, by=run) == result
+    assert time.monotonic() - start < took
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_what_does_not_fit_is_named_and_ends_with_status_1():
+    """The 1T needs more memory than four chips have; the old name of the command still works."""
+    status, out, err = run(
+        "compile", *CHAIN[1:], "--stage=2", "--what=train", "--topology=v5p:2x2x1", "--quick",
+        "--mesh=fsdp=2,tensor=2", "--batch=64", "--json",
+    )  # fmt: skip
+    assert status == 1, err
+    assert "stage 1t, train on v5p:2x2x1 misses" in err.splitlines()[-1]
+    assert not json.loads(out)["fits"]
+
+
+@pytest.mark.slow
+def test_a_run_compiles_its_programs_on_its_own_devices(tmp_path):
+    config = f"--config={ROOT / 'tests' / 'tiny_chain.py'}"
+    result = json_of("preflight", config, "--own", "--what=train,growth")
+    assert result["fits"] and [r["what"] for r in result["programs"]] == [
+        "train", "growth_1", "growth_2", "growth_3", "growth_4", "train"
+    ]  # fmt: skip
+    assert all(r["topology"] == "cpu:8" for r in result["programs"])
+
+
+@pytest.mark.slow
+def test_preflight_compiles_the_programs_of_the_run_and_no_others(tmp_path):
+    """After a run, every program of preflight is in the run's cache of compiled programs."""
+    settings = {
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+        "jax_compilation_cache_dir": None,
+    }
+    before = {name: jax.config.values[name] for name in settings}
+    try:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        config = config_lib.experiment(config_files.plain(tiny_chain.get_config("relayout")))
+        chain.run(config, str(tmp_path))
+        cache = tmp_path / "compiled"
+        compiled = {path.name for path in cache.iterdir() if path.name.endswith("-cache")}
+        assert any("step" in name for name in compiled)
+        reports = [compiler.report(job) for job in compiler.jobs(config, compiler.own_target())]
+        more = {path.name for path in cache.iterdir() if path.name.endswith("-cache")} - compiled
+        assert all(report["fits"] for report in reports)
+        assert not more
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()

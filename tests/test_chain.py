@@ -79,6 +79,7 @@ def test_a_run_killed_and_stopped_anywhere_resumes_bit_identically(finished, tmp
     interruptions = [
         ("stages/0-small/checkpoints/20", signal.SIGKILL),  # in the middle of a stage
         ("stages/1-medium/plan.json", signal.SIGKILL),  # in the middle of a growth
+        ("stages/1-medium/checkpoints/40", signal.SIGKILL),  # grown, without its receipt
         ("stages/1-medium/checkpoints/50", signal.SIGTERM),  # a request to stop, during a ramp
         ("stages/2-large/metrics.jsonl", signal.SIGKILL),  # just after a growth
         ("stages/2-large/checkpoints/84*", signal.SIGKILL),  # while a checkpoint is written
@@ -89,7 +90,7 @@ def test_a_run_killed_and_stopped_anywhere_resumes_bit_identically(finished, tmp
         process.send_signal(number)
         _, err = process.communicate(timeout=120)
         if number == signal.SIGTERM:
-            assert process.returncode == 130
+            assert process.returncode == 128 + signal.SIGTERM
             assert "SIGTERM: stopped at step" in err.strip().splitlines()[-1]
         else:
             assert process.returncode == -signal.SIGKILL
@@ -98,6 +99,7 @@ def test_a_run_killed_and_stopped_anywhere_resumes_bit_identically(finished, tmp
     for a, b in zip(lineage(workdir), lineage(finished), strict=True):
         assert a["params_digest"] == b["params_digest"], a["name"]
         assert a["eval"] == b["eval"] and a["plan_digest"] == b["plan_digest"]
+        assert a["receipt"] == b["receipt"] and a["gradient_reduction"] == "float32"
 
 
 @pytest.mark.slow

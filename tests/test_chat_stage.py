@@ -11,6 +11,7 @@ from flm_jax.commands import generate as generate_command
 from flm_jax.config import DataConfig, EvalConfig
 from flm_jax.errors import UserError
 from flm_jax.interop.opening import open_model
+from flm_jax.params.digest import params_digest
 from flm_jax.sft import before_after, fine_tune, template
 from flm_jax.sft.chat_model import open_chat_model
 from flm_jax.sft.chats import Message
@@ -65,7 +66,7 @@ def base(tmp_path_factory):
     values = json.loads(lineage.read_text())
     more = {"steps": 7, "tokens": 7, "flops": 7, "wall_s": 0.0, "params": 1, "parent": None}
     with jax.enable_x64(False):
-        digest = fine_tune.params_digest(open_model(path).params)
+        digest = params_digest(open_model(path).params)
     values["stages"][0] |= {**more, "params_digest": digest}
     lineage.write_text(json.dumps(values))
     return path

@@ -20,6 +20,7 @@ from flm_jax.models import Transformer
 from flm_jax.params import axes, counts, trees
 from flm_jax.sft.config import SftConfig
 from flm_jax.studies.config import MupStudyConfig, ProbeConfig
+from flm_jax.studies.growth_study.config import GrowthStudyConfig
 from flm_jax.studies.less_is_more import LessIsMoreConfig
 from tests.commands import ROOT, call, json_of, mistake, peak_memory
 from tests.models import TABLE
@@ -44,6 +45,14 @@ def test_every_config_resolves_and_opens_with_its_command(path):
     if "base" in config or "sft" in config:  # fine-tuning: the base has the model
         kind = SftConfig if "base" in config else LessIsMoreConfig
         assert isinstance(config_files.dataclass_of(kind, config), kind)
+        return
+    if "models" in config:  # the study of growth
+        assert config_files.dataclass_of(GrowthStudyConfig, config).models
+        return
+    source = config.get("stages") and config.stages[0].source
+    if source and not pathlib.Path(source).exists():  # the user downloads it
+        with pytest.raises(UserError, match=f"{source} holds no model"):
+            config_files.experiment(config)
         return
     if "experiment" in config:  # a study over an experiment
         kind = ProbeConfig if "arms" in config else MupStudyConfig

@@ -15,7 +15,7 @@ from flm_jax.inference import evaluation
 from flm_jax.inference.likelihood import loglikelihoods
 from flm_jax.interop.opening import open_model
 from flm_jax.params import sharding
-from flm_jax.store.checkpoint import params_digest
+from flm_jax.params.digest import params_digest
 from flm_jax.studies import reported
 from tests import runs
 from tests.commands import ROOT, json_of, mistake

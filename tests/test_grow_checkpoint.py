@@ -1,6 +1,7 @@
 """Growth from disk to disk: equal to growth in memory, in bounded memory; mistakes are refused."""
 
 import dataclasses
+import errno
 import functools
 import itertools
 import json
@@ -19,14 +20,15 @@ from flm_jax.growth.operators import uses_distances
 from flm_jax.growth.receipt import measured
 from flm_jax.runs import grow_on_disk
 from flm_jax.runs.stage import plan_of
+from flm_jax.store import chunk_writer
 from flm_jax.store.checkpoint import Checkpoints, by_name
 from flm_jax.store.chunked import CheckpointReader
 from flm_jax.store.files import write_json
 from flm_jax.store.lineage import RunFolder, identity
 from tests.commands import mistake, peak_memory, run, start, wait_for
 from tests.models import SMALL, changed, packed_batch, random_params
-from tests.runs import lineage
-from tests.states import assert_same_bits, files_of_at_most, random_state
+from tests.runs import entry, lineage
+from tests.states import assert_same_bits, random_state
 
 KEY_OF_STAGE_1 = jax.random.fold_in(jax.random.key(0), 1)
 
@@ -50,8 +52,8 @@ def finished_run(config, path, state=None):
     checkpoints = Checkpoints(stage.checkpoints)
     checkpoints.save(4, state, {"data": {"place": 3}, "wall_s": 1.0})
     checkpoints.close()
-    entry = {"index": 0, "name": "small", "checkpoint": "stages/0-small/checkpoints/4"}
-    folder.add_stage({**entry, "data_fingerprint": "no data", "params_digest": str(path)})
+    own = {"data_fingerprint": "no data", "params_digest": str(path)}
+    folder.add_stage(entry(0, "small", 4) | own)
     return state
 
 
@@ -59,11 +61,23 @@ CONFIG = changed(SMALL, dtype="float32", mup_base_width=0)
 WIDER = two_stages(CONFIG, changed(CONFIG, d_ff=3000))
 
 
-def test_after_a_full_disk_the_same_call_continues(tmp_path):
+def test_after_a_full_disk_the_same_call_continues(tmp_path, monkeypatch):
     state = finished_run(WIDER, tmp_path / "run")
-    grow = functools.partial(grow_on_disk.grow, WIDER, tmp_path / "run", tmp_path / "grown")
-    with files_of_at_most(20_000), pytest.raises(UserError, match=r"cannot be written \(File too"):
-        grow()
+    grow = functools.partial(
+        grow_on_disk.grow, WIDER, tmp_path / "run", tmp_path / "grown", memory=1 << 20
+    )
+    commits = itertools.count()
+    commit = chunk_writer._Batch.commit
+
+    def full_after_two(batch):
+        if next(commits) >= 2:
+            raise OSError(errno.ENOSPC, "the disk is full")
+        return commit(batch)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(chunk_writer._Batch, "commit", full_after_two)
+        with pytest.raises(UserError, match=r"cannot be written \(No space left"):
+            grow()
     checkpoints = tmp_path / "grown/stages/1-big/checkpoints"
     assert [p.name for p in checkpoints.iterdir()] == ["4.partial"]
     unfinished = Checkpoints(checkpoints)

@@ -15,9 +15,10 @@ from flm_jax import growth, interop
 from flm_jax.config import DataConfig, ExperimentConfig, GrowthConfig, StageConfig
 from flm_jax.errors import UserError
 from flm_jax.interop.stage_source import resolved
+from flm_jax.params.digest import params_digest
 from flm_jax.runs import grow_on_disk
 from flm_jax.runs.stage import with_derived
-from flm_jax.store.checkpoint import by_name, params_digest
+from flm_jax.store.checkpoint import by_name
 from flm_jax.store.chunked import CheckpointReader
 from flm_jax.store.lineage import RunFolder
 from flm_jax.train import optim, schedules

@@ -12,6 +12,7 @@ from tests.commands import ROOT
 LAYERS = [
     {"errors", "version"},
     {"mapping", "checks"},
+    {"execution"},
     {"config"},
     {"params"},
     {"runtime", "data"},

@@ -19,7 +19,7 @@ from flm_jax.interop.converter import write_hf
 from flm_jax.interop.tokenizer_files import Vocabulary
 from flm_jax.interop.weights import Tree
 from flm_jax.params import axes, trees
-from flm_jax.store.chunked import CheckpointWriter
+from flm_jax.store.chunk_writer import CheckpointWriter
 from flm_jax.store.files import write_atomically, write_json
 from flm_jax.store.lineage import RunFolder, identity
 from tests.commands import json_of, mistake

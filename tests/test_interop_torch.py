@@ -15,7 +15,7 @@ from flm_jax.errors import UserError
 from flm_jax.interop import names
 from flm_jax.interop.converter import write_hf
 from flm_jax.interop.weights import Tree
-from flm_jax.store.checkpoint import params_digest
+from flm_jax.params.digest import params_digest
 from flm_jax.store.lineage import RunFolder
 from tests.commands import json_of, mistake, run
 from tests.interop_models import (

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import time
 
 import jax
 import numpy as np
@@ -59,12 +60,12 @@ class Measure:
         return {"bpb": 1.0, "other": self._values.get(self.calls - 1, 9.0)}
 
 
-def a_stage(measure, silent_at=-1, save_every=4, best_by=""):
+def a_stage(measure, silent_at=-1, save_every=4, best_by="", minutes=0.0):
     own = StageConfig("s", MODEL, STEPS, 2, learning_rate=1e-2, matrix_learning_rate=1e-2)
     experiment = ExperimentConfig(
         (own,),
         eval=EvalConfig(every_steps=3),
-        checkpoint=CheckpointConfig(every_steps=save_every, keep=STEPS),
+        checkpoint=CheckpointConfig(save_every, keep=STEPS, every_minutes=minutes),
     )
     tx = optim.optimizer(own, experiment.optimizer, schedules.steady)
 
@@ -125,6 +126,23 @@ def test_the_best_checkpoint_is_the_result(tmp_path):
     assert entry["checkpoint"] == "stages/0-s/checkpoints/6" and entry["eval"]["other_end"] == 2.0
 
 
+def test_checkpoints_by_wall_time_and_the_account_of_time(whole, tmp_path):
+    """Always overdue: asked for with a step, and saved at the next one."""
+    run = RunFolder(tmp_path / "run")
+    run.open()
+    began = time.monotonic()
+    run_stages([a_stage(Measure(), save_every=0, minutes=1e-9)], run)
+    elapsed = time.monotonic() - began
+    assert saved(run) == [2, 4, 6, 7]
+    (entry,) = run.stages()
+    assert entry["params_digest"] == whole.stages()[0]["params_digest"]
+    seconds = entry["goodput"]["seconds"]
+    assert 0.9 * elapsed < sum(seconds.values()) <= elapsed
+    used = ("steps", "compile", "input", "save", "evaluation", "start", "other")
+    assert all(seconds[kind] > 0 for kind in used)
+    assert seconds["redone"] == seconds["down"] == seconds["growth"] == 0
+
+
 @pytest.mark.parametrize(
     ("silent_at", "save_every", "kept"),
     # A loss is read after the next step was dispatched, or before its state is saved.
@@ -146,12 +164,14 @@ def test_a_killed_stage_resumes_bit_identically(whole, tmp_path):
     with pytest.raises(RuntimeError, match="killed"):
         run_stages([a_stage(measure)], run)
     assert saved(run) == [4] and evaluated(run) == [0, 3]
+    time.sleep(0.1)
     # Negative control: a stream that ignores the saved position gives another result.
     forgets = dataclasses.replace(a_stage(Measure()), batches=lambda *_: Stream(forgets=True))
     shutil.copytree(run.path, tmp_path / "forgets")
     run_stages([forgets], RunFolder(tmp_path / "forgets"))
     run_stages([a_stage(measure)], run)
     assert evaluated(run) == [0, 3, 6, 7]
+    assert run.stages()[0]["goodput"]["seconds"]["down"] > 0.1
     want = whole.stages()[0]["params_digest"]
     assert run.stages()[0]["params_digest"] == want
     assert RunFolder(tmp_path / "forgets").stages()[0]["params_digest"] != want

@@ -17,10 +17,10 @@ from jax.sharding import Mesh, NamedSharding
 
 from flm_jax import growth
 from flm_jax.config import MESH_AXES, ExperimentConfig, MeshConfig, StageConfig
-from flm_jax.errors import UserError
+from flm_jax.errors import Exit, UserError
 from flm_jax.params import sharding
+from flm_jax.params.digest import params_digest
 from flm_jax.runtime import processes
-from flm_jax.store.checkpoint import params_digest
 from flm_jax.store.lineage import identity
 from flm_jax.train.train_step import init_state
 from tests.commands import mistake, run, start
@@ -105,14 +105,6 @@ def test_growth_between_meshes_is_bit_identical(turned):
     assert params_digest(other.params) != params_digest(there.params)
 
 
-def test_the_digest_does_not_depend_on_the_mesh_or_on_its_pieces():
-    mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
-    state = start_on(mesh)
-    whole = params_digest(fresh().params)
-    assert params_digest(state.params) == whole
-    assert params_digest(state.params, piece_bytes=200) == whole  # rows, and parts of rows
-
-
 def test_a_stages_mesh_is_not_part_of_its_identity():
     stages = (stage_of(TINY), dataclasses.replace(stage_of(TINY_GROWN), name="b", steps=200))
     config = ExperimentConfig(stages=stages, mesh=MeshConfig(8))
@@ -159,10 +151,18 @@ def free_port():
         return listener.getsockname()[1]
 
 
+def start_group(*args, devices):
+    """Starts the command in several processes; `devices`: of each."""
+    group = (f"--coordinator=localhost:{free_port()}", f"--processes={len(devices)}")
+    return [
+        start(*args, *group, "--lost_after=20", f"--process={i}", devices=n)
+        for i, n in enumerate(devices)
+    ]
+
+
 def start_two(*args):
     """Starts the command in two processes with four devices each."""
-    group = (f"--coordinator=localhost:{free_port()}", "--processes=2", "--lost_after=20")
-    return [start(*args, *group, f"--process={i}", devices=4) for i in range(2)]
+    return start_group(*args, devices=(4, 4))
 
 
 def ended(started, timeout=400):
@@ -222,7 +222,7 @@ def test_two_processes_killed_stopped_and_resumed_train_like_one(alone, tmp_path
     killed = time.monotonic()
     (status, _, lines), _ = ended(started)
     assert time.monotonic() - killed < 60
-    assert status == 1
+    assert status == Exit.LOST
     assert "process 0 of 2: another process was lost; start all of them again" in lines[-1]
     # No traceback from this package. orbax logs one if the kill comes during a save.
     assert not any("flm_jax/commands" in line for line in lines)
@@ -231,7 +231,7 @@ def test_two_processes_killed_stopped_and_resumed_train_like_one(alone, tmp_path
     wait_for("stages/0-small/checkpoints/6", workdir, started)
     started[1].send_signal(signal.SIGTERM)
     (one, _, lines), (two, _, theirs) = ended(started)
-    assert one == two == 130, lines + theirs
+    assert one == two == Exit.PREEMPTED, lines + theirs
     assert "SIGTERM: stopped at step" in lines[-1] and lines[-1] == theirs[-1]
 
     for status, out, lines in ended(start_two(*CHAIN, "--json", f"--workdir={workdir}")):
@@ -265,11 +265,51 @@ def test_a_checkpoint_resumes_in_another_layout(alone, tmp_path):
     wait_for("stages/1-large/checkpoints/15", workdir, four)
     four[0].send_signal(signal.SIGTERM)
     ((status, _, lines),) = ended(four)
-    assert status == 130, lines
+    assert status == Exit.PREEMPTED, lines
     two = start_two(*layout(MeshConfig(8, 1, 1), MeshConfig(2, 1, 4)))
     for status, _, lines in ended(two):
         assert status == 0, lines
     assert_same_run(workdir, alone)
+
+
+@pytest.mark.slow
+def test_after_losing_hosts_the_others_finish_the_run(alone, tmp_path):
+    """Of four processes two are killed; the same command resumes on two, with a mesh for them.
+
+    The checkpoints come by wall time, so each needs all processes to agree on its step.
+    """
+    workdir = tmp_path / "run"
+    command = (*CHAIN, f"--workdir={workdir}", "--config.mesh.data=1")
+    by_time = ("--config.checkpoint.every_steps=0", "--config.checkpoint.every_minutes=1e-6")
+    four = start_group(*command, *by_time, devices=(1, 1, 1, 1))
+    wait_for("stages/0-small/checkpoints/6", workdir, four)
+    for lost in four[2:]:
+        lost.kill()
+    statuses = [status for status, _, _ in ended(four)]
+    assert statuses == [Exit.LOST, Exit.LOST, -signal.SIGKILL, -signal.SIGKILL]
+    assert not (workdir / "lineage.json").exists()
+
+    two = start_group(*command, "--config.mesh.tensor=1", devices=(1, 1))
+    for status, _, lines in ended(two):
+        assert status == 0, lines
+    assert_same_run(workdir, alone)
+    time_spent = lineage(workdir)[0]["goodput"]["seconds"]
+    assert time_spent["down"] > 0 and time_spent["steps"] > 0
+
+
+@pytest.mark.slow
+def test_unequal_processes_are_named_before_anything_runs(tmp_path):
+    """`flm doctor` describes them; `flm train` refuses them, and writes nothing."""
+    told = "process 1 sees 2 devices, but process 0 sees 4"
+    for status, out, _ in ended(start_group("doctor", "--json", devices=(4, 2))):
+        assert status == 1 and json.loads(out)["problems"] == [told]
+    for status, out, lines in ended(start_group("doctor", "--json", devices=(2, 2))):
+        assert status == 0, lines
+        assert [one["process"] for one in json.loads(out)["processes"]] == [0, 1]
+    workdir = tmp_path / "run"
+    for status, _, lines in ended(start_group(*CHAIN, f"--workdir={workdir}", devices=(4, 2))):
+        assert status == Exit.MISTAKE and told in lines[-1]
+    assert not workdir.exists()
 
 
 @pytest.mark.slow

@@ -17,11 +17,12 @@ from flm_jax.data.tokenizer import open_tokenizer
 from flm_jax.errors import UserError
 from flm_jax.interop import opening
 from flm_jax.mapping import from_mapping
+from flm_jax.params.digest import params_digest
 from flm_jax.sft import chats, fine_tune, packing, synthetic, template
 from flm_jax.sft.chats import Message, Sample
 from flm_jax.sft.config import SftConfig, TemplateConfig
 from flm_jax.sft.selection import Quota, SelectionConfig
-from flm_jax.store.checkpoint import Checkpoints, params_digest
+from flm_jax.store.checkpoint import Checkpoints
 from flm_jax.store.lineage import RunFolder
 from flm_jax.studies import claims, less_is_more
 from flm_jax.studies.config import ArmConfig, MupStudyConfig, ProbeConfig

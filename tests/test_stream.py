@@ -13,7 +13,8 @@ from flm_jax.errors import UserError
 from flm_jax.growth import stream
 from flm_jax.store import checkpoint
 from flm_jax.store.checkpoint import Checkpoints, by_name
-from flm_jax.store.chunked import CheckpointReader, CheckpointWriter, cells, chunk_shape
+from flm_jax.store.chunk_writer import CheckpointWriter
+from flm_jax.store.chunked import CheckpointReader, cells, chunk_shape
 from tests.models import SMALL, changed
 from tests.states import assert_same_bits, files_of_at_most, random_state
 
@@ -31,11 +32,11 @@ def test_a_written_checkpoint_is_what_the_runner_restores(tmp_path, limit):
     state = random_state(CONFIG)
     like = jax.eval_shape(lambda: state)
     chunks = {n: chunk_shape(x.shape, 4, limit) for n, x in by_name(like).items()}
-    writer = CheckpointWriter(tmp_path / "7", like, PROGRESS, chunks)
+    writer = CheckpointWriter(tmp_path / "7", like, PROGRESS, chunks, batch_bytes=1)
     checkpoints = Checkpoints(tmp_path)
     for n, (name, x) in enumerate(by_name(state).items()):
         if n == 3:  # as if the process was killed and started again
-            writer = CheckpointWriter(tmp_path / "7", like, PROGRESS, chunks)
+            writer = CheckpointWriter(tmp_path / "7", like, PROGRESS, chunks, batch_bytes=1)
         for piece in writer.pieces(name):
             assert not writer.holds(name, piece)
             writer.write(name, piece, np.asarray(x)[piece])
@@ -115,7 +116,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
 def test_a_disk_that_refuses_is_one_line_and_the_rest_goes_on(tmp_path):
     like = {"a": jax.ShapeDtypeStruct((8, 10_000), np.float32)}
     values = np.random.default_rng(0).normal(size=(8, 10_000)).astype(np.float32)
-    begin = functools.partial(CheckpointWriter, tmp_path / "1", like, {}, {"a": (2, 10_000)})
+    begin = functools.partial(CheckpointWriter, tmp_path / "1", like, {}, {"a": (2, 10_000)}, 1)
     with files_of_at_most(30), pytest.raises(UserError, match=r"1 cannot be written \(File too"):
         begin()
     assert not list(tmp_path.iterdir())
@@ -227,6 +228,21 @@ def test_growth_by_pieces_has_the_bits_of_growth_in_memory(recipe, big, how, lim
     assert_same_bits(target.arrays, by_name(want))
     assert all(name in target.chunks for name in by_name(want))
     assert any(len(list(target.pieces(n))) > 3 for n in target.leaves)
+
+
+@pytest.mark.slow
+def test_moments_in_bfloat16_grow_by_pieces_alike():
+    state, key = grown_state(), jax.random.key(11)
+    adam = state.opt_state[1]
+    mu, nu = (
+        jax.tree.map(lambda x: x.astype(jnp.bfloat16), moment) for moment in (adam.mu, adam.nu)
+    )
+    rest = (state.opt_state[0], adam._replace(mu=mu, nu=nu), *state.opt_state[2:])
+    state = dataclasses.replace(state, opt_state=rest)
+    plan = growth.plan(CONFIG, BIG, "msg", moments="asym")
+    want = jax.jit(functools.partial(growth.grow, plan=plan))(state, key=key)
+    assert want.opt_state[1].nu["head"].dtype == jnp.bfloat16
+    assert_same_bits(streamed(state, plan, key, 500).arrays, by_name(want))
 
 
 KEY = jax.random.key(11)

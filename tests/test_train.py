@@ -15,7 +15,8 @@ from flm_jax.config import MeshConfig
 from flm_jax.errors import UserError
 from flm_jax.inference.evaluation import score
 from flm_jax.params import axes, sharding, trees
-from flm_jax.store.checkpoint import Checkpoints, params_digest
+from flm_jax.params.digest import params_digest
+from flm_jax.store.checkpoint import Checkpoints
 from flm_jax.train.train_step import init_state, make_train_step
 from tests.compilations import counted
 from tests.models import TABLE, TINY, TINY_GROWN, grow, losses_on, optimizer, packed_batch, stage_of

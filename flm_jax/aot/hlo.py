@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from flm_jax.aot.loops import Computations, computations, trips
+
 # Bytes of one entry, by XLA's name of the dtype.
 _SIZES = {
     **dict.fromkeys(("pred", "s8", "u8"), 1),
@@ -18,6 +20,8 @@ _SIZES = {
     **dict.fromkeys(("f64", "s64", "u64"), 8),
 }
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+# Operations that take time on the matrix or vector units.
+_COMPUTE = re.compile(r"\b(?:fusion|dot|convolution|custom-call|while|reduce)\(")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,23 +30,28 @@ class Move:
 
     Attributes:
       kind: one of `KINDS`.
-      count: number of runs in one call of the program.
+      count: number of runs in one call of the program; None: in a loop of unknown length.
       bytes: bytes that each device sends in one run, by the ring algorithm.
-      group: one of the groups of devices that exchange data; all have the same size. For a
-        permutation: a device and its target.
+      group: one of the groups of devices that exchange data, as positions in the mesh; all have
+        the same size. For a permutation: a device and its target.
+      pairs: of a permutation: each device that sends, and its target.
+      hidden: whether it runs while the device computes: it starts before other work and ends after
+        it.
     """
 
     kind: str
-    count: int
+    count: int | None
     bytes: float
     group: tuple[int, ...]
+    hidden: bool = False
+    pairs: tuple[tuple[int, int], ...] = ()
 
 
 def moves(text: str, devices: int) -> Iterator[Move]:
     """Yields the collectives of a compiled program.
 
-    The body of a loop counts once per iteration. The number of iterations is the known trip count,
-    or the constant in the loop's condition.
+    The body of a loop counts once per iteration (`loops.trips`). The TPU compiler may run a
+    collective inside other fusions, a piece in each: it counts once, where it starts, as hidden.
 
     Args:
       text: the compiled program, as `compiled.as_text()` gives it.
@@ -51,35 +60,81 @@ def moves(text: str, devices: int) -> Iterator[Move]:
     Yields:
       One `Move` for each place in the program that calls a collective.
     """
-    bodies = dict(_computations(text))
+    bodies = computations(text)
 
-    def visit(name: str, times: int) -> Iterator[Move]:
-        for line in bodies.get(name, ()):
+    def visit(name: str, times: int | None, behind: bool) -> Iterator[Move]:
+        """The collectives of a computation; `behind`: it all runs while other work does."""
+        lines = bodies.get(name, [])
+        if name.startswith("async_collective_fusion") or _ends(lines):
+            return
+        hidden = _hidden(lines)
+        for line in lines:
             inner = times
-            condition = re.search(r" while\(.*condition=%?([\w.-]+)", line)
-            if condition:
-                bounds = re.findall(r"known_trip_count\W+n\W+(\d+)", line)
-                bounds += re.findall(r" constant\((\d+)\)", "".join(bodies[condition.group(1)]))
-                inner = times * max(map(int, bounds), default=1)
-            operation = re.search(r"= (.*?) ([\w-]+)\(", line)
-            if operation:
-                kind = operation.group(2).removesuffix("-start")
-                if kind in KINDS:
-                    shape = operation.group(1)
-                    if operation.group(2).endswith("-start") and kind != "all-reduce":
-                        shape = _elements(shape)[1]  # the shape is (operands, results, ..)
-                    group = _group(line, devices)
-                    result = _bytes(shape)
-                    if name.startswith("all-reduce-scatter"):
-                        # An all-reduce after which each device keeps only a part of the result.
-                        kind, result = "reduce-scatter", result // len(group)
-                    yield Move(kind, times, _sent(kind, result, len(group)), group)
-            for called in re.findall(
-                r"(?:calls|body|to_apply|branch_computations)=\{?%?([\w.-]+)", line
-            ):
-                yield from visit(called, inner)
+            if " while(" in line:
+                rounds = trips(line, lines, bodies)
+                inner = None if rounds is None or times is None else times * rounds
+            result = line.strip().removeprefix("ROOT ").partition(" = ")[0].lstrip("%")
+            apart = behind or result in hidden
+            move = _move(name, line, devices, times, apart)
+            if move is not None:
+                yield move
+            for called in _called(line, bodies):
+                yield from visit(called, inner, apart)
 
-    return visit("ENTRY", 1)
+    return visit("ENTRY", 1, False)
+
+
+def _move(name: str, line: str, devices: int, times: int | None, hidden: bool) -> Move | None:
+    """Reads the collective of a line of computation `name`; None: the line has none."""
+    operation = re.search(r" = (.*?) ([\w-]+)\(", line)
+    if operation is None or operation.group(2).removesuffix("-start") not in KINDS:
+        return None
+    shape, called = operation.groups()
+    kind = called.removesuffix("-start")
+    if called.endswith("-start") and kind != "all-reduce":
+        shape = _elements(shape)[1]  # the shape is (operands, results, ..)
+    group = _group(line, devices)
+    size = _bytes(shape)
+    if name.startswith("all-reduce-scatter"):
+        # An all-reduce after which each device keeps only a part of the result.
+        kind, size = "reduce-scatter", size // len(group)
+    pairs = _pairs(line) if kind == "collective-permute" else ()
+    group = pairs[0] if pairs else group
+    return Move(kind, times, _sent(kind, size, len(group)), group, hidden, pairs)
+
+
+def _called(line: str, bodies: Computations) -> list[str]:
+    """The computations that a line runs; a reduction's function moves nothing."""
+    names = re.findall(r"(?:calls|body|to_apply)=%?([\w.-]+)", line)
+    for several in re.findall(r"branch_computations=\{([^}]*)\}", line):
+        names += re.findall(r"[\w.-]+", several)
+    return [name for name in names if name in bodies]
+
+
+def _hidden(lines: list[str]) -> set[str]:
+    """The names of collectives that start before, and end after, an operation that computes."""
+    started: dict[str, bool] = {}
+    hidden: set[str] = set()
+    for line in lines:
+        handed_on = re.search(r"custom-call\(%?([\w.-]+)\).*\"AsyncCollectiveStart\"", line)
+        if handed_on:
+            hidden.add(handed_on.group(1))
+        operation = re.search(r"%?([\w.-]+) = .*? ([\w-]+)\(%?([\w.-]*)", line)
+        if operation is None:
+            continue
+        name, called, operand = operation.groups()
+        if called.endswith("-start") and called.removesuffix("-start") in (*KINDS, "async"):
+            started[name] = False
+        elif called.endswith("-done") and started.pop(operand, False):
+            hidden.add(operand)
+        elif _COMPUTE.search(line):
+            started = dict.fromkeys(started, True)
+    return hidden
+
+
+def _ends(lines: list[str]) -> bool:
+    """Whether a fusion waits for the end of a collective that another one started."""
+    return any('custom_call_target="AsyncCollectiveDone"' in line for line in lines)
 
 
 def collectives(moves: Iterable[Move]) -> dict[str, dict[str, float]]:
@@ -87,14 +142,21 @@ def collectives(moves: Iterable[Move]) -> dict[str, dict[str, float]]:
 
     Returns:
       kind -> `count`, the runs in one call of the program, and `bytes`, what each device sends.
+      Collectives in loops of unknown length count in neither, but in `unknown`, by place.
 
     >>> collectives([Move("all-gather", 2, 100, (0, 1)), Move("all-gather", 1, 50, (0, 1))])
     {'all-gather': {'count': 3, 'bytes': 250}}
+    >>> collectives([Move("all-reduce", None, 100, (0, 1))])
+    {'all-reduce': {'count': 0, 'bytes': 0, 'unknown': 1}}
     """
     total: dict[str, dict[str, float]] = collections.defaultdict(lambda: {"count": 0, "bytes": 0})
     for move in moves:
-        total[move.kind]["count"] += move.count
-        total[move.kind]["bytes"] += move.count * move.bytes
+        entry = total[move.kind]
+        if move.count is None:
+            entry["unknown"] = entry.get("unknown", 0) + 1
+        else:
+            entry["count"] += move.count
+            entry["bytes"] += move.count * move.bytes
     return {kind: dict(total[kind]) for kind in KINDS if kind in total}
 
 
@@ -107,11 +169,15 @@ def _sent(kind: str, result: int, size: int) -> float:
     return result * (size - 1) / size * (2 if kind == "all-reduce" else 1)
 
 
+def _pairs(line: str) -> tuple[tuple[int, int], ...]:
+    """Returns a permutation's pairs of device and target, without devices that keep theirs."""
+    listed = line.partition("source_target_pairs=")[2]
+    pairs = [(int(a), int(b)) for a, b in re.findall(r"\{(\d+),(\d+)\}", listed)]
+    return tuple(pair for pair in pairs if pair[0] != pair[1]) or ((0, 0),)
+
+
 def _group(line: str, devices: int) -> tuple[int, ...]:
-    """Returns one group of a collective. XLA has three notations; a permutation has pairs."""
-    pair = next((p for p in re.findall(r"\{(\d+),(\d+)\}", line) if p[0] != p[1]), ("0", "0"))
-    if "source_target_pairs=" in line:
-        return tuple(map(int, pair))
+    """Returns one group of a collective. XLA has three notations."""
     mesh = re.search(r"replica_groups=mesh\[(.*?)\][^{]*\{(.*?)\}", line)
     if mesh:
         sizes = {n: int(s) for n, s in re.findall(r"'(\w+)'=(\d+)", mesh.group(1))}
@@ -155,19 +221,3 @@ def _elements(shape: str) -> list[str]:
         else:
             elements[-1] += character
     return elements
-
-
-def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
-    """Yields each computation's name and lines; the entry's name is "ENTRY"."""
-    name = ""
-    lines: list[str] = []
-    for line in text.splitlines():
-        if line and not line[0].isspace() and line.rstrip().endswith("{"):
-            head = line.split("(")[0].split()
-            name, lines = head[-1].lstrip("%") if head else "", []
-            if line.startswith("ENTRY"):
-                name = "ENTRY"
-        elif line.startswith("}"):
-            yield name, lines
-        else:
-            lines.append(line)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pathlib
 from typing import TYPE_CHECKING, Any
 
 import rich.console
@@ -26,6 +25,7 @@ from flm_jax.commands.answer_flags import AnswerFlags
 from flm_jax.commands.chat_flags import ChatFlags
 from flm_jax.commands.command import Call, Command, Gate, flag
 from flm_jax.errors import UserError
+from flm_jax.runtime import paths
 from flm_jax.runtime.display import Progress
 from flm_jax.sft import comparison, judge, scoring, synthetic
 from flm_jax.sft.chat_model import ChatModel, open_chat_model, retention
@@ -154,7 +154,7 @@ def main(call: Call[Flags]) -> dict[str, Any]:
     flags, arguments = call.flags, list(call.arguments)
     gates = [comparison.Gate.parse(text) for text in flags.fail_if]
     answer_judge = judge.Judge(flags.judge, flags.judge_timeout) if flags.judge else None
-    folder = pathlib.Path(flags.output) if flags.output else None
+    folder = paths.of(flags.output, "output") if flags.output else None
     if answer_judge and not folder:
         raise UserError("--judge is given without --output; give a folder for its verdicts")
     bad = BadRows(flags.bad_rows)

@@ -1,7 +1,6 @@
 """The front of `flm`: finds a command, calls it, prints one JSON object or one line of error.
 
-Exit status 0 on success, 2 on a user's mistake, 130 when a signal stopped the run, and a command's
-own status when its gate does not hold.
+Exit statuses are those of `flm_jax.errors.Exit`; a command whose gate does not hold has its own.
 """
 
 from __future__ import annotations
@@ -19,18 +18,20 @@ from typing import Any
 from absl import logging
 
 from flm_jax.data import json_text
-from flm_jax.errors import RunStopped, UserError
+from flm_jax.errors import Exit, RunStopped, UserError
 from flm_jax.version import __version__
 
 # In the order of --help. "growth check" is flm_jax/commands/growth/check.py.
 COMMANDS = (
-    "train", "sft", "growth check", "growth fuzz", "growth checkpoint", "growth probe",
+    "train", "doctor", "sft", "growth check", "growth fuzz", "growth checkpoint", "growth probe",
     "growth draw",
     "mup check", "mup sweep", "mup growth", "mup predict",
     "generate", "evaluate", "compare", "harness", "reported",
-    "inspect", "describe", "compile", "convert", "families", "vocabulary",
-    "samples make", "samples select", "less_is_more", "benchmark step", "benchmark generate",
+    "inspect", "describe", "forecast", "preflight", "convert", "families", "vocabulary",
+    "samples make", "samples select", "less_is_more", "study", "plan",
+    "benchmark step", "benchmark generate",
 )  # fmt: skip
+OLD_NAMES = {"compile": "preflight"}
 GROUPS = tuple(dict.fromkeys(name.split()[0] for name in COMMANDS if " " in name))
 HELP = frozenset({"--help", "-h", "-help", "--helpshort"})
 
@@ -56,14 +57,13 @@ def run(argv: Sequence[str]) -> int:
         if len(argv) > 1 and argv[0] in GROUPS and argv[1] in HELP:
             print(_summary(argv[0]), *_listed(f"{argv[0]} "), sep="\n")
             return 0
+        argv = [OLD_NAMES.get(argv[0], argv[0]), *argv[1:]] if argv else argv
         name = _name(argv)
         return _run_command(name, argv[len(name.split()) :])
-    except UserError as error:
-        return _failed(name, 2, str(error))
-    except RunStopped as stopped:
-        return _failed(name, 130, str(stopped))
+    except (UserError, RunStopped) as error:
+        return _failed(name, error.status, str(error))
     except KeyboardInterrupt:
-        return _failed(name, 130, "stopped")
+        return _failed(name, Exit.INTERRUPTED, "stopped")
 
 
 def _run_command(name: str, argv: Sequence[str]) -> int:
@@ -82,7 +82,7 @@ def _run_command(name: str, argv: Sequence[str]) -> int:
         with _only_on_stderr() if call.json else contextlib.nullcontext():
             result = command.main(call)
     except UserError as error:
-        return _failed(name, 2, command.line(error))
+        return _failed(name, error.status, command.line(error))
     if call.json:
         print(json_text.dump(result))
     if command.gate and (failure := command.gate.failure(result)):

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pathlib
 import sys
 from typing import Any
 
@@ -30,6 +29,7 @@ from flm_jax.data import json_text
 from flm_jax.errors import UserError
 from flm_jax.inference.generation import Sampling, TextStream, check_context, generate
 from flm_jax.interop.opening import OpenedModel
+from flm_jax.runtime import paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +107,7 @@ def _read_prompts(path: str) -> list[str]:
     """The prompts of a file, one per line; empty lines are skipped."""
     try:
         # Not `read_text`, which also ends lines at carriage returns.
-        text = pathlib.Path(path).expanduser().read_bytes().decode("utf-8-sig")
+        text = paths.of(path).read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompts={path}: {error}; give a text file") from error
     prompts = []

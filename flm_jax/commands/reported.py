@@ -9,7 +9,6 @@ r"""Lists benchmarks of the Tele-FLM papers, with their reported scores.
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 from typing import Any
 
 import rich.table
@@ -17,7 +16,7 @@ import rich.table
 from flm_jax.commands.command import Call, Command, flag
 from flm_jax.data import json_text
 from flm_jax.errors import UserError
-from flm_jax.runtime import regular
+from flm_jax.runtime import paths, regular
 from flm_jax.studies import reported
 
 
@@ -31,7 +30,7 @@ class Flags:
 def _read(path: str) -> dict[str, Any]:
     """The results in a file with the output of `flm harness --json`."""
     try:
-        output = json_text.parse(regular.read(pathlib.Path(path).expanduser()))
+        output = json_text.parse(regular.read(paths.of(path)))
         return dict(output["results"])
     except UserError as error:
         raise UserError(f"--results={path}: {error}") from error

@@ -9,8 +9,9 @@ On several hosts, start the same command on each, with a workdir that all of the
 
   flm train ... --coordinator=HOST0:1234 --processes=4 --process=I
 
-with I from 0 on HOST0 to 3; on a TPU pod, or under Slurm, `--distributed` instead of these three. A
-signal to one stops all at the same step; if one is lost, the others end.
+with I from 0 on HOST0 to 3; under Slurm, Open MPI, Kubernetes or on a TPU pod, `--distributed`
+instead of these three (docs/clusters.md). A signal to one stops all at the same step; if one is
+lost, the others end. `flm doctor` checks the group before a run.
 """
 
 from __future__ import annotations
@@ -20,42 +21,49 @@ from typing import Any
 
 import rich.console
 
-from flm_jax.commands import config_files
+from flm_jax.aot import compiler
+from flm_jax.commands import config_files, fit_table
 from flm_jax.commands.command import Call, Command, flag
+from flm_jax.commands.group_flags import GroupFlags
+from flm_jax.config import ExperimentConfig
+from flm_jax.errors import UserError
 from flm_jax.runs import chain, report
-from flm_jax.runtime import processes
+from flm_jax.runtime import host, paths, processes, xla_flags
 from flm_jax.store.lineage import RunFolder
 
 
 @dataclasses.dataclass(frozen=True)
-class Flags:
+class Flags(GroupFlags):
     """The command's own flags."""
 
-    coordinator: str = flag("", "HOST:PORT where process 0 listens.")
-    process: int | None = flag(None, "This process's index, from 0.")
-    processes: int | None = flag(None, "Number of processes.")
-    distributed: bool = flag(
-        False, "JAX finds the processes itself: on a TPU pod, under Slurm or Open MPI."
-    )
-    join_within: int = flag(300, "Seconds within which all processes must start.")
-    lost_after: int = flag(
-        60, "Seconds without a sign of life after which a process counts as lost."
+    preflight: bool = flag(
+        False, "First compile every program of every stage; train only if all fit the devices."
     )
 
 
 def main(call: Call[Flags]) -> dict[str, Any]:
     experiment, folder = config_files.experiment(call.config), RunFolder(call.workdir)
-    flags = call.flags
-    group = processes.Group(
-        flags.coordinator, flags.process, flags.processes, flags.distributed,
-        join_within=flags.join_within, lost_after=flags.lost_after,
-    )  # fmt: skip
-    with processes.joined(group):
+    paths.check_bucket(folder.path, "workdir")
+    xla_flags.apply()  # before the processes meet: that starts JAX
+    with processes.joined(call.flags.group()):
+        if call.flags.preflight:
+            _preflight(experiment, call.console(width=150))
         finished = folder.lineage.exists() and folder.stages()
         stages = chain.run(experiment, str(folder.path))
         if processes.first():
             _show(folder, stages, finished == stages, call.console())
     return {"stages": stages}
+
+
+def _preflight(experiment: ExperimentConfig, console: rich.console.Console) -> None:
+    """Compiles what the run will execute. Raises UserError if a program does not fit."""
+    if experiment.quick_compile:
+        host.compile_quickly()
+    reports = [compiler.report(job) for job in compiler.jobs(experiment, compiler.own_target())]
+    if processes.first():
+        console.print(fit_table.table(reports))
+    if lacks := fit_table.failure({"programs": reports}):
+        raise UserError(f"{lacks}; change its layout")
 
 
 def _show(

@@ -17,7 +17,7 @@ from flm_jax.data import special_tokens
 from flm_jax.data.tokenizer import BYTES_SPECIAL
 from flm_jax.errors import UserError
 from flm_jax.mapping import Checked, added
-from flm_jax.runtime import regular
+from flm_jax.runtime import paths, regular
 
 TEXT = "{text}"  # where a pattern puts a message's content
 TOKENIZER = "tokenizer"  # `TemplateConfig.jinja`: the tokenizer's own template
@@ -73,7 +73,7 @@ def resolved(config: TemplateConfig, vocabulary: str) -> TemplateConfig:
                 "a template, or the path of one"
             )
         return dataclasses.replace(config, jinja=text)
-    path = pathlib.Path(config.jinja).expanduser()
+    path = paths.of(config.jinja)
     try:
         return dataclasses.replace(config, jinja=regular.text(path))
     except UserError as error:
@@ -98,7 +98,7 @@ def own(vocabulary: str) -> str:
     Raises:
       UserError: a file is damaged.
     """
-    path = pathlib.Path(vocabulary).expanduser()
+    path = paths.fetched(paths.of(vocabulary))
     folder = path if path.is_dir() else path.parent
     if vocabulary == "bytes" or not path.exists():
         return ""
@@ -127,7 +127,7 @@ def names_of_tokens(vocabulary: str) -> Mapping[str, str]:
     """
     if vocabulary == "bytes":
         return dict(zip(("bos_token", "eos_token", "unk_token"), BYTES_SPECIAL, strict=True))
-    path = pathlib.Path(vocabulary).expanduser()
+    path = paths.fetched(paths.of(vocabulary))
     folder = path if path.is_dir() else path.parent
     names = _names_in_model(path)
     for file in ("special_tokens_map.json", "tokenizer_config.json"):

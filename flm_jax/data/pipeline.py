@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import hashlib
 import io
-import pathlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -24,6 +23,7 @@ from flm_jax.data.iterator import BatchIterator
 from flm_jax.data.stream import Batch, require_positive
 from flm_jax.data.tokenizer import open_tokenizer
 from flm_jax.errors import UserError
+from flm_jax.runtime import paths
 
 # Documents that are concatenated before they are cut into windows.
 GROUP_DOCUMENTS = 256
@@ -291,7 +291,10 @@ def train_sentencepiece(
             "give another vocab_size, or more data",
             argument="vocab_size",
         ) from error
-    path = pathlib.Path(output_path)
+    path = paths.of(output_path)
+    if paths.remote(path):
+        path.write_bytes(model.getvalue())
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(model.getvalue())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
+import fnmatch
 import functools
 import hashlib
 import json
@@ -24,7 +25,7 @@ from flm_jax.config import DataConfig
 from flm_jax.data import json_text
 from flm_jax.data.tokenizer import Tokenizer
 from flm_jax.errors import UserError
-from flm_jax.runtime import regular
+from flm_jax.runtime import paths, regular
 
 VALIDATION_FRACTION = 0.04
 C4 = "c4/en:3.1.0"
@@ -402,7 +403,8 @@ def _stdlib_documents() -> list[Document]:
 def _files(config: DataConfig, pattern: str) -> list[tuple[pathlib.Path, str]]:
     """Sorted (path, name) of the files under `config.path`, without empty and hidden ones."""
     where = f"DataConfig.path is {config.path!r}"
-    root = pathlib.Path(config.path).expanduser()
+    root = paths.of(config.path, "DataConfig.path")
+    paths.check_bucket(root, "DataConfig.path")
     if not config.path or not root.exists():
         raise UserError(
             f"{where}, but task {config.task!r} needs an existing file or folder; give its path"
@@ -411,9 +413,9 @@ def _files(config: DataConfig, pattern: str) -> list[tuple[pathlib.Path, str]]:
         return [(root, root.name)]
     files = [
         (path, path.relative_to(root).as_posix())
-        for path in root.rglob(pattern)
-        if path.is_file()
-        and path.stat().st_size > 0
+        for path, size in paths.sized(root)
+        if fnmatch.fnmatch(path.name, pattern)
+        and size > 0
         and not any(part.startswith(".") for part in path.relative_to(root).parts)
     ]
     if not files:

@@ -20,7 +20,7 @@ import numpy as np
 
 from flm_jax.data import json_text, special_tokens
 from flm_jax.errors import UserError
-from flm_jax.runtime import regular
+from flm_jax.runtime import paths, regular
 
 # SentencePiece's character for a space.
 SPACE = "\u2581"
@@ -138,7 +138,7 @@ def open_tokenizer(vocabulary: str) -> Tokenizer:
     """
     if vocabulary == "bytes":
         return _bytes()
-    path = pathlib.Path(vocabulary).expanduser()
+    path = paths.fetched(paths.of(vocabulary, "DataConfig.vocabulary"))
     where = f"DataConfig.vocabulary is {vocabulary!r}"
     if path.is_dir():
         files = [path / name for name in ("tokenizer.json", "tokenizer.model")]

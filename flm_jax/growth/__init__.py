@@ -11,7 +11,7 @@ from flm_jax.growth._plan import (
 )
 from flm_jax.growth.apply import grow
 from flm_jax.growth.folding import fold
-from flm_jax.growth.mesh import grow_on_mesh, growth_program
+from flm_jax.growth.mesh import grow_on_mesh, growth_program, parts
 from flm_jax.growth.moments import added_slots, register_moments
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "grow_on_mesh",
     "growth_program",
     "norm_eps",
+    "parts",
     "plan",
     "register_moments",
 ]

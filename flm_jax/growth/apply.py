@@ -43,7 +43,8 @@ def grow(tree: Tree, plan: Plan, key: jax.Array) -> Tree:
     and random keys continue where they were.
 
     Args:
-      tree: parameters (nested dicts named by the plan's table), or a `TrainState` with them.
+      tree: parameters (nested dicts named by the plan's table), or a `TrainState` with them. In a
+        train state, what is None stays None: see `growth.parts`.
       plan: from `flm_jax.plan`.
       key: for fresh entries and noise; the result depends only on it and the other inputs.
 
@@ -64,7 +65,7 @@ def grow(tree: Tree, plan: Plan, key: jax.Array) -> Tree:
         )
     grown: Any
     if isinstance(tree, TrainState):
-        params = _grow_params(tree.params, plan, key)
+        params = None if tree.params is None else _grow_params(tree.params, plan, key)
         opt_state = moments.grow_opt_state(tree.opt_state, plan)
         moments.check(tree, plan)
         grown = dataclasses.replace(tree, params=params, opt_state=opt_state)

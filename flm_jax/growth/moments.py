@@ -23,6 +23,7 @@ from flm_jax.growth import locks
 from flm_jax.growth._plan import LockedCopiesWarning, Plan, UnfinishedRampWarning
 from flm_jax.growth.expansion import Expansion, any_slot, gather, split, weighted
 from flm_jax.params import trees
+from flm_jax.params.dtypes import wide
 from flm_jax.params.trees import Window
 from flm_jax.train.optim import SlotAdamState
 
@@ -85,7 +86,8 @@ def _grow_node(tree: Any, plan: Plan) -> Any:
 
     def grown(path: tuple[Any, ...], node: Any) -> Any:
         if isinstance(node, SlotAdamState):
-            return grow_slots(node, plan)._replace(
+            slots = node if node.steps is None else grow_slots(node, plan)
+            return slots._replace(
                 mu=_grow_moments(node.mu, plan, 1), nu=_grow_moments(node.nu, plan, 2)
             )
         if known(node):
@@ -110,7 +112,7 @@ def _grow_optax(node: Any, plan: Plan) -> Any:
         if name in powers:
             fields[name] = _grow_moments(value, plan, powers[name])
         elif name == "count" and plan.moments == "reset":
-            fields[name] = jnp.zeros_like(value)
+            fields[name] = jax.tree.map(jnp.zeros_like, value)
         else:
             fields[name] = _grow_node(value, plan)
     return type(node)(**fields)
@@ -182,20 +184,21 @@ def grow_moment(
       window: the part of the grown moment to compute; None: all of it.
 
     Returns:
-      The grown moment, or the window of it; zero at slots that do not keep their history.
+      The grown moment, or the window of it, in its dtype; zero at slots that do not keep their
+      history. Moments in bfloat16 are multiplied in float32 and rounded once.
     """
     param = plan.table[path]
     if plan.moments == "reset":
         return jnp.zeros(trees.window_shape(plan.big.shape(path), window), x.dtype)
     grown = weighted(
-        gather(x, param, plan.by_axis, window),
+        gather(x.astype(wide(x.dtype)), param, plan.by_axis, window),
         param,
         plan.by_axis,
         scale=1 / plan.value_scale(path),
         dual=True,
         power=power,
         window=window,
-    )
+    ).astype(x.dtype)
     restarted = any_slot(
         param, plan.by_axis, lambda e, role: ~e.keeps_history(plan.moments), window
     )
@@ -203,6 +206,8 @@ def grow_moment(
 
 
 def _grow_moments(tree: Any, plan: Plan, power: int) -> Any:
+    if tree is None:
+        return None
     if not isinstance(tree, Mapping):
         raise UserError(
             f"grow: moments of the optimizer state are a {type(tree).__name__}, not nested dicts "

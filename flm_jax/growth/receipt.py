@@ -122,9 +122,11 @@ def largest_added(plan: Plan, tree: Mapping[str, Any]) -> jax.Array:
     """The largest absolute entry of a tree in an added slot of any axis."""
     largest = jnp.zeros(())
     for path, leaf in trees.flatten(tree):
-        added = any_slot(plan.table[path], plan.by_axis, lambda e, role: e.added)
-        if added is not None:
-            here = jnp.max(jnp.where(added, jnp.abs(leaf), 0))
+        for dim, e, _ in grown_dims(plan.table[path], plan.by_axis):
+            others = tuple(d for d in range(leaf.ndim) if d != dim)
+            # Of each slot: the sizes of all entries would need the memory of another leaf.
+            low, high = jnp.min(leaf, others, initial=0), jnp.max(leaf, others, initial=0)
+            here = jnp.max(jnp.where(e.added, jnp.maximum(-low, high), 0), initial=0)
             largest = jnp.maximum(largest, here.astype(largest.dtype))
     return largest
 
@@ -142,9 +144,9 @@ def _slices(plan: Plan, tree: Mapping[str, Any], axis: str) -> list[jax.Array]:
     return slices
 
 
-def _norm(x: jax.Array) -> jax.Array:
-    """The Euclidean norm of each slot (index of axis 0)."""
-    return jnp.sqrt(jnp.sum(jnp.square(x), axis=tuple(range(1, x.ndim))))
+def _squares(x: jax.Array) -> jax.Array:
+    """The sum of squares of each slot (index of axis 0)."""
+    return jnp.sum(jnp.square(x), axis=tuple(range(1, x.ndim)))
 
 
 def dead_slots(plan: Plan, grads: Mapping[str, Any]) -> jax.Array:
@@ -192,9 +194,20 @@ def _proportional(
 ) -> jax.Array:
     """Whether a leaf at `slots` is in the growth's proportion to `earlier`; bool."""
     dim = param.axes.index(e.axis)
-    leaf = jnp.moveaxis(jnp.asarray(dict(trees.flatten(tree))[path]), dim, 0)
+    leaf = jnp.asarray(dict(trees.flatten(tree))[path])
     factor = e.factor(param.roles[dim], dual=dual, carried=e.axis in param.carries)
     ratio = np.ones(len(slots)) if factor is None else factor[slots] / factor[earlier]
-    shape = (-1,) + (1,) * (leaf.ndim - 1)
-    expected = leaf[earlier] * jnp.asarray(ratio, leaf.dtype).reshape(shape)
-    return _norm(leaf[slots] - expected) <= 1e-6 * _norm(expected)
+
+    def squares(x: jax.Array, dim: int) -> tuple[jax.Array, jax.Array]:
+        """Of the differences from the expected entries, and of these."""
+        x = jnp.moveaxis(x, dim, 0)
+        expected = x[earlier] * trees.along(jnp.asarray(ratio, x.dtype), 0, x.ndim)
+        return _squares(x[slots] - expected), _squares(expected)
+
+    if param.stacked and dim:
+        # Layer by layer: where the axis is split over devices, its entries are gathered.
+        by_layer = jax.lax.map(lambda x: squares(x, dim - 1), leaf)
+        error, size = (jnp.sum(x, axis=0) for x in by_layer)
+    else:
+        error, size = squares(leaf, dim)
+    return jnp.sqrt(error) <= 1e-6 * jnp.sqrt(size)

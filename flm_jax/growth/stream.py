@@ -26,6 +26,7 @@ from flm_jax.growth.expansion import NEW
 from flm_jax.growth.moments import check as check_state
 from flm_jax.growth.moments import grow_moment, grow_slots
 from flm_jax.params.axes import Table
+from flm_jax.runtime import processes
 from flm_jax.store.checkpoint import by_name
 from flm_jax.store.chunked import chunk_shape
 from flm_jax.store.earlier import upgraded
@@ -37,6 +38,7 @@ WORKERS = 3  # pieces in progress at once: one is read, one computed, one writte
 # sources, the result, and tensorstore's buffers for reading and writing.
 _COPIES = 6
 HELD = WORKERS * _COPIES  # pieces in memory at once
+_BATCHES = 8  # a batch of grown pieces, which become one file, takes this part of the memory
 _LARGEST = 32 << 20  # bytes of a piece; larger pieces are not faster
 
 
@@ -55,7 +57,7 @@ class Source(Chunked, Protocol):
 
 
 class Target(Protocol):
-    """The checkpoint to write: `store.chunked.CheckpointWriter`."""
+    """The checkpoint to write: `store.chunk_writer.CheckpointWriter`."""
 
     def pieces(self, name: str) -> Iterator[tuple[slice, ...]]: ...
     def holds(self, name: str, piece: Sequence[slice]) -> bool: ...
@@ -122,7 +124,7 @@ def chunks(
     Raises:
       UserError: the memory is too small for a leaf.
     """
-    limit = min(memory // HELD, _LARGEST)
+    limit = min(for_pieces(memory) // HELD, _LARGEST)
     shapes = {}
     for leaf in parameter_leaves(names, plan.table):
         itemsize = names[leaf.name].dtype.itemsize
@@ -132,13 +134,24 @@ def chunks(
         chunk = chunk_shape(plan.big.shape(leaf.path), itemsize, limit, whole)
         shapes[leaf.name] = chunk
         largest = max(math.prod(c) * itemsize for c in (chunk, source.chunk(leaf.name)))
-        if largest * HELD > max(memory, limit * HELD):
+        if largest * HELD > max(for_pieces(memory), limit * HELD):
             raise UserError(
                 f"memory is {memory:,} bytes, but {leaf.name} comes in pieces of {largest:,} bytes "
-                f"and {HELD} of them are held; give memory={largest * HELD}",
+                f"and {HELD} of them are held beside two batches; give "
+                f"memory={math.ceil(largest * HELD * _BATCHES / (_BATCHES - 4))}",
                 argument="memory",
             )
     return shapes
+
+
+def batch_bytes(memory: int) -> int:
+    """Returns the size of a batch of grown pieces, which are written as one file."""
+    return max(memory // _BATCHES, 1)
+
+
+def for_pieces(memory: int) -> int:
+    """Returns what is left beside two batches, one of them held twice while it is written."""
+    return memory - 4 * batch_bytes(memory)
 
 
 def grow(
@@ -151,6 +164,8 @@ def grow(
 ) -> int:
     """Grows a train state from one checkpoint into another.
 
+    With several processes each grows its share of the pieces, of equal size but for one piece.
+
     Args:
       source: a checkpoint of `plan.source`.
       target: a checkpoint of `plan.target`, in pieces from `chunks`; pieces that it already holds
@@ -161,7 +176,7 @@ def grow(
       report: called with the number of bytes after each write.
 
     Returns:
-      The number of bytes written.
+      The number of bytes that this process wrote.
 
     Raises:
       UserError: `check` refuses the plan, or writing fails; pieces that are written stay.
@@ -174,11 +189,13 @@ def grow(
         for piece in target.pieces(leaf.name)
         if not target.holds(leaf.name, piece)
     ]
-    written = _grow_small(source, target, names, {leaf.name for leaf in large}, plan)
-    report(written)
+    written = 0
+    if processes.first():
+        written = _grow_small(source, target, names, {leaf.name for leaf in large}, plan)
+        report(written)
     with concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
         work = functools.partial(_grow_piece, source, target, plan, key, _Programs(plan))
-        futures = [pool.submit(work, *item) for item in missing]
+        futures = [pool.submit(work, *item) for item in processes.share(missing)]
         try:
             for future in concurrent.futures.as_completed(futures):
                 report(future.result())

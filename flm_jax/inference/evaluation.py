@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 
 from flm_jax.config import TransformerConfig
 from flm_jax.params import sharding
-from flm_jax.train.train_step import Batch, MasksAt, cross_entropy, logits_of
+from flm_jax.train import loss
+from flm_jax.train.train_step import Batch, MasksAt, nats_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +72,7 @@ def score(
     value = None if mask_value is None else np.float32(mask_value)
     for batch in batches:
         placed = sharding.place_batch(batch, mesh)
-        nats += float(_nats(params, placed, config, masks_at, value))
+        nats += float(summed_nats(params, placed, config, masks_at, value))
         real = batch["weights"] > 0
         tokens += int(real.sum())
         weight += float(batch["weights"].sum(dtype=np.float64))
@@ -80,7 +81,7 @@ def score(
 
 
 @functools.partial(jax.jit, static_argnames=("config", "masks_at"))
-def _nats(
+def summed_nats(
     params: Any,
     batch: Batch,
     config: TransformerConfig,
@@ -89,5 +90,5 @@ def _nats(
 ) -> jax.Array:
     """Returns the summed negative log-likelihood of a batch's targets."""
     masks = None if masks_at is None or mask_value is None else masks_at(mask_value)
-    logits_BTV = logits_of(config, params, batch, masks)[..., : config.tokens]
-    return cross_entropy(logits_BTV, batch["targets"], batch["weights"])[0]
+    nats_BT = nats_of(config, params, batch, masks, config.tokens)
+    return loss.summed(nats_BT, batch["weights"])[0]

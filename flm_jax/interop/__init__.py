@@ -6,7 +6,6 @@ It does not need transformers. It needs torch only for older .bin files.
 from __future__ import annotations
 
 import os
-import pathlib
 from typing import Any
 
 from flm_jax.config import TransformerConfig
@@ -15,6 +14,7 @@ from flm_jax.interop.converter import DTYPES, FORMATS, MEMORY, convert, write_hf
 from flm_jax.interop.opening import open_huggingface, open_model
 from flm_jax.interop.tokenizer_files import Vocabulary
 from flm_jax.interop.weights import Tree, load
+from flm_jax.runtime import paths
 
 __all__ = [
     "DTYPES",
@@ -43,7 +43,7 @@ def load_hf(path: str | os.PathLike[str]) -> tuple[dict[str, Any], TransformerCo
     """
     if not isinstance(path, str | os.PathLike):
         raise UserError(f"path is {path!r} of type {type(path).__name__}; give a folder's path")
-    weights = open_huggingface(pathlib.Path(path)).weights
+    weights = open_huggingface(paths.of(path)).weights
     return load(weights), weights.config
 
 
@@ -78,7 +78,7 @@ def save_hf(
       UserError: the format cannot express this model, or the path exists or cannot be written.
     """
     _, notes = write_hf(
-        pathlib.Path(path), Tree(params, config), format, dtype, Vocabulary(vocabulary),
+        paths.of(path), Tree(params, config), format, dtype, Vocabulary(vocabulary),
         context=context,
     )  # fmt: skip
     return notes

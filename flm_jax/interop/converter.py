@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import math
 import pathlib
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -33,14 +32,12 @@ from flm_jax.interop.tokenizer_files import (
 )
 from flm_jax.interop.weights import Resized, Rounded, Weights, scaled, without_offset
 from flm_jax.params import axes, counts, trees
+from flm_jax.params.digest import Piece, digest_of_pieces
+from flm_jax.runtime import paths, processes
 from flm_jax.runtime.display import Progress
-from flm_jax.store.checkpoint import CHUNK_BYTES, digest_of_leaves
-from flm_jax.store.chunked import (
-    CheckpointReader,
-    CheckpointWriter,
-    cells,
-    chunk_shape,
-)
+from flm_jax.store.checkpoint import CHUNK_BYTES, mark_complete
+from flm_jax.store.chunk_writer import CheckpointWriter
+from flm_jax.store.chunked import CheckpointReader, cells, chunk_shape
 from flm_jax.store.files import write_json
 from flm_jax.store.lineage import RunFolder, StageFolder, identity
 
@@ -56,28 +53,22 @@ _IMPORTED = "imported"
 
 @contextlib.contextmanager
 def appearing(target: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields a folder beside `target` and renames it to `target` at the end.
-
-    After an error it removes the folder.
+    """Yields a folder that becomes `target` at the end; see `paths.staged`.
 
     Raises:
       UserError: the target exists and is not empty, or it cannot be written.
     """
+    paths.check_bucket(target, "target")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists and is not empty; give another target, or remove it")
-    partial = target.absolute().with_name(f".{target.name}.converting")
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
-        partial.mkdir(parents=True)
-        yield partial
-        partial.replace(target.absolute())
+        with paths.staged(target) as folder:
+            yield folder
     except OSError as error:
         raise UserError(
             f"{error.filename or target}: {error.strerror or error}; {target} is not written: fix "
             "that and call again"
         ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def convert(
@@ -127,12 +118,12 @@ def convert(
             raise UserError(f"dtype is {dtype!r}, but training keeps float32; leave it out")
         dtype = "float32"
         rounded = Rounded(weights, DTYPES[dtype])
-        num_bytes = write_run(pathlib.Path(target), rounded, opened, memory)
+        num_bytes = write_run(paths.of(target), rounded, opened, memory)
         notes += rounded.notes
     else:
         dtype = dtype or (opened.dtype.name if opened.dtype.name in DTYPES else "float32")
         num_bytes, more = write_hf(
-            pathlib.Path(target), weights, format, dtype, opened.vocabulary, memory,
+            paths.of(target), weights, format, dtype, opened.vocabulary, memory,
             context=opened.context, source=opened, template=opened.template,
         )  # fmt: skip
         notes += more
@@ -237,7 +228,7 @@ def _in_threads(
         Progress(name, 0, total, "bytes") as progress,
         concurrent.futures.ThreadPoolExecutor(_THREADS) as pool,
     ):
-        for num_bytes in pool.map(write, *zip(*blocks, strict=True)):
+        for num_bytes in pool.map(lambda block: write(*block), blocks):
             progress.add(num_bytes)
 
 
@@ -258,6 +249,7 @@ def write_run(
     Raises:
       UserError: the target exists or cannot be written.
     """
+    RunFolder(target).check_client()
     with appearing(target) as folder:
         run = RunFolder(folder)
         stage = run.stage(0, _IMPORTED)
@@ -268,7 +260,7 @@ def write_run(
             source.vocabulary.copy(files, code=True)
             if values := source.vocabulary.values():
                 write_json(files / "config.json", values)
-            vocabulary = str(target.absolute() / files.relative_to(run.path))
+            vocabulary = str(paths.absolute(target) / files.relative_to(run.path))
         experiment = _imported(weights.config, source, vocabulary)
         saved = identity(experiment, 0, "")
         if source.template is not None:
@@ -278,6 +270,7 @@ def write_run(
         num_bytes = _write_checkpoint(path, weights, memory)
         digest = digest_on_disk(CheckpointReader(path), weights.config, memory)
         run.add_stage(untrained_entry(stage, saved, weights.config, digest))
+    mark_complete(target / path.relative_to(folder))
     return num_bytes
 
 
@@ -338,7 +331,7 @@ def _write_checkpoint(path: pathlib.Path, weights: Weights, memory: int) -> int:
         for leaf, chunk in chunk_shapes(config, min(CHUNK_BYTES, memory // _COPIES)).items()
     }
     tree = {"params": trees.unflatten(like)}
-    writer = CheckpointWriter(path, tree, {"data": {}, "wall_s": 0.0}, chunks)
+    writer = CheckpointWriter(path, tree, {"data": {}, "wall_s": 0.0}, chunks, memory // _COPIES)
     write_parameters(writer, weights, f"writing {_IMPORTED}")
     writer.finish()
     return 4 * counts.params(config)
@@ -360,27 +353,29 @@ def chunk_shapes(config: TransformerConfig, most_bytes: int) -> dict[str, tuple[
 def write_parameters(writer: CheckpointWriter, weights: Weights, name: str) -> None:
     """Writes the parameters of a checkpoint, chunk by chunk; those that it holds are skipped.
 
+    With several processes each writes its share.
+
     Args:
       writer: a checkpoint with the leaves "params/PATH".
       weights: the parameters.
       name: the name of the progress bar.
     """
-    paths = [(path, f"params/{path}") for path in axes.table(weights.config)]
-    dtypes = {path: writer.leaves[leaf].dtype for path, leaf in paths}
-    total = sum(writer.leaves[leaf].size * dtypes[path].itemsize for path, leaf in paths)
+    names_of = {path: f"params/{path}" for path in axes.table(weights.config)}
+    dtypes = {path: writer.leaves[leaf].dtype for path, leaf in names_of.items()}
+    total = sum(writer.leaves[leaf].size * dtypes[path].itemsize for path, leaf in names_of.items())
 
     def write(path: str, piece: Index) -> int:
         block = weights.read(path, piece).astype(dtypes[path], copy=False)
         writer.write(f"params/{path}", piece, block)
         return block.nbytes
 
-    pieces = (
+    pieces = [
         (path, piece)
-        for path, leaf in paths
+        for path, leaf in names_of.items()
         for piece in writer.pieces(leaf)
         if not writer.holds(leaf, piece)
-    )
-    _in_threads(write, pieces, name, total)
+    ]
+    _in_threads(write, processes.share(pieces), name, total)
 
 
 def digest_on_disk(reader: CheckpointReader, config: TransformerConfig, memory: int) -> str:
@@ -396,16 +391,16 @@ def digest_on_disk(reader: CheckpointReader, config: TransformerConfig, memory: 
     total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
     with Progress("reading back", 0, total, "bytes") as progress:
 
-        def pieces(name: str) -> Iterator[np.ndarray]:
+        def pieces(name: str) -> Iterator[Piece]:
             leaf = reader.leaves[name]
             for index in cells(
                 leaf.shape, chunk_shape(leaf.shape, leaf.dtype.itemsize, memory // _COPIES)
             ):
                 piece = reader.read(name, index)
                 progress.add(piece.nbytes)
-                yield piece
+                yield index, piece
 
-        return digest_of_leaves(
+        return digest_of_pieces(
             (path, reader.leaves[f"params/{path}"], pieces(f"params/{path}")) for path in paths
         )
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from flm_jax.errors import UserError
+from flm_jax.runtime import paths
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _ROPE_BY_PAIRS = ("llama",)  # architectures whose queries and keys are reordered
@@ -70,6 +71,7 @@ class GgufFile:
           UserError: the library is missing, the file is damaged, or its architecture is not one of
             `ARCHITECTURES`.
         """
+        paths.check_local(path, "GGUF files")
         try:
             import gguf
         except ImportError:

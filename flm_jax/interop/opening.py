@@ -29,7 +29,7 @@ from flm_jax.interop.tokenizer_files import GgufVocabulary, Vocabulary
 from flm_jax.interop.weights import Checkpoint, HuggingFace, Weights, folded, place
 from flm_jax.params import axes, sharding
 from flm_jax.params.sharding import Layout
-from flm_jax.runtime import regular
+from flm_jax.runtime import paths, regular
 from flm_jax.store.checkpoint import Checkpoints
 from flm_jax.store.chunked import CheckpointReader
 from flm_jax.store.lineage import RunFolder, StageFolder
@@ -204,7 +204,7 @@ def open_state(path: str, stage: str = "") -> OpenedState:
     config = stage_folder.experiment()
     tx = optim.optimizer(config.stages[0], config.optimizer, schedules.steady)
     like = abstract_state(config.stages[0].model, tx, Layout(sharding.one_device()))
-    checkpoint = pathlib.Path(folder.path / entry["checkpoint"])
+    checkpoint = folder.path / entry["checkpoint"]
     checkpoints = Checkpoints(checkpoint.parent, keep=None)
     try:
         state, progress = checkpoints.restore(int(checkpoint.name), like)
@@ -258,7 +258,8 @@ def open_stored_model(path: str, stage: str = "", step: int | None = None) -> St
     """
     if not isinstance(path, str | os.PathLike):
         raise UserError(f"path is {path!r} of type {type(path).__name__}; give a folder's path")
-    folder = pathlib.Path(path).expanduser()
+    folder = paths.of(path)
+    paths.check_bucket(folder)
     run = RunFolder(folder)
     if run.lineage.exists():
         entry = run.finished_stage(stage)
@@ -294,7 +295,7 @@ def open_huggingface(folder: pathlib.Path) -> StoredModel:
             notes = [*notes, f"quantised tensors are read as float32: {kinds}"]
     return StoredModel(
         path=folder,
-        name=folder.resolve().name,
+        name=folder.name if paths.remote(folder) else folder.resolve().name,
         weights=files,
         vocabulary=vocabulary,
         config=None,

@@ -28,7 +28,7 @@ import numpy as np
 
 from flm_jax.data import json_text
 from flm_jax.errors import UserError
-from flm_jax.runtime import regular
+from flm_jax.runtime import paths, regular
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -144,7 +144,7 @@ class SafetensorsFile:
     def _header(self) -> tuple[Any, int]:
         """Reads the header; returns it and the offset of the data in bytes."""
         with regular.opened(self.path) as file:
-            self._size = os.fstat(file.fileno()).st_size
+            self._size = paths.size(self.path)
             start = file.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
             if not 2 <= length <= min(self._size - 8, _LONGEST_HEADER):
@@ -168,7 +168,7 @@ class SafetensorsFile:
         row = math.prod(shape[1:])
         rows = np.empty((stop - start, *shape[1:]), dtype)
         view = rows.reshape(-1).view(np.uint8).data
-        with open(self.path, "rb", buffering=0) as file:
+        with paths.unbuffered(self.path) as file:
             file.seek(self._offsets[name] + start * row * dtype.itemsize)
             while view:
                 read = file.readinto(view)
@@ -187,6 +187,7 @@ class BinFile:
         Raises:
           UserError: torch is not installed, or the file is damaged or holds other objects.
         """
+        paths.check_local(path, ".bin files")
         try:
             import torch
         except ImportError:

@@ -15,7 +15,7 @@ from flm_jax.data.tokenizer import BYTES_SPECIAL, byte_alphabet, open_tokenizer
 from flm_jax.errors import UserError
 from flm_jax.interop.gguf_files import GgufFile, tokenizer_config, tokenizer_of
 from flm_jax.interop.hf_config import SPECIAL_IDS
-from flm_jax.runtime import regular
+from flm_jax.runtime import paths, regular
 
 # Files that define how text becomes tokens, chat templates included.
 _TOKENIZER = ("tokenizer*", "tokenization_*.py", "special_tokens_map.json", "added_tokens.json",
@@ -40,7 +40,7 @@ class Vocabulary:
 
     def __init__(self, path: str):
         self.path = path
-        self._folder = pathlib.Path(path) if path and path != BYTES else None
+        self._folder = paths.fetched(paths.of(path)) if path and path != BYTES else None
         if self._folder and self._folder.name in ("tokenizer.json", "tokenizer.model"):
             self._folder = self._folder.parent
 

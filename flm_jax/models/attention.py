@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from flm_jax.config import TransformerConfig
+from flm_jax.execution import SplashConfig
+from flm_jax.models.documents import document_spans
 from flm_jax.params.dtypes import wide
 from flm_jax.params.sharding import BATCH_AXES, head_axes
 
@@ -21,7 +23,6 @@ from flm_jax.params.sharding import BATCH_AXES, head_axes
 # With 8 chunks, 44% of the score matrix is never computed.
 _CHUNKS = 8
 _SMALLEST_CHUNK = 64
-SPLASH_TILE = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +57,7 @@ def attention(
     v_BTKH: jax.Array,
     segment_ids_BT: jax.Array,
     scoring: Scoring,
-    implementation: str = "auto",
+    config: TransformerConfig,
 ) -> jax.Array:
     """Softmax attention of each token to itself and to earlier tokens of its segment.
 
@@ -68,18 +69,23 @@ def attention(
       v_BTKH: values.
       segment_ids_BT: int32 document of each token, 0 for padding.
       scoring: factor, cap and window.
-      implementation: "plain"; "splash", the TPU's Pallas kernel; "cudnn", the GPU's; "auto": the
-        platform's own. A kernel needs lengths and head sizes that are multiples of its tiles, and
-        cuDNN's has no cap; for others "plain" is used.
+      config: gives the implementation and its settings. `attention` is "plain"; "splash", the TPU's
+        Pallas kernel; "cudnn", the GPU's; "auto": the platform's own. A kernel needs lengths and
+        head sizes that are multiples of its tiles, and cuDNN's has no cap; for others "plain" is
+        used.
 
     Returns:
       [B, T, K, G, H], in the dtype of the values.
+
+    Raises:
+      UserError: the tiles of splash do not divide the length.
     """
+    implementation = config.attention
     if implementation == "auto":
         implementation = {"tpu": "splash", "gpu": "cudnn"}.get(jax.default_backend(), "plain")
     T, H = q_BTKGH.shape[1], q_BTKGH.shape[-1]
     supported = {
-        "splash": T % SPLASH_TILE == 0 and H % SPLASH_TILE == 0,
+        "splash": T % SplashConfig.TILE == 0 and H % SplashConfig.TILE == 0,
         "cudnn": T % 64 == 0
         and H % 8 == 0
         and H <= 128
@@ -88,8 +94,12 @@ def attention(
     }
     if not supported.get(implementation, False):
         implementation = "plain"
-    compute = {"splash": splash, "cudnn": cudnn, "plain": plain}[implementation]
-    return compute(q_BTKGH, k_BTKH, v_BTKH, segment_ids_BT, scoring)
+    arrays = (q_BTKGH, k_BTKH, v_BTKH, segment_ids_BT)
+    if implementation == "splash":
+        return splash(*arrays, scoring, config.splash)
+    if implementation == "cudnn":
+        return cudnn(*arrays, scoring, config.cudnn_documents)
+    return plain(*arrays, scoring)
 
 
 def splash(
@@ -98,11 +108,13 @@ def splash(
     v_BTKH: jax.Array,
     segment_ids_BT: jax.Array,
     scoring: Scoring,
+    tiles: SplashConfig,
     interpret: bool = False,
 ) -> jax.Array:
     """JAX's Pallas kernel for TPUs, on each device's own sequences and heads.
 
-    Shapes as in `attention`; `interpret` runs the kernel step by step on any platform, for tests.
+    Shapes as in `attention`; `tiles` are the kernel's blocks; `interpret` runs the kernel step by
+    step on any platform, for tests.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel as kernels,
@@ -112,10 +124,16 @@ def splash(
     )
 
     T = q_BTKGH.shape[1]
-    block = next(b for b in (512, 256, SPLASH_TILE) if T % b == 0)
-    names = ("block_q", "block_kv", "block_kv_compute")
-    names_backward = ("block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
-    blocks: dict[str, Any] = dict.fromkeys((*names, *names_backward), block)
+    blocks = tiles.blocks(T)
+    sizes = kernels.BlockSizes(
+        block_q=blocks["block_q"],
+        block_kv=blocks["block_kv"],
+        block_kv_compute=blocks["block_kv_compute"],
+        block_q_dkv=blocks["block_q_backward"],
+        block_kv_dkv=blocks["block_kv_backward"],
+        block_kv_dkv_compute=blocks["block_kv_compute_backward"],
+        use_fused_bwd_kernel=True,
+    )
 
     def local(
         q_BTKGH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array
@@ -126,7 +144,9 @@ def splash(
             seen = masks.LocalMask((T, T), window_size=(scoring.window - 1, 0), offset=0)
         kernel = kernels.make_splash_mqa_single_device(
             mask=masks.MultiHeadMask([seen] * G),
-            block_sizes=kernels.BlockSizes(**blocks, use_fused_bwd_kernel=True),
+            block_sizes=sizes,
+            # A policy that keeps the result keeps what the backward kernel needs with it.
+            residual_checkpoint_name="attended",
             attn_logits_soft_cap=scoring.softcap or None,
             interpret=interpret,
         )
@@ -162,12 +182,24 @@ def cudnn(
     v_BTKH: jax.Array,
     segment_ids_BT: jax.Array,
     scoring: Scoring,
+    documents: int = 0,
 ) -> jax.Array:
-    """cuDNN's flash attention, with a mask for documents. Shapes as in `attention`."""
+    """cuDNN's flash attention. Shapes as in `attention`.
+
+    Documents are told apart by their offsets in each row, at most so many of them; 0: by a mask,
+    which cuDNN takes as a bias [B, 1, T, T].
+    """
     B, T, K, G, H = q_BTKGH.shape
+    q_BTNH = q_BTKGH.reshape(B, T, K * G, H)
+    if documents > 1:
+        # jax 0.10 multiplies the offsets of keys by the number of query heads (its PR 39521), so
+        # that keys of several query heads are repeated.
+        k_BTNH, v_BTNH = (jnp.repeat(x, G, axis=2) for x in (k_BTKH, v_BTKH))
+        out_BTNH = by_offsets(q_BTNH, k_BTNH, v_BTNH, segment_ids_BT, scoring, documents)
+        return out_BTNH.reshape(B, T, K, G, H)
     same_B1TT = segment_ids_BT[:, None, :, None] == segment_ids_BT[:, None, None, :]
     out_BTNH = jax.nn.dot_product_attention(
-        q_BTKGH.reshape(B, T, K * G, H),
+        q_BTNH,
         k_BTKH,
         v_BTKH,
         mask=same_B1TT,
@@ -177,6 +209,38 @@ def cudnn(
         implementation="cudnn",
     )
     return out_BTNH.reshape(B, T, K, G, H)
+
+
+def by_offsets(
+    q_BTNH: jax.Array,
+    k_BTNH: jax.Array,
+    v_BTNH: jax.Array,
+    segment_ids_BT: jax.Array,
+    scoring: Scoring,
+    documents: int,
+) -> jax.Array:
+    """cuDNN's flash attention inside documents that are given by their offsets: [B, T, N, H].
+
+    A row with more documents gives NaN, so that training stops at it.
+    """
+    # jax.nn's function has no offsets.
+    from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
+
+    spans = document_spans(segment_ids_BT, documents)
+    out_BTNH: jax.Array = dot_product_attention(
+        q_BTNH,
+        k_BTNH,
+        v_BTNH,
+        q_seqlen=spans.lengths_BM,
+        kv_seqlen=spans.lengths_BM,
+        q_offsets=spans.starts_BM,
+        kv_offsets=spans.starts_BM,
+        scale=scoring.mult,
+        mask_type=MaskType.PADDING_CAUSAL,
+        sliding_window_length=scoring.window or None,
+    )
+    nan = jnp.asarray(jnp.nan, out_BTNH.dtype)
+    return jnp.where(spans.too_many_B[:, None, None, None], nan, out_BTNH)
 
 
 def plain(

@@ -23,7 +23,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from flm_jax.config import TransformerConfig
 from flm_jax.models.attention import Scoring, attention, in_slots
@@ -57,14 +59,16 @@ def create(
       config: gives sizes and dtypes.
 
     Returns:
-      The parameters by name, cast to the compute dtype.
+      The parameters by name. They are in the compute dtype; if gradients are reduced in float32
+      they are float32, and their uses round them (`linear`, `spread`).
     """
-    sizes = axis_sizes(config)
+    sizes, reduced = axis_sizes(config), config.gradient_dtype
+    dtype = wide(config.dtype) if reduced != config.dtype else np.dtype(config.dtype)
     created = {}
     for name, param in table.items():
         shape = param.shape(sizes)[param.stacked :]
         draw = functools.partial(initial, mup.scale(param, config))
-        created[name] = module.param(name, draw, shape, wide(config.dtype)).astype(config.dtype)
+        created[name] = module.param(name, draw, shape, wide(config.dtype)).astype(dtype)
     return created
 
 
@@ -78,12 +82,62 @@ def linear(x_BTI: jax.Array, w_IO: jax.Array, dtype: Any = None) -> jax.Array:
 
     Args:
       x_BTI: activations; I is one or more axes.
-      w_IO: the weight: the same axes I, then the axes O of the output.
+      w_IO: the weight: the same axes I, then the axes O of the output. If its dtype is wider than
+        that of x it is rounded to it, and its gradient is computed, and added up over devices, in
+        its own dtype.
       dtype: accumulate in, and return, this dtype; None: JAX's default.
 
     Returns:
       [B, T, *O].
     """
+    if w_IO.dtype == x_BTI.dtype:
+        return _product(dtype, x_BTI, w_IO)
+    return _rounded_product(dtype, x_BTI, w_IO)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _rounded_product(dtype: Any, x_BTI: jax.Array, w_IO: jax.Array) -> jax.Array:
+    """`_product` with the weight rounded to the dtype of x.
+
+    JAX's own gradient would round the weight's gradient on every device before the sum over them.
+    """
+    return _product(dtype, x_BTI, w_IO.astype(x_BTI.dtype))
+
+
+def _rounded_forward(
+    dtype: Any, x_BTI: jax.Array, w_IO: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    rounded_IO = w_IO.astype(x_BTI.dtype)
+    return _product(dtype, x_BTI, rounded_IO), (x_BTI, rounded_IO)
+
+
+def _rounded_backward(
+    dtype: Any, saved: tuple[jax.Array, jax.Array], g_BTO: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x_BTI, w_IO = saved
+    _, back = jax.vjp(lambda x: _product(dtype, x, w_IO), x_BTI)
+    x, g, tokens = x_BTI, g_BTO, [0, 1]
+    if jax.sharding.get_abstract_mesh().size <= 1:  # as in `_product`
+        x, g, tokens = x.reshape(-1, *x.shape[2:]), g.reshape(-1, *g.shape[2:]), [0]
+
+    def product(x: jax.Array, g: jax.Array) -> jax.Array:
+        return jax.lax.dot_general(
+            x, g, ((tokens, tokens), ([], [])), preferred_element_type=wide(x_BTI.dtype)
+        )
+
+    def widened(x: jax.Array, g: jax.Array) -> jax.Array:
+        return product(x.astype(wide(x.dtype)), g.astype(wide(x.dtype)))
+
+    # XLA's CPU backend has no product of bfloat16 numbers that is float32.
+    grad_IO = jax.lax.platform_dependent(x, g, cpu=widened, default=product)
+    return back(g_BTO)[0], grad_IO
+
+
+_rounded_product.defvjp(_rounded_forward, _rounded_backward)
+
+
+def _product(dtype: Any, x_BTI: jax.Array, w_IO: jax.Array) -> jax.Array:
+    """`linear` with a weight in the dtype of x."""
     B, T = x_BTI.shape[:2]
     inputs = math.prod(x_BTI.shape[2:])
     split = x_BTI.ndim - 2
@@ -114,14 +168,26 @@ def rms_norm(x: jax.Array, gain: jax.Array, eps: float, mask: jax.Array | None =
         mean_square = jnp.expand_dims(jnp.tensordot(x2, mask, axes=gain.ndim) / mask.sum(), own)
         gain = gain * mask.astype(gain.dtype)
     scale = jax.lax.rsqrt(mean_square + jnp.asarray(eps, x2.dtype))
-    return x * scale.astype(x.dtype) * gain.reshape((1,) * (x.ndim - gain.ndim) + gain.shape)
+    return x * scale.astype(x.dtype) * spread(gain, x)
+
+
+def spread(vector: jax.Array, x: jax.Array) -> jax.Array:
+    """Gives a gain or a bias the number of dimensions and the dtype of an activation.
+
+    A wider vector is rounded only after it is repeated for every token, so that its gradient, the
+    sum over tokens and devices, is in its own dtype.
+    """
+    aligned = vector.reshape((1,) * (x.ndim - vector.ndim) + vector.shape)
+    if vector.dtype == x.dtype:
+        return aligned
+    return jnp.broadcast_to(aligned, x.shape).astype(x.dtype)
 
 
 def _mapped(w: Mapping[str, jax.Array], name: str, x_BTI: jax.Array) -> jax.Array:
     """Applies a linear map and its bias, if it has one: [B, T, *O]."""
     y_BTO = linear(x_BTI, w[name])
     bias_O = w.get(f"{name}_bias")
-    return y_BTO if bias_O is None else y_BTO + bias_O[None, None]
+    return y_BTO if bias_O is None else y_BTO + spread(bias_O, y_BTO)
 
 
 def _branch_input(
@@ -193,12 +259,11 @@ class Attention(nn.Module):
             k_BTKH, v_BTKH = (
                 constrain(x, BATCH_AXES, None, groups, None) for x in (k_BTKH, v_BTKH)
             )
+            q_BTKGH, k_BTKH, v_BTKH = (checkpoint_name(x, "qkv") for x in (q_BTKGH, k_BTKH, v_BTKH))
             scoring = Scoring.of(config, kind)
             if past is None or slots is None:
-                out_BTKGH = attention(
-                    q_BTKGH, k_BTKH, v_BTKH, segment_ids_BT, scoring, config.attention
-                )
-                return out_BTKGH, None
+                out_BTKGH = attention(q_BTKGH, k_BTKH, v_BTKH, segment_ids_BT, scoring, config)
+                return checkpoint_name(out_BTKGH, "attended"), None
             segment_ids_BS, start = slots
             k_BKSH, v_BKSH = extended = (
                 write(past[0], k_BTKH.transpose(0, 2, 1, 3), start, axis=2),
@@ -244,7 +309,10 @@ class MLP(nn.Module):
         w = create(self, self.table, self.config)
         y_BTD = _branch_input(w, x_BTD, self.config, masks)
         activation = _ACTIVATIONS[self.config.activation]
-        a_BTF = activation(_mapped(w, "gate", y_BTD)) * _mapped(w, "up", y_BTD)
+        gate_BTF, up_BTF = (
+            checkpoint_name(_mapped(w, name, y_BTD), "gate_up") for name in ("gate", "up")
+        )
+        a_BTF = activation(gate_BTF) * up_BTF
         a_BTF = constrain(a_BTF, BATCH_AXES, None, "tensor")
         if "mlp" in masks:
             a_BTF *= masks["mlp"].astype(a_BTF.dtype)[None, None]
@@ -275,6 +343,7 @@ class Layer(nn.Module):
         slots: Slots | None = None,
     ) -> tuple[jax.Array, KeysValues | None]:
         def scaled(branch_BTD: jax.Array) -> jax.Array:
+            branch_BTD = checkpoint_name(branch_BTD, "branches")
             if self.config.branch_mult != 1:
                 branch_BTD = branch_BTD * jnp.asarray(self.config.branch_mult, branch_BTD.dtype)
             if layer_mask is None:

@@ -18,9 +18,10 @@ from flax import linen as nn
 
 from flm_jax.checks import require_type
 from flm_jax.config import TransformerConfig
+from flm_jax.execution import LayerGroup, layer_groups
 from flm_jax.models import layers as nn_layers
-from flm_jax.models.attention import soft_capped
 from flm_jax.models.cache import Cache, layer_name, write
+from flm_jax.models.readout import Readout, logits
 from flm_jax.models.rope import Angles, angles_by_kind
 from flm_jax.params.axes import Param, nested_table
 from flm_jax.params.dtypes import wide
@@ -30,6 +31,12 @@ _REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+
+
+def _keeping(policy: str) -> Any:
+    """What the backward pass keeps under a policy of `execution.py` other than "none"."""
+    names = jax.checkpoint_policies.save_only_these_names
+    return _REMAT_POLICIES.get(policy) or names(*policy.split("+"))
 
 
 class Transformer(nn.Module):
@@ -64,6 +71,19 @@ class Transformer(nn.Module):
         Returns:
           Logits [B, T, V], float32 (float64 with dtype "float64").
         """
+        return logits(self.readout(tokens_BT, segment_ids_BT, positions_BT, masks), self.config)
+
+    def readout(
+        self,
+        tokens_BT: jax.Array,
+        segment_ids_BT: jax.Array | None = None,
+        positions_BT: jax.Array | None = None,
+        masks: nn_layers.Masks | None = None,
+    ) -> Readout:
+        """Computes what the logits are made of, for a loss that does not need all of them at once.
+
+        Arguments as for a call of the model (`method="readout"`).
+        """
         if segment_ids_BT is None:
             segment_ids_BT = jnp.ones_like(tokens_BT)
         if positions_BT is None:
@@ -91,9 +111,9 @@ class Transformer(nn.Module):
         Returns:
           Logits [B, T, V], and the cache with the new tokens.
         """
-        logits_BTV, extended = self._forward(tokens_BT, segment_ids_BT, positions_BT, None, cache)
+        readout, extended = self._forward(tokens_BT, segment_ids_BT, positions_BT, None, cache)
         assert extended is not None
-        return logits_BTV, extended
+        return logits(readout, self.config), extended
 
     @nn.compact
     def _forward(
@@ -103,7 +123,7 @@ class Transformer(nn.Module):
         positions_BT: jax.Array,
         masks: nn_layers.Masks | None,
         cache: Cache | None,
-    ) -> tuple[jax.Array, Cache | None]:
+    ) -> tuple[Readout, Cache | None]:
         config = self.config
         own = {name: p for name, p in nested_table(config).items() if isinstance(p, Param)}
         w = nn_layers.create(self, own, config)
@@ -113,7 +133,7 @@ class Transformer(nn.Module):
         # Each device looks up its part of every row. If the table were split by token, the lookup
         # would bring all sequences, or the whole table, to every device.
         embedding_VD = constrain(w["embedding"], None, "tensor")
-        x_BTD = constrain(embedding_VD[tokens_BT], BATCH_AXES, None, "tensor")
+        x_BTD = constrain(embedding_VD[tokens_BT].astype(config.dtype), BATCH_AXES, None, "tensor")
         x_BTD = x_BTD * jnp.asarray(config.input_mult, config.dtype)
         x_BTD = constrain(x_BTD, BATCH_AXES, "tensor", None)
         angles = angles_by_kind(positions_BT, config)
@@ -122,18 +142,14 @@ class Transformer(nn.Module):
         else:
             x_BTD, cache = self._cached_layers(x_BTD, segment_ids_BT, angles, cache)
         x_BTD = nn_layers.rms_norm(x_BTD, w["final_norm"], config.rms_norm_eps, masks.get("embed"))
-        stats = wide(config.dtype)
-        head_DV = w["embedding"].T if config.tied else w["head"]
-        logits_BTV = nn_layers.linear(constrain(x_BTD, BATCH_AXES, None, None), head_DV, stats)
-        logits_BTV = constrain(logits_BTV, BATCH_AXES, None, "tensor")
-        logits_BTV = soft_capped(
-            logits_BTV * jnp.asarray(config.logit_mult, stats), config.logit_softcap
-        )
+        log_mask_V = None
         if "vocab" in masks:
             # A token's probability is multiplied by its mask, up to the normaliser.
+            stats = wide(config.dtype)
             hidden_V = jnp.log(masks["vocab"].astype(stats))
-            logits_BTV += jnp.maximum(hidden_V, jnp.finfo(stats).min / 2)[None, None]
-        return logits_BTV, cache
+            log_mask_V = jnp.maximum(hidden_V, jnp.finfo(stats).min / 2)
+        head_DV = w["embedding"].T if config.tied else w["head"]
+        return Readout(constrain(x_BTD, BATCH_AXES, None, None), head_DV, log_mask_V), cache
 
     def _scanned_layers(
         self,
@@ -143,27 +159,52 @@ class Transformer(nn.Module):
         angles: Mapping[str, Angles],
         masks: nn_layers.Masks,
     ) -> jax.Array:
-        """Applies all layers as one scanned module; what differs by layer is stacked on axis 0."""
+        """Applies all layers, each group of them as one scan.
+
+        What differs by layer is stacked on axis 0. The groups share one module, so that they do not
+        change the parameters.
+        """
         config = self.config
-        layer: Any = nn_layers.Layer
-        if config.remat != "none":
-            layer = nn.remat(layer, policy=_REMAT_POLICIES[config.remat], prevent_cse=False)
         kinds = list(dict.fromkeys(config.kinds)) or ["full"]
         kind, kind_index_L = kinds[0], None
         if len(kinds) > 1:
             kind, kind_index_L = "", jnp.array([kinds.index(k) for k in config.kinds])
+        groups = layer_groups(config.remat, config.num_layers)
+        if self.is_initializing() or self.is_mutable_collection("intermediates"):
+            # Nothing is differentiated, and what all layers make is stacked.
+            groups = (LayerGroup("none", 0, config.num_layers),)
+        layers = nn_layers.Layer(config, nested_table(config)["layers"], kind, name="layers")
+        stacked = (layer_mask_L, kind_index_L)
+        for group in groups:
+            scanned = self._scanned(group, alone=len(groups) == 1)
+            own = jax.tree.map(lambda x, g=group: x[g.first : g.end], stacked)
+            x_BTD = scanned(layers, x_BTD, *own, segment_ids_BT, angles, masks)[0]
+        return x_BTD
+
+    def _scanned(self, group: LayerGroup, alone: bool) -> Any:
+        """A scan over a group of layers; of the stacked parameters it reads the group's part."""
+
+        def apply(layer: nn_layers.Layer, x_BTD: jax.Array, *inputs: Any) -> Any:
+            return layer(x_BTD, *inputs)
+
+        layer: Any = apply
+        if group.policy != "none":
+            layer = nn.remat(layer, policy=_keeping(group.policy), prevent_cse=False)
         scanned = nn.scan(
             layer,
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
             in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
-            length=config.num_layers,
-            unroll=config.scan_unroll,
+            length=group.end - group.first,
+            unroll=self.config.scan_unroll,
         )
-        layers = scanned(config, nested_table(config)["layers"], kind, name="layers")
-        inputs = (layer_mask_L, kind_index_L, segment_ids_BT, angles, masks)
-        out_BTD: jax.Array = layers(x_BTD, *inputs)[0]
-        return out_BTD
+        if alone:
+            return scanned
+
+        def part(params: Any) -> Any:
+            return jax.tree.map(lambda x_L: x_L[group.first : group.end], params)
+
+        return nn.map_variables(scanned, "params", trans_in_fn=part)
 
     def _cached_layers(
         self,

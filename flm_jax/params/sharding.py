@@ -1,4 +1,4 @@
-"""The mesh, and the sharding of every array on it, from the axis table.
+"""The sharding of every array on a mesh, from the axis table.
 
 By default (`RulesConfig`) `embed` is split over mesh axis fsdp, and `mlp`, `kv_heads` and `vocab`
 over tensor. The batch is always split over data and fsdp, and between a layer's branches the
@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from flm_jax.config import MESH_AXES, MeshConfig, RulesConfig, TransformerConfig
+from flm_jax.config import MeshConfig, RulesConfig, TransformerConfig
 from flm_jax.errors import UserError
 from flm_jax.params import axes
+from flm_jax.params.mesh import mesh_of
 
 RULES = RulesConfig()
 BATCH_AXES = ("data", "fsdp")
@@ -24,25 +25,13 @@ BATCH = PartitionSpec(BATCH_AXES)
 
 
 def make_mesh(config: MeshConfig, name: str = "config.mesh") -> Mesh:
-    """Makes the mesh (data, fsdp, tensor) over all devices of all processes.
+    """Makes the mesh over all devices of all processes; see `mesh_of`."""
+    return mesh_of(config, jax.devices(), name)
 
-    Args:
-      config: the number of devices along each mesh axis.
-      name: the name of `config` in error messages.
 
-    Raises:
-      UserError: the axes do not multiply to the number of devices.
-    """
-    devices = jax.device_count()
-    rest = config.fsdp * config.tensor
-    data = config.data or devices // rest
-    if data * rest != devices:
-        raise UserError(
-            f"{name} is data {data} x fsdp {config.fsdp} x tensor {config.tensor} = "
-            f"{data * rest} devices, but there are {devices}; change it, or set data to 0"
-        )
-    shape = (data, config.fsdp, config.tensor)
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+def one_device() -> Mesh:
+    """The mesh of the first device only."""
+    return mesh_of(MeshConfig(1), jax.devices()[:1])
 
 
 class Layout(NamedTuple):
@@ -57,13 +46,6 @@ def make_layout(config: MeshConfig, name: str = "config.mesh") -> Layout:
     return Layout(make_mesh(config, name), config.rules)
 
 
-def one_device() -> Mesh:
-    """The mesh of the first device only."""
-    return jax.make_mesh(
-        (1, 1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
-    )
-
-
 def param_spec(param: axes.Param, rules: RulesConfig = RULES) -> PartitionSpec:
     """The mesh axis that each axis of a parameter is split over.
 
@@ -74,12 +56,14 @@ def param_spec(param: axes.Param, rules: RulesConfig = RULES) -> PartitionSpec:
 
 
 def check_divisible(config: TransformerConfig, mesh: Mesh, rules: RulesConfig = RULES) -> None:
-    """Checks that every parameter can be split by the rules.
+    """Checks that every parameter can be split by the rules, and the loss into its chunks.
 
     Raises:
-      UserError: an axis does not divide by the devices of its mesh axis, or two axes of one
-        parameter share a mesh axis; names the parameter, the axes and the sizes.
+      UserError: the loss's chunks do not divide over the devices; or an axis does not divide by the
+        devices of its mesh axis, or two axes of one parameter share a mesh axis: names the
+        parameter, the axes and the sizes.
     """
+    _check_chunks(config, mesh.shape["tensor"])
     sizes = axes.axis_sizes(config)
     for path, param in axes.table(config).items():
         taken: dict[str, str] = {}  # mesh axis -> the parameter's axis that is split over it
@@ -146,6 +130,27 @@ def constrain(x: jax.Array, *mesh_axes: str | tuple[str, ...] | None) -> jax.Arr
     return constrained
 
 
+def vocabulary_parts(config: TransformerConfig) -> int:
+    """Devices of the current mesh that a chunk of the loss is split over.
+
+    Raises:
+      UserError: the vocabulary does not divide into `loss_chunks` chunks on each of them.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = 1 if mesh.empty else mesh.shape["tensor"]
+    _check_chunks(config, parts)
+    return parts
+
+
+def _check_chunks(config: TransformerConfig, parts: int) -> None:
+    if config.loss_chunks and config.vocab_size % (parts * config.loss_chunks):
+        raise UserError(
+            f"loss_chunks is {config.loss_chunks} and vocab_size {config.vocab_size}, which does "
+            f"not divide by {config.loss_chunks} chunks x {parts} devices of mesh axis 'tensor'; "
+            "change one of them, or set loss_chunks to 0"
+        )
+
+
 def head_axes(kv_heads: int, q_per_kv: int) -> tuple[str | None, str | None]:
     """The mesh axes of key/value heads and of the query heads of each: one of them is "tensor".
 
@@ -158,7 +163,7 @@ def head_axes(kv_heads: int, q_per_kv: int) -> tuple[str | None, str | None]:
     return None, "tensor" if q_per_kv % parts == 0 else None
 
 
-def _batch_sharding(rows: int, mesh: Mesh) -> NamedSharding:
+def batch_sharding(rows: int, mesh: Mesh) -> NamedSharding:
     """Rows are split over data and fsdp, or replicated if they do not divide."""
     parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     return NamedSharding(mesh, BATCH if rows % parts == 0 else PartitionSpec())
@@ -177,7 +182,7 @@ def share_of_batch(rows: int, mesh: Mesh) -> tuple[int, int]:
     Returns:
       (index, count): part `index` of `count` equal parts.
     """
-    slices = _batch_sharding(rows, mesh).addressable_devices_indices_map((rows,)).values()
+    slices = batch_sharding(rows, mesh).addressable_devices_indices_map((rows,)).values()
     spans = [index[0].indices(rows) for index in slices if index is not None]
     first, last = min(s[0] for s in spans), max(s[1] for s in spans) - 1
     parts = (n for n in range(rows, 0, -1) if rows % n == 0)
@@ -208,7 +213,7 @@ def place_batch(
             start, stop, _ = index[0].indices(rows)
             return part[start - before : stop - before]
 
-        placement = _batch_sharding(rows, mesh)
+        placement = batch_sharding(rows, mesh)
         return jax.make_array_from_callback((rows, *part.shape[1:]), placement, rows_at)
 
     return {name: place(part) for name, part in batch.items()}

@@ -25,15 +25,25 @@ from flm_jax.inference.evaluation import score
 from flm_jax.interop.stage_source import open_stage_source
 from flm_jax.interop.weights import place
 from flm_jax.params import sharding
+from flm_jax.params.mesh import mesh_of
 from flm_jax.params.sharding import Layout
+from flm_jax.params.topology import topology_of
 from flm_jax.runs.loop import run_stages
-from flm_jax.runs.stage import Batches, Parent, Position, Stage, plan_of, restore, with_derived
-from flm_jax.runtime import host, processes
+from flm_jax.runs.stage import (
+    Batches,
+    Parent,
+    Position,
+    Stage,
+    optimizer_of,
+    plan_of,
+    restore,
+    with_derived,
+)
+from flm_jax.runtime import host, paths, processes, xla_flags
 from flm_jax.store.checkpoint import Checkpoints
 from flm_jax.store.lineage import RunFolder, identity
-from flm_jax.train import optim, schedules
-from flm_jax.train.schedules import Schedule
-from flm_jax.train.train_step import MasksAt, abstract_state, init_state, state_shardings
+from flm_jax.train import schedules
+from flm_jax.train.train_step import MasksAt, init_program
 from flm_jax.train.trained import Trained
 
 if TYPE_CHECKING:
@@ -58,59 +68,103 @@ def run(config: ExperimentConfig, workdir: str) -> list[dict[str, Any]]:
       RunStopped: after SIGINT or SIGTERM; a checkpoint was written.
     """
     require_type(config, ExperimentConfig, "run: config")
+    xla_flags.apply()
     host.keep_freed()
     if config.quick_compile:
         host.compile_quickly()
-    config = with_derived(config)
-    layouts = layouts_of(config)
-    check(config, layouts)
+    processes.check_devices()
+    config, layouts = on_devices(config, jax.devices())
     processes.check_same("the config", mapping.digest(mapping.to_dict(config)))
     folder = RunFolder(workdir)
     first = config.stages[0]
     if first.source and not folder.stage(0, first.name).config.exists():
         open_stage_source(config)  # raises if it does not fit, before anything is written
-    done = processes.once(lambda: _open(config, folder))
-    if len(done) >= len(config.stages):
-        return done
-    stages = stages_of(config, corpus_of(config), folder, layouts)
-    run_stages(stages[len(done) :], folder)
-    return processes.once(folder.stages)
+    paths.check_bucket(paths.of(config.data.path, "config.data.path"), "config.data.path")
+    with folder.writing():
+        done = processes.once(lambda: _finished(config, folder))
+        if len(done) >= len(config.stages):
+            return done
+        stages = stages_of(config, corpus_of(config), folder, layouts)
+        run_stages(stages[len(done) :], folder)
+        return processes.once(folder.stages)
 
 
-def layouts_of(config: ExperimentConfig) -> list[Layout]:
-    """Makes the layout of each stage. Raises UserError if a mesh does not fit the devices."""
-    return [
-        sharding.make_layout(
-            config.mesh_of(index),
-            f"config.stages[{index}].mesh" if stage.mesh else "config.mesh",
-        )
-        for index, stage in enumerate(config.stages)
-    ]
+def on_devices(
+    config: ExperimentConfig, devices: Sequence[Any], last: int | None = None
+) -> tuple[ExperimentConfig, list[Layout]]:
+    """A chain as it runs on these devices, checked.
 
-
-def check(config: ExperimentConfig, layouts: Sequence[Layout]) -> None:
-    """Checks all stages before the first one trains.
+    The runner and ahead-of-time compilation both start here, so what compiles is what runs.
 
     Args:
       config: the chain.
-      layouts: mesh and sharding of each stage.
+      devices: all devices of the run, real or described.
+      last: index of the last stage to check; None: the chain's last.
+
+    Returns:
+      The config, with what follows from source, growths and layouts; mesh and sharding of each
+      stage up to `last`.
+
+    Raises:
+      UserError: the source, a mesh, a batch or a growth does not fit, or only some stages have a
+        layout for these devices; names stage and field.
+    """
+    topology = str(topology_of(devices))
+    last = len(config.stages) - 1 if last is None else last
+    with_layout = [stage.has_layout(topology) for stage in config.stages[: last + 1]]
+    if any(with_layout) and not all(with_layout):
+        has, lacks = (config.stages[with_layout.index(x)].name for x in (True, False))
+        raise UserError(
+            f"stage {has} has a layout for {topology}, and stage {lacks} has none; add one to "
+            f"its layouts, or run stage {lacks} on other devices"
+        )
+    config, layouts = with_derived(config).on(topology), []
+    for index, stage in enumerate(config.stages[: last + 1]):
+        name = f"config.stages[{index}].mesh" if stage.mesh else "config.mesh"
+        if with_layout[index]:
+            name = f"stage {stage.name}: the mesh of its layout for {topology}"
+        mesh = config.mesh_of(index)
+        layouts.append(Layout(mesh_of(mesh, devices, name), mesh.rules))
+    check(config, layouts)
+    return config, layouts
+
+
+def check(config: ExperimentConfig, layouts: Sequence[Layout]) -> None:
+    """Checks stages before the first one trains.
+
+    Args:
+      config: the chain.
+      layouts: mesh and sharding of each stage to check: the first ones of the chain, or all.
 
     Raises:
       UserError: a stage's sizes or batch do not divide over its mesh, its growth is impossible, or
         the schedule is longer than the chain, or it would train nothing.
     """
     schedules.schedule_shape(config.schedule, config.total_steps)
-    for stage, (mesh, rules) in zip(config.stages, layouts, strict=True):
+    stages = config.stages[: len(layouts)]
+    for stage, (mesh, rules) in zip(stages, layouts, strict=True):
         rows = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
         sharding.check_divisible(stage.model, mesh, rules)
         if stage.batch_size // stage.accumulate % rows:
             raise UserError(
                 f"stage {stage.name}: a microbatch of {stage.batch_size // stage.accumulate} "
-                f"sequences cannot be split over {rows} devices (mesh data x fsdp); change one"
+                f"sequences (batch_size {stage.batch_size}, accumulate {stage.accumulate}) cannot "
+                f"be split over {rows} devices (mesh data x fsdp); {_what_divides(stage, rows)}"
             )
-    for before, after in zip((None, *config.stages), config.stages, strict=False):
+    for before, after in zip((None, *stages), stages, strict=False):
         added = growth.added_slots(plan_of(before.model, after)) if before else None
         Trained.of(after).check(added)
+
+
+def _what_divides(stage: StageConfig, rows: int) -> str:
+    """What makes a batch divide over `rows` devices: other accumulations, else other batches."""
+    batch = stage.batch_size
+    if batch % rows == 0:
+        good = [n for n in range(1, batch // rows + 1) if batch // rows % n == 0]
+        return f"change one; accumulate may be {', '.join(map(str, good))}"
+    below, above = batch // rows * rows, -(-batch // rows) * rows
+    sizes = " or ".join(str(size) for size in (below, above) if size)
+    return f"change one: batch_size {sizes} would, or a mesh over fewer devices"
 
 
 def check_finished(config: ExperimentConfig, folder: RunFolder, done: list[dict[str, Any]]) -> None:
@@ -158,9 +212,8 @@ def stages_of(
     return stages
 
 
-def _open(config: ExperimentConfig, folder: RunFolder) -> list[dict[str, Any]]:
-    """Returns the finished stages. Raises UserError if the folder is unusable or another run's."""
-    folder.open()
+def _finished(config: ExperimentConfig, folder: RunFolder) -> list[dict[str, Any]]:
+    """Returns the finished stages. Raises UserError if the folder is another run's."""
     done = folder.stages()
     check_finished(config, folder, done)
     return done
@@ -190,7 +243,7 @@ def _stage(
     """Builds one stage: its text, its part of the chain's schedule, its validation."""
     own, data_config = config.stages[index], config.data_of(index)
     start = before.end if before else 0
-    tx, schedule = _optimizer(config, own, start if before else None)
+    tx, schedule = optimizer_of(config, index)
     batches = corpus.with_length(data_config).train
     text = functools.partial(validation, data_config.sequence_length)
     if before:
@@ -215,17 +268,6 @@ def _stage(
     )
 
 
-def _optimizer(
-    config: ExperimentConfig, stage: StageConfig, grown_at: int | None
-) -> tuple[optax.GradientTransformation, Schedule]:
-    """Returns the stage's optimizer and schedule; `grown_at`: the global step of its growth."""
-    schedule = schedules.schedule_shape(config.schedule, config.total_steps)
-    if grown_at is not None:
-        g = stage.growth
-        schedule = schedules.rewarmed(schedule, grown_at, g.rewarmup_steps, g.rewarmup_ratio)
-    return optim.optimizer(stage, config.optimizer, schedule, grown_at), schedule
-
-
 def _fresh(
     config: ExperimentConfig,
     stage: StageConfig,
@@ -235,11 +277,10 @@ def _fresh(
 ) -> Position:
     """Initializes the first stage's state; its parameters come from `stage.source` if it is set."""
     key = jax.random.fold_in(jax.random.key(config.seed), 0)
-    placed = state_shardings(stage.model, abstract_state(stage.model, tx), layout)
-    init = functools.partial(init_state, stage.model, tx)
-    state = jax.jit(init, out_shardings=placed)(key)
+    state = init_program(stage.model, tx, layout)(key)
     if stage.source:
-        params = place(open_stage_source(config).weights, placed.params)
+        placed = jax.tree.map(lambda x: x.sharding, state.params)
+        params = place(open_stage_source(config).weights, placed)
         state = dataclasses.replace(state, params=params)
     return Position(state, batches(1).get_state(), 0.0)
 

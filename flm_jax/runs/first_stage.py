@@ -27,8 +27,10 @@ from flm_jax.interop.stage_source import open_stage_source
 from flm_jax.params import axes
 from flm_jax.runs import chain
 from flm_jax.runs.stage import plan_of
-from flm_jax.store.checkpoint import CHUNK_BYTES, by_name, shapes
-from flm_jax.store.chunked import CheckpointReader, CheckpointWriter, check_space, disk_refusals
+from flm_jax.runtime import processes
+from flm_jax.store.checkpoint import CHUNK_BYTES, by_name, complete, shapes
+from flm_jax.store.chunk_writer import CheckpointWriter
+from flm_jax.store.chunked import CheckpointReader, check_space, disk_refusals
 from flm_jax.store.lineage import RunFolder, identity
 from flm_jax.train import optim, schedules
 from flm_jax.train.train_step import TrainState, abstract_state, init_state
@@ -49,7 +51,7 @@ def write(config: ExperimentConfig, target: RunFolder, memory: int) -> None:
 
     Args:
       config: the chain; its first stage has a source and no steps, its second grows out of it.
-      target: a run folder: new, or one that the same call started.
+      target: a run folder that this run writes: new, or one that the same call started.
       memory: bytes for the arrays in memory at one time, without the process itself.
 
     Raises:
@@ -63,7 +65,7 @@ def write(config: ExperimentConfig, target: RunFolder, memory: int) -> None:
             f"stage {stage.name}: steps is {stage.steps}, but a source is grown from disk to disk "
             "untrained; set steps to 0, or train the stage (flm train) and give that run"
         )
-    if target.stages():
+    if processes.once(target.stages):
         return
     stored = open_stage_source(config)
     tx = optim.optimizer(stage, config.optimizer, schedules.steady)
@@ -74,26 +76,37 @@ def write(config: ExperimentConfig, target: RunFolder, memory: int) -> None:
     saved = identity(config, 0, corpus.fingerprint)
     folder = target.stage(0, stage.name)
     target.check_stage(folder, saved)
-    target.open()
-    check_space(target.path, jax.tree.leaves((like, grown)), target.path)
     path = folder.checkpoints / "0"
-    with disk_refusals(f"{target.path} cannot be written"):
-        target.begin_stage(folder, saved)
-    if not path.exists():
-        data = corpus.with_length(config.data_of(0)).train(1).get_state()
-        writer = CheckpointWriter(path, like, {"data": data, "wall_s": 0.0}, chunks.shapes)
-        _write_optimizer(writer, config, like)
-        write_parameters(writer, stored.weights, f"writing {stage.name}")
-        writer.finish()
-    digest = digest_on_disk(CheckpointReader(path), stage.model, memory)
-    with disk_refusals(f"{target.path} cannot be written"):
-        target.add_stage(untrained_entry(folder, saved, stage.model, digest))
+
+    def begin() -> bool:
+        check_space(target.path, jax.tree.leaves((like, grown)), target.path)
+        with disk_refusals(f"{target.path} cannot be written"):
+            target.begin_stage(folder, saved)
+        return complete(path)
+
+    def end() -> None:
+        digest = digest_on_disk(CheckpointReader(path), stage.model, memory)
+        with disk_refusals(f"{target.path} cannot be written"):
+            target.add_stage(untrained_entry(folder, saved, stage.model, digest))
+
+    with target.writing():
+        if not processes.once(begin):
+            data = corpus.with_length(config.data_of(0)).train(1).get_state()
+            writer = CheckpointWriter(
+                path, like, {"data": data, "wall_s": 0.0}, chunks.shapes, stream.batch_bytes(memory)
+            )
+            _write_optimizer(writer, config, like)
+            write_parameters(writer, stored.weights, f"writing {stage.name}")
+            writer.finish()
+
+        processes.once(end)
 
 
 def _chunks(like: TrainState, stored: StoredModel, memory: int) -> _Chunks:
     """Chooses chunks that the source's files and the growth read in one piece."""
     config = stored.weights.config
-    by_path = chunk_shapes(config, min(CHUNK_BYTES, memory // stream.HELD))
+    most = min(CHUNK_BYTES, stream.for_pieces(memory) // stream.HELD)
+    by_path = chunk_shapes(config, most)
     leaves = stream.parameter_leaves(by_name(like), axes.table(config))
     return _Chunks({leaf.name: by_path[leaf.path] for leaf in leaves})
 
@@ -119,10 +132,16 @@ def _write_optimizer(writer: CheckpointWriter, config: ExperimentConfig, like: T
         state = init_state(stage.model, tx, key)
         return {name: x for name, x in by_name(state).items() if name not in large}
 
-    for name, value in others(jax.random.key(0)).items():
-        writer.write(name, None, np.asarray(value))
-    for name in (name for name, leaf in large.items() if leaf.power):
-        for piece in writer.pieces(name):
-            if not writer.holds(name, piece):
-                size = [cut.stop - cut.start for cut in piece]
-                writer.write(name, piece, np.zeros(size, writer.leaves[name].dtype))
+    if processes.first():
+        for name, value in others(jax.random.key(0)).items():
+            writer.write(name, None, np.asarray(value))
+    missing = [
+        (name, piece)
+        for name, leaf in large.items()
+        if leaf.power
+        for piece in writer.pieces(name)
+        if not writer.holds(name, piece)
+    ]
+    for name, piece in processes.share(missing):
+        size = [cut.stop - cut.start for cut in piece]
+        writer.write(name, piece, np.zeros(size, writer.leaves[name].dtype))

@@ -25,9 +25,11 @@ from flm_jax.growth.operators import uses_distances
 from flm_jax.growth.receipt import unmeasured
 from flm_jax.runs import chain, first_stage
 from flm_jax.runs.stage import calibration_batch, plan_of, with_derived
+from flm_jax.runtime import paths, processes
 from flm_jax.runtime.display import Progress
-from flm_jax.store.checkpoint import by_name, check_fits, shapes
-from flm_jax.store.chunked import CheckpointReader, CheckpointWriter, check_space, disk_refusals
+from flm_jax.store.checkpoint import by_name, check_fits, complete, shapes
+from flm_jax.store.chunk_writer import CheckpointWriter
+from flm_jax.store.chunked import CheckpointReader, check_space, disk_refusals
 from flm_jax.store.earlier import as_stored, upgraded
 from flm_jax.store.files import write_json
 from flm_jax.store.lineage import RunFolder, StageFolder, identity
@@ -91,8 +93,11 @@ def grow(
     target_dir: str,
     stage: str = "",
     memory: int = 1 << 30,
+    topology: str = "",
 ) -> dict[str, Any]:
     """Grows a finished stage of a run, or a chain's source, into the next stage of the chain.
+
+    With several processes (`processes.joined`), all call it, and each writes its share.
 
     Args:
       config: the chain.
@@ -100,21 +105,23 @@ def grow(
         first stage, which then has no steps: a run, a checkpoint, or Hugging Face files.
       target_dir: a run folder: new, or one that the same call started.
       stage: index or name of the finished stage to grow; "": the last one. Not for a source.
-      memory: bytes for the arrays in memory at one time, without the process itself.
+      memory: bytes for the arrays in a process's memory at one time, without the process itself.
+      topology: where the target will train: config.json gets the layouts for it. "": none.
 
     Returns:
       `stage` (the new stage's name), `source` and `checkpoint` (paths), and `bytes`, the size of
       the grown state. If the checkpoint existed already, `bytes` is 0. Otherwise there are also
-      `bytes_written`, `seconds`, `bytes_per_s`, `plan_digest` and `exactness`.
+      `bytes_written` (by all processes), `seconds`, `bytes_per_s`, `plan_digest` and `exactness`.
 
     Raises:
       UserError: config, source and target do not fit each other, the plan needs whole leaves, or
         the disk fails. A checkpoint that is not complete has another path; the same call
         continues it.
     """
-    config = with_derived(config)
+    config = with_derived(config).on(topology)
     source, target = RunFolder(source_dir), RunFolder(target_dir)
-    if source.path.resolve() == target.path.resolve():
+    paths.check_bucket(source.path, "source")
+    if paths.same(source.path, target.path):
         raise UserError(f"source and target are both {source.path}; give another target")
     if _is_source(config.stages[0], source.path):
         if stage:
@@ -133,8 +140,7 @@ def grow(
     check_fits(reader.path, reader.leaves, shapes(state))
     read_from = source_dir if growing.source is target else reader.path
     result = {"stage": growing.stage.name, "source": str(read_from)}
-    done = _steps_on_disk(growing.folder)
-    if done:
+    if done := processes.once(lambda: _steps_on_disk(growing.folder)):
         return {
             **result,
             "checkpoint": str(growing.folder.checkpoints / str(min(done))),
@@ -145,11 +151,14 @@ def grow(
     key = jax.random.fold_in(jax.random.key(config.seed), growing.index)
     grown = jax.eval_shape(lambda s: growth.grow(upgraded(s), plan, key), state)
     chunks = stream.chunks(plan, shapes(grown), reader, memory)
-    _prepare(growing, plan, distances, grown)
-    progress = {"data": reader.progress["data"], "wall_s": 0.0}
-    writer = CheckpointWriter(growing.checkpoint, grown, progress, chunks)
     names = jax.tree.unflatten(jax.tree.structure(state), list(by_name(state)))
-    return result | _write(growing.stage.name, reader, writer, names, plan, key)
+    _check_plan(growing, plan)
+    with target.writing():
+        processes.once(lambda: _prepare(growing, plan, distances, grown))
+        progress = {"data": reader.progress["data"], "wall_s": 0.0}
+        batch = stream.batch_bytes(memory)
+        writer = CheckpointWriter(growing.checkpoint, grown, progress, chunks, batch)
+        return result | _write(growing.stage.name, reader, writer, names, plan, key)
 
 
 def _checked(
@@ -177,7 +186,7 @@ def _is_source(first: StageConfig, path: pathlib.Path) -> bool:
     """Whether a path is the source that a chain's first stage names."""
     if not first.source:
         return False
-    return pathlib.Path(first.source).expanduser().resolve() == path.expanduser().resolve()
+    return paths.same(paths.of(first.source), path)
 
 
 def _require_next(config: ExperimentConfig, index: int) -> None:
@@ -208,9 +217,11 @@ def _write(
 ) -> dict[str, Any]:
     """Grows leaf by leaf from the reader to the writer; returns checkpoint, sizes and speed."""
     total = sum(x.size * x.dtype.itemsize for x in writer.leaves.values())
+    held, count = writer.held_bytes(), jax.process_count()
     start = time.monotonic()
-    with Progress(f"growing {name}", writer.held_bytes(), total, "bytes") as shown:
-        written = stream.grow(reader, writer, names, plan, key, shown.add)
+    with Progress(f"growing {name}", held, total, "bytes") as shown:
+        # All processes are about equally fast.
+        stream.grow(reader, writer, names, plan, key, lambda done: shown.add(done * count))
     writer.finish()
     seconds = time.monotonic() - start
     return {
@@ -218,10 +229,17 @@ def _write(
         "plan_digest": plan.digest(),
         "exactness": plan.exactness,
         "bytes": total,
-        "bytes_written": written,
+        "bytes_written": total - held,
         "seconds": seconds,
-        "bytes_per_s": written / seconds,
+        "bytes_per_s": (total - held) / seconds,
     }
+
+
+def _check_plan(growing: _DiskGrowth, plan: growth.Plan) -> None:
+    """Raises UserError if another growth was started in the target."""
+    file = growing.folder.plan
+    if file.exists() and growth.Plan.from_json(growing.folder.plan_text()) != plan:
+        raise UserError(f"{file}: another growth was started here; give another target")
 
 
 def _prepare(
@@ -229,9 +247,6 @@ def _prepare(
 ) -> None:
     """Writes all files of the target except the checkpoint."""
     folder, target = growing.folder, growing.target
-    if folder.plan.exists() and growth.Plan.from_json(folder.plan_text()) != plan:
-        raise UserError(f"{folder.plan}: another growth was started here; give another target")
-    target.open()
     check_space(target.path, jax.tree.leaves(grown), folder.path)
     with disk_refusals(f"{target.path} cannot be written"):
         growing.source.branch(target, growing.index)
@@ -241,9 +256,8 @@ def _prepare(
 
 def _steps_on_disk(folder: StageFolder) -> list[int]:
     """Returns the steps of the stage's complete checkpoints."""
-    if not folder.checkpoints.is_dir():
-        return []
-    return [int(p.name) for p in folder.checkpoints.iterdir() if p.name.isdigit()]
+    found = (p for p in paths.listed(folder.checkpoints) if p.name.isdigit())
+    return [int(p.name) for p in found if complete(p)]
 
 
 def _plan(

@@ -44,16 +44,19 @@ class Evaluation:
         self._stage, self._ramp, self._log = stage, ramp, log
         self._measured = {row["step"]: row for row in rows if row["kind"] == "eval"}
 
-    def __call__(self, step: int, params: Any) -> None:
-        """Evaluates the parameters after a global step, if it is due and not done yet."""
+    def due(self, step: int) -> bool:
+        """Whether a global step must be evaluated, and is not yet."""
         stage = self._stage
         since, every = step - stage.start, stage.experiment.eval.every_steps
         due = step in (stage.start, stage.end, self._ramp.end) or since % every == 0
-        if due and step not in self._measured:
-            mask = self._ramp.value(step)
-            result = stage.evaluate(params, self._ramp.masks_at, mask)
-            self._measured[step] = result
-            self._write(step, result, mask)
+        return due and step not in self._measured
+
+    def __call__(self, step: int, params: Any) -> None:
+        """Evaluates the parameters after a global step."""
+        mask = self._ramp.value(step)
+        result = self._stage.evaluate(params, self._ramp.masks_at, mask)
+        self._measured[step] = result
+        self._write(step, result, mask)
 
     def measured(self, step: int, name: str) -> float | None:
         """Returns the measurement `name` at a global step; None if there is none."""
@@ -78,12 +81,12 @@ class Dispatched:
     Attributes:
       step: the global step after it.
       metrics: the train step's metrics.
-      signal: number of the signal that asked a process to stop; 0: none.
+      request: the largest request of all processes; see `stop.request`.
     """
 
     step: int
     metrics: dict[str, jax.Array]
-    signal: jax.Array
+    request: jax.Array
 
 
 class Report:
@@ -110,7 +113,7 @@ class Report:
           dispatched: the step; None: does nothing.
 
         Returns:
-          The number of the signal that asked a process to stop; 0: none.
+          The request that came with the step; 0: none. See `stop.request`.
 
         Raises:
           UserError: the loss is not finite.
@@ -136,7 +139,7 @@ class Report:
             self._log.metrics.append("train", step, **row)
             self._log.board.write(step, **row)
             self._losses.clear()
-        return int(dispatched.signal)
+        return int(dispatched.request)
 
     def _diverged(self, step: int, loss: float) -> UserError:
         good = self._checkpoints.last_saved

@@ -18,12 +18,13 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 from flm_jax.errors import RunStopped
-from flm_jax.params import sharding
+from flm_jax.params import counts, sharding
 from flm_jax.runs.hooks import Dispatched, Evaluation, Log, Report
 from flm_jax.runs.stage import Position, Stage, begin, finish, read_added, read_ramp
-from flm_jax.runtime import processes
+from flm_jax.runs.timing import SaveTimer, StageTime
+from flm_jax.runtime import host, paths, processes
 from flm_jax.runtime.display import Progress
-from flm_jax.runtime.stop import StopRequest
+from flm_jax.runtime.stop import StopRequest, read_request, request
 from flm_jax.store.checkpoint import Checkpoints
 from flm_jax.store.lineage import RunFolder, StageFolder
 from flm_jax.store.metrics import TensorBoard
@@ -41,8 +42,10 @@ def run_stages(stages: Sequence[Stage], run: RunFolder) -> None:
       UserError: the folder belongs to another config, or a loss is not finite.
       RunStopped: after SIGINT or SIGTERM; a checkpoint was written.
     """
+    # Parameters and both moments in float32.
+    host.return_freed(max(12 * counts.params(stage.config.model) for stage in stages))
     # A restarted process finds its compiled programs here.
-    jax.config.update("jax_compilation_cache_dir", str(run.compiled.absolute()))
+    jax.config.update("jax_compilation_cache_dir", str(paths.absolute(run.compiled)))
     compilation_cache.reset_cache()  # JAX reads the setting only once, at its first program
     with StopRequest() as stop, TensorBoard(run.tensorboard) as board:
         position = None
@@ -56,12 +59,16 @@ def _run_stage(
     """Runs one stage to its end; `before` is its parent's final position, if it is in memory."""
     folder = stage.folder(run)
     processes.once(lambda: run.begin_stage(folder, stage.identity))
+    timing = StageTime(folder.time)
     checkpoints = Checkpoints(folder.checkpoints, stage.experiment.checkpoint.keep)
     try:
         with jax.set_mesh(stage.layout.mesh):
-            position = begin(stage, before, folder, checkpoints)
-            position = train(stage, position, folder, checkpoints, stop, board)
-        finish(stage, position, folder, checkpoints)
+            grows = stage.parent and checkpoints.latest in (None, stage.start)
+            with timing.spend("growth" if grows else "start"):
+                position = begin(stage, before, folder, checkpoints)
+            timing.write(position.step)
+            position = train(stage, position, folder, checkpoints, stop, board, timing)
+        finish(stage, position, folder, checkpoints, timing)
     finally:
         checkpoints.close()
     return position
@@ -74,6 +81,7 @@ def train(
     checkpoints: Checkpoints,
     stop: StopRequest,
     board: TensorBoard,
+    timing: StageTime,
 ) -> Position:
     """Trains a stage to its end, and saves checkpoints on the way.
 
@@ -84,6 +92,7 @@ def train(
       checkpoints: the stage's checkpoints.
       stop: tells whether a signal asked this process to stop.
       board: receives the training curves.
+      timing: accounts for the time.
 
     Returns:
       The position at the stage's end.
@@ -102,36 +111,52 @@ def train(
     batches.set_state(position.data)
     rows = processes.once(lambda: folder.metrics.rewind(position.step))
     state, step, first = position.state, position.step, position.step
-    save_every = stage.experiment.checkpoint.every_steps
+    timer = SaveTimer(stage.experiment.checkpoint.every_minutes)
 
-    with Progress(stage.name, first, stage.end) as progress:
+    with Progress(stage.name, first, stage.end) as progress, timing.spend("steps"):
         log = Log(folder.metrics, board, progress)
         evaluate = Evaluation(stage, ramp, log, rows)
         report = Report(stage, ramp, log, first, checkpoints)
-        dispatched, signal_number = None, 0
+        dispatched, signal_number, save = None, 0, False
         while True:
-            evaluate(step, state.params)
-            due = step == stage.end or (step - stage.start) % save_every == 0
-            if step > first and (due or signal_number):
+            if evaluate.due(step):
+                jax.block_until_ready(state)  # so that the step's time does not count as evaluation
+                with timing.spend("evaluation"):
+                    evaluate(step, state.params)
+            save = save or step == stage.end or stage.saves_at(step)
+            if step > first and (save or signal_number):
                 # A state is saved only once its loss is known to be finite.
-                signal_number = max(signal_number, report(dispatched))
+                signal_number = max(signal_number, read_request(report(dispatched))[0])
                 dispatched = None
                 position = Position(state, batches.get_state(), time.monotonic() - start_time)
                 loss = evaluate.measured(step, stage.best_by)
-                checkpoints.save(step, state, position.progress(), loss)
+                folder.metrics.publish()
+                with timing.spend("save"):
+                    checkpoints.save(step, state, position.progress(), loss)
+                timing.write(step)
+                timer.restart()
             if step == stage.end:
                 break
             if signal_number:
-                checkpoints.wait()
+                with timing.spend("save"):
+                    checkpoints.wait()
+                timing.write(step)
                 raise RunStopped(
                     f"{signal.Signals(signal_number).name}: stopped at step {step} of {stage.end} "
-                    f"in stage {stage.name}; the same command continues from there"
+                    f"in stage {stage.name}; the same command continues from there",
+                    signal_number,
                 )
-            batch = sharding.place_batch(next(batches), mesh, *share)
+            with timing.spend("input"):
+                batch = sharding.place_batch(next(batches), mesh, *share)
             mask = ramp.value(step + 1)
             state, metrics = train_step(state, batch, None if mask is None else np.float32(mask))
             step += 1
-            signal_number = report(dispatched)  # the previous step, while the devices run this one
-            dispatched = Dispatched(step, metrics, processes.largest(stop.requested))
-    checkpoints.wait()
+            # Of the previous step, while the devices run this one.
+            signal_number, save = read_request(report(dispatched))
+            timing.tick(step)
+            # The first process's clock decides for all.
+            asked = request(stop.requested, processes.first() and timer.due())
+            dispatched = Dispatched(step, metrics, processes.largest(asked))
+    with timing.spend("save"):
+        checkpoints.wait()
     return Position(state, batches.get_state(), time.monotonic() - start_time)

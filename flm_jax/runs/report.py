@@ -10,6 +10,7 @@ import rich.box
 import rich.table
 
 from flm_jax.runtime.figures import ACCENT, GUIDE, LINE, clean, plt, save
+from flm_jax.runtime.ledger import KINDS, LOST
 from flm_jax.store import entries
 from flm_jax.store.files import write_atomically
 from flm_jax.store.lineage import RunFolder, StageFolder, bits_per_byte
@@ -27,6 +28,7 @@ _COLUMNS = (
     "dead",
     "locked",
 )
+_TIMES = tuple(kind for kind in (*KINDS, *LOST) if kind != "steps")
 _ON_SCREEN = ("stage", "params", "tokens", "time", "bits per byte", "logit change")
 
 
@@ -72,6 +74,28 @@ def _markdown(stages: Sequence[dict[str, Any]]) -> str:
     """Returns all columns of the table in Markdown."""
     rows = [_COLUMNS, ["---"] * len(_COLUMNS), *(_row(s) for s in stages)]
     return "\n".join("| " + " | ".join(r) + " |" for r in rows)
+
+
+def _times(stages: Sequence[dict[str, Any]]) -> str:
+    """Returns the account of each stage's time in Markdown; "" if no stage has one."""
+    timed = [s for s in stages if s.get("goodput")]  # none in a run of an earlier version
+    if not timed:
+        return ""
+    rows = [["stage", "wall time", "in steps", *_TIMES], ["---"] * (3 + len(_TIMES))]
+    for stage in timed:
+        seconds, share = stage["goodput"]["seconds"], stage["goodput"]["share"]
+        wall = sum(seconds.values())
+        parts = [f"{seconds[kind] / max(wall, 1e-9):.1%}" for kind in _TIMES]
+        rows.append([stage["name"], f"{wall:.0f} s", f"{share:.1%}", *parts])
+    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return f"""
+## Where the time went
+
+{table}
+
+"Redone" are steps, with all that belongs to them, that a restart repeated; "down" is the time from
+the last sign of a process to the next start. See docs/clusters.md.
+"""
 
 
 def _folders(folder: RunFolder, stages: Sequence[dict[str, Any]]) -> list[StageFolder]:
@@ -168,7 +192,7 @@ def write(folder: RunFolder) -> pathlib.Path:
       The path of report.md.
     """
     stages = folder.stages()
-    folder.report.mkdir(exist_ok=True)
+    folder.report.mkdir(parents=True, exist_ok=True)
     figures = [("curve.png", "Validation bits per byte; dashed: growth.", _curves)]
     if _grown(stages):
         figures += [
@@ -189,7 +213,7 @@ Data: `{config["data"]["task"]}`, vocabulary `{config["data"]["vocabulary"]}`, f
 "Logit change" is the largest change of a logit at the growth, divided by the root mean square of
 the logits. "Loss change" is in nats per token. Both are measured on the calibration batch.
 
-{pictures}
+{pictures}{_times(stages)}
 ## What this does and does not show
 
 It shows the mechanics: each growth keeps the function, training continues, and the loss falls from

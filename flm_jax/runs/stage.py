@@ -23,13 +23,16 @@ import optax
 from flm_jax import growth, mapping
 from flm_jax.config import ExperimentConfig, GrowthConfig, StageConfig, TransformerConfig
 from flm_jax.growth import ligo, measure
-from flm_jax.growth.receipt import Receipt, measured
+from flm_jax.growth.receipt import Receipt, measured, unmeasured
 from flm_jax.interop.stage_source import resolved
 from flm_jax.params import counts
+from flm_jax.params.digest import params_digest
 from flm_jax.params.sharding import Layout
-from flm_jax.runtime import processes
-from flm_jax.store.checkpoint import Checkpoints, params_digest
+from flm_jax.runs.timing import StageTime
+from flm_jax.runtime import processes, xla_flags
+from flm_jax.store.checkpoint import Checkpoints
 from flm_jax.store.lineage import RunFolder, StageFolder
+from flm_jax.train import optim, schedules
 from flm_jax.train.schedules import Schedule
 from flm_jax.train.train_step import MasksAt, TrainState, abstract_state
 from flm_jax.train.trained import AddedSlots
@@ -129,6 +132,11 @@ class Stage:
         """The global step at which it ends."""
         return self.start + self.config.steps
 
+    def saves_at(self, step: int) -> bool:
+        """Whether a checkpoint is due at a global step by the number of steps."""
+        every = self.experiment.checkpoint.every_steps
+        return every > 0 and (step - self.start) % every == 0
+
     def folder(self, run: RunFolder) -> StageFolder:
         """Returns the stage's folder in a run."""
         return run.stage(self.index, self.name)
@@ -170,10 +178,9 @@ def begin(
       UserError: the latest checkpoint does not fit the stage, or the growth is impossible.
     """
     if checkpoints.latest is not None:
-        position = restore(stage, checkpoints)
-        if stage.parent and position.step == stage.start:
-            _complete_receipt(stage, stage.parent, position, folder)
-        return position
+        if stage.parent and checkpoints.latest == stage.start:
+            _complete_receipt(stage, stage.parent, folder, checkpoints)
+        return restore(stage, checkpoints)
     if stage.parent:
         return _grow(stage, stage.parent, before or stage.source(), folder, checkpoints)
     position = stage.source()
@@ -236,6 +243,19 @@ def plan_of(
     )
 
 
+def optimizer_of(
+    config: ExperimentConfig, index: int
+) -> tuple[optax.GradientTransformation, Schedule]:
+    """The optimizer and the schedule of the chain's stage at `index`."""
+    stage = config.stages[index]
+    schedule = schedules.schedule_shape(config.schedule, config.total_steps)
+    if index == 0:
+        return optim.optimizer(stage, config.optimizer, schedule), schedule
+    start, g = sum(before.steps for before in config.stages[:index]), stage.growth
+    schedule = schedules.rewarmed(schedule, start, g.rewarmup_steps, g.rewarmup_ratio)
+    return optim.optimizer(stage, config.optimizer, schedule, start), schedule
+
+
 def read_plan(stage: Stage, folder: StageFolder) -> growth.Plan | None:
     """Reads the plan of a stage's growth; None if the stage has no parent."""
     if stage.parent is None:
@@ -294,9 +314,11 @@ def calibration_batch(batches: Batches, data: dict[str, Any]) -> dict[str, Any]:
 def _grow(
     stage: Stage, parent: Parent, before: Position, folder: StageFolder, checkpoints: Checkpoints
 ) -> Position:
-    """Measures the parent, plans, grows, and writes plan, receipt and checkpoint.
+    """Measures the parent, plans, grows, and writes plan, checkpoint and receipt.
 
-    The parent's state is consumed.
+    The parent's state is consumed. The receipt's steps are taken in place, so that they need no
+    more memory than training; the state is then read back from the checkpoint. If the process ends
+    before the receipt is complete, `begin` completes it.
     """
     start_time = time.monotonic()
     config = stage.config
@@ -309,10 +331,13 @@ def _grow(
         with jax.set_mesh(mesh):
             plan = ligo.fit(plan, before.state.params, batches, mesh, config.growth, key)
     state = growth.grow_on_mesh(before.state, plan, key, parent.layout, stage.layout)
-    _write_growth(stage, old, batch, state, plan, folder)
-    position = Position(state, before.data, time.monotonic() - start_time)
-    _save_start(position, checkpoints)
-    return position
+    claimed = unmeasured(plan, _floats(old["distances"]))
+    processes.once(lambda: folder.keep_growth(plan.to_json(), claimed))
+    _save_start(Position(state, before.data, time.monotonic() - start_time), checkpoints)
+    _write_receipt(stage, old, batch, state, plan, folder)
+    del state
+    position = restore(stage, checkpoints)
+    return dataclasses.replace(position, wall_s=time.monotonic() - start_time)
 
 
 def _save_start(position: Position, checkpoints: Checkpoints) -> None:
@@ -331,7 +356,7 @@ def _measure_parent(
         return batch, measure.source(before.state.params, batch, parent.model)
 
 
-def _write_growth(
+def _write_receipt(
     stage: Stage,
     old: dict[str, jax.Array],
     batch: dict[str, Any],
@@ -339,7 +364,10 @@ def _write_growth(
     plan: growth.Plan,
     folder: StageFolder,
 ) -> None:
-    """Compares the grown state with `old`, the parent's measurements; writes plan and receipt."""
+    """Compares the grown state with `old`, the parent's measurements; writes the receipt.
+
+    The state is consumed.
+    """
     receipt = Receipt(
         operator=plan.recipe,
         exactness=plan.exactness,
@@ -352,15 +380,16 @@ def _write_growth(
 
 
 def _complete_receipt(
-    stage: Stage, parent: Parent, position: Position, folder: StageFolder
+    stage: Stage, parent: Parent, folder: StageFolder, checkpoints: Checkpoints
 ) -> None:
-    """Completes the receipt of a growth that was done on disk (`grow_on_disk.py`)."""
+    """Completes the receipt of a growth on disk (`grow_on_disk.py`), or of an interrupted one."""
     if measured(processes.once(folder.saved_receipt)):
         return
+    # The parent's state is gone before the grown one is read.
     batch, old = _measure_parent(stage, parent, stage.source())
     plan = read_plan(stage, folder)
     assert plan is not None
-    _write_growth(stage, old, batch, position.state, plan, folder)
+    _write_receipt(stage, old, batch, restore(stage, checkpoints).state, plan, folder)
 
 
 def _floats(distances: jax.Array) -> tuple[float, ...]:
@@ -368,7 +397,13 @@ def _floats(distances: jax.Array) -> tuple[float, ...]:
     return tuple(float(d) for d in np.asarray(distances))
 
 
-def finish(stage: Stage, position: Position, folder: StageFolder, checkpoints: Checkpoints) -> None:
+def finish(
+    stage: Stage,
+    position: Position,
+    folder: StageFolder,
+    checkpoints: Checkpoints,
+    timing: StageTime,
+) -> None:
     """Writes the stage's entry in lineage.json.
 
     Args:
@@ -376,6 +411,7 @@ def finish(stage: Stage, position: Position, folder: StageFolder, checkpoints: C
       position: the stage's final position.
       folder: the stage's folder.
       checkpoints: the stage's checkpoints; the entry names the best one.
+      timing: accounts for the time.
     """
     wall_s = position.wall_s
     step = checkpoints.best
@@ -394,7 +430,8 @@ def finish(stage: Stage, position: Position, folder: StageFolder, checkpoints: C
         params_digest=digest,
         checkpoint=str(path),
     )
-    processes.once(lambda: folder.run.add_stage(entry()))
+    timing.write(stage.end)
+    processes.once(lambda: folder.run.add_stage(entry() | {"goodput": timing.result()}))
 
 
 def _entry(
@@ -423,5 +460,7 @@ def _entry(
         },
         "receipt": folder.saved_receipt() if stage.parent else None,
         "data_fingerprint": stage.identity["data_fingerprint"],
+        "gradient_reduction": model.gradient_dtype,
+        "xla_flags": xla_flags.record(),
         **more,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pathlib
 from typing import Any
 
@@ -21,8 +22,10 @@ def clean(axes: Any) -> None:
 
 
 def save(figure: Any, path: pathlib.Path) -> None:
-    """Writes a figure as an image file, creates its folder, and closes the figure."""
+    """Writes a figure as an image file, also on a bucket; creates its folder, closes the figure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=130, format=path.suffix.removeprefix("."))
+    path.write_bytes(drawn.getvalue())
     plt.close(figure)

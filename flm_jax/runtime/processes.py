@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+import importlib.util
 import json
 import os
 import signal
@@ -19,7 +20,8 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -28,7 +30,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from flm_jax.errors import RunStopped, UserError
+from flm_jax.errors import Exit, RunStopped, UserError
+from flm_jax.runtime import clusters
 
 T = TypeVar("T")
 
@@ -97,12 +100,12 @@ class Group:
 def joined(group: Group) -> Iterator[None]:
     """Runs the block as one of the group's processes. Call it before JAX does anything.
 
-    A process that is lost ends all the others, each with one line and status 1: immediately if a
+    A process that is lost ends all the others, each with one line and `Exit.LOST`: immediately if a
     connection breaks, otherwise `lost_after` seconds after its last heartbeat. An error that all
     processes raise together is raised to the caller.
 
     Raises:
-      UserError: process 0 cannot listen, or does not answer.
+      UserError: process 0 cannot listen, or does not answer; or no launcher tells the group.
     """
     if group.alone:
         yield
@@ -112,14 +115,7 @@ def joined(group: Group) -> Iterator[None]:
     _find_each_other(group)
     # Signals are the runner's: see `largest`.
     jax.config.update("jax_enable_preemption_service", False)
-    jax.distributed.initialize(
-        group.coordinator or None,
-        group.processes,
-        group.process,
-        initialization_timeout=group.join_within,
-        heartbeat_timeout_seconds=group.lost_after,
-        shutdown_timeout_seconds=group.lost_after,
-    )
+    _initialize(group)
     lost = (
         f"{group.name}: another process was lost; start all of them again with the same command, "
         "and they resume from the last checkpoint"
@@ -130,7 +126,7 @@ def joined(group: Group) -> Iterator[None]:
     except (UserError, RunStopped) as error:
         # All raise it; if some do not, JAX ends this process when they do not come either.
         last_words.message = str(error)
-        last_words.status = 2 if isinstance(error, UserError) else 130
+        last_words.status = error.status
         jax.distributed.shutdown()
         raise
     except BaseException as error:
@@ -138,8 +134,10 @@ def joined(group: Group) -> Iterator[None]:
         if any(word in str(error) for word in _BETWEEN_PROCESSES):
             last_words.message = f"{lost} ({str(error).splitlines()[0]})"
         else:
+            last_words.status = Exit.INTERRUPTED
             if not isinstance(error, KeyboardInterrupt):
                 traceback.print_exc()
+                last_words.status = Exit.FAILED
             last_words.message = f"{group.name} ends, and with it the others"
         last_words.say()
     jax.distributed.shutdown()
@@ -153,7 +151,7 @@ class _LastWords:
     """
 
     def __init__(self, message: str):
-        self.message, self.status = message, 1
+        self.message, self.status = message, int(Exit.LOST)
         kind = ctypes.CFUNCTYPE(None, ctypes.c_int)
         self._handler = kind(lambda _: self.say())  # kept: C does not own it
         libc = ctypes.CDLL(None)
@@ -165,6 +163,37 @@ class _LastWords:
         sys.stdout.flush()
         os.write(2, f"{' '.join(self.message.split())}\n".encode())
         os._exit(self.status)
+
+
+def _initialize(group: Group) -> None:
+    """Connects to the other processes. Raises UserError if no launcher tells about them."""
+    if group.distributed:
+        have = importlib.util.find_spec("kubernetes") is not None
+        told = clusters.group(os.environ, have)
+    else:
+        told = {
+            "coordinator_address": group.coordinator,
+            "num_processes": group.processes,
+            "process_id": group.process,
+        }
+    try:
+        jax.distributed.initialize(
+            **told,
+            **clusters.devices(os.environ),
+            initialization_timeout=group.join_within,
+            heartbeat_timeout_seconds=group.lost_after,
+            shutdown_timeout_seconds=group.lost_after,
+        )
+    except (ValueError, RuntimeError) as error:
+        # jax's detection raises these two themselves; errors of the connection are subclasses.
+        if not group.distributed or type(error) not in (ValueError, RuntimeError):
+            raise
+        raise UserError(
+            f"distributed: no group was found ({' '.join(str(error).split())}); start the "
+            "processes with srun or mpirun, on a TPU pod or in a Kubernetes job, or give "
+            "coordinator, process and processes",
+            argument="distributed",
+        ) from error
 
 
 def _find_each_other(group: Group) -> None:
@@ -198,9 +227,14 @@ def _find_each_other(group: Group) -> None:
         time.sleep(0.2)
 
 
+def index() -> int:
+    """Returns this process's index, from 0."""
+    return int(jax.process_index())
+
+
 def first() -> bool:
     """Whether this is the first process, which alone writes shared files."""
-    return jax.process_index() == 0
+    return index() == 0
 
 
 def once(action: Callable[[], T]) -> T:
@@ -226,6 +260,19 @@ def once(action: Callable[[], T]) -> T:
     return value
 
 
+def wait() -> None:
+    """Returns once all processes have called it."""
+    largest(0).block_until_ready()
+
+
+def share(items: Sequence[T]) -> Sequence[T]:
+    """Returns this process's share of what all processes have the same list of.
+
+    The shares have equal numbers, but for one, and are spread evenly over the list.
+    """
+    return items[index() :: jax.process_count()]
+
+
 def check_same(what: str, value: str) -> None:
     """Raises UserError in all processes if they have different values."""
     theirs = once(lambda: value)
@@ -234,6 +281,49 @@ def check_same(what: str, value: str) -> None:
             f"{what} is not the same in all processes ({value[:16]} here, {theirs[:16]} in process "
             "0); give all of them the same"
         )
+
+
+def check_devices() -> None:
+    """Raises UserError, in all processes, if some see fewer devices than others."""
+    if difference := uneven(device_counts()):
+        raise UserError(f"{difference}; flm doctor shows the devices of each process")
+
+
+def device_counts() -> dict[int, int]:
+    """Returns the number of devices of each process."""
+    return dict(Counter(device.process_index for device in jax.devices()))
+
+
+def uneven(counts: Mapping[int, int]) -> str:
+    """Says which processes have fewer devices than others; "" if all have the same number.
+
+    >>> uneven({0: 8, 1: 8, 2: 7})
+    'process 2 sees 7 devices, but process 0 sees 8'
+    """
+    most = max(counts, key=lambda process: counts[process])
+    fewer = [process for process, count in counts.items() if count < counts[most]]
+    if not fewer:
+        return ""
+    who = ", ".join(str(process) for process in fewer[:4]) + (", ..." if len(fewer) > 4 else "")
+    verb = "process {} sees" if len(fewer) == 1 else "processes {} see"
+    seen = "/".join(str(n) for n in sorted({counts[process] for process in fewer}))
+    return f"{verb.format(who)} {seen} devices, but process {most} sees {counts[most]}"
+
+
+def everyone(value: T) -> list[T]:
+    """Returns the values of all processes, in their order. They need equally many devices each.
+
+    Args:
+      value: JSON values.
+    """
+    if jax.process_count() == 1:
+        return [value]
+    message = json.dumps(value).encode()
+    size = int(largest(len(message)))
+    padded = np.full(-(-size // _CHUNK) * _CHUNK, ord(" "), np.uint8)
+    padded[: len(message)] = np.frombuffer(message, np.uint8)
+    gathered: np.ndarray = multihost_utils.process_allgather(padded)
+    return [json.loads(row.tobytes()) for row in gathered]
 
 
 def _from_first(message: bytes) -> bytes:

@@ -16,7 +16,6 @@ from flm_jax.sft.chats import Sample
 from flm_jax.sft.config import SftConfig
 from flm_jax.sft.fine_tune import Tuned
 from flm_jax.sft.packing import Counts
-from flm_jax.store.checkpoint import params_digest
 from flm_jax.store.lineage import RunFolder
 from flm_jax.store.trials import Trials
 
@@ -104,7 +103,7 @@ def scores(config: SftConfig, workdir: str, tuned: Tuned, unsafe: bool = False) 
     base = tuned.base.model
     bpb = stage["eval"]
     return {
-        "before": scored(params_digest(base.params), lambda: base),
+        "before": scored(tuned.base.params_digest, lambda: base),
         "after": scored(stage["params_digest"], lambda: open_model(workdir, stage["name"])),
         "retention": {"bpb_before": bpb["bpb_start"], "bpb_after": bpb["bpb_end"]},
         "stage": stage,

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, cast
 
 from flm_jax.data import json_text
 from flm_jax.errors import UserError
-from flm_jax.runtime import regular
+from flm_jax.runtime import paths, regular
 
 _ENDINGS = ("*.jsonl", "*.jsonl.gz"), ("*.json", "*.json.gz")
 # The first bytes of files that are often given, and that hold no lines of JSON.
@@ -40,11 +40,13 @@ def files(given: str) -> list[pathlib.Path]:
     Raises:
       UserError: there is no such file.
     """
-    path = pathlib.Path(given).expanduser()
+    path = paths.of(given)
+    paths.check_bucket(path)
     if path.exists() and not path.is_dir():
         return [path]
+    inside = sorted(paths.files(path)) if path.is_dir() else []
     for endings in _ENDINGS:
-        if found := sorted(file for ending in endings for file in path.rglob(ending)):
+        if found := [file for file in inside if any(map(file.match, endings))]:
             return found
     raise UserError(f"{given} is neither a file nor a folder with .jsonl files; give conversations")
 

@@ -9,7 +9,6 @@ import collections
 import dataclasses
 import functools
 import itertools
-import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -27,6 +26,7 @@ from flm_jax.interop.opening import OpenedModel, open_model
 from flm_jax.models import Transformer
 from flm_jax.params import sharding
 from flm_jax.params.dtypes import wide
+from flm_jax.runtime import paths
 from flm_jax.sft.chats import BadRows, Sample
 from flm_jax.sft.packing import features
 from flm_jax.sft.scoring import ResponseLoss
@@ -39,7 +39,7 @@ from flm_jax.sft.template import (
     without_questions,
 )
 from flm_jax.sft.unwritten import left_out, writable
-from flm_jax.train.train_step import Batch, cross_entropy, logits_of
+from flm_jax.train.train_step import Batch, nats_of
 
 T = TypeVar("T")
 
@@ -214,7 +214,7 @@ def split_stage(given: str) -> tuple[str, str]:
     ('runs/demo', '')
     """
     path, colon, stage = given.rpartition(":")
-    if not colon or pathlib.Path(given).expanduser().exists():
+    if not colon or "/" in stage or paths.of(given).exists():
         return given, ""
     return path, stage
 
@@ -249,8 +249,8 @@ def _batches(order: list[int], size: int) -> Iterator[list[int]]:
 @functools.partial(jax.jit, static_argnames="config")
 def _nats(params: Any, batch: Batch, config: TransformerConfig) -> jax.Array:
     """[B]: the loss in nats, summed over a row's learned tokens."""
-    logits_BTV = logits_of(config, params, batch)[..., : config.tokens]
-    return jax.vmap(cross_entropy)(logits_BTV, batch["targets"], batch["weights"])[0]
+    nats_BT = nats_of(config, params, batch, tokens=config.tokens)
+    return jnp.sum(nats_BT * batch["weights"].astype(nats_BT.dtype), axis=1)
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -36,18 +36,18 @@ from flm_jax.inference.evaluation import Score, score
 from flm_jax.interop.opening import OpenedModel, open_model, open_stored_model
 from flm_jax.interop.stage_source import check_vocabulary, with_vocabulary
 from flm_jax.params import sharding
+from flm_jax.params.digest import params_digest
 from flm_jax.params.sharding import Layout
 from flm_jax.runs import chain
 from flm_jax.runs.loop import run_stages
 from flm_jax.runs.stage import Batches, Parent, Position, Stage
-from flm_jax.runtime import host
+from flm_jax.runtime import host, paths, xla_flags
 from flm_jax.sft import chats, synthetic
 from flm_jax.sft.chats import BadRows, Sample
 from flm_jax.sft.config import SftConfig
 from flm_jax.sft.packing import ChatBatches, Counts, encode_all, in_order
 from flm_jax.sft.template import Encoded
 from flm_jax.sft.unwritten import writable
-from flm_jax.store.checkpoint import params_digest
 from flm_jax.store.lineage import RunFolder, identity, pick_stage
 from flm_jax.train import optim, schedules
 from flm_jax.train.train_step import MasksAt, TrainState, state_shardings
@@ -80,6 +80,13 @@ class Base:
     def steps(self) -> int:
         """Optimizer steps of the run up to the model's stage."""
         return sum(stage["steps"] for stage in self.stages)
+
+    @property
+    def params_digest(self) -> str:
+        """The digest of its parameters: the recorded one, which may be of an earlier scheme."""
+        if self.stages:
+            return str(self.stages[-1]["params_digest"])
+        return params_digest(self.model.params)
 
 
 def open_base(config: SftConfig) -> Base:
@@ -307,7 +314,7 @@ def _identity(
     settings |= {
         "template": mapping.to_dict(base.model.template),
         "base": base.model.name,
-        "base_params_digest": params_digest(base.model.params),
+        "base_params_digest": base.params_digest,
     }
     fingerprint = hashlib.sha256(data_parts.encode()).hexdigest()
     return {**identity(experiment, 0, fingerprint), "sft": settings}
@@ -396,6 +403,7 @@ def run(
       UserError: base, data, config or folder do not fit together; nothing is overwritten.
       RunStopped: SIGINT or SIGTERM stopped it; a checkpoint was written, and the same call resumes.
     """
+    xla_flags.apply()
     host.keep_freed()
     if config.quick_compile:
         host.compile_quickly()
@@ -415,11 +423,11 @@ def run(
     stage = stage_of(config, base, corpus, talk, layout)
     chain.check(stage.experiment, [layout])
     folder = RunFolder(workdir, compiled)
-    folder.open()
-    if base.stages and folder.path.resolve() != pathlib.Path(config.base).resolve():
-        RunFolder(config.base).branch(folder, stages=len(base.stages))
-    if not _finished(stage, base, folder):
-        run_stages([stage], folder)
+    with folder.writing():
+        if base.stages and not paths.same(folder.path, paths.of(config.base)):
+            RunFolder(config.base).branch(folder, stages=len(base.stages))
+        if not _finished(stage, base, folder):
+            run_stages([stage], folder)
     return Tuned(folder.stages()[stage.index], base, talk)
 
 

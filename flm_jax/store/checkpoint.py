@@ -5,26 +5,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import pathlib
-from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from flm_jax.errors import UserError
-from flm_jax.params import trees
+from flm_jax.runtime import paths
 from flm_jax.store.earlier import as_stored, upgraded
 
 Tree = TypeVar("Tree")
 
 STATE = "state"  # orbax's name for the folder of the train state in a checkpoint
 _EMPTY = "empty_leaves"  # key beside the progress: leaves without entries, which orbax cannot save
+COMMITTED = "commit_success.txt"  # orbax's mark of a complete checkpoint on a bucket
 CHUNK_BYTES = 32 << 20  # the largest chunk of a leaf on disk
 
 
@@ -41,7 +38,7 @@ class Checkpoints:
         policies = ocp.training
         self.directory = directory
         self._checkpointer = ocp.training.Checkpointer(
-            directory.absolute(),
+            paths.absolute(directory),
             context=_context(),
             # The training loop decides when to save; orbax itself never skips a step.
             save_decision_policy=policies.save_decision_policies.FixedIntervalPolicy(1),
@@ -237,13 +234,25 @@ def check_fits(
             )
 
 
+def complete(path: pathlib.Path) -> bool:
+    """Whether a checkpoint is complete; on a bucket an incomplete one has its final path."""
+    return (path / COMMITTED).exists() if paths.remote(path) else path.exists()
+
+
+def mark_complete(path: pathlib.Path) -> None:
+    """Marks a checkpoint whose files are all there as complete; does nothing on a disk."""
+    if paths.remote(path):
+        for folder in (path / STATE, path):
+            (folder / COMMITTED).write_text(f"commit_success to {folder}")
+
+
 def describe(path: pathlib.Path) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, Any]]:
     """Returns a checkpoint's leaves (name -> shape and dtype) and its progress; reads no array.
 
     Raises UserError if there is no complete checkpoint.
     """
     try:
-        metadata = ocp.metadata(path.absolute())
+        metadata = ocp.metadata(paths.absolute(path))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is no checkpoint; give a folder checkpoints/STEP") from error
     progress, empty = _unpack(metadata.custom_metadata)
@@ -253,8 +262,9 @@ def describe(path: pathlib.Path) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[
 def write_skeleton(path: pathlib.Path, like: Any, progress: dict[str, Any]) -> None:
     """Writes a checkpoint in which every array has one entry.
 
-    Orbax's metadata describes how leaves are nested, not their sizes. Each array is a folder in
-    zarr's format, so `CheckpointWriter` can replace it by an array of another size.
+    Orbax's metadata describes how leaves are nested, not their sizes, so `CheckpointWriter` can
+    put arrays of other sizes in their place. It says that they are in zarr's format, version 2, in
+    a database (OCDBT). All processes call this together.
 
     Args:
       path: the checkpoint's folder, which does not exist yet.
@@ -262,60 +272,9 @@ def write_skeleton(path: pathlib.Path, like: Any, progress: dict[str, Any]) -> N
       progress: JSON values to store with the state.
     """
     context = ocp.Context()
-    context.array.saving.use_ocdbt = context.array.saving.use_zarr3 = False
+    context.array.saving.use_zarr3 = False
     context.array.saving.enable_write_sharding_file = False
     context.array.saving.array_metadata_store = None
-    ones = jax.tree.map(lambda x: jnp.zeros((1,) * len(x.shape), x.dtype), like)
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)  # orbax warns that there is no OCDBT to merge
-    try:
-        with context:
-            ocp.save(path.absolute(), ones, custom_metadata=progress)
-    finally:
-        logging.set_verbosity(verbosity)
-
-
-def params_digest(params: Any, piece_bytes: int = 1 << 30) -> str:
-    """Computes a digest that is equal only for bit-identical parameters.
-
-    It does not depend on the parameters' sharding.
-
-    Args:
-      params: nested dicts of arrays.
-      piece_bytes: size of the largest piece that is copied to every process at one time.
-
-    Returns:
-      The SHA-256 over names, dtypes, shapes and bytes, in hexadecimal.
-    """
-    return digest_of_leaves(
-        (path, value, _pieces(value, piece_bytes)) for path, value in trees.flatten(params)
-    )
-
-
-def digest_of_leaves(leaves: Iterable[tuple[str, Any, Iterable[np.ndarray]]]) -> str:
-    """Computes `params_digest` from pieces.
-
-    Args:
-      leaves: for each leaf its path, a value with its dtype and shape, and its entries in C order,
-        cut into arrays of any sizes.
-
-    Returns:
-      The digest in hexadecimal.
-    """
-    hashed = hashlib.sha256()
-    for path, leaf, pieces in sorted(leaves, key=lambda entry: entry[0]):
-        hashed.update(f"{path} {np.dtype(leaf.dtype).name} {leaf.shape}".encode())
-        for piece in pieces:
-            hashed.update(np.ascontiguousarray(piece).data)
-    return hashed.hexdigest()
-
-
-def _pieces(array: jax.Array, most: int) -> Iterator[np.ndarray]:
-    """Yields the array in C order, in numpy arrays of at most `most` bytes (or one entry)."""
-    if array.nbytes <= most or not array.ndim:
-        yield multihost_utils.process_allgather(array, tiled=True)
-        return
-    rows = max(most * len(array) // array.nbytes, 1)
-    for start in range(0, len(array), rows):
-        part = array[start : start + rows]
-        yield from _pieces(part[0] if rows == 1 else part, most)
+    ones = jax.tree.map(lambda x: np.zeros((1,) * len(x.shape), x.dtype), like)
+    with context:
+        ocp.save(paths.absolute(path), ones, custom_metadata=progress)

@@ -1,10 +1,9 @@
-"""Checkpoints as chunked arrays on disk: leaves are read and written slice by slice.
+"""Checkpoints as chunked arrays, on a disk or a bucket: leaves are read slice by slice.
 
 Memory stays bounded. `CheckpointReader` reads the checkpoints of `Checkpoints` and of
-`CheckpointWriter`; `Checkpoints.restore` reads those of `CheckpointWriter`. Orbax describes the
-tree (`checkpoint.py`), and tensorstore stores the arrays. Several threads may share an object of
-either class. `checkpoint.by_name` names the leaves: "params/layers/mlp/up",
-"opt_state/1/mu/embedding".
+`chunk_writer.CheckpointWriter`; `Checkpoints.restore` reads those of `CheckpointWriter`. Orbax
+describes the tree (`checkpoint.py`), and tensorstore stores the arrays. Several threads may share a
+reader. `checkpoint.by_name` names the leaves: "params/layers/mlp/up", "opt_state/1/mu/embedding".
 """
 
 from __future__ import annotations
@@ -17,14 +16,16 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import tensorstore as ts
 
 from flm_jax.errors import UserError
-from flm_jax.store.checkpoint import CHUNK_BYTES, STATE, describe, pack, shapes, write_skeleton
+from flm_jax.runtime import paths
+from flm_jax.store import objects
+from flm_jax.store.checkpoint import STATE, describe
 
 # The part of a leaf to read or write: for each dimension a slice, or the indices of its entries.
 Slices = Sequence[slice | np.ndarray]
@@ -78,23 +79,29 @@ def cells(shape: Sequence[int], chunk: Sequence[int]) -> Iterator[tuple[slice, .
 
 
 @functools.cache
-def _context() -> ts.Context:
+def context() -> ts.Context:
     """Returns tensorstore's settings."""
     # Files are not synced one by one: a checkpoint is synced once, before it appears.
     return ts.Context({"file_io_sync": False, "cache_pool": {"total_bytes_limit": 0}})
 
 
-def _open(state: pathlib.Path, name: str, **options: Any) -> ts.TensorStore:
-    """Opens or creates the array of a leaf; `options` are those of `ts.open`, and the driver."""
-    folder = name.replace("/", ".") + "/"
-    kvstore: dict[str, Any] = {"driver": "file", "path": f"{state}/{folder}"}
+def folder_of(name: str) -> str:
+    """Returns the folder of a leaf's array, as orbax names it.
+
+    >>> folder_of("params/layers/mlp/up")
+    'params.layers.mlp.up/'
+    """
+    return name.replace("/", ".") + "/"
+
+
+def _open(state: pathlib.Path, name: str, driver: str) -> ts.TensorStore:
+    """Opens the array of a leaf for reading."""
+    kvstore = objects.kvstore(state)
     if (state / "manifest.ocdbt").exists():
-        base = {"driver": "file", "path": f"{state}/"}
-        kvstore = {"driver": "ocdbt", "base": base, "path": folder}
-    driver = options.pop("driver")
-    # Zeros are written too: the chunk's file shows that the chunk is done.
-    spec = {"driver": driver, "kvstore": kvstore, "store_data_equal_to_fill_value": True}
-    return ts.open(spec | options.pop("spec", {}), context=_context(), **options).result()
+        kvstore = {"driver": "ocdbt", "base": kvstore, "path": folder_of(name)}
+    else:
+        kvstore["path"] += folder_of(name)
+    return ts.open({"driver": driver, "kvstore": kvstore}, context=context(), open=True).result()
 
 
 @contextlib.contextmanager
@@ -128,6 +135,8 @@ def check_space(
     Raises:
       UserError: it has not; the message has both sizes.
     """
+    if paths.remote(root):  # a bucket is never full
+        return
     needed = sum(x.size * x.dtype.itemsize for x in leaves)
     needed -= sum(p.stat().st_size for p in held.rglob("*") if p.is_file()) if held else 0
     free = shutil.disk_usage(root).free
@@ -149,15 +158,13 @@ class CheckpointReader:
 
     def __init__(self, path: str | os.PathLike[str]):
         """Raises UserError if there is no complete checkpoint."""
-        self.path = pathlib.Path(path)
+        self.path = paths.of(path)
         self.leaves, self.progress = describe(self.path)
-        state = self.path.absolute() / STATE
+        state = paths.absolute(self.path) / STATE
         zarr3 = json.loads((state / "_METADATA").read_text())["use_zarr3"]
         driver = "zarr3" if zarr3 else "zarr"
         self._arrays = {
-            name: _open(state, name, driver=driver, open=True)
-            for name, x in self.leaves.items()
-            if x.size
+            name: _open(state, name, driver) for name, x in self.leaves.items() if x.size
         }
 
     def read(self, name: str, slices: Slices | None = None) -> np.ndarray:
@@ -189,163 +196,3 @@ class CheckpointReader:
             return tuple(max(n, 1) for n in self.leaves[name].shape)
         sizes = self._arrays[name].chunk_layout.read_chunk.shape or ()
         return tuple(int(size or 1) for size in sizes)
-
-
-class CheckpointWriter:
-    """Writes a checkpoint at PATH.partial; `finish` renames it to PATH.
-
-    After a kill, a new writer continues the same checkpoint: `holds` tells which chunks are done.
-
-    Attributes:
-      path: the checkpoint's folder, such as `checkpoints/1000`.
-      leaves: name -> shape and dtype.
-      chunks: name -> shape of one chunk.
-    """
-
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        like: Any,
-        progress: dict[str, Any],
-        chunks: Mapping[str, Sequence[int]] | None = None,
-    ):
-        """Starts a checkpoint, or continues one that was started with the same arguments.
-
-        Args:
-          path: the checkpoint's folder; its name is the step.
-          like: a tree of `ShapeDtypeStruct`s.
-          progress: JSON values to store with the state.
-          chunks: name -> shape of one chunk; the other leaves get the shape of `chunk_shape`.
-
-        Raises:
-          UserError: the path exists, another checkpoint was started there, or the disk fails.
-        """
-        self.path = pathlib.Path(path)
-        self.leaves = shapes(like)
-        self.chunks = {
-            name: tuple(
-                (chunks or {}).get(name) or chunk_shape(x.shape, x.dtype.itemsize, CHUNK_BYTES)
-            )
-            for name, x in self.leaves.items()
-        }
-        self._partial = self.path.absolute().with_name(self.path.name + ".partial")
-        if self.path.exists():
-            raise UserError(f"{self.path} exists; give another folder, or remove it")
-        if not self._partial.exists():
-            self._begin(like, progress)
-        self._check(progress)
-        self._arrays = {
-            name: _open(self._partial / STATE, name, driver="zarr", open=True)
-            for name, x in self.leaves.items()
-            if x.size
-        }
-
-    def _begin(self, like: Any, progress: dict[str, Any]) -> None:
-        """Atomically creates the empty checkpoint: all arrays, no chunk."""
-        created = self._partial.with_name(self.path.name + ".begun")
-        self._clear(created)
-        try:
-            with disk_refusals(f"{self.path} cannot be written"):
-                created.parent.mkdir(parents=True, exist_ok=True)
-                write_skeleton(created, *pack(like, progress))
-                for name, x in self.leaves.items():
-                    if not x.size:
-                        continue
-                    _open(
-                        created / STATE,
-                        name,
-                        driver="zarr",
-                        spec={"metadata": {"compressor": None}},
-                        create=True,
-                        delete_existing=True,
-                        dtype=ts.dtype(x.dtype),
-                        shape=x.shape,
-                        chunk_layout=ts.ChunkLayout(chunk_shape=self.chunks[name]),
-                    )
-                created.rename(self._partial)
-        except UserError:
-            self._clear(created)
-            raise
-
-    @staticmethod
-    def _clear(folder: pathlib.Path) -> None:
-        """Removes the incomplete folder of a killed or refused process."""
-        for path in folder.parent.glob(folder.name + "*"):  # orbax adds a temporary suffix
-            shutil.rmtree(path)
-
-    def _check(self, progress: dict[str, Any]) -> None:
-        """Raises UserError if the partial checkpoint was started with other arguments."""
-        have = CheckpointReader(self._partial)
-        same = have.leaves == self.leaves and have.progress == progress
-        if not same or any(
-            have.chunk(n) != self.chunks[n] for n, x in have.leaves.items() if x.size
-        ):
-            raise UserError(
-                f"{self._partial}: another checkpoint was started here; remove it to start again"
-            )
-
-    def _file(self, name: str, cell: Sequence[int]) -> pathlib.Path:
-        """Returns the file of the chunk at a position in the grid (zarr format, version 2)."""
-        folder = self._partial / STATE / name.replace("/", ".")
-        return folder / (".".join(map(str, cell)) or "0")
-
-    def pieces(self, name: str) -> Iterator[tuple[slice, ...]]:
-        """Yields the leaf's chunks as slices, in C order."""
-        return cells(self.leaves[name].shape, self.chunks[name])
-
-    def holds(self, name: str, piece: Sequence[slice]) -> bool:
-        """Tells whether a piece of `pieces` is written, by this process or an earlier one."""
-        cell = [s.start // c for s, c in zip(piece, self.chunks[name], strict=True)]
-        return self._file(name, cell).exists()
-
-    def held_bytes(self) -> int:
-        """Returns the size of the pieces that are written, in bytes."""
-        return sum(
-            self.leaves[name].dtype.itemsize * math.prod(s.stop - s.start for s in piece)
-            for name in self.leaves
-            for piece in self.pieces(name)
-            if self.holds(name, piece)
-        )
-
-    def write(self, name: str, slices: Slices | None, values: np.ndarray) -> None:
-        """Writes a part of a leaf.
-
-        Args:
-          name: the leaf's name.
-          slices: for each dimension a slice; a piece of `pieces` is fastest. None: the whole leaf.
-          values: the entries, in the leaf's dtype; the array must not change afterwards.
-
-        Raises:
-          UserError: the disk fails.
-        """
-        if not self.leaves[name].size:
-            return
-        array = self._arrays[name]
-        target = array if slices is None else array[tuple(slices)]
-        with disk_refusals(f"{self.path}: {name} cannot be written"):
-            target.write(values, can_reference_source_data_indefinitely=True).result()
-
-    def finish(self) -> None:
-        """Syncs the checkpoint to disk and renames it to its final path.
-
-        Raises ValueError if a piece was not written, UserError if the disk fails.
-        """
-        for name in self.leaves:
-            for piece in self.pieces(name):
-                if not self.holds(name, piece):
-                    raise ValueError(f"{self.path}: {name} was never written at {piece}")
-        with disk_refusals(f"{self.path} cannot be written"):
-            for folder, _, files in os.walk(self._partial, topdown=False):
-                for file in [*files, "."]:
-                    _sync(pathlib.Path(folder, file))
-            self._partial.rename(self.path)
-            _sync(self.path.parent)
-
-
-def _sync(path: pathlib.Path) -> None:
-    """Waits until a file or a folder is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

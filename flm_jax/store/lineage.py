@@ -6,11 +6,11 @@ these functions through `processes.once`. Metrics are the exception: no process 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import pathlib
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from flm_jax import config as config_lib
@@ -18,12 +18,15 @@ from flm_jax import mapping
 from flm_jax.config import ExperimentConfig
 from flm_jax.data.chat_template import TemplateConfig
 from flm_jax.errors import UserError
-from flm_jax.runtime import regular
-from flm_jax.store import entries
-from flm_jax.store.files import MetricsFile, link, write_atomically, write_json
+from flm_jax.runtime import paths, processes, regular
+from flm_jax.store import entries, lock
+from flm_jax.store.checkpoint import mark_complete
+from flm_jax.store.files import MetricsFile, link_tree, replacing, write_atomically, write_json
 
-# A stage's settings that may change on resume: they change only the order of a sum.
-_MAY_CHANGE = ("accumulate",)
+# A stage's settings that may change on resume: they change only rounding.
+_MAY_CHANGE = (
+    "accumulate", "model.remat", "model.loss_chunks", "model.splash", "model.cudnn_documents",
+)  # fmt: skip
 
 
 class StageFolder:
@@ -44,6 +47,7 @@ class StageFolder:
         self.plan = self.path / "plan.json"
         self.receipt = self.path / "receipt.json"
         self.metrics = MetricsFile(self.path / "metrics.jsonl")
+        self.time = MetricsFile(self.path / "time.jsonl")
 
     def keep_growth(self, plan: str, receipt: Mapping[str, Any]) -> None:
         """Writes plan.json and receipt.json; `plan` is JSON text."""
@@ -105,7 +109,7 @@ class StageFolder:
                 if "sft" in saved:
                     return mapping.from_mapping(TemplateConfig, saved["sft"]["template"])
                 if source := saved["stage"].get("source"):
-                    return _template_of(pathlib.Path(source).expanduser())
+                    return _template_of(paths.of(source))
         return None
 
     def start(self) -> int:
@@ -134,7 +138,7 @@ class RunFolder:
           path: the folder.
           compiled: folder of compiled programs that runs share; None: a folder of this run.
         """
-        self.path = pathlib.Path(path)
+        self.path = paths.of(path)
         self.lineage = self.path / "lineage.json"
         self.tensorboard = self.path / "tensorboard"
         self.report = self.path / "report"
@@ -144,31 +148,66 @@ class RunFolder:
         """Returns the folder of a stage, which may not exist."""
         return StageFolder(self, index, name)
 
+    def check_client(self) -> None:
+        """Raises UserError for a place where no client writes checkpoints."""
+        if paths.scheme(self.path) == "s3":
+            raise UserError(
+                f"workdir {self.path}: orbax writes no checkpoints to s3://; give a gs:// bucket, "
+                "or a folder (s3:// serves data, sources and exports)",
+                argument="workdir",
+            )
+
     def open(self) -> None:
         """Creates the folder, or checks that it holds a run and is writable.
 
         Raises UserError, and changes nothing, if it is not writable or holds other files.
         """
+        self.check_client()
+        paths.check_bucket(self.path, "workdir")
+        probe = self.path / f".write-test-{os.getpid()}"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            probe = self.path / ".write-test"
-            probe.touch()
+            probe.write_bytes(b"")
             probe.unlink()
-        except OSError as error:
+        except Exception as error:  # a bucket's client has its own errors
+            if not (isinstance(error, OSError) or paths.remote(self.path)):
+                raise
             raise UserError(
-                f"workdir {self.path} cannot be written ({error.strerror}); give a folder you own",
+                f"workdir {self.path} cannot be written ({paths.reason_of(error)}); give a folder "
+                "you own",
                 argument="workdir",
             ) from error
-        if any(self.path.iterdir()) and not (self.path / "stages").is_dir():
+        others = (path for path in paths.listed(self.path) if path.name != lock.NAME)
+        if any(others) and not (self.path / "stages").is_dir():
             raise UserError(
                 f"workdir {self.path} holds files but no run; give an empty or new folder",
                 argument="workdir",
             )
 
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Opens the folder as its only writer, for all processes of this run.
+
+        Raises UserError as `open`, or if another run is writing to it.
+        """
+
+        def acquire() -> None:
+            self.open()
+            held.append(lock.acquire(self.path))
+
+        held: list[lock.Lock] = []
+        processes.once(acquire)
+        try:
+            yield
+        finally:
+            for mine in held:
+                mine.release()
+
     def check_stage(self, folder: StageFolder, identity: Mapping[str, Any]) -> list[str]:
         """Checks that a stage was started with the same settings, if it was started.
 
-        `accumulate` may differ: the sums of a step are then added in another order.
+        How a stage is computed may differ (`accumulate`, `model.remat`, kernels): it changes only
+        rounding.
 
         Args:
           folder: the stage's folder.
@@ -203,6 +242,7 @@ class RunFolder:
         if changes := self.check_stage(folder, identity):
             done = [int(path.name) for path in folder.checkpoints.glob("*") if path.name.isdigit()]
             folder.metrics.append("changed", max(done, default=folder.start()), settings=changes)
+            folder.metrics.publish()
         write_json(folder.config, identity)
 
     def stages(self) -> list[dict[str, Any]]:
@@ -218,7 +258,7 @@ class RunFolder:
     def branch(self, other: RunFolder, stages: int | None = None) -> None:
         """Copies finished stages into a new run folder, where training can continue.
 
-        Files are hard links where the disk allows it: a complete checkpoint never changes.
+        Files are hard links where one disk has both: a complete checkpoint never changes.
 
         Args:
           other: the new run's folder; if it has finished stages already, nothing is done.
@@ -232,13 +272,16 @@ class RunFolder:
         for entry in copied:
             stage = self.stage(entry["index"], entry["name"])
             copy = other.stage(entry["index"], entry["name"])
-            shutil.copytree(stage.path, copy.path, copy_function=link, dirs_exist_ok=True)
+            link_tree(stage.path, copy.path)
+            for step in paths.listed(copy.checkpoints):
+                mark_complete(step)
         write_json(other.lineage, {"version": entries.VERSION, "stages": copied})
 
     def add_stage(self, entry: dict[str, Any]) -> None:
         """Writes the entry of a finished stage, and deletes the entries of later stages."""
-        earlier = [s for s in self.stages() if s["index"] < entry["index"]]
-        write_json(self.lineage, {"version": entries.VERSION, "stages": [*earlier, entry]})
+        with replacing(self.lineage) as write:
+            earlier = [s for s in self.stages() if s["index"] < entry["index"]]
+            write({"version": entries.VERSION, "stages": [*earlier, entry]})
 
 
 def pick_stage(
@@ -294,9 +337,9 @@ def identity(config: ExperimentConfig, index: int, fingerprint: str) -> dict[str
       JSON values, as they are written to config.json.
     """
     shared = mapping.to_dict(config)
-    for name in ("stages", "mesh", "layouts", "eval", "checkpoint"):
+    for name in ("stages", "mesh", "eval", "checkpoint"):
         del shared[name]
     shared["schedule"]["total_steps"] = config.schedule.total_steps or config.total_steps
-    stage = mapping.to_dict(config.stages[index])
+    stage = mapping.to_dict(dataclasses.replace(config.stages[index], layouts=()))
     del stage["mesh"]
     return {**shared, "stage": stage, "data_fingerprint": fingerprint}

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-import pathlib
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from flm_jax.data import json_text
-from flm_jax.runtime import regular
+from flm_jax.runtime import paths, regular
 
 Row = dict[str, Any]
 
@@ -29,7 +28,7 @@ class Trials:
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        self.path = pathlib.Path(path)
+        self.path = paths.of(path)
         self._lock = threading.Lock()
         self._rows: list[Row] = []
         self._incomplete = False  # the file ends in the middle of a line
@@ -68,12 +67,18 @@ class Trials:
         line = json.dumps({**identity, **compute()})
         row: Row = json.loads(line)  # the same value that a later call reads
         with self._lock:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(f"\n{line}\n" if self._incomplete else f"{line}\n")
-            self._incomplete = False
             self._rows.append(row)
+            if paths.remote(self.path):  # a bucket cannot append
+                self.path.write_text("".join(json.dumps(each) + "\n" for each in self._rows))
+            else:
+                self._append(line)
         return row
+
+    def _append(self, line: str) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(f"\n{line}\n" if self._incomplete else f"{line}\n")
+        self._incomplete = False
 
 
 def _parsed(line: str) -> Row | None:

@@ -19,13 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AxisType
 
 from flm_jax import growth, mapping
 from flm_jax.checks import require
 from flm_jax.config import (
-    MESH_AXES,
     GrowthConfig,
+    MeshConfig,
     OptimizerConfig,
     RulesConfig,
     StageConfig,
@@ -36,7 +35,6 @@ from flm_jax.growth import Plan
 from flm_jax.growth.operators import choose
 from flm_jax.mapping import Checked
 from flm_jax.params import axes, mup, sharding, trees
-from flm_jax.params.sharding import Layout
 from flm_jax.studies import chain_oracle as oracle
 from flm_jax.studies import decoder_oracle as decoder
 from flm_jax.studies.chain_oracle import Mismatch, require_close
@@ -483,8 +481,8 @@ class _Run:
         """The growth on meshes must give the bits of one device."""
         rules = RulesConfig(kv_heads="", q_per_kv="tensor") if g.split_queries else RulesConfig()
         source, target = (
-            Layout(jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3), rules)
-            for shape in (g.meshes[:3], g.meshes[3:])
+            sharding.make_layout(MeshConfig(data, fsdp, tensor, rules))
+            for data, fsdp, tensor in (g.meshes[:3], g.meshes[3:])
         )
         self.counts.mesh += 1
         with _no_failure("grow_on_mesh"):

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from flm_jax.runtime import paths
 from flm_jax.runtime.figures import ACCENT, GUIDE, LINE, clean, plt, save
 from flm_jax.store.files import write_atomically, write_result
 from flm_jax.studies.less_is_more import BUDGETS, LessIsMoreConfig, MixConfig
@@ -226,7 +227,7 @@ def write(config: LessIsMoreConfig, results: Sequence[Row], workdir: str) -> lis
     Returns:
       The verdicts of the claims that can be decided.
     """
-    folder = pathlib.Path(workdir) / "report"
+    folder = paths.of(workdir) / "report"
     rows = Rows(config, results)
     categories = [c for c in rows.base["scores"] if c != "all"]
     decided = [decide(claim, rows) for claim in claims(config, categories)]

@@ -21,6 +21,7 @@ from flm_jax.checks import require, require_positive
 from flm_jax.errors import UserError
 from flm_jax.interop.opening import OpenedModel, open_model
 from flm_jax.mapping import Checked
+from flm_jax.runtime import paths
 from flm_jax.sft import chats, fine_tune, scoring, selection, synthetic
 from flm_jax.sft.before_after import few_of_each
 from flm_jax.sft.chat_model import ChatModel
@@ -289,7 +290,7 @@ class Bench:
 
     def __init__(self, config: LessIsMoreConfig, workdir: str, unsafe: bool):
         """Opens base and data; raises UserError if the base, the config or the pool do not fit."""
-        self.config, self.root, self.unsafe = config, pathlib.Path(workdir), unsafe
+        self.config, self.root, self.unsafe = config, paths.of(workdir), unsafe
         self.base = fine_tune.open_base(config.sft)
         self.corpus = data.open_corpus(self.base.data)
         good, self.held_out = sides(config.sft, self.base.model)

@@ -19,6 +19,7 @@ from flm_jax.config import ExperimentConfig, StageConfig
 from flm_jax.params import counts
 from flm_jax.runs import chain
 from flm_jax.runs.stage import plan_of
+from flm_jax.runtime import paths
 from flm_jax.runtime.figures import GUIDE, clean, plt, save
 from flm_jax.store.files import write_atomically, write_result
 from flm_jax.store.lineage import RunFolder
@@ -88,7 +89,7 @@ def run(config: ProbeConfig, workdir: str) -> list[dict[str, Any]]:
     arms = [arm_experiment(config, arm, 0) for arm in config.arms]
     for experiment in arms:
         plan_of(experiment.stages[0].model, experiment.stages[1])
-    root = pathlib.Path(workdir)
+    root = paths.of(workdir)
     runs: dict[str, list[dict[str, Any]]] = {arm.name: [] for arm in config.arms}
     for seed in range(config.seeds):
         source = RunFolder(root / f"source-{seed}")
@@ -191,7 +192,7 @@ def write_report(arms: Sequence[dict[str, Any]], workdir: str) -> pathlib.Path:
     Returns:
       The path of probe.md.
     """
-    folder = pathlib.Path(workdir) / "report"
+    folder = paths.of(workdir) / "report"
     folder.mkdir(parents=True, exist_ok=True)
     _probe_curves(arms, folder / "probe.png")
     write_result(folder / "probe.json", arms)

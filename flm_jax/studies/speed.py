@@ -19,10 +19,10 @@ from flm_jax.config import ExperimentConfig, StageConfig, TransformerConfig
 from flm_jax.inference.generation import bucket, decode, prefill
 from flm_jax.models import Cache, Transformer, by_layer
 from flm_jax.params import counts, sharding
-from flm_jax.params.sharding import Layout
+from flm_jax.params.topology import topology_of
 from flm_jax.runtime import host
 from flm_jax.train import optim, schedules
-from flm_jax.train.train_step import abstract_state, init_state, make_train_step, state_shardings
+from flm_jax.train.train_step import init_program, make_train_step
 
 _PEAK_SIZE = 2048
 
@@ -112,16 +112,17 @@ def measure_step(config: ExperimentConfig, index: int, steps: int) -> dict[str, 
       ratio of the step times minus 1; device and devices are the device's kind and number.
     """
     host.keep_freed()
+    config = config.on(str(topology_of(jax.devices())))
     stage, length = config.stages[index], config.data_of(index).sequence_length
-    mesh, rules = sharding.make_layout(config.mesh_of(index))
+    layout = sharding.make_layout(config.mesh_of(index))
+    mesh, rules = layout
     sharding.check_divisible(stage.model, mesh, rules)
     shape = schedules.schedule_shape(config.schedule, config.total_steps)
     tx = optim.optimizer(stage, config.optimizer, shape)
     plan = growth.plan(_half(stage.model), stage.model)
     with jax.set_mesh(mesh):
         key = jax.random.key(0)
-        placed = state_shardings(stage.model, abstract_state(stage.model, tx), Layout(mesh, rules))
-        state = jax.jit(lambda: init_state(stage.model, tx, key), out_shardings=placed)()
+        state = init_program(stage.model, tx, layout)(key)
         batch = _batch(stage, length, mesh)
         masks_at, added = (plan.masks, growth.added_slots(plan)) if plan else (None, None)
         step = make_train_step(stage, tx, mesh, masks_at, rules, added=added)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flm_jax.checks import require_type
+from flm_jax.checks import require, require_type
 from flm_jax.config import OptimizerConfig, StageConfig
 from flm_jax.params import axes, mup, trees
 from flm_jax.params.axes import ModelSpec, Param, Role
@@ -81,7 +81,12 @@ def _is_copied(param: Param, axis: str, role: Role) -> bool:
 
 
 def scale_by_slot_adam(
-    spec: ModelSpec, b1: float, b2: float, eps: float, growth: SinceGrowth | None = None
+    spec: ModelSpec,
+    b1: float,
+    b2: float,
+    eps: float,
+    growth: SinceGrowth | None = None,
+    moment_dtype: str = "",
 ) -> optax.GradientTransformation:
     """Adam (arXiv 1412.6980, algorithm 1) in which every slot has its own step count t.
 
@@ -95,6 +100,8 @@ def scale_by_slot_adam(
       b2: decay rate of the second moment.
       eps: added to the root of the second moment.
       growth: how the steps after the stage's growth differ; None: multipliers stay as they are.
+      moment_dtype: how the moments are stored; "": as the parameters. They are widened, updated and
+        used in the gradient's dtype, and rounded once, to the nearest, at the end of a step.
 
     Returns:
       The transformation; its state is a `SlotAdamState`.
@@ -103,10 +110,11 @@ def scale_by_slot_adam(
 
     def init(params: Any) -> SlotAdamState:
         dtype = jax.tree.leaves(params)[0].dtype
+        zeros = functools.partial(jnp.zeros_like, dtype=moment_dtype or None)
         return SlotAdamState(
             steps=jnp.zeros((), jnp.int32),
-            mu=jax.tree.map(jnp.zeros_like, params),
-            nu=jax.tree.map(jnp.zeros_like, params),
+            mu=jax.tree.map(zeros, params),
+            nu=jax.tree.map(zeros, params),
             born={kind: jnp.zeros(spec.count(kind), jnp.int32) for kind in spec.slots},
             created={kind: jnp.zeros(spec.count(kind), jnp.int32) for kind in spec.slots},
             share={kind: jnp.ones((1, spec.count(kind)), dtype) for kind in spec.slots},
@@ -135,8 +143,12 @@ def scale_by_slot_adam(
             for kind, a in age.items()
             if growth and growth.added_rate != 1
         }
-        mu = jax.tree.map(lambda g, m: b1 * m + (1 - b1) * g, grads, state.mu)
-        nu = jax.tree.map(lambda g, v: b2 * v + (1 - b2) * jnp.square(g), grads, state.nu)
+        mu, nu = (
+            jax.tree.map(lambda g, m: m.astype(g.dtype), grads, moment)
+            for moment in (state.mu, state.nu)
+        )
+        mu = jax.tree.map(lambda g, m: b1 * m + (1 - b1) * g, grads, mu)
+        nu = jax.tree.map(lambda g, v: b2 * v + (1 - b2) * jnp.square(g), grads, nu)
         column = {path: n for n, path in enumerate(table)}
         entries = functools.partial(combined, spec)
 
@@ -164,7 +176,8 @@ def scale_by_slot_adam(
                 scale = scale * (1 + (growth.added_rate - 1) * progress)
             return scale.astype(m.dtype) * m_hat / (jnp.sqrt(v_hat) + eps_here)
 
-        updated = state._replace(steps=steps, mu=mu, nu=nu, kept=kept)
+        stored = jax.tree.map(lambda kept, m: m.astype(kept.dtype), (state.mu, state.nu), (mu, nu))
+        updated = state._replace(steps=steps, mu=stored[0], nu=stored[1], kept=kept)
         return _map(table, direction, mu, nu), updated
 
     return optax.GradientTransformation(init, update)
@@ -238,17 +251,24 @@ def optimizer(
       growth added: `update(grads, state, params, added=growth.added_slots(plan))`.
 
     Raises:
-      UserError: `stage` or `settings` is of the wrong type, or `train_paths` has a pattern without
-        a parameter.
+      UserError: `stage` or `settings` is of the wrong type, `train_paths` has a pattern without a
+        parameter, or moments of lower precision are asked for an exact model.
     """
     require_type(stage, StageConfig, "optimizer: stage")
     require_type(settings, OptimizerConfig, "optimizer: settings")
+    require(
+        not (settings.moment_dtype and stage.model.dtype == "float64"),
+        f"stage {stage.name}: model.dtype is 'float64', for exactness, and optimizer.moment_dtype "
+        f"{settings.moment_dtype!r}, which rounds; set moment_dtype to ''",
+    )
     spec, trained = mup.spec(stage.model), Trained.of(stage)
     growth = None if grown_at is None else since_growth(stage, grown_at)
     rate = scale_by_mup_learning_rate(spec, stage.learning_rate, stage.matrix_learning_rate, shape)
     return optax.chain(
         clip_by_trained_norm(settings.clip_norm, trained),
-        scale_by_slot_adam(spec, settings.b1, settings.b2, settings.eps, growth),
+        scale_by_slot_adam(
+            spec, settings.b1, settings.b2, settings.eps, growth, settings.moment_dtype
+        ),
         add_mup_decay(settings.weight_decay, spec),
         at_trained_rate(rate, trained),
     )

@@ -15,30 +15,11 @@ from jax.sharding import Mesh
 from flm_jax.checks import require_type
 from flm_jax.config import RulesConfig, StageConfig, TransformerConfig
 from flm_jax.models import Transformer
+from flm_jax.models.readout import Readout
 from flm_jax.params import axes, sharding
 from flm_jax.params.sharding import Layout
+from flm_jax.train import loss
 from flm_jax.train.trained import AddedSlots, Trained
-
-
-def cross_entropy(
-    logits_BTV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Sums the weighted negative log-likelihoods.
-
-    Both results are sums, so that those of microbatches and devices can be added.
-
-    Args:
-      logits_BTV: logits.
-      targets_BT: int32, the correct tokens.
-      weights_BT: the weight of each target; 0 leaves it out.
-
-    Returns:
-      The sum in nats, and the sum of the weights, both in the dtype of the logits.
-    """
-    weights_BT = weights_BT.astype(logits_BTV.dtype)
-    log_normaliser_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-    target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
-    return jnp.sum((log_normaliser_BT - target_BT) * weights_BT), jnp.sum(weights_BT)
 
 
 @jax.tree_util.register_dataclass
@@ -95,6 +76,14 @@ def abstract_state(
     return placed
 
 
+def init_program(
+    config: TransformerConfig, tx: optax.GradientTransformation, layout: Layout
+) -> Callable[[jax.Array], TrainState]:
+    """Makes the jitted `key -> fresh train state`, with the layout's shardings."""
+    placed = state_shardings(config, abstract_state(config, tx), layout)
+    return jax.jit(functools.partial(init_state, config, tx), out_shardings=placed)
+
+
 def state_shardings(config: TransformerConfig, state: TrainState, layout: Layout) -> TrainState:
     """The sharding of every leaf of a train state, as a tree of the same structure."""
     placed: TrainState = sharding.shardings(state, axes.table(config), *layout)
@@ -111,12 +100,29 @@ def logits_of(
     return logits_BTV
 
 
+def nats_of(
+    config: TransformerConfig,
+    params: Any,
+    batch: Batch,
+    masks: dict[str, jax.Array] | None = None,
+    tokens: int | None = None,
+) -> jax.Array:
+    """The negative log-likelihood [B, T] of a packed batch's targets: `loss.token_nats`.
+
+    It computes no logits [B, T, V] if the config has `loss_chunks`.
+    """
+    readout: Readout = Transformer(config).apply(
+        {"params": params}, batch["tokens"], batch["segment_ids"], batch["positions"], masks=masks,
+        method="readout",
+    )  # type: ignore[assignment]  # fmt: skip
+    return loss.token_nats(readout, batch["targets"], config, tokens)
+
+
 def summed_loss(
     params: Any, batch: Batch, config: TransformerConfig, masks: dict[str, jax.Array] | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """`cross_entropy` of a packed batch."""
-    logits_BTV = logits_of(config, params, batch, masks)
-    return cross_entropy(logits_BTV, batch["targets"], batch["weights"])
+    """The weighted sum of a packed batch's `nats_of`, and the sum of the weights."""
+    return loss.summed(nats_of(config, params, batch, masks), batch["weights"])
 
 
 def gradients(
@@ -143,19 +149,26 @@ def gradients(
     """
     value_and_grad = jax.value_and_grad(summed_loss, has_aux=True)
     if accumulate == 1:
-        (loss, tokens), grads = value_and_grad(params, batch, config, masks)
+        (total, tokens), grads = value_and_grad(params, batch, config, masks)
     else:
-        micro = {k: v.reshape(accumulate, -1, *v.shape[1:]) for k, v in batch.items()}
+        # Every device has rows of every microbatch. Without this, XLA splits the microbatches over
+        # devices, and its partitioner then fails on the embedding's lookup if tensor > 1.
+        micro = {
+            k: sharding.constrain(
+                v.reshape(accumulate, -1, *v.shape[1:]), None, sharding.BATCH_AXES, None
+            )
+            for k, v in batch.items()
+        }
 
-        def add(total: Any, part: Batch) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, value_and_grad(params, part, config, masks)), None
+        def add(sums: Any, part: Batch) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, sums, value_and_grad(params, part, config, masks)), None
 
         shapes = jax.eval_shape(
             lambda: value_and_grad(params, {k: v[0] for k, v in micro.items()}, config, masks)
         )
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        ((loss, tokens), grads), _ = jax.lax.scan(add, zeros, micro)
-    return loss / tokens, jax.tree.map(lambda g: g / tokens.astype(g.dtype), grads), tokens
+        ((total, tokens), grads), _ = jax.lax.scan(add, zeros, micro)
+    return total / tokens, jax.tree.map(lambda g: g / tokens.astype(g.dtype), grads), tokens
 
 
 def make_train_step(
@@ -197,10 +210,10 @@ def make_train_step(
         state: TrainState, batch: Batch, mask_value: jax.Array | None = None
     ) -> tuple[TrainState, dict[str, Any]]:
         masks = None if mask_value is None or masks_at is None else masks_at(mask_value)
-        loss, grads, tokens = gradients(state.params, batch, stage.model, masks, stage.accumulate)
+        nats, grads, tokens = gradients(state.params, batch, stage.model, masks, stage.accumulate)
         updates, opt_state = update(grads, state.opt_state, state.params, added=added)
         params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": loss, "grad_norm": trained.norm(grads, added), "tokens": tokens}
+        metrics = {"loss": nats, "grad_norm": trained.norm(grads, added), "tokens": tokens}
         if measure is not None:
             metrics |= measure(updates)
         return TrainState(state.step + 1, params, opt_state), metrics

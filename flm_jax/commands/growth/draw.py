@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from flm_jax.commands.command import Call, Command, flag
+from flm_jax.runtime import paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +37,6 @@ PANELS = (
 def main(call: Call[Flags]) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
     from flm_jax import growth
     from flm_jax.config import TransformerConfig
@@ -47,6 +44,7 @@ def main(call: Call[Flags]) -> dict[str, Any]:
     from flm_jax.growth.expansion import any_slot
     from flm_jax.growth.moments import grow_moment
     from flm_jax.params import axes
+    from flm_jax.runtime import figures
 
     path = "layers/mlp/down"
     small = TransformerConfig(
@@ -54,7 +52,7 @@ def main(call: Call[Flags]) -> dict[str, Any]:
     )
     param = axes.table(small)[path]
     x = jnp.linspace(0.4, 1.0, 12).reshape(1, 3, 4)
-    figure, panels = plt.subplots(2, len(PANELS), figsize=(13, 4.6))
+    figure, panels = figures.plt.subplots(2, len(PANELS), figsize=(13, 4.6))
     for column, (recipe, width, units) in zip(panels.T, PANELS, strict=True):
         big = dataclasses.replace(small, d_model=width, d_ff=units)
         plan = growth.plan(small, big, recipe)
@@ -80,8 +78,7 @@ def main(call: Call[Flags]) -> dict[str, Any]:
         column[1].set_xlabel("writes the stream")
     for row in panels:
         row[0].set_ylabel("reads units")
-    figure.tight_layout()
-    figure.savefig(call.flags.output, dpi=130)
+    figures.save(figure, paths.of(call.flags.output, "output"))
     return {"figure": call.flags.output}
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import pathlib
+import io
 from typing import Any
 
 import rich.console
@@ -23,6 +23,7 @@ from flm_jax.commands import config_files
 from flm_jax.commands.command import Call, Command, flag
 from flm_jax.errors import UserError
 from flm_jax.params import counts
+from flm_jax.runtime import paths
 from flm_jax.store.files import write_result
 from flm_jax.studies import predict, study
 from flm_jax.studies.config import MupStudyConfig
@@ -52,7 +53,7 @@ def _numbers(text: str, count: int) -> list[float]:
 
 def _columns(path: str) -> dict[str, list[float]]:
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with io.StringIO(paths.of(path).read_text(encoding="utf-8"), newline="") as file:
             rows = list(csv.DictReader(file))
     except OSError as error:
         raise UserError(f"--data={path}: {error.strerror}; give a CSV file") from error
@@ -81,7 +82,7 @@ def _from_file(flags: Flags) -> dict[str, Any]:
     law = predict.fit(x, columns["loss"])
     values = predict.predictions(x, columns["loss"], sizes) if sizes else []
     if flags.figure:
-        figure = pathlib.Path(flags.figure)
+        figure = paths.of(flags.figure)
         predict.draw(x, columns["loss"], law, values, [], figure)
     return {**dataclasses.asdict(law), "predictions": values}
 
@@ -94,7 +95,7 @@ def _from_family(call: Call[Flags]) -> dict[str, Any]:
         raise UserError("config.family is empty; give the stages of several widths, narrow first")
     if not call.workdir:
         raise UserError("--workdir is missing; give the run's folder, as --workdir=runs/NAME")
-    folder = pathlib.Path(call.workdir)
+    folder = paths.of(call.workdir, "workdir")
     console = rich.console.Console(stderr=True)
     trials = study.Study(settings.experiment, folder / "trials.jsonl")
 

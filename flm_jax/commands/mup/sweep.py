@@ -9,7 +9,6 @@ stopped anywhere and called again, the command resumes. Figure: DIR/report/sweep
 
 from __future__ import annotations
 
-import pathlib
 from typing import Any
 
 import rich.console
@@ -17,6 +16,7 @@ import rich.table
 
 from flm_jax.commands import config_files
 from flm_jax.commands.command import Call, Command, NoFlags
+from flm_jax.runtime import paths
 from flm_jax.store.files import write_result
 from flm_jax.studies import mup, mup_figures, study
 from flm_jax.studies.config import MupStudyConfig
@@ -24,7 +24,7 @@ from flm_jax.studies.config import MupStudyConfig
 
 def main(call: Call[NoFlags]) -> dict[str, Any]:
     settings = config_files.dataclass_of(MupStudyConfig, call.config)
-    folder = pathlib.Path(call.workdir)
+    folder = paths.of(call.workdir, "workdir")
     console = rich.console.Console(stderr=True)
     trials = study.Study(settings.experiment, folder / "trials.jsonl")
     rows = mup.sweep(trials, settings, lambda text: console.print(text, highlight=False))

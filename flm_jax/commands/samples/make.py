@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import pathlib
 from typing import Any
 
 from flm_jax.commands.command import Call, Command, flag
+from flm_jax.runtime import paths
 from flm_jax.sft import chats, synthetic
 
 
@@ -40,7 +40,7 @@ def main(call: Call[Flags]) -> dict[str, Any]:
     )
     if call.flags.defects:
         samples = synthetic.spoil(samples, call.flags.seed, call.flags.defects)
-    path = pathlib.Path(call.flags.output)
+    path = paths.of(call.flags.output, "output")
     chats.write_jsonl(path, samples)
     counts = collections.Counter(sample.category for sample in samples)
     call.console().print(f"{path}: {len(samples)} samples")

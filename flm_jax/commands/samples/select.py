@@ -13,7 +13,6 @@ docs/selection.md describes the steps.
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 import typing
 from typing import Any
 
@@ -24,6 +23,7 @@ from flm_jax.commands.answer_flags import AnswerFlags
 from flm_jax.commands.chat_flags import ChatFlags
 from flm_jax.commands.command import Call, Command, flag
 from flm_jax.errors import UserError
+from flm_jax.runtime import paths
 from flm_jax.sft import chats, selection
 from flm_jax.sft.chat_model import open_chat_model
 from flm_jax.sft.chats import BadRows
@@ -100,7 +100,7 @@ def main(call: Call[Flags]) -> dict[str, Any]:
     report = {
         **chosen.report, "judge": flags.checkpoint, "bad_rows": bad.reasons, "left_out": left_out,
     }  # fmt: skip
-    path = pathlib.Path(flags.output)
+    path = paths.of(flags.output, "output")
     chats.write_jsonl(path, chosen.chosen)
     write_result(path.with_name(path.name + ".report.json"), report)
     page = selection.markdown(report)

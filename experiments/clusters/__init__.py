@@ -1,0 +1,1 @@
+"""Launch files for clusters, and a script that starts a command again (docs/clusters.md)."""
