@@ -223,7 +223,7 @@ def test_user_errors_name_the_file(files, tmp_path):
             save(words, tmp_path / "words"),
             r"bytes of its tokens are not known \(its decoder is WordPiece",
         ),
-        (broken_beside, "tokenizer_config.json is not JSON"),
+        (broken_beside, "tokenizer_config.json: not JSON"),
     ):
         with pytest.raises(UserError, match=message):
             open_tokenizer(path)

@@ -119,9 +119,14 @@ def test_another_tensor_is_still_refused(folder):
 
 
 def test_more_layers_than_tensors_are_refused_at_once(folder):
-    change(folder, num_hidden_layers=10**12)
-    with pytest.raises(UserError, match=r"num_hidden_layers 10{12}, but the files have"):
-        opening.open_stored_model(str(folder))
+    for layers, line in (
+        (9_999, r"num_hidden_layers 9999, but the files have"),
+        (10**6, r"num_layers is 10{6}; it must be at most 10000"),
+        (10**12, r"num_hidden_layers is 10{12}; it must be an integer above 0 and below 2\^31"),
+    ):
+        change(folder, num_hidden_layers=layers)
+        with pytest.raises(UserError, match=line):
+            opening.open_stored_model(str(folder))
 
 
 def test_a_tied_model_may_have_its_head_alone(folder):

@@ -251,6 +251,8 @@ class Plan:
                     f"{grown.get(e.axis)}; restore plan.json"
                 )
             grown[e.axis] = e.target
+            if e.splits in grown and e.source:
+                grown[e.splits] //= max(e.target // e.source, 1)
         if grown != made.big.sizes:
             raise UserError(
                 f"plan: its expansions lead to {grown}, and its target is {made.big.sizes}; "

@@ -49,9 +49,9 @@ class Run:
     ahead: bool = False  # copies are written as in the next layer (bert2BERT's AKI)
 
     def __post_init__(self) -> None:
-        if self.start < NEW or not 0 < self.length <= _MOST_SLOTS:
+        if self.start < NEW or not 0 <= self.length <= _MOST_SLOTS:
             raise UserError(
-                f"growth: {self.length} slots from {self.start} on; a run has 1 to {_MOST_SLOTS} "
+                f"growth: {self.length} slots from {self.start} on; a run has 0 to {_MOST_SLOTS} "
                 f"slots, and starts at a slot, or at {NEW} for new ones"
             )
 

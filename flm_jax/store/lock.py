@@ -23,6 +23,7 @@ import time
 import uuid
 from typing import Any, Protocol
 
+from flm_jax.data import json_text
 from flm_jax.errors import UserError
 from flm_jax.runtime import paths
 from flm_jax.store import objects
@@ -77,7 +78,7 @@ def _owner() -> dict[str, Any]:
 def _text(content: bytes) -> str:
     """Describes an owner, for messages."""
     try:
-        owner = json.loads(content)
+        owner = json_text.parse(content)
         return f"process {owner['process']} on {owner['host']} since {owner['started']}"
     except (ValueError, KeyError, TypeError):
         return "a process that did not write its name"
