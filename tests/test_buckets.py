@@ -25,6 +25,7 @@ from flm_jax.store.lineage import RunFolder
 from tests import buckets
 from tests.commands import mistake, run, start
 from tests.models import SMALL, changed, random_params
+from tests.runs import entry
 from tests.states import assert_same_bits
 
 pytestmark = pytest.mark.slow
@@ -60,7 +61,8 @@ def s3():
 
 def stages(folder):
     """The lineage of a run without times."""
-    return [{k: v for k, v in s.items() if k != "wall_s"} for s in folder.stages()]
+    times = ("wall_s", "goodput")
+    return [{k: v for k, v in s.items() if k not in times} for s in folder.stages()]
 
 
 def await_object(path, process, timeout=300):
@@ -125,12 +127,12 @@ def test_a_lease_is_refused_while_renewed_and_taken_over_when_not(gcs, capsys):
 
 def test_two_writers_of_one_lineage_do_not_lose_a_stage(gcs):
     folder = RunFolder(f"{gcs}/lineage")
-    folder.add_stage({"index": 0, "name": "a"})
+    folder.add_stage(entry(0, "a"))
     with (
         pytest.raises(UserError, match="another process wrote it meanwhile"),
         files.replacing(folder.lineage) as write,
     ):
-        folder.add_stage({"index": 1, "name": "b"})
+        folder.add_stage(entry(1, "b"))
         write({"version": 1, "stages": []})
     assert [s["name"] for s in folder.stages()] == ["a", "b"]
 

@@ -229,9 +229,9 @@ def test_a_process_that_has_started_says_so(monkeypatch):
 def test_xla_knows_every_flag(platform):
     """XLA ends the process at a flag that it does not know."""
     compile_there = (
-        "import jax; from flm_jax.aot import compiler\n"
-        "mesh = compiler.mesh_of('v5e:2x2', {'fsdp': 4}, compiler.devices_of('v5e:2x2'))\n"
-        "at = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('fsdp'))\n"
+        "import jax, numpy as np; from flm_jax.aot import described\n"
+        "mesh = jax.sharding.Mesh(np.array(described.devices_of('v5e:2x2')), ('all',))\n"
+        "at = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('all'))\n"
         "jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct((8,), 'float32', sharding=at))"
         ".compile()"
     )

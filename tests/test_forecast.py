@@ -184,6 +184,25 @@ def test_full_rematerialisation_computes_all_but_the_last_map_again():
     assert work.memory(full) < work.memory(none)
 
 
+def test_remat_by_groups_and_names_lies_between_the_policies_of_all_layers():
+    def step(remat):
+        return work.Step(model_of(remat=remat, num_layers=4), 8, 128, {"fsdp": 2, "tensor": 2})
+
+    one, two = (work.backward(step(remat)).maps for remat in ("full", "full:0-0,full:1-"))
+    assert one == two
+    none, full = (work.backward(step(remat)).maps for remat in ("none", "full"))
+    assert math.isclose(
+        work.backward(step("none:0-2,full:3-")).maps, none + (full - none) / 4, rel_tol=1e-12
+    )
+    # The more is kept, the less runs again, and the more memory it takes.
+    order = [step(remat) for remat in ("full", "attended", "attended+qkv", "attended+qkv+gate_up")]
+    times = [work.backward(x) for x in order]
+    assert times[0].attention > times[1].attention == times[2].attention
+    assert times[1].maps > times[2].maps > times[3].maps > none
+    memory = [work.memory(x) for x in order]
+    assert sorted(memory) == memory and len(set(memory)) == 4
+
+
 def test_more_microbatches_need_less_memory_and_gather_more():
     def at(accumulate):
         step = work.Step(model_of(), 64, 4096, {"fsdp": 4, "tensor": 2}, accumulate)

@@ -47,7 +47,11 @@ def sums_of(config, mesh_config, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", [WIDE, changed(WIDE, tied=True)], ids=["head", "tied"])
+@pytest.mark.parametrize(
+    "config",
+    [WIDE, changed(WIDE, tied=True), changed(WIDE, loss_chunks=2)],
+    ids=["head", "tied", "chunks"],
+)
 def test_gradients_are_added_up_in_float32(config, tmp_path):
     """Split over the batch alone, devices add up nothing but gradients and losses."""
     narrow = changed(config, gradient_reduction="compute")
@@ -73,6 +77,7 @@ def test_the_function_is_the_same_and_its_gradient_close():
     for mesh in (sharding.one_device(), sharding.make_mesh(MeshConfig(2, 2, 2))):
         wide, narrow = error(WIDE, mesh), error(MODEL, mesh)
         assert max(wide.values()) < 0.1
+        assert max(error(changed(WIDE, loss_chunks=2), mesh).values()) < 0.1
         assert sum(wide.values()) < 1.05 * sum(narrow.values())
 
 

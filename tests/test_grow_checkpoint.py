@@ -27,7 +27,7 @@ from flm_jax.store.files import write_json
 from flm_jax.store.lineage import RunFolder, identity
 from tests.commands import mistake, peak_memory, run, start, wait_for
 from tests.models import SMALL, changed, packed_batch, random_params
-from tests.runs import lineage
+from tests.runs import entry, lineage
 from tests.states import assert_same_bits, random_state
 
 KEY_OF_STAGE_1 = jax.random.fold_in(jax.random.key(0), 1)
@@ -52,8 +52,8 @@ def finished_run(config, path, state=None):
     checkpoints = Checkpoints(stage.checkpoints)
     checkpoints.save(4, state, {"data": {"place": 3}, "wall_s": 1.0})
     checkpoints.close()
-    entry = {"index": 0, "name": "small", "checkpoint": "stages/0-small/checkpoints/4"}
-    folder.add_stage({**entry, "data_fingerprint": "no data", "params_digest": str(path)})
+    own = {"data_fingerprint": "no data", "params_digest": str(path)}
+    folder.add_stage(entry(0, "small", 4) | own)
     return state
 
 

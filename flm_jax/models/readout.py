@@ -22,7 +22,7 @@ class Readout(NamedTuple):
 
     Attributes:
       x_BTD: the stream after the final norm, in the compute dtype.
-      head_DV: the head, or the transposed embedding, in the compute dtype.
+      head_DV: the head, or the transposed embedding, as `layers.create` makes it.
       log_mask_V: logarithm of the run-time mask on the vocabulary, added to the logits; None: there
         is no mask.
     """

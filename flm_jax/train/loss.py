@@ -231,7 +231,7 @@ def _chunked_bwd(
         # Products in the compute dtype with sums in float32, as in the forward pass.
         dproduct_BTPC = dproduct_BTPC.astype(x_BTD.dtype)
         einsum = functools.partial(jnp.einsum, preferred_element_type=stats)
-        dx_BTD = einsum("BTPC,DPC->BTD", dproduct_BTPC, here.head_DPC)
+        dx_BTD = einsum("BTPC,DPC->BTD", dproduct_BTPC, here.head_DPC.astype(x_BTD.dtype))
         dhead_DPC = einsum("BTD,BTPC->DPC", x_BTD, dproduct_BTPC)
         dmask = grads.log_mask_V
         return Readout(
