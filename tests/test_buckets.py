@@ -86,8 +86,8 @@ def test_a_chain_on_a_bucket_killed_and_resumed_is_the_chain_on_a_disk(gcs, tmp_
     assert status == 0, err
 
     assert stages(folder) == stages(local)
-    for entry in local.stages():
-        there, here = (f.stage(entry["index"], entry["name"]) for f in (folder, local))
+    for stage in local.stages():
+        there, here = (f.stage(stage["index"], stage["name"]) for f in (folder, local))
         for file in ("config", "plan", "receipt"):
             if getattr(here, file).exists():
                 assert getattr(there, file).read_text() == getattr(here, file).read_text()
@@ -95,7 +95,7 @@ def test_a_chain_on_a_bucket_killed_and_resumed_is_the_chain_on_a_disk(gcs, tmp_
         assert there.metrics.rows("eval") == here.metrics.rows("eval")
         steps = [[row["step"] for row in f.metrics.rows("train")] for f in (there, here)]
         assert steps[0] == steps[1]
-        one, other = (CheckpointReader(f.path / entry["checkpoint"]) for f in (folder, local))
+        one, other = (CheckpointReader(f.path / stage["checkpoint"]) for f in (folder, local))
         assert one.progress["data"] == other.progress["data"]
         assert_same_bits(*({n: r.read(n) for n in r.leaves} for r in (one, other)))
     names = {p.name for p in paths.files(folder.path)}
