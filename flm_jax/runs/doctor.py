@@ -17,12 +17,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from etils import epath
 
 from flm_jax.config import ExperimentConfig
 from flm_jax.errors import UserError
 from flm_jax.runs.chain import on_devices
-from flm_jax.runtime import clusters, processes
+from flm_jax.runtime import clusters, paths, processes
 from flm_jax.version import __version__
 
 _PACKAGES = ("jax", "jaxlib", "libtpu", "orbax-checkpoint", "tensorstore")
@@ -97,14 +96,17 @@ def needs_of(config: ExperimentConfig | None, workdir: str) -> list[tuple[str, s
 def unreachable(what: str, path: str, write: bool) -> str:
     """Says why a path cannot be used; "" if it can. Leaves nothing behind."""
     try:
-        where = epath.Path(path).expanduser()
-        if "://" not in path:
-            return _not_on_this_disk(what, pathlib.Path(where), write)
+        where = paths.of(path, what)
+        if not paths.remote(where):
+            return _not_on_this_disk(what, where, write)
+        paths.check_bucket(where, what)
         if not write:
             return "" if where.exists() else f"{what} {path} does not exist"
         probe = where / f".probe-{socket.gethostname()}-{os.getpid()}"
         probe.write_text("")
         probe.unlink()
+    except UserError as error:
+        return str(error)
     except Exception as error:  # each object store's client has errors of its own
         reason = " ".join(str(error).split()) or type(error).__name__
         return f"{what} {path} cannot be {'written' if write else 'read'}: {reason}"
