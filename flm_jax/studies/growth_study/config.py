@@ -159,8 +159,7 @@ class GrowthStudyConfig(Checked):
       gate_budgets: FLOPs at which source, between and target are decayed to find the crossover,
         rising.
       gate_ratio: C over the crossover.
-      gate_margin: bits per byte by which the target must beat the source at C.
-      gated: whether the study ends where it does not.
+      gate_margin: bits per byte by which the target must beat the source at C; None: any.
       multiples: of C, at which the target from scratch is decayed.
       decay_share: share of the FLOPs over which every learning rate falls to zero.
       tuning_share: of C, at which learning rates are tried.
@@ -190,8 +189,7 @@ class GrowthStudyConfig(Checked):
     budget: float = 0.0
     gate_budgets: tuple[float, ...] = ()
     gate_ratio: float = 2.5
-    gate_margin: float = 0.03
-    gated: bool = True
+    gate_margin: float | None = 0.03
     multiples: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)
     decay_share: float = 0.2
     tuning_share: float = 0.25

@@ -51,7 +51,7 @@ class Gate:
       crossover: FLOPs at which the target catches up with the source; None: not in the range.
       budget: C.
       margin: bits per byte by which the target beats the source at C; None: outside the range.
-      passed: whether it is large enough.
+      passed: whether it is as large as the config asks.
     """
 
     crossover: float | None
@@ -127,8 +127,8 @@ def gate(lab: Lab, bits: Bits) -> Gate | None:
         )
     inside = config.gate_budgets[0] <= budget <= config.gate_budgets[-1] * (1 + 1e-9)
     margin = float(np.interp(math.log(budget), logs, ahead)) if inside else None
-    enough = margin is not None and margin >= config.gate_margin
-    passed = enough or not config.gated
+    least = config.gate_margin
+    passed = least is None or (margin is not None and margin >= least)
     return Gate(crossover, budget, margin, passed)
 
 
