@@ -7,6 +7,8 @@ time.
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Read once, by whatever imports etils first: buckets are read by their own clients.
+os.environ["EPATH_USE_TF"] = "false"
 
 import jax
 import pytest

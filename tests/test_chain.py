@@ -167,7 +167,9 @@ def test_changed_data_is_refused_on_resume(tmp_path):
     process.kill()
     process.communicate()
     (texts / "3.txt").write_text("changed\n")
-    line = mistake(*SMOKE, *args, f"--workdir={workdir}", by=run)
+    status, _, err = run(*SMOKE, *args, f"--workdir={workdir}")
+    taken_over, line = err.splitlines()
+    assert status == 2 and "takes it over" in taken_over
     assert "data_fingerprint" in line and "->" in line
 
 

@@ -21,6 +21,7 @@ from flm_jax.store.lineage import RunFolder, identity
 from flm_jax.train.train_step import TrainState
 from tests.commands import call, mistake
 from tests.models import SMALL, changed, random_params
+from tests.runs import entry
 
 
 def scored(right, nats, category="c"):
@@ -118,8 +119,7 @@ def workdir(tmp_path_factory):
         checkpoints.save(1, TrainState(jnp.zeros((), jnp.int32), params, ()), {})
         checkpoints.wait()
         checkpoints.close()
-        path = checkpoints.path(1).relative_to(run_folder.path)
-        entries.append({"index": index, "name": stage.name, "checkpoint": str(path)})
+        entries.append(entry(index, stage.name, step=1))
     write_json(run_folder.lineage, {"version": 1, "stages": entries})
     return run_folder.path
 

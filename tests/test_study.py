@@ -259,7 +259,7 @@ def test_a_tiny_study_from_gate_to_report(tmp_path):
     old = json.loads(digests[victim])
     for path in sorted(victim.parent.rglob("*"), reverse=True):
         path.unlink() if path.is_file() else path.rmdir()
-    assert json_of(*args, "--processes=1", by=run)["left"] == 0
+    assert json_of(*args, "--processes=0", by=run)["left"] == 0  # one core has other bits than two
     new = json.loads(victim.read_text())
     assert new["params_digest"] == old["params_digest"] and new["bpb"] == old["bpb"]
     # The report, and the same report from the raw results alone.

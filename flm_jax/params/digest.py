@@ -20,7 +20,7 @@ no cryptographic hash: someone who tries can construct two equal digests.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -43,6 +43,8 @@ def _constants(name: str, count: int) -> np.ndarray:
 _START = _constants("start", LANES)  # the lanes' keys at the origin
 # Odd, so that a key differs from all others along one dimension.
 _MULTIPLIERS = (_constants("step", LANES * DIMS) | np.uint32(1)).reshape(LANES, DIMS)
+
+_BLOCK_BYTES = 4 << 20
 
 Piece = tuple[Sequence[slice], np.ndarray]  # where it is in the leaf, and its entries
 
@@ -91,11 +93,23 @@ def digest_of_pieces(leaves: Iterable[tuple[str, Any, Iterable[Piece]]]) -> str:
     def lanes(pieces: Iterable[Piece]) -> np.ndarray:
         total = np.zeros(LANES, np.uint32)
         for index, piece in pieces:
-            first = _first_keys([s.start for s in index])
-            total += np.asarray(_lanes_at(_words(piece), first))
+            start = [s.start for s in index]
+            for row, block in _blocks(piece):
+                first = _first_keys([start[0] + row, *start[1:]] if start else start)
+                total += np.asarray(_lanes_at(_words(block), first))
         return total
 
     return _digest((path, leaf, lanes(pieces)) for path, leaf, pieces in leaves)
+
+
+def _blocks(piece: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Cuts a piece along its first axis: its words are needed once more for each lane."""
+    rows = max(1, _BLOCK_BYTES * len(piece) // max(piece.nbytes, 1)) if piece.ndim else 1
+    if not piece.ndim or rows >= len(piece):
+        yield 0, piece
+        return
+    for row in range(0, len(piece), rows):
+        yield row, piece[row : row + rows]
 
 
 def _digest(leaves: Iterable[tuple[str, Any, np.ndarray]]) -> str:
