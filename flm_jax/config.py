@@ -571,8 +571,9 @@ class StageConfig(Checked):
             f"stage {self.name}: steps is {self.steps}; give 0 (not trained) or more",
         )
         require(
-            self.name.replace("-", "").replace("_", "").isalnum(),
-            f"StageConfig.name is {self.name!r}; use letters, digits, - and _: it names a folder",
+            self.name.replace("-", "").replace("_", "").isalnum() and len(self.name) <= 60,
+            f"StageConfig.name is {self.name!r}; use letters, digits, - and _, 60 at most: it "
+            "names a folder",
         )
         require(
             self.batch_size % self.accumulate == 0,
