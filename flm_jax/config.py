@@ -167,13 +167,6 @@ class TransformerConfig(Checked):
                 f"TransformerConfig.{name} is {value}; it must be at most {most}",
             )
         require(
-            self.num_layers >= 0,
-            f"TransformerConfig.num_layers is {self.num_layers}; give 0 (to grow from) or more",
-        )
-        for name in ("loss_chunks", "cudnn_documents"):
-            value = getattr(self, name)
-            require(value >= 0, f"TransformerConfig.{name} is {value}; give 0 (off) or more")
-        require(
             0 <= self.num_tokens <= self.vocab_size,
             f"TransformerConfig.num_tokens is {self.num_tokens} and vocab_size {self.vocab_size}; "
             "give 0 (all ids) or a number that is not larger",
@@ -216,10 +209,6 @@ class TransformerConfig(Checked):
         require_choice(self, "norms", NORMS)
         require_choice(self, "qk_norm", QK_NORMS)
         require_choice(self, "activation", ACTIVATIONS)
-        for name in ("qk_norm_eps", "window", "attention_mult", "attention_softcap",
-                     "logit_softcap"):  # fmt: skip
-            value = getattr(self, name)
-            require(value >= 0, f"TransformerConfig.{name} is {value}; give 0 (off) or more")
         for kind in self.layer_kinds:
             require(
                 kind in LAYER_KINDS,
@@ -390,9 +379,6 @@ class ScheduleConfig(Checked):
             0 <= self.final_ratio <= 1,
             f"ScheduleConfig.final_ratio is {self.final_ratio}; it must be in [0, 1]",
         )
-        for name in ("warmup_steps", "total_steps", "decay_steps"):
-            value = getattr(self, name)
-            require(value >= 0, f"ScheduleConfig.{name} is {value}; it must be 0 or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -484,10 +470,6 @@ class MeshConfig(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, "fsdp", "tensor", "dcn_data", "dcn_fsdp")
-        require(
-            self.data >= 0,
-            f"MeshConfig.data is {self.data}; give 0 (all devices that are left) or more",
-        )
         for axis, size, parts in (
             ("data", self.data, self.dcn_data),
             ("fsdp", self.fsdp, self.dcn_fsdp),
@@ -530,10 +512,6 @@ class LayoutConfig(Checked):
             f"LayoutConfig.topology is {self.topology!r}; give KIND:SIZES, as v5p:8x8x8 or "
             "h100:16x8 (nodes x GPUs), with @SLICES for several slices",
         )
-        require(
-            self.accumulate >= 0,
-            f"LayoutConfig.accumulate is {self.accumulate}; give 0 (the stage's) or more",
-        )
         if self.remat:
             parse_remat(self.remat, "LayoutConfig.remat")
         require_choice(self, "dtype", ("", "float32", "bfloat16"))
@@ -566,10 +544,6 @@ class StageConfig(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, "batch_size", "accumulate", "learning_rate", "matrix_learning_rate")
-        require(
-            self.steps >= 0,
-            f"stage {self.name}: steps is {self.steps}; give 0 (not trained) or more",
-        )
         require(
             self.name.replace("-", "").replace("_", "").isalnum() and len(self.name) <= 60,
             f"StageConfig.name is {self.name!r}; use letters, digits, - and _, 60 at most: it "

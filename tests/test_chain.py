@@ -273,7 +273,7 @@ def test_benchmark_has_its_keys():
 def test_metrics_are_rewound_and_an_incomplete_line_is_ignored(tmp_path):
     metrics = MetricsFile(tmp_path / "metrics.jsonl")
     for step in (10, 20, 30):
-        metrics.append("train", step, loss=1.0)
+        metrics.append("train", step, loss=1.0, mask=1.0)
         metrics.append("eval", step, bpb=2.0)
     with open(metrics.path, "a") as file:
         file.write('{"kind": "train", "st')

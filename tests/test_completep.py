@@ -90,7 +90,7 @@ def test_adams_eps_follows_the_rule():
     ("change", "words"),
     [
         ({"mup_base_depth": 7}, "mup_base_depth is 7 and num_layers 6; give 0"),
-        ({"mup_base_depth": -1}, "mup_base_depth is -1 and num_layers 6; give 0"),
+        ({"mup_base_depth": -1}, "mup_base_depth is -1; it must be 0 or above"),
         ({"depth_scaled_init": True}, "set depth_scaled_init to False"),
         ({"parametrisation": "completeP"}, "choose one of mup, completep, sp"),
     ],

@@ -211,7 +211,7 @@ def test_a_tied_head_is_counted_once_as_parameters_and_fully_as_flops():
     ({"layer_kinds": ("sliding",)}, r"sliding layers and window is 0"),
     ({"layer_kinds": ("local",)}, r"layer_kinds has 'local'; choose from full, sliding"),
     ({"rope": RopeConfig(fraction=0.5)}, r"rotates 3 of head_dim 6 coordinates"),
-    ({"attention_softcap": -1.0}, r"attention_softcap is -1.0; give 0 \(off\) or more"),
+    ({"attention_softcap": -1.0}, r"attention_softcap is -1.0; it must be 0 or above"),
     ({"norms": "pre"}, r"norms is 'pre'; choose one of before, after, both"),
 ])  # fmt: skip
 def test_mistakes_name_field_and_value(values, line):

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from flm_jax.commands import config_files
+from flm_jax.errors import Exit
 from flm_jax.growth import stream
 from flm_jax.runs import grow_on_disk
 from flm_jax.runtime import processes
@@ -121,7 +122,7 @@ def test_processes_grow_the_same_bits_also_after_one_was_killed(tmp_path):
         time.sleep(0.01)
     started[1].send_signal(signal.SIGKILL)
     (status, _, err), _ = end_all(started)
-    assert status == 1 and "another process was lost" in err
+    assert status == Exit.LOST and "another process was lost" in err
     assert [p.suffix for p in (target / at).iterdir()] == [".partial"]
     rest = grow(target)
     assert 0 < rest["bytes_written"] < rest["bytes"]

@@ -173,9 +173,9 @@ def test_schedules():
         ({"kind": "cosine", "warmup_steps": 11}, 10, "warmup_steps is 11, more than the 10 steps"),
         ({"kind": "constant", "warmup_steps": 11}, 10, "warmup_steps is 11, more than the 10"),
         ({"warmup_steps": 4, "decay_steps": 10}, 10, "4 and decay_steps 10, together 14, more"),
-        ({"warmup_steps": -3}, 10, "warmup_steps is -3; it must be 0 or more"),
-        ({"total_steps": -5}, 10, "total_steps is -5; it must be 0 or more"),
-        ({"decay_steps": -4}, 10, "decay_steps is -4; it must be 0 or more"),
+        ({"warmup_steps": -3}, 10, "warmup_steps is -3; it must be 0 or above"),
+        ({"total_steps": -5}, 10, "total_steps is -5; it must be 0 or above"),
+        ({"decay_steps": -4}, 10, "decay_steps is -4; it must be 0 or above"),
     ],
 )
 def test_schedules_that_cannot_be_meant_are_refused(schedule, total, message):

@@ -17,7 +17,7 @@ from flm_jax.config import TransformerConfig
 from flm_jax.execution import SplashConfig
 from flm_jax.models.documents import document_spans
 from flm_jax.params.dtypes import wide
-from flm_jax.params.sharding import BATCH_AXES, head_axes
+from flm_jax.params.sharding import BATCH_AXES, constrain, head_axes
 
 # Queries are cut into at most this many chunks, and each chunk uses only the keys up to its end.
 # With 8 chunks, 44% of the score matrix is never computed.
@@ -198,6 +198,8 @@ def cudnn(
         out_BTNH = by_offsets(q_BTNH, k_BTNH, v_BTNH, segment_ids_BT, scoring, documents)
         return out_BTNH.reshape(B, T, K, G, H)
     same_B1TT = segment_ids_BT[:, None, :, None] == segment_ids_BT[:, None, None, :]
+    # cuDNN refuses a bias that is split along its tokens, which XLA does if nothing else is said.
+    same_B1TT = constrain(same_B1TT, BATCH_AXES, None, None, None)
     out_BTNH = jax.nn.dot_product_attention(
         q_BTNH,
         k_BTKH,

@@ -160,6 +160,7 @@ class GrowthStudyConfig(Checked):
         rising.
       gate_ratio: C over the crossover.
       gate_margin: bits per byte by which the target must beat the source at C.
+      gated: whether the study ends where it does not.
       multiples: of C, at which the target from scratch is decayed.
       decay_share: share of the FLOPs over which every learning rate falls to zero.
       tuning_share: of C, at which learning rates are tried.
@@ -190,6 +191,7 @@ class GrowthStudyConfig(Checked):
     gate_budgets: tuple[float, ...] = ()
     gate_ratio: float = 2.5
     gate_margin: float = 0.03
+    gated: bool = True
     multiples: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)
     decay_share: float = 0.2
     tuning_share: float = 0.25
