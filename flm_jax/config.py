@@ -545,8 +545,9 @@ class StageConfig(Checked):
         super().__post_init__()
         require_positive(self, "batch_size", "accumulate", "learning_rate", "matrix_learning_rate")
         require(
-            self.name.replace("-", "").replace("_", "").isalnum(),
-            f"StageConfig.name is {self.name!r}; use letters, digits, - and _: it names a folder",
+            self.name.replace("-", "").replace("_", "").isalnum() and len(self.name) <= 60,
+            f"StageConfig.name is {self.name!r}; use letters, digits, - and _, 60 at most: it "
+            "names a folder",
         )
         require(
             self.batch_size % self.accumulate == 0,

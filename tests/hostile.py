@@ -107,7 +107,7 @@ def _change(
         node.insert(rng.randrange(len(node) + 1), copy.deepcopy(value))
     elif action == 9:
         node[key] = rng.choice(([value], {str(key): value}, str(value), [value, value]))
-    elif action == 10 and isinstance(value, int | float):
+    elif action == 10 and isinstance(value, int | float) and abs(value) < 1e300:
         node[key] = rng.choice(
             (-value, value + 1, value - 1, value * 1000, float(value), value / 3)
         )

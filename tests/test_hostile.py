@@ -12,7 +12,7 @@ import pytest
 from flm_jax.data import jinja_budget, jinja_text, json_text
 from flm_jax.errors import UserError
 from flm_jax.interop import tensor_files
-from flm_jax.runtime import regular
+from flm_jax.runtime import paths, regular
 from flm_jax.store import entries
 from flm_jax.store.lineage import RunFolder
 from tests import hostile, hostile_readers, runs
@@ -78,7 +78,7 @@ def test_control_characters_of_a_file_do_not_reach_the_terminal():
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("name", "../../s0"), ("name", "a/b"), ("name", ""), ("name", "a\nb"),
+        ("name", "../../s0"), ("name", "a/b"), ("name", ""), ("name", "a\nb"), ("name", "a" * 61),
         ("checkpoint", "../../other/checkpoints/7"), ("checkpoint", "/etc/7"),
         ("checkpoint", "stages/1-s0/checkpoints/7"), ("checkpoint", "stages/0-s0/checkpoints/../7"),
         ("index", -1), ("index", 1), ("index", True), ("steps", -1), ("wall_s", float("nan")),
@@ -117,7 +117,9 @@ def test_metrics_with_a_damaged_line_are_not_cut_off(tmp_path):
             entries.read_metrics(path)
 
 
-@pytest.mark.parametrize("file", ["../x", "/etc/passwd", "a/b", "..", "", "./x", None, 3, ["x"]])
+@pytest.mark.parametrize(
+    "file", ["../x", "/etc/passwd", "a/b", "..", "", "./x", "x" * 300, "a\0b", None, 3, ["x"]]
+)
 def test_an_index_names_files_of_its_folder(file, tmp_path):
     index = {"weight_map": {"a": file}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -177,6 +179,14 @@ def test_a_template_may_do_what_templates_do():
     )
     done, _ = jinja_text.render(text, [{"role": "user", "content": ""}] * 2, {})
     assert done == "user6user12|007A+B  x  |  1---[1, 2]1024"
+
+
+@pytest.mark.parametrize("text", ["a/" + "b" * 300, "a\0b", "~no one/x", "a/" * 3000])
+def test_a_path_that_no_file_can_have_is_refused(text):
+    with pytest.raises(UserError, match=r"source '.*'.*; give") as caught:
+        paths.of(text, "source")
+    assert str(caught.value).isprintable()
+    assert paths.of("a b/é", "source") == pathlib.Path("a b/é")
 
 
 @pytest.mark.parametrize("kind", ["fifo", "loop", "zero", "socket", "gone", "back"])

@@ -24,6 +24,7 @@ from flm_jax.runtime import paths, regular
 
 # SentencePiece's character for a space.
 SPACE = "\u2581"
+_MOST_TOKENS = 1 << 22  # every id up to the largest has an entry in the table
 # Names of the byte vocabulary's first tokens, as exported files give them.
 BYTES_SPECIAL = ("<pad>", "</s>", "<unk>")
 # (texts, special, inside) -> ids of each text; see `Tokenizer.encode`.
@@ -304,7 +305,9 @@ def _hugging_face(path: pathlib.Path, where: str) -> Tokenizer:
         library.no_padding()
     added = {token["id"]: token for token in fields.get("added_tokens", ())}
     piece_of = _piece_reader(fields, where)
-    size = max(model.get_vocab(with_added_tokens=True).values()) + 1
+    size = max(model.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    if size > _MOST_TOKENS:
+        raise UserError(f"{where}: it has a token with id {size - 1:,}; fetch the file again")
 
     def piece(token: int) -> bytes:
         if token in added:

@@ -266,6 +266,7 @@ class Tensors:
             if (
                 not isinstance(file, str)
                 or file in ("", "..")
+                or not paths.is_name(file)
                 or file != pathlib.PurePath(file).name
             ):
                 raise UserError(

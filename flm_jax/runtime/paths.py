@@ -23,6 +23,7 @@ from flm_jax.errors import UserError
 # The client of each scheme, and the extra that installs it.
 _CLIENTS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
 _SMALL_BYTES = 64 << 20
+_LONGEST_NAME, _LONGEST_PATH = 255, 4000  # of Linux, in bytes; some is left for names below
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://|(gs|s3):/")
 
 
@@ -37,12 +38,13 @@ def of(given: str | os.PathLike[str], argument: str = "") -> pathlib.Path:
       A path. It is an `epath.Path` on a bucket.
 
     Raises:
-      UserError: no client can open it: an unknown scheme, no bucket's name, a missing package.
+      UserError: no client can open it: an unknown scheme, no bucket's name, a missing package. Or
+        no file can have this path.
     """
     text = os.fspath(given)
     found = _SCHEME.match(text)
     if not found:
-        return pathlib.Path(text).expanduser()
+        return _local(text, argument)
     scheme = found[1] or found[2]
     name = f"{argument} {text}" if argument else text
     if scheme not in _CLIENTS:
@@ -64,6 +66,26 @@ def of(given: str | os.PathLike[str], argument: str = "") -> pathlib.Path:
     from etils import epath
 
     return cast(pathlib.Path, epath.Path(text))
+
+
+def is_name(text: str) -> bool:
+    """Whether a file can have this name: without it, every question about the file is an error."""
+    try:
+        return "\0" not in text and len(os.fsencode(text)) <= _LONGEST_NAME
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+
+
+def _local(text: str, argument: str) -> pathlib.Path:
+    if len(text) > _LONGEST_PATH or not all(map(is_name, text.split("/"))):
+        problem = "it is too long, or has a null character; give another"
+        raise UserError(f"{argument} {text!r} is no path: {problem}".strip(), argument=argument)
+    try:
+        return pathlib.Path(text).expanduser()
+    except RuntimeError as error:
+        raise UserError(
+            f"{argument} {text!r}: {error}; give a path without ~".strip(), argument=argument
+        ) from error
 
 
 @functools.cache

@@ -21,7 +21,7 @@ from flm_jax.mapping import Checked
 from flm_jax.runtime import regular
 
 VERSION = 1
-_NAME = re.compile(r"[\w-]+")
+_NAME = re.compile(r"[\w-]{1,60}")
 _MEASURED = (
     "max_abs_logit_diff", "logit_scale", "loss_before", "loss_after", "dead_slots", "locked_copies",
 )  # fmt: skip
@@ -50,7 +50,7 @@ class Entry(Checked):
         super().__post_init__()
         require(
             bool(_NAME.fullmatch(self.name)),
-            f"Entry.name is {self.name!r}; it names a folder: letters, digits, - and _",
+            f"Entry.name is {self.name!r}; it names a folder: up to 60 letters, digits, - and _",
         )
         place = f"stages/{self.index}-{self.name}/checkpoints/"
         require(
