@@ -208,6 +208,8 @@ def test_mistakes_on_the_command_line(tmp_path):
     tiny_config = "--config=configs/study.py:tiny"
     assert "--workdir is missing" in mistake("study", tiny_config)
     assert "has no study.json" in mistake("study", f"--workdir={tmp_path}", "--list")
+    for workdir, words in (("gs://bucket/study", "read from a disk"), ("nfs://x", "no client")):
+        assert words in mistake("study", tiny_config, f"--workdir={workdir}", "--processes=0")
     assert "--docs" in mistake("study", "--report", f"--docs={tmp_path}")
     assert "no-such" in mistake(
         "study", tiny_config, f"--workdir={tmp_path}/new", "--processes=0",

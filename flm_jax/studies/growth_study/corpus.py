@@ -28,6 +28,7 @@ from flm_jax import mapping
 from flm_jax.data.stream import Batch
 from flm_jax.data.tokenizer import Tokenizer, open_tokenizer
 from flm_jax.errors import UserError
+from flm_jax.runtime import paths
 from flm_jax.store.files import write_json
 from flm_jax.studies.growth_study.config import CorpusConfig
 
@@ -72,8 +73,8 @@ def find(config: CorpusConfig) -> tuple[list[Document], dict[str, str]]:
     versions: dict[str, str] = {}
     if config.stdlib:
         root = pathlib.Path(sysconfig.get_path("stdlib"))
-        paths = (p for p in root.rglob("*.py") if NOT_STDLIB.isdisjoint(p.relative_to(root).parts))
-        documents += _read(STDLIB, ((p, p.relative_to(root).as_posix()) for p in paths), config)
+        ours = (p for p in root.rglob("*.py") if NOT_STDLIB.isdisjoint(p.relative_to(root).parts))
+        documents += _read(STDLIB, ((p, p.relative_to(root).as_posix()) for p in ours), config)
         versions[STDLIB] = platform.python_version()
     for package in config.packages:
         try:
@@ -88,7 +89,8 @@ def find(config: CorpusConfig) -> tuple[list[Document], dict[str, str]]:
         documents += _read(package, pairs, config)
         versions[package] = found.version
     if config.path:
-        root = pathlib.Path(config.path).expanduser()
+        root = paths.of(config.path, "corpus.path")
+        paths.check_local(root, "a study's texts")
         pairs = ((p, p.relative_to(root).as_posix()) for p in root.rglob("*") if p.is_file())
         own = list(_read("path", pairs, config))
         if not own:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import pathlib
 import shutil
 import signal
 import subprocess
@@ -20,7 +19,7 @@ from typing import Any
 
 from flm_jax import mapping
 from flm_jax.errors import RunStopped, UserError
-from flm_jax.runtime import host
+from flm_jax.runtime import host, paths
 from flm_jax.runtime.stop import SIGNALS, StopRequest
 from flm_jax.store.files import write_json
 from flm_jax.studies.growth_study import analysis, corpus, phases
@@ -92,7 +91,7 @@ def begin(config: GrowthStudyConfig, workdir: str, other_machine: bool = False) 
     Raises:
       UserError: the folder belongs to another study, or the corpus cannot feed the budgets.
     """
-    folder = StudyFolder(pathlib.Path(workdir))
+    folder = _folder(workdir)
     if not folder.corpus.exists():
         fresh = not folder.path.exists()
         try:
@@ -127,9 +126,16 @@ def _check(config: GrowthStudyConfig, opened: Corpus) -> None:
     phases.check_corpus(lab, opened.available, config.budget or None)
 
 
+def _folder(workdir: str) -> StudyFolder:
+    """A study's folder. Raises UserError for one on a bucket, which cannot lock a piece."""
+    path = paths.of(workdir, "workdir")
+    paths.check_local(path, "studies")
+    return StudyFolder(path)
+
+
 def reopen(workdir: str) -> Opened:
     """Opens a study to read it, from any machine."""
-    folder = StudyFolder(pathlib.Path(workdir))
+    folder = _folder(workdir)
     study = folder.read()
     config = mapping.from_mapping(GrowthStudyConfig, study["config"])
     opened = Corpus(folder.corpus, config.sequence_length)
