@@ -222,13 +222,18 @@ def test_sigterm_stops_the_command_and_the_restarts(tmp_path, pausing):
 
 def test_a_second_sigterm_does_not_break_the_save():
     """A scheduler may send it to every process, and a launcher forwards it; Ctrl-C twice ends."""
-    with StopRequest() as stop:
-        for _ in range(2):
-            signal.raise_signal(signal.SIGTERM)
-        assert stop.requested == signal.SIGTERM
-        signal.raise_signal(signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
+    # A shell's background jobs, and so these tests in one, inherit that SIGINT is ignored.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with StopRequest() as stop:
+            for _ in range(2):
+                signal.raise_signal(signal.SIGTERM)
+            assert stop.requested == signal.SIGTERM
             signal.raise_signal(signal.SIGINT)
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, inherited)
 
 
 # --- flm doctor --------------------------------------------------------------------------------
