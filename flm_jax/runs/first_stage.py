@@ -26,7 +26,7 @@ from flm_jax.interop.opening import StoredModel
 from flm_jax.interop.stage_source import open_stage_source
 from flm_jax.params import axes
 from flm_jax.runs import chain
-from flm_jax.runs.stage import plan_of
+from flm_jax.runs.stage import computed_by, plan_of
 from flm_jax.runtime import processes
 from flm_jax.store.checkpoint import CHUNK_BYTES, by_name, complete, shapes
 from flm_jax.store.chunk_writer import CheckpointWriter
@@ -87,7 +87,8 @@ def write(config: ExperimentConfig, target: RunFolder, memory: int) -> None:
     def end() -> None:
         digest = digest_on_disk(CheckpointReader(path), stage.model, memory)
         with disk_refusals(f"{target.path} cannot be written"):
-            target.add_stage(untrained_entry(folder, saved, stage.model, digest))
+            entry = untrained_entry(folder, saved, stage.model, digest)
+            target.add_stage(entry | computed_by(stage.model))
 
     with target.writing():
         if not processes.once(begin):

@@ -460,7 +460,11 @@ def _entry(
         },
         "receipt": folder.saved_receipt() if stage.parent else None,
         "data_fingerprint": stage.identity["data_fingerprint"],
-        "gradient_reduction": model.gradient_dtype,
-        "xla_flags": xla_flags.record(),
+        **computed_by(model),
         **more,
     }
+
+
+def computed_by(model: TransformerConfig) -> dict[str, Any]:
+    """Returns what a stage's entry says of how this process computes."""
+    return {"gradient_reduction": model.gradient_dtype, "xla_flags": xla_flags.record()}
