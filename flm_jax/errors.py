@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
+from collections.abc import Iterator
 
 
 class Exit(enum.IntEnum):
@@ -42,6 +44,20 @@ class UserError(ValueError):
     def __init__(self, message: str, *, argument: str = "") -> None:
         super().__init__(_one_line(message))
         self.argument = argument
+
+
+@contextlib.contextmanager
+def within(place: str) -> Iterator[None]:
+    """Puts a place, as "stage large", before the message of a UserError raised inside.
+
+    A message that begins with the place stays as it is.
+    """
+    try:
+        yield
+    except UserError as error:
+        if str(error).startswith(f"{place}:"):
+            raise
+        raise type(error)(f"{place}: {error}", argument=error.argument) from error
 
 
 def _one_line(message: str) -> str:

@@ -21,6 +21,7 @@ from ml_collections.config_flags import config_flags, config_path
 
 from flm_jax.commands import config_files
 from flm_jax.errors import UserError
+from flm_jax.runtime import display
 
 F = TypeVar("F")
 Need = Literal["required", "optional", "none"]
@@ -90,7 +91,7 @@ class Call(Generic[F]):
 
         Brackets in names that come from files are not markup.
         """
-        return rich.console.Console(stderr=self.json, markup=False, **options)
+        return display.open_console(stderr=self.json, **options)
 
 
 @dataclasses.dataclass(frozen=True)
