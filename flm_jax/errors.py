@@ -24,10 +24,10 @@ class Exit(enum.IntEnum):
     PREEMPTED = 143  # SIGTERM, as schedulers send it before they take the machine
 
 
-# After these the same command can continue where it stopped. After damage and numerics it would come
-# to the same end, and a full disk needs somebody who makes room. A hardware fault also shows as a
-# traceback (1), or as a signal that nobody handles: abort, bus error, kill (also by the kernel for
-# memory), segmentation fault.
+# After these the same command can continue where it stopped. After damage and numerics it would
+# come to the same end, and a full disk needs somebody who makes room. A hardware fault also shows
+# as a traceback (1), or as a signal that nobody handles: abort, bus error, kill (also by the kernel
+# for memory), segmentation fault.
 RESTARTABLE = (Exit.FAILED, Exit.LOST, 134, 135, 137, 139, Exit.PREEMPTED)
 
 
