@@ -204,10 +204,9 @@ def _from_mapping(cls: type[T], values: Mapping[str, Any], path: str) -> T:
     try:
         return cls(**converted)
     except UserError as error:  # the class does not know where it is
-        field = str(error).removeprefix(f"{cls.__name__}.")
-        if field == str(error):
-            raise
-        raise type(error)(f"{path}.{field}", argument=error.argument) from error
+        if str(error).startswith(f"{cls.__name__}."):
+            error.args = (f"{path}.{str(error).removeprefix(f'{cls.__name__}.')}",)
+        raise
 
 
 def _convert_field(field: dataclasses.Field[Any], hint: Any, value: Any, path: str) -> Any:

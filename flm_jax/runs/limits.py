@@ -59,8 +59,8 @@ def _memory(devices: Sequence[Any]) -> int:
     """Bytes of memory of all devices together; 0: not known."""
     if devices[0].platform == "cpu":  # they share the memory of their process's host
         return host.memory_bytes() * jax.process_count()
-    limit = (devices[0].memory_stats() or {}).get("bytes_limit", 0)
-    return int(limit) * len(devices)
+    limit: int = (devices[0].memory_stats() or {}).get("bytes_limit", 0)
+    return limit * len(devices)
 
 
 def remarks(config: ExperimentConfig) -> list[str]:
