@@ -58,9 +58,9 @@ def least_bytes(config: ExperimentConfig, index: int) -> int:
 def _memory(devices: Sequence[Any]) -> int:
     """Bytes of memory of all devices together; 0: not known."""
     if devices[0].platform == "cpu":  # they share the memory of their process's host
-        return host.memory_bytes() * jax.process_count()
-    limit: int = (devices[0].memory_stats() or {}).get("bytes_limit", 0)
-    return limit * len(devices)
+        return host.memory_bytes() * int(jax.process_count())
+    stats: dict[str, int] = devices[0].memory_stats() or {}
+    return stats.get("bytes_limit", 0) * len(devices)
 
 
 def remarks(config: ExperimentConfig) -> list[str]:
