@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import enum
+import os
 
 
 class Exit(enum.IntEnum):
@@ -16,6 +17,7 @@ class Exit(enum.IntEnum):
     FAILED = 1  # a traceback, or a check of the command does not hold (its --help says which)
     MISTAKE = 2  # of the user: one line says what to change
     GATE = 3  # `flm compare`: the new model is worse than its limits allow
+    DAMAGE = 65  # a file of a run is damaged or missing (EX_DATAERR); nothing was deleted
     LOST = 75  # another process was lost (EX_TEMPFAIL of sysexits.h: try again)
     INTERRUPTED = 130  # Ctrl-C (SIGINT)
     PREEMPTED = 143  # SIGTERM, as schedulers send it before they take the machine
@@ -42,6 +44,20 @@ class UserError(ValueError):
     def __init__(self, message: str, *, argument: str = "") -> None:
         super().__init__(_one_line(message))
         self.argument = argument
+
+
+class DamageError(UserError):
+    """A file of a run is damaged, or missing beside the files that belong to it.
+
+    Attributes:
+      path: the damaged checkpoint's folder, or the file.
+    """
+
+    status = Exit.DAMAGE
+
+    def __init__(self, message: str, path: os.PathLike[str] | str = "") -> None:
+        super().__init__(message)
+        self.path = os.fspath(path)
 
 
 def _one_line(message: str) -> str:

@@ -1,7 +1,7 @@
 """Damages the files of a run, by kind and seed. The fault tests share these injectors.
 
-  damage.inflict(path, "bit", seed=3)       one file, in place
-  damage.files_of(checkpoint)               what can be damaged in a folder
+damage.inflict(path, "bit", seed=3)       one file, in place
+damage.files_of(checkpoint)               what can be damaged in a folder
 """
 
 import pathlib
