@@ -17,14 +17,16 @@ class Exit(enum.IntEnum):
     MISTAKE = 2  # of the user: one line says what to change
     GATE = 3  # `flm compare`: the new model is worse than its limits allow
     LOST = 75  # another process was lost (EX_TEMPFAIL of sysexits.h: try again)
+    HANGUP = 129  # SIGHUP: the terminal is gone
     INTERRUPTED = 130  # Ctrl-C (SIGINT)
+    NOTICE = 138  # SIGUSR1, as Slurm can send it some time before it ends a job
     PREEMPTED = 143  # SIGTERM, as schedulers send it before they take the machine
 
 
 # After these the same command can continue where it stopped. A hardware fault also shows as a
 # traceback (1), or as a signal that nobody handles: abort, bus error, kill (also by the kernel for
 # memory), segmentation fault.
-RESTARTABLE = (Exit.FAILED, Exit.LOST, 134, 135, 137, 139, Exit.PREEMPTED)
+RESTARTABLE = (Exit.FAILED, Exit.LOST, 134, 135, 137, Exit.NOTICE, 139, Exit.PREEMPTED)
 
 
 class UserError(ValueError):
