@@ -178,6 +178,7 @@ def lives(folder, statuses, **given):
     [
         ([Exit.LOST, Exit.PREEMPTED, -signal.SIGKILL, Exit.FAILED, Exit.OK], (0, 5)),
         ([Exit.LOST, Exit.MISTAKE, Exit.OK], (2, 2)),
+        ([Exit.LOST, Exit.NUMERICS, Exit.OK], (70, 2)),
         ([Exit.INTERRUPTED, Exit.OK], (130, 1)),
         ([Exit.LOST] * 9, (75, 4)),  # gives up after 3 restarts
         ([-signal.SIGSEGV] * 9, (139, 4)),
@@ -193,6 +194,7 @@ def test_a_life_that_lasted_starts_the_count_again(tmp_path):
 
 def test_statuses_are_told_apart():
     assert {Exit.OK, Exit.MISTAKE, Exit.GATE, Exit.INTERRUPTED}.isdisjoint(RESTARTABLE)
+    assert {Exit.DAMAGE, Exit.NUMERICS, Exit.DISK}.isdisjoint(RESTARTABLE)
     page = (ROOT / "docs" / "clusters.md").read_text()
     rows = [line.split("|") for line in page.splitlines() if line.startswith("| ")]
     listed = {int(row[1]): row[3].strip() for row in rows if row[3].strip() in ("yes", "no")}

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flm_jax.errors import UserError
+from flm_jax.errors import NumericsError
 from flm_jax.runs.stage import Ramp, Stage
 from flm_jax.runtime.display import Progress
 from flm_jax.runtime.joints import CutShort
@@ -125,7 +125,7 @@ class Report:
           The request that came with the step; 0: none. See `stop.request`.
 
         Raises:
-          UserError: the loss is not finite.
+          NumericsError: the loss is not finite.
         """
         if dispatched is None:
             return 0
@@ -150,10 +150,10 @@ class Report:
             self._losses.clear()
         return int(dispatched.request)
 
-    def _diverged(self, step: int, loss: float) -> UserError:
+    def _diverged(self, step: int, loss: float) -> NumericsError:
         good = self._checkpoints.last_saved
         path = "none" if good is None else self._checkpoints.path(good)
-        return UserError(
+        return NumericsError(
             f"stage {self._stage.name}: loss is {loss} at step {step}; the last good checkpoint "
             f"is {path}; lower learning_rate or raise warmup_steps, in a new workdir"
         )
