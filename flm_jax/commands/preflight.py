@@ -20,7 +20,6 @@ the best ones. `flm compile` is the old name.
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +57,7 @@ class Flags:
 def main(call: Call[Flags]) -> dict[str, Any]:
     flags = call.flags
     if not flags.own:
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        host.prefer_cpu()
     from flm_jax.aot import compiler, search  # after the setting
 
     chain = _tried(config_files.experiment(call.config), flags)

@@ -15,6 +15,17 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1
 _KEPT_OF_STATE = 16
 
 
+def prefer_cpu() -> None:
+    """Makes JAX compute on the CPU, unless the user has set JAX_PLATFORMS.
+
+    For commands that only describe accelerators: JAX would look for real ones first, and its CUDA
+    plugin fails on a machine without a driver. JAX reads the variable when it is imported, so that
+    setting the variable here would come too late.
+    """
+    if not os.environ.get("JAX_PLATFORMS"):
+        jax.config.update("jax_platforms", "cpu")
+
+
 def keep_freed() -> None:
     """Keeps freed arrays in the process, with glibc. Call it before JAX does anything.
 
