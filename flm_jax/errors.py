@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import enum
+import os
 
 
 class Exit(enum.IntEnum):
@@ -20,7 +21,9 @@ class Exit(enum.IntEnum):
     NUMERICS = 70  # a loss, gradient or update is not finite, or losses spike (EX_SOFTWARE)
     DISK = 74  # no space, or a disk fails (EX_IOERR)
     LOST = 75  # another process was lost (EX_TEMPFAIL of sysexits.h: try again)
+    HANGUP = 129  # SIGHUP: the terminal is gone
     INTERRUPTED = 130  # Ctrl-C (SIGINT)
+    NOTICE = 138  # SIGUSR1, as Slurm can send it some time before it ends a job
     PREEMPTED = 143  # SIGTERM, as schedulers send it before they take the machine
 
 
@@ -28,7 +31,7 @@ class Exit(enum.IntEnum):
 # come to the same end, and a full disk needs somebody who makes room. A hardware fault also shows
 # as a traceback (1), or as a signal that nobody handles: abort, bus error, kill (also by the kernel
 # for memory), segmentation fault.
-RESTARTABLE = (Exit.FAILED, Exit.LOST, 134, 135, 137, 139, Exit.PREEMPTED)
+RESTARTABLE = (Exit.FAILED, Exit.LOST, 134, 135, 137, Exit.NOTICE, 139, Exit.PREEMPTED)
 
 
 class UserError(ValueError):
@@ -52,6 +55,20 @@ class NumericsError(UserError):
     """A loss, gradient or update is not finite, or losses spike; the last good state is kept."""
 
     status = Exit.NUMERICS
+
+
+class DamageError(UserError):
+    """A file of a run is damaged, or missing beside the files that belong to it.
+
+    Attributes:
+      path: the damaged checkpoint's folder, or the file.
+    """
+
+    status = Exit.DAMAGE
+
+    def __init__(self, message: str, path: os.PathLike[str] | str = "") -> None:
+        super().__init__(message)
+        self.path = os.fspath(path)
 
 
 def _one_line(message: str) -> str:

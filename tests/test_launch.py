@@ -202,21 +202,24 @@ def test_statuses_are_told_apart():
     assert {status for status, again in listed.items() if again == "yes"} == set(RESTARTABLE)
 
 
-@pytest.mark.parametrize("pausing", [False, True])
-def test_sigterm_stops_the_command_and_the_restarts(tmp_path, pausing):
+@pytest.mark.parametrize(
+    ("pausing", "number"),
+    [(False, signal.SIGTERM), (True, signal.SIGTERM), (False, signal.SIGUSR1)],
+)
+def test_a_signal_stops_the_command_and_the_restarts(tmp_path, pausing, number):
     begun = tmp_path / "begun"
-    body = "exit 75" if pausing else "trap 'exit 143' TERM; while :; do sleep 0.01; done"
+    body = "exit 75" if pausing else "trap 'exit 143' TERM USR1; while :; do sleep 0.01; done"
     script = pathlib.Path(restart.__file__)
     process = subprocess.Popen(
         [sys.executable, script, "--first=60", "--last=60", "bash", "-c",
-         f"trap 'exit 143' TERM; echo >> {begun}; {body}"],
+         f"trap 'exit 143' TERM USR1; echo >> {begun}; {body}"],
         env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     if pausing:
         assert "restart 1 of 10 in 60 s" in process.stderr.readline()
     while not begun.exists():
         time.sleep(0.01)
-    process.terminate()
+    process.send_signal(number)
     assert process.wait(timeout=20) == (75 if pausing else 143)
     assert begun.read_text() == "\n"
     process.stderr.close()

@@ -39,7 +39,8 @@ from flm_jax.runs.stage import (
     restore,
     with_derived,
 )
-from flm_jax.runtime import host, paths, processes, xla_flags
+from flm_jax.runtime import host, joints, paths, processes, xla_flags
+from flm_jax.runtime.stop import StopRequest
 from flm_jax.store.checkpoint import Checkpoints
 from flm_jax.store.lineage import RunFolder, identity
 from flm_jax.train import schedules
@@ -65,7 +66,7 @@ def run(config: ExperimentConfig, workdir: str) -> list[dict[str, Any]]:
 
     Raises:
       UserError: the config, the data or the folder does not fit; nothing is overwritten.
-      RunStopped: after SIGINT or SIGTERM; a checkpoint was written.
+      RunStopped: after a signal of `stop.SIGNALS`; what was trained is on disk.
     """
     require_type(config, ExperimentConfig, "run: config")
     xla_flags.apply()
@@ -80,7 +81,7 @@ def run(config: ExperimentConfig, workdir: str) -> list[dict[str, Any]]:
     if first.source and not folder.stage(0, first.name).config.exists():
         open_stage_source(config)  # raises if it does not fit, before anything is written
     paths.check_bucket(paths.of(config.data.path, "config.data.path"), "config.data.path")
-    with folder.writing():
+    with StopRequest(bounded=True), folder.writing():
         done = processes.once(lambda: _finished(config, folder))
         if len(done) >= len(config.stages):
             return done
@@ -312,7 +313,7 @@ def _evaluate(
     masks_at: MasksAt | None,
     mask_value: float | None,
 ) -> dict[str, float]:
-    """Measures bits per byte of the validation text."""
-    mesh = layout.mesh
-    result = score(params, model, text(), corpus.token_bytes, mesh, masks_at, mask_value)
+    """Measures bits per byte of the validation text. Raises CutShort if a signal comes."""
+    mesh, batches = layout.mesh, joints.between(text())
+    result = score(params, model, batches, corpus.token_bytes, mesh, masks_at, mask_value)
     return {"bpb": result.bits_per_byte}

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flm_jax.errors import NumericsError
 from flm_jax.runs.stage import Ramp, Stage
 from flm_jax.runtime.display import Progress
+from flm_jax.runtime.joints import CutShort
 from flm_jax.store.checkpoint import Checkpoints
 from flm_jax.store.files import MetricsFile
 from flm_jax.store.metrics import TensorBoard
@@ -51,12 +52,20 @@ class Evaluation:
         due = step in (stage.start, stage.end, self._ramp.end) or since % every == 0
         return due and step not in self._measured
 
-    def __call__(self, step: int, params: Any) -> None:
-        """Evaluates the parameters after a global step."""
+    def __call__(self, step: int, params: Any) -> int:
+        """Evaluates the parameters after a global step.
+
+        Returns:
+          The number of the signal that cut it short: it is not measured, and is due again; 0: none.
+        """
         mask = self._ramp.value(step)
-        result = self._stage.evaluate(params, self._ramp.masks_at, mask)
+        try:
+            result = self._stage.evaluate(params, self._ramp.masks_at, mask)
+        except CutShort as cut:
+            return cut.number
         self._measured[step] = result
         self._write(step, result, mask)
+        return 0
 
     def measured(self, step: int, name: str) -> float | None:
         """Returns the measurement `name` at a global step; None if there is none."""

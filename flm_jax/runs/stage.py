@@ -29,7 +29,7 @@ from flm_jax.params import counts
 from flm_jax.params.digest import params_digest
 from flm_jax.params.sharding import Layout
 from flm_jax.runs.timing import StageTime
-from flm_jax.runtime import processes, xla_flags
+from flm_jax.runtime import joints, processes, xla_flags
 from flm_jax.store.checkpoint import Checkpoints
 from flm_jax.store.lineage import RunFolder, StageFolder
 from flm_jax.train import optim, schedules
@@ -334,6 +334,7 @@ def _grow(
     claimed = unmeasured(plan, _floats(old["distances"]))
     processes.once(lambda: folder.keep_growth(plan.to_json(), claimed))
     _save_start(Position(state, before.data, time.monotonic() - start_time), checkpoints)
+    joints.check(f"after the growth of stage {stage.name}, before its receipt")
     _write_receipt(stage, old, batch, state, plan, folder)
     del state
     position = restore(stage, checkpoints)
