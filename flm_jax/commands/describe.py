@@ -70,7 +70,9 @@ def main(call: Call[Flags]) -> dict[str, Any]:
             table.add_row(key, *(f"{d[key]:,}" for d in described))
     if not call.json:
         shown_lengths = " and ".join(f"{length:,}" for length in dict.fromkeys(lengths))
-        display.open_console().print(table, f"FLOPs at sequences of {shown_lengths} tokens")
+        note = f"FLOPs at sequences of {shown_lengths} tokens"
+        display.open_console(highlight=False).print(table, note, sep="
+")
     if "model" in call.config:
         return {key: value for key, value in described[0].items() if key != "name"}
     return {"stages": described}
