@@ -70,7 +70,8 @@ def main(call: Call[Flags]) -> dict[str, Any]:
             table.add_row(key, *(f"{d[key]:,}" for d in described))
     if not call.json:
         shown_lengths = " and ".join(f"{length:,}" for length in dict.fromkeys(lengths))
-        rich.console.Console(highlight=False).print(table, f"FLOPs at sequences of {shown_lengths} tokens")
+        console = rich.console.Console(highlight=False)
+        console.print(table, f"FLOPs at sequences of {shown_lengths} tokens")
     if "model" in call.config:
         return {key: value for key, value in described[0].items() if key != "name"}
     return {"stages": described}
