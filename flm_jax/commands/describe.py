@@ -71,8 +71,7 @@ def main(call: Call[Flags]) -> dict[str, Any]:
     if not call.json:
         shown_lengths = " and ".join(f"{length:,}" for length in dict.fromkeys(lengths))
         note = f"FLOPs at sequences of {shown_lengths} tokens"
-        display.open_console(highlight=False).print(table, note, sep="
-")
+        display.open_console(highlight=False).print(table, note, sep="\n")
     if "model" in call.config:
         return {key: value for key, value in described[0].items() if key != "name"}
     return {"stages": described}
