@@ -736,6 +736,6 @@ def check_sizes(models: Sequence[tuple[Any, Mapping[str, Any]]]) -> None:
             old, new = small.get(field), big.get(field)
             if isinstance(old, int) and isinstance(new, int) and new < old:
                 raise UserError(
-                    f"stage {name}: model.{field} (axis {axis!r}) is {new}, and stage {before} "
-                    f"before it has {old}; a stage is never smaller: give {old} or more"
+                    f"stage {name}: model.{field} shrinks axis {axis!r} from {old} to {new}, "
+                    f"against stage {before}; a stage is never smaller: give {old} or more"
                 )

@@ -40,7 +40,7 @@ from flm_jax.runs.stage import (
     restore,
     with_derived,
 )
-from flm_jax.runtime import display, host, joints, paths, processes, xla_flags
+from flm_jax.runtime import display, host, joints, paths, phases, processes, xla_flags
 from flm_jax.runtime.stop import StopRequest
 from flm_jax.store.checkpoint import Checkpoints
 from flm_jax.store.lineage import RunFolder, identity
@@ -89,7 +89,10 @@ def run(config: ExperimentConfig, workdir: str) -> list[dict[str, Any]]:
             return done
         for remark in limits.remarks(config):
             display.note(f"note: {remark}")
-        stages = stages_of(config, corpus_of(config), folder, layouts)
+        # A mistake in the data gives one line, and reading it takes seconds to begin with.
+        with phases.phase("opening data", patience=2 * phases.PATIENCE):
+            corpus = corpus_of(config)
+        stages = stages_of(config, corpus, folder, layouts)
         run_stages(stages[len(done) :], folder)
         return processes.once(folder.stages)
 

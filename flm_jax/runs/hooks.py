@@ -10,15 +10,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from flm_jax import mapping
 from flm_jax.errors import NumericsError
+from flm_jax.runs import findings
 from flm_jax.runs.stage import Ramp, Stage
+from flm_jax.runs.timing import StageTime
+from flm_jax.runtime import processes
 from flm_jax.runtime.display import Progress
 from flm_jax.runtime.joints import CutShort
 from flm_jax.store.checkpoint import Checkpoints
 from flm_jax.store.files import MetricsFile
+from flm_jax.store.lineage import StageFolder
 from flm_jax.store.metrics import TensorBoard
 
-LOG_EVERY = 10  # steps between two rows of metrics.jsonl; a row holds their mean loss
+# Steps between two rows of metrics.jsonl, outside of ramps; a row holds the mean of their losses.
+LOG_EVERY = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +34,7 @@ class Log:
     metrics: MetricsFile
     board: TensorBoard
     progress: Progress
+    timing: StageTime
 
 
 class Evaluation:
@@ -75,12 +82,30 @@ class Evaluation:
         log, bpb = self._log, result["bpb"]
         more = {name: value for name, value in result.items() if name != "bpb"}
         log.metrics.append("eval", step, **result, mask=mask)
-        log.board.write(step, validation_bits_per_byte=bpb, **more)
+        if self._stage.parent and step == self._stage.start:
+            # The parent's end has the same step, where a curve shows only one of two values.
+            log.board.write(step, "growth", bits_per_byte_after=bpb)
+        else:
+            log.board.write(step, "eval", bits_per_byte=bpb, **more)
         text = "".join(f", {name.replace('_', ' ')} {value:.4f}" for name, value in more.items())
         log.progress.note(
             f"{self._stage.name}  step {step}/{self._stage.end}  validation {bpb:.4f} bits per "
             f"byte{text}"
         )
+
+
+def announce(stage: Stage, folder: StageFolder, board: TensorBoard) -> None:
+    """Writes the settings, and marks the growth, at the first step of a stage."""
+    if not processes.first():
+        return
+    board.settings(stage.start, mapping.to_dict(stage.experiment))
+    if stage.parent:
+        before = next((s for s in folder.run.stages() if s["name"] == stage.parent.name), None)
+        bpb = before["eval"]["bpb_end"] if before else None
+        if bpb is not None:
+            board.write(stage.start, "growth", bits_per_byte_before=bpb)
+        entry = {"name": stage.name, "parent": stage.parent.name, "receipt": folder.saved_receipt()}
+        board.text(stage.start, "growth", findings.growth(entry, stage.config.model.dtype))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,9 +160,10 @@ class Report:
             raise self._diverged(step, loss)
         stage, mask = self._stage, self._ramp.value(step)
         tokens = (step - self._first) * stage.config.batch_size * stage.sequence_length
-        self._log.progress.update(step, loss, tokens, mask)
+        log = self._log
+        log.progress.update(step, loss, tokens, mask, log.timing.busy())
         self._losses.append(loss)
-        if step % LOG_EVERY == 0:
+        if step % LOG_EVERY == 0 or mask is not None or step in (self._ramp.end, stage.end):
             rate = stage.config.learning_rate * stage.schedule(jnp.int32(step - 1))
             row = {
                 "loss": statistics.fmean(self._losses),
@@ -145,8 +171,8 @@ class Report:
                 "learning_rate": float(rate),
                 "mask": 1.0 if mask is None else mask,
             }
-            self._log.metrics.append("train", step, **row)
-            self._log.board.write(step, **row)
+            log.metrics.append("train", step, **row)
+            log.board.write(step, "train", **row, tokens_per_s=log.progress.rate())
             self._losses.clear()
         return int(dispatched.request)
 
