@@ -607,6 +607,8 @@ class EvalConfig(Checked):
     sequences: int = 96
     batch_size: int = 8
     every_steps: int = 200
+    samples: int = added(0)  # texts that the model continues at each evaluation, and shows
+    sample_prompt: str = added("")  # what they begin with
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -30,6 +30,7 @@ from flm_jax.params.sharding import Layout
 from flm_jax.params.topology import topology_of
 from flm_jax.runs import limits
 from flm_jax.runs.loop import run_stages
+from flm_jax.runs.samples import sampler
 from flm_jax.runs.stage import (
     Batches,
     Parent,
@@ -275,6 +276,7 @@ def _stage(
         batches=batches,
         source=source,
         evaluate=functools.partial(_evaluate, own.model, layout, corpus, text),
+        sample=sampler(config, own.model),
     )
 
 

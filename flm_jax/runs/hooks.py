@@ -72,6 +72,8 @@ class Evaluation:
             return cut.number
         self._measured[step] = result
         self._write(step, result, mask)
+        if self._stage.sample:
+            self._show(step, self._stage.sample(params, self._ramp.plan, mask))
         return 0
 
     def measured(self, step: int, name: str) -> float | None:
@@ -92,6 +94,14 @@ class Evaluation:
             f"{self._stage.name}  step {step}/{self._stage.end}  validation {bpb:.4f} bits per "
             f"byte{text}"
         )
+
+    def _show(self, step: int, texts: list[str]) -> None:
+        """Writes sample texts."""
+        log = self._log
+        log.metrics.append("samples", step, texts=texts)
+        log.board.text(step, "eval/samples", "\n\n".join(f"```\n{text}\n```" for text in texts))
+        for text in texts:
+            log.progress.note(f"{self._stage.name}  step {step}  sample: {text!r}")
 
 
 def announce(stage: Stage, folder: StageFolder, board: TensorBoard) -> None:
