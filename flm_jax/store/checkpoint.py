@@ -9,7 +9,6 @@ import contextlib
 import functools
 import itertools
 import json
-import os
 import pathlib
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -21,7 +20,7 @@ from orbax.checkpoint import v1 as ocp
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from flm_jax.errors import UserError
-from flm_jax.runtime import paths, processes
+from flm_jax.runtime import paths
 from flm_jax.store import integrity
 from flm_jax.store.earlier import as_stored, upgraded
 
@@ -45,9 +44,13 @@ class Checkpoints:
           keep: number of latest checkpoints to keep; None: all. The best one is kept too.
         """
         self.directory, self._keep = directory, keep
-        self._open()
+        self.open()
 
-    def _open(self) -> None:
+    def open(self) -> None:
+        """Reads which checkpoints there are; after `close` and a change of the folder.
+
+        Raises DamageError if the loss beside a state is damaged.
+        """
         policies = ocp.training
         for path in paths.listed(self.directory):
             if path.name.isdigit():
@@ -125,19 +128,6 @@ class Checkpoints:
             loaded = self._checkpointer.load(step, pack(like, {})[0])
         state = jax.tree.map(lambda want, x: x if want.size else _empty(want), like, loaded)
         return upgraded(state), progress
-
-    def set_aside(self, path: pathlib.Path) -> pathlib.Path:
-        """Renames a damaged checkpoint: nothing counts or deletes it, and its step can be saved.
-
-        All processes call it together.
-
-        Returns:
-          The new path.
-        """
-        self._checkpointer.close()
-        target = pathlib.Path(processes.once(lambda: os.fspath(set_aside(path))))
-        self._open()
-        return target
 
     def wait(self) -> None:
         """Waits until the current checkpoint is complete on disk."""
