@@ -1,8 +1,8 @@
 """A stage continues from the newest of its checkpoints that is intact.
 
-A damaged checkpoint is moved aside, to STEP.damaged: nothing deletes it, no checkpoint that is kept
-counts it, and its step can be saved again. metrics.jsonl gets a row of the kind "damage" for it,
-and the stage's entry in lineage.json the same fields.
+A damaged checkpoint is moved from checkpoints/STEP to damaged/STEP: nothing deletes it, the number
+of kept checkpoints does not count it, and its step can be saved again. metrics.jsonl gets a row of
+the kind "damage" for it, and the stage's entry in lineage.json the same fields.
 """
 
 from __future__ import annotations
@@ -67,7 +67,10 @@ def _move(folder: StageFolder, error: DamageError) -> None:
 
     def move() -> None:
         target = set_aside(path)
-        print(f"{error}; moved to {target.name}, an earlier state is used", file=sys.stderr)
+        print(
+            f"{error}; moved to {_in_run(folder, target)}, an earlier state is used",
+            file=sys.stderr,
+        )
         row = {"what": str(error), "checkpoint": _in_run(folder, path)}
         folder.metrics.append("damage", int(path.name), **row, moved_to=_in_run(folder, target))
         folder.metrics.publish()

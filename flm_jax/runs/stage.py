@@ -185,6 +185,8 @@ def begin(
       UserError: the latest checkpoint does not fit the stage, or the growth is impossible.
     """
     if checkpoints.latest is not None:
+        if stage.parent:
+            processes.once(folder.require_growth)
         if stage.parent and checkpoints.latest == stage.start:
             _complete_receipt(stage, stage.parent, folder, checkpoints)
         return restore(stage, checkpoints)
