@@ -48,7 +48,8 @@ def run_blocked(code):
 
 def test_a_tree_grows_with_the_core_alone():
     done = run_blocked(
-        "try:\n    import tensorflow\nexcept ModuleNotFoundError:\n    print('blocked')\n"  # control
+        # The control: it is blocked.
+        "try:\n    import tensorflow\nexcept ModuleNotFoundError:\n    print('blocked')\n"
         "import jax\n"
         "from flm_jax import ModelSpec, Param, grow, growth, plan, UserError\n"
         "table = {'w': Param.of('embed:in mlp:out')}\n"
@@ -77,9 +78,10 @@ def test_every_command_names_the_missing_extra():
 
 
 def test_only_the_packages_of_an_extra_are_named():
-    with pytest.raises(UserError, match=r"^x needs the package torch, .*\[hf\]', or y$"):
-        with extras.named("x", "y"):
-            raise ModuleNotFoundError("No module named 'torch'", name="torch.nn")
+    missing = ModuleNotFoundError("No module named 'torch'", name="torch.nn")
+    words = r"^x needs the package torch, .*\[hf\]', or y$"
+    with pytest.raises(UserError, match=words), extras.named("x", "y"):
+        raise missing
     with pytest.raises(ModuleNotFoundError), extras.named():
         import flm_jax.nothing  # noqa: F401
     with pytest.raises(UserError, match=r"gcsfs"), mock.patch("importlib.util.find_spec") as find:

@@ -19,7 +19,8 @@ import optax
 
 from flm_jax import data, growth, mapping
 from flm_jax.checks import require_type
-from flm_jax.config import ExperimentConfig, StageConfig, TransformerConfig
+from flm_jax.config import DataConfig, ExperimentConfig, StageConfig, TransformerConfig
+from flm_jax.data import files
 from flm_jax.errors import UserError
 from flm_jax.inference.evaluation import score
 from flm_jax.interop.stage_source import open_stage_source
@@ -28,6 +29,7 @@ from flm_jax.params import sharding
 from flm_jax.params.mesh import mesh_of
 from flm_jax.params.sharding import Layout
 from flm_jax.params.topology import topology_of
+from flm_jax.runs import announcement
 from flm_jax.runs.loop import run_stages
 from flm_jax.runs.stage import (
     Batches,
@@ -39,7 +41,7 @@ from flm_jax.runs.stage import (
     restore,
     with_derived,
 )
-from flm_jax.runtime import host, paths, processes, xla_flags
+from flm_jax.runtime import display, host, paths, processes, xla_flags
 from flm_jax.store.checkpoint import Checkpoints
 from flm_jax.store.lineage import RunFolder, identity
 from flm_jax.train import schedules
@@ -79,14 +81,30 @@ def run(config: ExperimentConfig, workdir: str) -> list[dict[str, Any]]:
     first = config.stages[0]
     if first.source and not folder.stage(0, first.name).config.exists():
         open_stage_source(config)  # raises if it does not fit, before anything is written
-    paths.check_bucket(paths.of(config.data.path, "config.data.path"), "config.data.path")
+    for root in files.roots(config.data.path, "config.data.path"):
+        paths.check_bucket(root, "config.data.path")
     with folder.writing():
         done = processes.once(lambda: _finished(config, folder))
         if len(done) >= len(config.stages):
             return done
-        stages = stages_of(config, corpus_of(config), folder, layouts)
-        run_stages(stages[len(done) :], folder)
+        if config.data.train_vocabulary:
+            processes.once(lambda: _train_vocabulary(config.data, folder))
+        corpus = corpus_of(dataclasses.replace(config, data=folder.data(config.data)))
+        stages = stages_of(config, corpus, folder, layouts)[len(done) :]
+        following = stages[0]
+        processes.once(lambda: folder.check_stage(following.folder(folder), following.identity))
+        for line in announcement.lines(config, layouts, corpus):
+            display.say(line)
+        run_stages(stages, folder)
         return processes.once(folder.stages)
+
+
+def _train_vocabulary(config: DataConfig, folder: RunFolder) -> None:
+    """Trains the run's vocabulary before its first stage; a resumed run has it already."""
+    if not folder.vocabulary.exists():
+        size = config.train_vocabulary
+        display.say(f"training a vocabulary of {size} tokens: {folder.vocabulary}")
+        data.train_sentencepiece(config, size, str(folder.vocabulary))
 
 
 def on_devices(

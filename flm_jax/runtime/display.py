@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 
@@ -12,6 +13,12 @@ from rich.filesize import decimal
 from flm_jax.runtime import processes
 
 PLAIN_SECONDS = 10.0
+
+
+def say(text: str) -> None:
+    """Prints one line on standard error; of several processes only the first does."""
+    if processes.first():
+        print(text, file=sys.stderr, flush=True)
 
 
 class Progress:

@@ -15,7 +15,7 @@ from typing import Any
 
 from flm_jax import config as config_lib
 from flm_jax import mapping
-from flm_jax.config import ExperimentConfig
+from flm_jax.config import DataConfig, ExperimentConfig
 from flm_jax.data.chat_template import TemplateConfig
 from flm_jax.errors import UserError
 from flm_jax.runtime import paths, processes, regular
@@ -82,7 +82,8 @@ class StageFolder:
         # Fine-tuning adds fields of its own, and so does the data (its fingerprint).
         fields = {field.name for field in dataclasses.fields(ExperimentConfig)}
         shared = {name: value for name, value in saved.items() if name in fields}
-        return config_lib.experiment({**shared, "stages": [saved["stage"]]})
+        config = config_lib.experiment({**shared, "stages": [saved["stage"]]})
+        return dataclasses.replace(config, data=self.run.data(config.data))
 
     def saved(self) -> dict[str, Any]:
         """Reads config.json. Raises UserError if it is not the config of a stage."""
@@ -143,10 +144,21 @@ class RunFolder:
         self.tensorboard = self.path / "tensorboard"
         self.report = self.path / "report"
         self.compiled = compiled or self.path / "compiled"  # JAX's compilation cache
+        self.vocabulary = self.path / "vocabulary.model"  # if the run trained one
 
     def stage(self, index: int, name: str) -> StageFolder:
         """Returns the folder of a stage, which may not exist."""
         return StageFolder(self, index, name)
+
+    def data(self, config: DataConfig) -> DataConfig:
+        """Returns a run's data with the vocabulary that the run trained, if it trains one.
+
+        The run's own files name it by its size alone, so that the folder can be moved.
+        """
+        if not config.train_vocabulary:
+            return config
+        file = str(paths.absolute(self.vocabulary))
+        return dataclasses.replace(config, vocabulary=file, train_vocabulary=0)
 
     def check_client(self) -> None:
         """Raises UserError for a place where no client writes checkpoints."""
@@ -177,7 +189,8 @@ class RunFolder:
                 "you own",
                 argument="workdir",
             ) from error
-        others = (path for path in paths.listed(self.path) if path.name != lock.NAME)
+        own = (lock.NAME, self.vocabulary.name)
+        others = (path for path in paths.listed(self.path) if not path.name.startswith(own))
         if any(others) and not (self.path / "stages").is_dir():
             raise UserError(
                 f"workdir {self.path} holds files but no run; give an empty or new folder",
@@ -275,6 +288,8 @@ class RunFolder:
             link_tree(stage.path, copy.path)
             for step in paths.listed(copy.checkpoints):
                 mark_complete(step)
+        if self.vocabulary.exists():
+            paths.copy(self.vocabulary, other.vocabulary)
         write_json(other.lineage, {"version": entries.VERSION, "stages": copied})
 
     def add_stage(self, entry: dict[str, Any]) -> None:
