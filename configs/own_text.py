@@ -3,7 +3,7 @@ r"""Train on your own text, and grow: 0.85M parameters, then 1.6M.
   flm train --config=configs/own_text.py --config.data.path=FILE_OR_FOLDER --workdir=runs/mine
   flm generate --checkpoint=runs/mine --prompt="Once"
 
-About 4 minutes on two CPU cores. It reads 1.1M tokens (bytes), so 300 kB of text or more are enough.
+About 4 minutes on two CPU cores. It reads 1.1M tokens (bytes), so 300 kB of text are enough.
 Expected on English prose: about 2.2 bits per byte after the first stage and 2.0 at the end.
 
 `--config.data.path` takes a file, a folder, a pattern, or several of them with commas: .txt, .md,

@@ -21,11 +21,13 @@ class Document:
       name: path inside the folder; for a row of a file with its number.
       text: UTF-8.
       split_hash: hex; its value puts the document into training or validation.
+      piece: number of this piece, from 0, of a text that was cut.
     """
 
     name: str
     text: bytes
     split_hash: str
+    piece: int = 0
 
 
 def sha256(data: bytes) -> str:
@@ -120,10 +122,12 @@ def pieces(document: Document) -> list[Document]:
         while not line and text[end] & 0xC0 == 0x80:
             end -= 1
         end = line or end
-        found.append((start, text[start:end]))
+        found.append(text[start:end])
         start = end
     if not start:
         return [document]
-    found.append((start, text[start:]))
-    name = document.name
-    return [dataclasses.replace(document, name=f"{name}+{s:014d}", text=t) for s, t in found]
+    found.append(text[start:])
+    return [
+        dataclasses.replace(document, name=f"{document.name}+{n:08d}", text=piece, piece=n)
+        for n, piece in enumerate(found)
+    ]

@@ -54,10 +54,17 @@ class Given:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """How a task reads what a user gives; fewer documents than `fewest` are split by position."""
+    """How a task reads what a user gives.
+
+    Attributes:
+      read: the reader.
+      fewest: fewer different documents than this are split by position.
+      cut: whether long texts are cut into pieces after the split.
+    """
 
     read: Callable[[Given], Found]
     fewest: int
+    cut: bool
 
 
 def parts(given: str) -> list[str]:
@@ -166,7 +173,7 @@ def _own_text(given: Given) -> Found:
         raise UserError(
             f"{given.where}, which has no text{others}; give files that end in {readers.READ}"
         )
-    return Found([piece for d in found for piece in documents.pieces(d)], unread)
+    return Found(found, unread)
 
 
 def _documents(path: pathlib.Path, name: str, kind: str, field: str) -> Iterator[Document]:
@@ -205,9 +212,9 @@ def _jsonl_files(given: Given) -> Found:
 
 # Tasks that read the user's own files. The last two are those of earlier versions.
 TASKS = {
-    "own_text": Task(_own_text, _FEWEST_TO_CHOOSE_FROM),
-    "text_files": Task(_text_files, 2),
-    "jsonl_files": Task(_jsonl_files, 2),
+    "own_text": Task(_own_text, _FEWEST_TO_CHOOSE_FROM, cut=True),
+    "text_files": Task(_text_files, 2, cut=False),
+    "jsonl_files": Task(_jsonl_files, 2, cut=False),
 }
 
 
@@ -225,10 +232,20 @@ def splits(config: DataConfig, whole: bool = False) -> tuple[dict[str, list[Docu
       UserError: there is no such file, or one is damaged or is not what its suffix says; or there
         is too little text to split.
     """
-    task, given = TASKS[config.task], Given(config.path, config.text_field)
-    found = task.read(given)
-    if whole:
-        return {"all": found.documents}, found.unread
+    task = TASKS[config.task]
+    found = task.read(Given(config.path, config.text_field))
+    by_split = {"all": found.documents} if whole else _split(config, task, found.documents)
+    if task.cut:
+        by_split = {
+            name: [piece for document in rows for piece in documents.pieces(document)]
+            for name, rows in by_split.items()
+        }
+    return by_split, found.unread
+
+
+def _split(config: DataConfig, task: Task, found: list[Document]) -> dict[str, list[Document]]:
+    """Training and validation; the latter from its own path, or a part of what was found."""
+    given = Given(config.path, config.text_field)
     if config.validation_path:
         other = dataclasses.replace(
             given, path=config.validation_path, argument="DataConfig.validation_path"
@@ -238,12 +255,12 @@ def splits(config: DataConfig, whole: bool = False) -> tuple[dict[str, list[Docu
         ]
         if not sum(len(d.text) for d in validation):
             raise UserError(f"{other.where}, which has no text; give another path")
-        return {"train": found.documents, "validation": validation}, found.unread
+        return {"train": found, "validation": validation}
     if (
         config.task == "text_files"
         and len(found.documents) == 1
         and readers.is_jsonl(found.documents[0].text)
     ):
         raise UserError(f"{given.where}: this is JSONL; set DataConfig.task to jsonl_files")
-    training, validation = documents.split(found.documents, task.fewest, given.where)
-    return {"train": training, "validation": validation}, found.unread
+    training, validation = documents.split(found, task.fewest, given.where)
+    return {"train": training, "validation": validation}

@@ -51,6 +51,8 @@ class Corpus:
       fingerprint: SHA-256, hex, of documents and vocabulary.
       num_documents: split -> number of documents; None if the task does not know it.
       num_bytes: split -> bytes of text; empty if the task does not know them.
+      num_texts: split -> number of documents, however many pieces long ones were cut into; empty as
+        `num_bytes`.
       unread: names of files that were found and not read.
     """
 
@@ -74,10 +76,12 @@ class Corpus:
         splits = ("all",) if whole else ("train", "validation")
         self.num_documents = {s: _num_documents(self.task, s) for s in splits}
         self.num_bytes: dict[str, int] = {}
+        self.num_texts: dict[str, int] = {}
         self.unread: tuple[str, ...] = ()
         source = getattr(self.task, "source", None)  # a mixture has no source
         if isinstance(source, tasks.DocumentSource):
             self.num_bytes = {s: sum(len(d.text) for d in source.documents[s]) for s in splits}
+            self.num_texts = {s: source.num_texts(s) for s in splits}
             self.unread = source.unread
 
     def num_tokens(self, split: str) -> int:

@@ -96,6 +96,10 @@ class DocumentSource(seqio.DataSource):
         dataset = tf.data.Dataset.from_tensor_slices(order)
         return dataset.map(lambda i: {"targets": tf.gather(examples, i)})
 
+    def num_texts(self, split: str) -> int:
+        """Number of texts of a split, however many pieces they were cut into."""
+        return sum(row.piece == 0 for row in self.documents[split])
+
     def num_tokens(self, split: str) -> int:
         """Number of tokens of a split, with one end-of-sequence token for each document."""
         rows = self.documents[split]

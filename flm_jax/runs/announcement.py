@@ -40,8 +40,9 @@ def devices(config: ExperimentConfig, layouts: Sequence[Layout]) -> str:
         memory = f"{host / 1e9:.1f} GB in this machine"
     meshes = [" x ".join(f"{axis} {n}" for axis, n in mesh.shape.items()) for mesh, _ in layouts]
     dtypes = [stage.model.dtype for stage in config.stages]
+    kinds = dict.fromkeys((found[0].platform, found[0].device_kind))
     return (
-        f"devices: {len(found)} x {found[0].platform} {found[0].device_kind}, {memory}; "
+        f"devices: {len(found)} x {' '.join(kinds)}, {memory}; "
         f"mesh: {_of_stages(config, meshes)}; precision: {_of_stages(config, dtypes)}"
     )
 
@@ -60,7 +61,7 @@ def text(config: ExperimentConfig, corpus: Corpus) -> list[str]:
     """
     if not corpus.num_bytes:
         return []
-    documents, size = corpus.num_documents, corpus.num_bytes
+    documents, size = corpus.num_texts, corpus.num_bytes
     tokens, read = corpus.num_tokens("train"), tokens_of(config)
     share = size["validation"] / (size["train"] + size["validation"])
     passes = read / tokens
