@@ -256,11 +256,7 @@ def _split(config: DataConfig, task: Task, found: list[Document]) -> dict[str, l
         if not sum(len(d.text) for d in validation):
             raise UserError(f"{other.where}, which has no text; give another path")
         return {"train": found, "validation": validation}
-    if (
-        config.task == "text_files"
-        and len(found.documents) == 1
-        and readers.is_jsonl(found.documents[0].text)
-    ):
+    if config.task == "text_files" and len(found) == 1 and readers.is_jsonl(found[0].text):
         raise UserError(f"{given.where}: this is JSONL; set DataConfig.task to jsonl_files")
     training, validation = documents.split(found, task.fewest, given.where)
     return {"train": training, "validation": validation}

@@ -67,18 +67,22 @@ def opened(path: pathlib.Path) -> BinaryIO:
         return file
     size = paths.size(path)
     most = min(regular.DATA_BYTES, max(_MOST_RATIO * size, _LEAST_LIMIT))
-    return cast(BinaryIO, io.BufferedReader(_Bounded(source, path, most), 1 << 20))
+    return cast(BinaryIO, io.BufferedReader(_Bounded(source, file, path, most), 1 << 20))
 
 
 class _Bounded(io.RawIOBase):
     """What a compressed file holds, up to a limit."""
 
-    def __init__(self, source: Any, path: pathlib.Path, most: int) -> None:
+    def __init__(self, source: Any, file: BinaryIO, path: pathlib.Path, most: int) -> None:
         super().__init__()
-        self._source, self._path, self._left = source, path, most
+        self._source, self._file, self._path, self._left = source, file, path, most
 
     def readable(self) -> bool:
         return True
+
+    def close(self) -> None:
+        self._file.close()  # neither library closes it
+        super().close()
 
     def readinto(self, buffer: Any) -> int:
         try:
@@ -183,10 +187,10 @@ def parquet(path: pathlib.Path, field: str) -> Texts:
         left = min(regular.DATA_BYTES, max(_MOST_RATIO * size, _LEAST_LIMIT))
         source.seek(0)
         try:
-            table = pq.ParquetFile(source, read_dictionary=[field])
-            names = table.schema_arrow.names
+            names = pq.read_schema(source).names
             if field not in names:
                 raise UserError(f"{path}: it has columns {', '.join(names)}; {_advice(field)}")
+            table = pq.ParquetFile(source, read_dictionary=[field])
             number = 0
             for batch in table.iter_batches(_ROWS_AT_ONCE, columns=[field]):
                 for cell in batch.column(0):
