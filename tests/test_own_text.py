@@ -298,8 +298,8 @@ def test_a_trained_vocabulary_belongs_to_its_run(tmp_path):
     "content, words",
     [
         (None, r"hf download NAME tokenizer.json tokenizer_config.json --local-dir FOLDER"),
-        (b"the\nof\nand\n", "'gpt2', which is a text file; give a SentencePiece model"),
-        (b"\x00\xff\x01" * 9, "'gpt2', which is no SentencePiece model"),
+        (b"the\nof\nand\n", "'gpt2', which is a text file, not a SentencePiece model"),
+        (b"\x00\xff\x01" * 9, "'gpt2', which is not a SentencePiece model"),
     ],
 )
 def test_a_wrong_vocabulary_says_what_is_expected(tmp_path, monkeypatch, content, words):

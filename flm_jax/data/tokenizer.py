@@ -198,10 +198,10 @@ def _sentencepiece(path: pathlib.Path, where: str) -> Tokenizer:
     try:
         model.load_from_serialized_proto(data)
     except RuntimeError as error:
-        what = "a text file" if _is_text(data) else "no SentencePiece model"
+        text = "a text file, " if _is_text(data) else ""
         raise UserError(
-            f"{where}, which is {what}; give a SentencePiece model (flm vocabulary trains one), a "
-            "tokenizer.json, or 'bytes'"
+            f"{where}, which is {text}not a SentencePiece model; give one (flm vocabulary trains "
+            "it), a tokenizer.json, or 'bytes'"
         ) from error
     size = model.get_piece_size()
 
