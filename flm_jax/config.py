@@ -626,6 +626,21 @@ class CheckpointConfig(Checked):
 
 
 @dataclasses.dataclass(frozen=True)
+class WatchdogConfig(Checked):
+    """When a run counts as hanging: its threads' stacks are then written to `RUN/crashes/`."""
+
+    minutes: float = 60.0  # without a step, or another sign of progress; 0: never
+    ends: bool = False  # end the process with status 76, so that a scheduler starts it again
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            0 <= self.minutes < math.inf,
+            f"WatchdogConfig.minutes is {self.minutes}; it must be 0 or above",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class ExperimentConfig(Checked):
     """A chain of stages, each grown from the one before."""
 
@@ -635,6 +650,7 @@ class ExperimentConfig(Checked):
     schedule: ScheduleConfig = ScheduleConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    watchdog: WatchdogConfig = added(WatchdogConfig())
     mesh: MeshConfig = MeshConfig()
     seed: int = 0
     quick_compile: bool = False  # on CPUs: compile faster and optimise less, for runs of seconds

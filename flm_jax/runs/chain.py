@@ -28,6 +28,7 @@ from flm_jax.params import sharding
 from flm_jax.params.mesh import mesh_of
 from flm_jax.params.sharding import Layout
 from flm_jax.params.topology import topology_of
+from flm_jax.runs.guarded import guarded
 from flm_jax.runs.loop import run_stages
 from flm_jax.runs.stage import (
     Batches,
@@ -40,7 +41,6 @@ from flm_jax.runs.stage import (
     with_derived,
 )
 from flm_jax.runtime import host, joints, paths, processes, xla_flags
-from flm_jax.runtime.stop import StopRequest
 from flm_jax.store.checkpoint import Checkpoints
 from flm_jax.store.lineage import RunFolder, identity
 from flm_jax.train import schedules
@@ -81,7 +81,8 @@ def run(config: ExperimentConfig, workdir: str) -> list[dict[str, Any]]:
     if first.source and not folder.stage(0, first.name).config.exists():
         open_stage_source(config)  # raises if it does not fit, before anything is written
     paths.check_bucket(paths.of(config.data.path, "config.data.path"), "config.data.path")
-    with StopRequest(bounded=True), folder.writing():
+    name = ", ".join(stage.name for stage in config.stages)
+    with guarded(folder, name, config.watchdog):
         done = processes.once(lambda: _finished(config, folder))
         if len(done) >= len(config.stages):
             return done

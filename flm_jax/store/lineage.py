@@ -142,6 +142,7 @@ class RunFolder:
         self.lineage = self.path / "lineage.json"
         self.tensorboard = self.path / "tensorboard"
         self.report = self.path / "report"
+        self.crashes = self.path / "crashes"  # tracebacks of bugs, and stacks of hangs
         self.compiled = compiled or self.path / "compiled"  # JAX's compilation cache
 
     def stage(self, index: int, name: str) -> StageFolder:
@@ -177,7 +178,11 @@ class RunFolder:
                 "you own",
                 argument="workdir",
             ) from error
-        others = (path for path in paths.listed(self.path) if path.name != lock.NAME)
+        others = (
+            path
+            for path in paths.listed(self.path)
+            if path.name not in (lock.NAME, self.crashes.name)
+        )
         if any(others) and not (self.path / "stages").is_dir():
             raise UserError(
                 f"workdir {self.path} holds files but no run; give an empty or new folder",
@@ -330,7 +335,7 @@ def identity(config: ExperimentConfig, index: int, fingerprint: str) -> dict[str
     """Returns the settings that affect a stage's results; they are compared on resume.
 
     These are the stage's own config, the settings that all stages share, and the data. Meshes,
-    layouts, evaluation and checkpoint settings are left out: they may change on resume.
+    layouts, evaluation, checkpoint and watchdog settings are left out: they may change on resume.
 
     Args:
       config: the chain.
@@ -341,8 +346,8 @@ def identity(config: ExperimentConfig, index: int, fingerprint: str) -> dict[str
       JSON values, as they are written to config.json.
     """
     shared = mapping.to_dict(config)
-    for name in ("stages", "mesh", "eval", "checkpoint"):
-        del shared[name]
+    for name in ("stages", "mesh", "eval", "checkpoint", "watchdog"):
+        shared.pop(name, None)
     shared["schedule"]["total_steps"] = config.schedule.total_steps or config.total_steps
     stage = mapping.to_dict(dataclasses.replace(config.stages[index], layouts=()))
     del stage["mesh"]
