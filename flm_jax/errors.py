@@ -6,8 +6,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import os
+from collections.abc import Iterator
 
 
 class Exit(enum.IntEnum):
@@ -50,6 +52,20 @@ class UserError(ValueError):
     def __init__(self, message: str, *, argument: str = "") -> None:
         super().__init__(_one_line(message))
         self.argument = argument
+
+
+@contextlib.contextmanager
+def within(place: str) -> Iterator[None]:
+    """Puts a place, as "stage large", before the message of a UserError raised inside.
+
+    A message that begins with the place stays as it is.
+    """
+    try:
+        yield
+    except UserError as error:
+        if not str(error).startswith(f"{place}:"):
+            error.args = (_one_line(f"{place}: {error}"),)
+        raise
 
 
 class NumericsError(UserError):

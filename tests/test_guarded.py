@@ -8,7 +8,7 @@ import pytest
 from flm_jax.config import WatchdogConfig
 from flm_jax.errors import DiskError, Exit, RunStopped, UserError
 from flm_jax.runs.guarded import guarded
-from flm_jax.runtime import limits, watch
+from flm_jax.runtime import exhausted, watch
 from flm_jax.store.lineage import RunFolder
 
 QUIET = WatchdogConfig(minutes=0.0)
@@ -90,7 +90,7 @@ def test_a_crash_on_a_full_disk_is_still_told(tmp_path, monkeypatch):
 
 def test_other_errors_are_not_explained():
     for error in (ValueError("no"), OSError(errno.ENOENT, "No such file"), KeyError("x")):
-        assert limits.explained(wrapped(error), "x") is None
+        assert exhausted.explained(wrapped(error), "x") is None
 
 
 def test_a_run_that_does_not_move_leaves_its_stacks_once(tmp_path, capsys):

@@ -77,7 +77,7 @@ def _run_command(name: str, argv: Sequence[str]) -> int:
     module = importlib.import_module(f"flm_jax.commands.{name.replace(' ', '.')}")
     command: Command[Any] = module.COMMAND
     if HELP & set(argv):
-        print(f"{module.__doc__}\nFlags:\n{command.help()}")
+        print(f"{module.__doc__}\nFlags:\n{command.help(name)}")
         return 0
     logging.set_verbosity(logging.WARNING)
     call = command.parse(name, argv)

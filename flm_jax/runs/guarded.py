@@ -14,7 +14,7 @@ import jax
 
 from flm_jax.config import WatchdogConfig
 from flm_jax.errors import RunStopped, UserError
-from flm_jax.runtime import limits, watch
+from flm_jax.runtime import exhausted, watch
 from flm_jax.runtime.stop import StopRequest
 from flm_jax.store.files import write_atomically
 from flm_jax.store.lineage import RunFolder
@@ -56,13 +56,13 @@ def guarded(folder: RunFolder, name: str, watchdog: WatchdogConfig) -> Iterator[
             except (UserError, RunStopped):
                 raise
             except Exception as error:
-                if limits.explained(error, "") is None and (
+                if exhausted.explained(error, "") is None and (
                     path := keep("crash", "".join(traceback.format_exception(error)))
                 ):
                     error.add_note(f"This traceback is kept in {path}")
                 raise
     except Exception as error:
-        told = limits.explained(error, f"workdir {folder.path}")
+        told = exhausted.explained(error, f"workdir {folder.path}")
         # A mistake that a limit caused, such as a folder that cannot be written, has its status.
         if told is None or isinstance(error, RunStopped) or type(error) is type(told):
             raise

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
-from flm_jax.errors import RunStopped
+from flm_jax.errors import RunStopped, within
 from flm_jax.params import counts, sharding
 from flm_jax.runs.hooks import Dispatched, Evaluation, Log, Report
 from flm_jax.runs.stage import Position, Stage, begin, finish, read_added, read_ramp
@@ -51,7 +51,8 @@ def run_stages(stages: Sequence[Stage], run: RunFolder) -> None:
         position = None
         for stage in stages:
             joints.check(f"before stage {stage.name}")
-            position = _run_stage(stage, position, run, stop, board)
+            with within(f"stage {stage.name}"):
+                position = _run_stage(stage, position, run, stop, board)
 
 
 def _run_stage(

@@ -31,7 +31,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flm_jax.errors import DamageError, DiskError, Exit, RunStopped, UserError
-from flm_jax.runtime import clusters, limits
+from flm_jax.runtime import clusters, exhausted
 
 T = TypeVar("T")
 
@@ -256,7 +256,7 @@ def once(action: Callable[[], T]) -> T:
         except UserError as error:
             answer = {"error": str(error)}
         except Exception as error:
-            told = limits.explained(error, "the run's folder")
+            told = exhausted.explained(error, "the run's folder")
             if told is None:
                 raise
             answer = {"disk" if isinstance(told, DiskError) else "error": str(told)}
