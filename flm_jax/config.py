@@ -640,13 +640,6 @@ class WatchdogConfig(Checked):
     minutes: float = 60.0  # without a step, or another sign of progress; 0: never
     ends: bool = False  # end the process with status 76, so that a scheduler starts it again
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            0 <= self.minutes < math.inf,
-            f"WatchdogConfig.minutes is {self.minutes}; it must be 0 or above",
-        )
-
 
 @dataclasses.dataclass(frozen=True)
 class ExperimentConfig(Checked):
