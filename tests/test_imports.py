@@ -12,7 +12,7 @@ from tests.commands import ROOT
 LAYERS = [
     {"errors", "version"},
     {"extras"},
-    {"mapping", "checks"},
+    {"mapping", "checks", "fields"},
     {"execution"},
     {"config"},
     {"params"},

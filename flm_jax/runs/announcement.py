@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -10,6 +9,7 @@ import jax
 
 from flm_jax.config import ExperimentConfig
 from flm_jax.params.sharding import Layout
+from flm_jax.runtime import host
 
 if TYPE_CHECKING:
     from flm_jax.data.pipeline import Corpus
@@ -36,8 +36,7 @@ def devices(config: ExperimentConfig, layouts: Sequence[Layout]) -> str:
     if limit := stats.get("bytes_limit"):
         memory = f"{limit / 1e9:.1f} GB each"
     else:
-        host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        memory = f"{host / 1e9:.1f} GB in this machine"
+        memory = f"{host.memory_bytes() / 1e9:.1f} GB in this machine"
     meshes = [" x ".join(f"{axis} {n}" for axis, n in mesh.shape.items()) for mesh, _ in layouts]
     dtypes = [stage.model.dtype for stage in config.stages]
     kinds = dict.fromkeys((found[0].platform, found[0].device_kind))

@@ -18,7 +18,7 @@ from flm_jax import mapping
 from flm_jax.config import DataConfig, ExperimentConfig
 from flm_jax.data.chat_template import TemplateConfig
 from flm_jax.errors import UserError
-from flm_jax.runtime import paths, processes, regular
+from flm_jax.runtime import paths, processes, regular, stop
 from flm_jax.store import entries, lock
 from flm_jax.store.checkpoint import mark_complete
 from flm_jax.store.files import MetricsFile, link_tree, replacing, write_atomically, write_json
@@ -143,6 +143,7 @@ class RunFolder:
         self.lineage = self.path / "lineage.json"
         self.tensorboard = self.path / "tensorboard"
         self.report = self.path / "report"
+        self.crashes = self.path / "crashes"  # tracebacks of bugs, and stacks of hangs
         self.compiled = compiled or self.path / "compiled"  # JAX's compilation cache
         self.vocabulary = self.path / "vocabulary.model"  # if the run trained one
 
@@ -189,7 +190,7 @@ class RunFolder:
                 "you own",
                 argument="workdir",
             ) from error
-        own = (lock.NAME, self.vocabulary.name)
+        own = (lock.NAME, self.crashes.name, self.vocabulary.name)
         others = (path for path in paths.listed(self.path) if not path.name.startswith(own))
         if any(others) and not (self.path / "stages").is_dir():
             raise UserError(
@@ -208,13 +209,17 @@ class RunFolder:
             self.open()
             held.append(lock.acquire(self.path))
 
+        def release() -> None:
+            while held:
+                held.pop().release()
+
         held: list[lock.Lock] = []
         processes.once(acquire)
         try:
-            yield
+            with stop.at_end(release):
+                yield
         finally:
-            for mine in held:
-                mine.release()
+            release()
 
     def check_stage(self, folder: StageFolder, identity: Mapping[str, Any]) -> list[str]:
         """Checks that a stage was started with the same settings, if it was started.
@@ -341,7 +346,7 @@ def identity(config: ExperimentConfig, index: int, fingerprint: str) -> dict[str
     """Returns the settings that affect a stage's results; they are compared on resume.
 
     These are the stage's own config, the settings that all stages share, and the data. Meshes,
-    layouts, evaluation and checkpoint settings are left out: they may change on resume.
+    layouts, evaluation, checkpoint and watchdog settings are left out: they may change on resume.
 
     Args:
       config: the chain.
@@ -352,8 +357,8 @@ def identity(config: ExperimentConfig, index: int, fingerprint: str) -> dict[str
       JSON values, as they are written to config.json.
     """
     shared = mapping.to_dict(config)
-    for name in ("stages", "mesh", "eval", "checkpoint"):
-        del shared[name]
+    for name in ("stages", "mesh", "eval", "checkpoint", "watchdog"):
+        shared.pop(name, None)
     shared["schedule"]["total_steps"] = config.schedule.total_steps or config.total_steps
     stage = mapping.to_dict(dataclasses.replace(config.stages[index], layouts=()))
     del stage["mesh"]
