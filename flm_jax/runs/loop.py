@@ -18,13 +18,13 @@ import jax
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
-from flm_jax.errors import RunStopped
+from flm_jax.errors import RunStopped, within
 from flm_jax.params import counts, sharding
 from flm_jax.runs import recovery
 from flm_jax.runs.hooks import Dispatched, Evaluation, Log, Report
 from flm_jax.runs.stage import Position, Stage, begin, finish, read_added, read_ramp
 from flm_jax.runs.timing import SaveTimer, StageTime
-from flm_jax.runtime import host, joints, paths, processes
+from flm_jax.runtime import host, joints, paths, processes, watch
 from flm_jax.runtime.display import Progress
 from flm_jax.runtime.stop import StopRequest, read_request, request
 from flm_jax.store.checkpoint import Checkpoints
@@ -53,7 +53,8 @@ def run_stages(stages: Sequence[Stage], run: RunFolder) -> None:
         position = None
         for stage in stages:
             joints.check(f"before stage {stage.name}")
-            position = _run_stage(stage, position, run, stop, board)
+            with within(f"stage {stage.name}"):
+                position = _run_stage(stage, position, run, stop, board)
 
 
 def _run_stage(
@@ -61,6 +62,7 @@ def _run_stage(
 ) -> Position:
     """Runs one stage to its end; `before` is its parent's final position, if it is in memory."""
     folder = stage.folder(run)
+    watch.HERE.moved(stage=stage.name, phase="start")
     processes.once(lambda: run.begin_stage(folder, stage.identity))
     timing = StageTime(folder.time)
     checkpoints = recovery.opened(folder, stage.experiment.checkpoint.keep)

@@ -22,6 +22,7 @@ import optax
 
 from flm_jax import growth, mapping
 from flm_jax.config import ExperimentConfig, GrowthConfig, StageConfig, TransformerConfig
+from flm_jax.errors import within
 from flm_jax.growth import ligo, measure
 from flm_jax.growth.receipt import Receipt, measured, unmeasured
 from flm_jax.interop.stage_source import resolved
@@ -218,7 +219,8 @@ def with_derived(config: ExperimentConfig) -> ExperimentConfig:
             if getattr(model, name) == getattr(parent.model, name)
         }
         model = dataclasses.replace(model, **inherited, rms_norm_eps=small.rms_norm_eps)
-        model = growth.derived(small, model, stage.growth.recipe)
+        with within(f"stage {stage.name}"):
+            model = growth.derived(small, model, stage.growth.recipe)
         # Another eps is left to the growth, which names the one that it needs.
         if stage.model.rms_norm_eps != parent.model.rms_norm_eps:
             model = dataclasses.replace(model, rms_norm_eps=stage.model.rms_norm_eps)
