@@ -20,8 +20,8 @@ from tests.runs import BYTES
 def test_texts_continue_the_prompt_and_masks_are_folded_in():
     config = config_files.experiment(tiny_chain.get_config())
     asked = dataclasses.replace(config, eval=EvalConfig(samples=2, sample_prompt="def "))
-    assert samples.sampler(config, BYTES) is None  # none were asked for
-    draw = samples.sampler(asked, BYTES)
+    assert samples.sampler(config, "bytes", BYTES) is None  # none were asked for
+    draw = samples.sampler(asked, "bytes", BYTES)
     params = random_params(BYTES, 0)
     first, second = draw(params, None, None)
     assert first.startswith("def ") and second.startswith("def ") and first != second
@@ -30,7 +30,7 @@ def test_texts_continue_the_prompt_and_masks_are_folded_in():
     big = changed(BYTES, d_ff=40, num_layers=3)
     plan = growth.plan(BYTES, big, "msg")
     grown = growth.grow(params, plan, jax.random.key(1))
-    draw = samples.sampler(asked, plan.config)
+    draw = samples.sampler(asked, "bytes", plan.config)
     assert draw(grown, plan, 0.0) == [first, second]
     assert draw(grown, plan, None) != [first, second]
 

@@ -20,7 +20,7 @@ _TEMPERATURE = 0.8
 Sampler = Callable[[Any, growth.Plan | None, float | None], list[str]]
 
 
-def sampler(config: ExperimentConfig, model: TransformerConfig) -> Sampler | None:
+def sampler(config: ExperimentConfig, vocabulary: str, model: TransformerConfig) -> Sampler | None:
     """Makes what draws a stage's sample texts; None if the config asks for none.
 
     The first text is the most likely continuation of `eval.sample_prompt`. The others are drawn at
@@ -28,12 +28,13 @@ def sampler(config: ExperimentConfig, model: TransformerConfig) -> Sampler | Non
 
     Args:
       config: the chain.
+      vocabulary: the run's.
       model: the stage's model.
     """
     count, prompt = config.eval.samples, config.eval.sample_prompt
     if not count or jax.process_count() > 1:  # the prompt would be read by every process
         return None
-    tokenizer = open_tokenizer(config.data.vocabulary)
+    tokenizer = open_tokenizer(vocabulary)
     ids = [tokenizer.start_id, *tokenizer.encode(prompt)]
 
     def draw(params: Any, plan: growth.Plan | None, mask: float | None) -> list[str]:

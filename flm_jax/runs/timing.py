@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from flm_jax.runtime import phases, processes
+from flm_jax.runtime import phases, processes, watch
 from flm_jax.runtime.ledger import UNKNOWN, Ledger, account, goodput
 from flm_jax.store.files import MetricsFile
 
@@ -43,8 +43,11 @@ class StageTime:
     @contextlib.contextmanager
     def spend(self, kind: str) -> Iterator[None]:
         """Counts the time of the block as a kind of `ledger.KINDS`, and shows it as a phase."""
+        outer = watch.HERE.phase
+        watch.HERE.moved(phase=kind)
         with phases.phase(f"{self._name}  {_WORDS[kind]}"), self._ledger.spend(kind):
             yield
+        watch.HERE.moved(phase=outer)  # an error keeps the phase in which it came
 
     def compiling(self) -> contextlib.AbstractContextManager[None]:
         """Shows the block as compilation; the ledger knows by itself what it is."""
@@ -62,7 +65,8 @@ class StageTime:
         self._file.append("time", step, life=self._life, seconds=seconds)
 
     def tick(self, step: int) -> None:
-        """Writes a row if the last one is old."""
+        """Notes progress; writes a row if the last one is old."""
+        watch.HERE.moved(step=step)
         if sum(self._ledger.seconds().values()) - self._written >= EVERY_SECONDS:
             self.write(step)
 
