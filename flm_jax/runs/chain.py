@@ -93,8 +93,7 @@ def run(config: ExperimentConfig, workdir: str) -> list[dict[str, Any]]:
             return done
         if config.data.train_vocabulary:
             processes.once(lambda: _train_vocabulary(config.data, folder))
-        # A mistake in the data gives one line, and reading it takes seconds to begin with.
-        with phases.phase("opening data", patience=2 * phases.PATIENCE):
+        with phases.phase("opening data", phases.before_mistakes()):
             corpus = corpus_of(dataclasses.replace(config, data=folder.data(config.data)))
         stages = stages_of(config, corpus, folder, layouts)[len(done) :]
         following = stages[0]

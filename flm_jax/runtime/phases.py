@@ -86,6 +86,16 @@ def phase(name: str, patience: float = PATIENCE) -> contextlib.AbstractContextMa
     return _WATCH.phase(name, patience)
 
 
+def before_mistakes() -> float:
+    """The patience of a phase that may end in a mistake of the user.
+
+    Such a mistake is one line, also for a program that reads standard error. So only a person at a
+    terminal is told early what is going on.
+    """
+    terminal = display.open_console(stderr=True).is_terminal
+    return PATIENCE if terminal else 6 * PATIENCE
+
+
 def _watch() -> None:
     while True:
         time.sleep(_POLL)
