@@ -215,7 +215,10 @@ def check_finished(config: ExperimentConfig, folder: RunFolder, done: list[dict[
         )
     for index, entry in enumerate(done[: len(names)]):
         expected = identity(config, index, entry["data_fingerprint"])
-        folder.check_stage(folder.stage(index, entry["name"]), expected)
+        stage = folder.stage(index, entry["name"])
+        folder.check_stage(stage, expected)
+        if index:
+            stage.require_growth()
 
 
 def stages_of(

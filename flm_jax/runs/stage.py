@@ -29,8 +29,10 @@ from flm_jax.interop.stage_source import resolved
 from flm_jax.params import counts
 from flm_jax.params.digest import params_digest
 from flm_jax.params.sharding import Layout
+from flm_jax.runs import recovery
 from flm_jax.runs.timing import StageTime
 from flm_jax.runtime import joints, processes, xla_flags
+from flm_jax.store import audit, integrity
 from flm_jax.store.checkpoint import Checkpoints
 from flm_jax.store.lineage import RunFolder, StageFolder
 from flm_jax.train import optim, schedules
@@ -152,13 +154,18 @@ def restore(stage: Stage, checkpoints: Checkpoints, step: int | None = None) -> 
       step: the checkpoint's step; None: the latest one.
 
     Raises:
+      DamageError: a file of the checkpoint is damaged.
       UserError: the checkpoint has other leaves, shapes or dtypes than the stage.
     """
     step = checkpoints.latest if step is None else step
     assert step is not None
+    path = checkpoints.path(step)
+    if jax.process_count() > 1:
+        audit.check_together(path)
     like = abstract_state(stage.config.model, stage.tx, stage.layout)
     state, progress = checkpoints.restore(step, like)
-    return Position(state, progress["data"], progress["wall_s"])
+    with integrity.reading(path, "its position in the data"):
+        return Position(state, progress["data"], progress["wall_s"])
 
 
 def begin(
@@ -179,6 +186,8 @@ def begin(
       UserError: the latest checkpoint does not fit the stage, or the growth is impossible.
     """
     if checkpoints.latest is not None:
+        if stage.parent:
+            processes.once(folder.require_growth)
         if stage.parent and checkpoints.latest == stage.start:
             _complete_receipt(stage, stage.parent, folder, checkpoints)
         return restore(stage, checkpoints)
@@ -417,9 +426,12 @@ def finish(
       timing: accounts for the time.
     """
     wall_s = position.wall_s
-    step = checkpoints.best
-    if step != position.step:
-        position = restore(stage, checkpoints, step)
+
+    def best() -> Position:
+        step = checkpoints.best
+        return position if step == position.step else restore(stage, checkpoints, step)
+
+    position = recovery.surviving(folder, checkpoints, best)
     path = checkpoints.path(position.step).relative_to(folder.run.path)
     plan = read_plan(stage, folder)
     digest = params_digest(position.state.params)
@@ -464,6 +476,7 @@ def _entry(
         "receipt": folder.saved_receipt() if stage.parent else None,
         "data_fingerprint": stage.identity["data_fingerprint"],
         **computed_by(model),
+        **({"damage": damage} if (damage := folder.metrics.rows("damage")) else {}),
         **more,
     }
 
