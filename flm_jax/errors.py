@@ -6,8 +6,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import os
+from collections.abc import Iterator
 
 
 class Exit(enum.IntEnum):
@@ -21,6 +23,7 @@ class Exit(enum.IntEnum):
     NUMERICS = 70  # a loss, gradient or update is not finite, or losses spike (EX_SOFTWARE)
     DISK = 74  # no space, or a disk fails (EX_IOERR)
     LOST = 75  # another process was lost (EX_TEMPFAIL of sysexits.h: try again)
+    HUNG = 76  # nothing moved for `watchdog.minutes`, and `watchdog.ends` is set
     HANGUP = 129  # SIGHUP: the terminal is gone
     INTERRUPTED = 130  # Ctrl-C (SIGINT)
     NOTICE = 138  # SIGUSR1, as Slurm can send it some time before it ends a job
@@ -31,7 +34,7 @@ class Exit(enum.IntEnum):
 # come to the same end, and a full disk needs somebody who makes room. A hardware fault also shows
 # as a traceback (1), or as a signal that nobody handles: abort, bus error, kill (also by the kernel
 # for memory), segmentation fault.
-RESTARTABLE = (Exit.FAILED, Exit.LOST, 134, 135, 137, Exit.NOTICE, 139, Exit.PREEMPTED)
+RESTARTABLE = (Exit.FAILED, Exit.LOST, Exit.HUNG, 134, 135, 137, Exit.NOTICE, 139, Exit.PREEMPTED)
 
 
 class UserError(ValueError):
@@ -51,10 +54,30 @@ class UserError(ValueError):
         self.argument = argument
 
 
+@contextlib.contextmanager
+def within(place: str) -> Iterator[None]:
+    """Puts a place, as "stage large", before the message of a UserError raised inside.
+
+    A message that begins with the place stays as it is.
+    """
+    try:
+        yield
+    except UserError as error:
+        if not str(error).startswith(f"{place}:"):
+            error.args = (_one_line(f"{place}: {error}"),)
+        raise
+
+
 class NumericsError(UserError):
     """A loss, gradient or update is not finite, or losses spike; the last good state is kept."""
 
     status = Exit.NUMERICS
+
+
+class DiskError(UserError):
+    """A disk is full or fails; what was saved before stays as it is."""
+
+    status = Exit.DISK
 
 
 class DamageError(UserError):

@@ -7,6 +7,7 @@ import pytest
 
 from flm_jax.commands import config_files
 from flm_jax.errors import UserError
+from flm_jax.runtime.paths import slug
 from flm_jax.studies import probe
 from flm_jax.studies.config import ArmConfig, ProbeConfig
 from tests.commands import call, json_of, mistake, run
@@ -101,7 +102,8 @@ def test_probe_ranks_resumes_and_refuses(tmp_path):
     assert (tmp_path / "report/probe.png").exists()
     source = json.loads((tmp_path / "source-0/lineage.json").read_text())["stages"][0]
     for arm in arms:
-        path = tmp_path / f"arms/{arm['name']}-0"
+        path = tmp_path / f"arms/{slug(arm['name'])}-0"
+        assert json.loads((path / "arm.json").read_text()) == {"name": arm["name"], "seed": 0}
         first, second = json.loads((path / "lineage.json").read_text())["stages"]
         assert first["params_digest"] == source["params_digest"] and second["parent"] == "source"
         assert abs(arm["flops"][0] / arms[0]["flops"][0] - 1) < 0.05

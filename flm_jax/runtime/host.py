@@ -38,14 +38,18 @@ def keep_freed() -> None:
     })  # fmt: skip
 
 
+def memory_bytes() -> int:
+    """The machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def return_freed(state_bytes: int) -> None:
     """Undoes `keep_freed` if a train state is so large that kept memory may exhaust the machine's.
 
     Args:
       state_bytes: of the parameters and the optimizer's state.
     """
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if _KEPT_OF_STATE * state_bytes > memory:
+    if _KEPT_OF_STATE * state_bytes > memory_bytes():
         # What glibc's thresholds come to by themselves, until one of them is set.
         _mallopt({
             _M_MMAP_MAX: 65536, _M_MMAP_THRESHOLD: 32 << 20, _M_TRIM_THRESHOLD: 64 << 20,

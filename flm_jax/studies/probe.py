@@ -24,7 +24,7 @@ from flm_jax.runs import chain
 from flm_jax.runs.stage import plan_of
 from flm_jax.runtime import paths
 from flm_jax.runtime.figures import GUIDE, clean, plt, save
-from flm_jax.store.files import write_atomically, write_result
+from flm_jax.store.files import write_atomically, write_json, write_result
 from flm_jax.store.lineage import RunFolder
 from flm_jax.studies.config import ArmConfig, ProbeConfig
 from flm_jax.studies.growth_study.analysis import LEVEL, holm, interval
@@ -118,11 +118,18 @@ def run(config: ProbeConfig, workdir: str) -> list[dict[str, Any]]:
         first = of_seed(config.experiment, seed)
         chain.run(dataclasses.replace(first, stages=first.stages[:1]), str(source.path))
         for arm in config.arms:
-            folder = RunFolder(root / "arms" / f"{arm.name}-{seed}")
+            folder = RunFolder(_folder(root / "arms", arm.name, seed))
             source.branch(folder)
+            write_json(folder.path / "arm.json", {"name": arm.name, "seed": seed})
             stages = chain.run(arm_experiment(config, arm, seed), str(folder.path))
             runs[arm.name].append({"stage": stages[1], "curve": _curve(folder, stages[1])})
     return ranked(config, runs)
+
+
+def _folder(arms: pathlib.Path, name: str, seed: int) -> pathlib.Path:
+    """The folder of an arm; earlier versions put the name there as it is."""
+    before = arms / f"{name}-{seed}"
+    return before if before.exists() else arms / f"{paths.slug(name)}-{seed}"
 
 
 def _curve(folder: RunFolder, stage: dict[str, Any]) -> list[tuple[float, float]]:

@@ -18,13 +18,11 @@ import dataclasses
 import io
 from typing import Any
 
-import rich.console
-
 from flm_jax.commands import config_files
 from flm_jax.commands.command import Call, Command, flag
 from flm_jax.errors import UserError
 from flm_jax.params import counts
-from flm_jax.runtime import paths
+from flm_jax.runtime import display, paths
 from flm_jax.store.files import write_result
 from flm_jax.studies import predict, study
 from flm_jax.studies.config import MupStudyConfig
@@ -97,7 +95,7 @@ def _from_family(call: Call[Flags]) -> dict[str, Any]:
     if not call.workdir:
         raise UserError("--workdir is missing; give the run's folder, as --workdir=runs/NAME")
     folder = paths.of(call.workdir, "workdir")
-    console = rich.console.Console(stderr=True)
+    console = display.open_console(stderr=True)
     trials = study.Study(settings.experiment, folder / "trials.jsonl")
 
     def trained(index: int) -> tuple[float, float]:
