@@ -10,7 +10,6 @@ With several processes, all of them run every line, except inside `processes.onc
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,16 +19,16 @@ import jax
 import numpy as np
 import optax
 
-from flm_jax import growth, mapping
+from flm_jax import growth
 from flm_jax.config import ExperimentConfig, GrowthConfig, StageConfig, TransformerConfig
 from flm_jax.errors import within
 from flm_jax.growth import ligo, measure
 from flm_jax.growth.receipt import Receipt, measured, unmeasured
 from flm_jax.interop.stage_source import resolved
-from flm_jax.params import counts
 from flm_jax.params.digest import params_digest
 from flm_jax.params.sharding import Layout
 from flm_jax.runs import recovery
+from flm_jax.runs.entry import entry_of
 from flm_jax.runs.timing import StageTime
 from flm_jax.runtime import joints, processes, xla_flags
 from flm_jax.store import audit, integrity
@@ -435,50 +434,16 @@ def finish(
     path = checkpoints.path(position.step).relative_to(folder.run.path)
     plan = read_plan(stage, folder)
     digest = params_digest(position.state.params)
-    entry = functools.partial(
-        _entry,
-        stage,
-        folder,
-        plan,
-        position.step,
-        wall_s=wall_s,
-        params_digest=digest,
-        checkpoint=str(path),
-    )
+    parent = stage.parent.name if stage.parent else None
     timing.write(stage.end)
-    processes.once(lambda: folder.run.add_stage(entry() | {"goodput": timing.result()}))
 
+    def add() -> None:
+        entry = entry_of(folder, parent, plan, position.step)
+        more = {"wall_s": wall_s, "params_digest": digest, "checkpoint": str(path)}
+        computed = computed_by(stage.config.model)
+        folder.run.add_stage(entry | computed | more | {"goodput": timing.result()})
 
-def _entry(
-    stage: Stage, folder: StageFolder, plan: growth.Plan | None, step: int, **more: Any
-) -> dict[str, Any]:
-    """Returns the entry of a finished stage for lineage.json; `more` are its last fields."""
-    model, steps = stage.config.model, stage.config.steps
-    tokens = steps * stage.config.batch_size * stage.sequence_length
-    evals = folder.metrics.rows("eval")
-    ends = {"start": evals[0], "end": next(row for row in evals if row["step"] == step)}
-    return {
-        "index": stage.index,
-        "name": stage.name,
-        "parent": stage.parent.name if stage.parent else None,
-        "config_digest": mapping.digest(folder.saved()),
-        "plan_digest": plan.digest() if plan else None,
-        "params": counts.params(model),
-        "tokens": tokens,
-        "flops": tokens * counts.flops_per_token_train(model, stage.sequence_length),
-        "steps": steps,
-        "eval": {
-            f"{name}_{when}": row[name]
-            for name in evals[0]
-            if name not in ("kind", "step", "mask")
-            for when, row in ends.items()
-        },
-        "receipt": folder.saved_receipt() if stage.parent else None,
-        "data_fingerprint": stage.identity["data_fingerprint"],
-        **computed_by(model),
-        **({"damage": damage} if (damage := folder.metrics.rows("damage")) else {}),
-        **more,
-    }
+    processes.once(add)
 
 
 def computed_by(model: TransformerConfig) -> dict[str, Any]:
