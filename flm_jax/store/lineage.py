@@ -27,6 +27,7 @@ from flm_jax.store.files import MetricsFile, link_tree, replacing, write_atomica
 _MAY_CHANGE = (
     "accumulate", "model.remat", "model.loss_chunks", "model.splash", "model.cudnn_documents",
 )  # fmt: skip
+_PROBE = ".write-test-"  # begins the name of a file that only shows that the folder is writable
 
 
 class StageFolder:
@@ -232,7 +233,7 @@ class RunFolder:
         """
         self.check_client()
         paths.check_bucket(self.path, "workdir")
-        probe = self.path / f".write-test-{os.getpid()}"
+        probe = self.path / f"{_PROBE}{os.getpid()}"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             probe.write_bytes(b"")
@@ -245,7 +246,8 @@ class RunFolder:
                 "you own",
                 argument="workdir",
             ) from error
-        own = (lock.NAME, self.crashes.name, self.vocabulary.name)
+        # Also what a process left that was killed before the run's first file.
+        own = (lock.NAME, _PROBE, self.crashes.name, self.vocabulary.name)
         others = (path for path in paths.listed(self.path) if not path.name.startswith(own))
         if any(others) and not (self.path / "stages").is_dir():
             raise UserError(
