@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -47,11 +47,13 @@ class Position:
       state: the train state.
       data: the position in the training data.
       wall_s: seconds spent on this stage so far.
+      past: losses and gradient norms of the last steps, by name; only kept to find spikes.
     """
 
     state: TrainState
     data: dict[str, Any]
     wall_s: float
+    past: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
 
     @property
     def step(self) -> int:
@@ -60,7 +62,8 @@ class Position:
 
     def progress(self) -> dict[str, Any]:
         """Returns the small values that a checkpoint stores with the state."""
-        return {"data": self.data, "wall_s": self.wall_s}
+        past = {"past": dict(self.past)} if self.past else {}
+        return {"data": self.data, "wall_s": self.wall_s, **past}
 
 
 class Batches(Iterator[dict[str, np.ndarray]], Protocol):
@@ -158,7 +161,7 @@ def restore(stage: Stage, checkpoints: Checkpoints, step: int | None = None) -> 
     assert step is not None
     like = abstract_state(stage.config.model, stage.tx, stage.layout)
     state, progress = checkpoints.restore(step, like)
-    return Position(state, progress["data"], progress["wall_s"])
+    return Position(state, progress["data"], progress["wall_s"], progress.get("past", {}))
 
 
 def begin(
@@ -443,7 +446,8 @@ def _entry(
     """Returns the entry of a finished stage for lineage.json; `more` are its last fields."""
     model, steps = stage.config.model, stage.config.steps
     tokens = steps * stage.config.batch_size * stage.sequence_length
-    evals = folder.metrics.rows("eval")
+    rows = folder.metrics.rows()
+    evals = [row for row in rows if row["kind"] == "eval"]
     ends = {"start": evals[0], "end": next(row for row in evals if row["step"] == step)}
     return {
         "index": stage.index,
@@ -463,9 +467,16 @@ def _entry(
         },
         "receipt": folder.saved_receipt() if stage.parent else None,
         "data_fingerprint": stage.identity["data_fingerprint"],
+        "numerics": _counts(rows),
         **computed_by(model),
         **more,
     }
+
+
+def _counts(rows: list[dict[str, Any]]) -> dict[str, int]:
+    """Returns the numbers of skipped steps and of rollbacks; see `numerics.py`."""
+    kinds = [row["kind"] for row in rows]
+    return {"skipped": kinds.count("skipped"), "rollbacks": kinds.count("rollback")}
 
 
 def computed_by(model: TransformerConfig) -> dict[str, Any]:
