@@ -9,7 +9,7 @@ their devices, except inside `processes.once`; only the first process shows and 
 
 from __future__ import annotations
 
-import functools
+import itertools
 import signal
 import time
 from collections.abc import Sequence
@@ -20,11 +20,11 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from flm_jax.errors import RunStopped, within
 from flm_jax.params import counts, sharding
-from flm_jax.runs import numerics
+from flm_jax.runs import numerics, recovery
 from flm_jax.runs.hooks import Dispatched, Evaluation, Log, Report
 from flm_jax.runs.stage import Position, Stage, begin, finish, read_added, read_ramp
 from flm_jax.runs.timing import SaveTimer, StageTime
-from flm_jax.runtime import host, joints, paths, processes
+from flm_jax.runtime import host, joints, paths, processes, watch
 from flm_jax.runtime.display import Progress
 from flm_jax.runtime.stop import StopRequest, read_request, request
 from flm_jax.store.checkpoint import Checkpoints
@@ -62,14 +62,21 @@ def _run_stage(
 ) -> Position:
     """Runs one stage to its end; `before` is its parent's final position, if it is in memory."""
     folder = stage.folder(run)
+    watch.HERE.moved(stage=stage.name, phase="start")
     processes.once(lambda: run.begin_stage(folder, stage.identity))
     timing = StageTime(folder.time)
-    checkpoints = Checkpoints(folder.checkpoints, stage.experiment.checkpoint.keep)
+    checkpoints = recovery.opened(folder, stage.experiment.checkpoint.keep)
+    # Growing consumes the parent's position; a second attempt reads it again.
+    given = itertools.chain([before], itertools.repeat(None))
+
+    def started() -> Position:
+        return begin(stage, next(given), folder, checkpoints)
+
     try:
         with jax.set_mesh(stage.layout.mesh):
             grows = stage.parent and checkpoints.latest in (None, stage.start)
             with timing.spend("growth" if grows else "start"):
-                position = begin(stage, before, folder, checkpoints)
+                position = recovery.surviving(folder, checkpoints, started)
             while True:
                 timing.write(position.step)
                 try:
@@ -78,9 +85,10 @@ def _run_stage(
                 except numerics.Spike as found:
                     spike = found.with_traceback(None)  # its frames hold the state
                 timing.write(spike.row["from_step"])
-                again = functools.partial(begin, stage, None, folder, checkpoints)
                 with timing.spend("start"):
-                    position = numerics.go_back(spike, stage, again, folder.metrics, checkpoints)
+                    numerics.go_back(spike, stage, checkpoints)
+                    position = recovery.surviving(folder, checkpoints, started)
+                    numerics.record(spike, position, folder.metrics)
         finish(stage, position, folder, checkpoints, timing)
     finally:
         checkpoints.close()

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from flm_jax.config import NumericsConfig
@@ -51,7 +51,7 @@ def robust_z(past: Iterable[float], value: float) -> float:
     These are never taken as below a millionth of the median, so that equal values do not give
     infinity.
 
-    >>> robust_z([1.0, 2.0, 3.0, 4.0, 5.0], 3.0 + 1.4826)
+    >>> round(robust_z([1.0, 2.0, 3.0, 4.0, 5.0], 3.0 + 1.4826), 6)
     1.0
     """
     past = list(past)
@@ -162,14 +162,8 @@ class Numerics:
         )
 
 
-def go_back(
-    spike: Spike,
-    stage: Stage,
-    begin: Callable[[], Position],
-    metrics: MetricsFile,
-    checkpoints: Checkpoints,
-) -> Position:
-    """Goes back to a checkpoint before a spike. All processes call it together.
+def go_back(spike: Spike, stage: Stage, checkpoints: Checkpoints) -> None:
+    """Makes the checkpoint before a spike the newest one. All processes call it together.
 
     It is the last one that was due by the number of steps. Newer ones (by time, after a signal) are
     deleted. Where it was not kept, it is the newest one.
@@ -177,12 +171,7 @@ def go_back(
     Args:
       spike: what was found.
       stage: the stage.
-      begin: reads the position of the newest checkpoint; without one, the stage's start.
-      metrics: receives the row; rows of the steps that are undone are deleted when training begins.
       checkpoints: the stage's checkpoints. One that is still being written is waited for.
-
-    Returns:
-      The position from which the stage trains; its data is that of the checkpoint.
     """
     checkpoints.wait()
     every = stage.experiment.checkpoint.every_steps
@@ -191,14 +180,22 @@ def go_back(
         fresh = due == stage.start and stage.parent is None and not stage.config.source
         if fresh or due in checkpoints.steps:
             checkpoints.delete_after(due)
-    position = begin()
 
-    def record() -> None:
+
+def record(spike: Spike, position: Position, metrics: MetricsFile) -> None:
+    """Writes the row of a rollback. All processes call it together.
+
+    Args:
+      spike: what was found.
+      position: the position to which the stage went back.
+      metrics: receives the row; rows of the steps that are undone are deleted when training begins.
+    """
+
+    def write() -> None:
         metrics.append("rollback", position.step, **spike.row)
         metrics.publish()
 
-    processes.once(record)
-    return position
+    processes.once(write)
 
 
 def data_position(position: Position, rows: Iterable[Row]) -> dict[str, Any]:

@@ -10,7 +10,6 @@ With several processes, all of them run every line, except inside `processes.onc
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,17 +19,19 @@ import jax
 import numpy as np
 import optax
 
-from flm_jax import growth, mapping
+from flm_jax import growth
 from flm_jax.config import ExperimentConfig, GrowthConfig, StageConfig, TransformerConfig
 from flm_jax.errors import within
 from flm_jax.growth import ligo, measure
 from flm_jax.growth.receipt import Receipt, measured, unmeasured
 from flm_jax.interop.stage_source import resolved
-from flm_jax.params import counts
 from flm_jax.params.digest import params_digest
 from flm_jax.params.sharding import Layout
+from flm_jax.runs import recovery
+from flm_jax.runs.entry import entry_of
 from flm_jax.runs.timing import StageTime
 from flm_jax.runtime import joints, processes, xla_flags
+from flm_jax.store import audit, integrity
 from flm_jax.store.checkpoint import Checkpoints
 from flm_jax.store.lineage import RunFolder, StageFolder
 from flm_jax.train import optim, schedules
@@ -155,13 +156,18 @@ def restore(stage: Stage, checkpoints: Checkpoints, step: int | None = None) -> 
       step: the checkpoint's step; None: the latest one.
 
     Raises:
+      DamageError: a file of the checkpoint is damaged.
       UserError: the checkpoint has other leaves, shapes or dtypes than the stage.
     """
     step = checkpoints.latest if step is None else step
     assert step is not None
+    path = checkpoints.path(step)
+    if jax.process_count() > 1:
+        audit.check_together(path)
     like = abstract_state(stage.config.model, stage.tx, stage.layout)
     state, progress = checkpoints.restore(step, like)
-    return Position(state, progress["data"], progress["wall_s"], progress.get("past", {}))
+    with integrity.reading(path, "its position in the data"):
+        return Position(state, progress["data"], progress["wall_s"], progress.get("past", {}))
 
 
 def begin(
@@ -182,6 +188,8 @@ def begin(
       UserError: the latest checkpoint does not fit the stage, or the growth is impossible.
     """
     if checkpoints.latest is not None:
+        if stage.parent:
+            processes.once(folder.require_growth)
         if stage.parent and checkpoints.latest == stage.start:
             _complete_receipt(stage, stage.parent, folder, checkpoints)
         return restore(stage, checkpoints)
@@ -420,63 +428,25 @@ def finish(
       timing: accounts for the time.
     """
     wall_s = position.wall_s
-    step = checkpoints.best
-    if step != position.step:
-        position = restore(stage, checkpoints, step)
+
+    def best() -> Position:
+        step = checkpoints.best
+        return position if step == position.step else restore(stage, checkpoints, step)
+
+    position = recovery.surviving(folder, checkpoints, best)
     path = checkpoints.path(position.step).relative_to(folder.run.path)
     plan = read_plan(stage, folder)
     digest = params_digest(position.state.params)
-    entry = functools.partial(
-        _entry,
-        stage,
-        folder,
-        plan,
-        position.step,
-        wall_s=wall_s,
-        params_digest=digest,
-        checkpoint=str(path),
-    )
+    parent = stage.parent.name if stage.parent else None
     timing.write(stage.end)
-    processes.once(lambda: folder.run.add_stage(entry() | {"goodput": timing.result()}))
 
+    def add() -> None:
+        entry = entry_of(folder, parent, plan, position.step)
+        more = {"wall_s": wall_s, "params_digest": digest, "checkpoint": str(path)}
+        computed = computed_by(stage.config.model)
+        folder.run.add_stage(entry | computed | more | {"goodput": timing.result()})
 
-def _entry(
-    stage: Stage, folder: StageFolder, plan: growth.Plan | None, step: int, **more: Any
-) -> dict[str, Any]:
-    """Returns the entry of a finished stage for lineage.json; `more` are its last fields."""
-    model, steps = stage.config.model, stage.config.steps
-    tokens = steps * stage.config.batch_size * stage.sequence_length
-    rows = folder.metrics.rows()
-    evals = [row for row in rows if row["kind"] == "eval"]
-    ends = {"start": evals[0], "end": next(row for row in evals if row["step"] == step)}
-    return {
-        "index": stage.index,
-        "name": stage.name,
-        "parent": stage.parent.name if stage.parent else None,
-        "config_digest": mapping.digest(folder.saved()),
-        "plan_digest": plan.digest() if plan else None,
-        "params": counts.params(model),
-        "tokens": tokens,
-        "flops": tokens * counts.flops_per_token_train(model, stage.sequence_length),
-        "steps": steps,
-        "eval": {
-            f"{name}_{when}": row[name]
-            for name in evals[0]
-            if name not in ("kind", "step", "mask")
-            for when, row in ends.items()
-        },
-        "receipt": folder.saved_receipt() if stage.parent else None,
-        "data_fingerprint": stage.identity["data_fingerprint"],
-        "numerics": _counts(rows),
-        **computed_by(model),
-        **more,
-    }
-
-
-def _counts(rows: list[dict[str, Any]]) -> dict[str, int]:
-    """Returns the numbers of skipped steps and of rollbacks; see `numerics.py`."""
-    kinds = [row["kind"] for row in rows]
-    return {"skipped": kinds.count("skipped"), "rollbacks": kinds.count("rollback")}
+    processes.once(add)
 
 
 def computed_by(model: TransformerConfig) -> dict[str, Any]:
