@@ -4,7 +4,8 @@
   flm inspect runs/demo --compare=0,2
   flm inspect runs/demo --json
 
---compare shows sizes, costs and scores of two stages, and where their configs differ.
+--compare shows sizes, costs and scores of two stages, and where their configs differ. Runs are
+compared by `flm compare RUN RUN...`.
 """
 
 from __future__ import annotations
@@ -89,4 +90,10 @@ def main(call: Call[Flags]) -> dict[str, Any]:
     return result
 
 
-COMMAND = Command(main, Flags, config="none", positional=("DIR",))
+COMMAND = Command(
+    main,
+    Flags,
+    config="none",
+    positional=("DIR",),
+    unexpected="flm compare RUN RUN... compares runs",
+)

@@ -40,6 +40,7 @@ from flm_jax.runs.stage import (
     with_derived,
 )
 from flm_jax.runtime import host, paths, processes, xla_flags
+from flm_jax.store import experiment_file
 from flm_jax.store.checkpoint import Checkpoints
 from flm_jax.store.lineage import RunFolder, identity
 from flm_jax.train import schedules
@@ -68,25 +69,32 @@ def run(config: ExperimentConfig, workdir: str) -> list[dict[str, Any]]:
       RunStopped: after SIGINT or SIGTERM; a checkpoint was written.
     """
     require_type(config, ExperimentConfig, "run: config")
-    xla_flags.apply()
-    host.keep_freed()
-    if config.quick_compile:
-        host.compile_quickly()
-    processes.check_devices()
+    set_up(config)
+    given = config
     config, layouts = on_devices(config, jax.devices())
     processes.check_same("the config", mapping.digest(mapping.to_dict(config)))
     folder = RunFolder(workdir)
     first = config.stages[0]
-    if first.source and not folder.stage(0, first.name).config.exists():
+    if first.source and not paths.listed(folder.path / "stages"):
         open_stage_source(config)  # raises if it does not fit, before anything is written
     paths.check_bucket(paths.of(config.data.path, "config.data.path"), "config.data.path")
     with folder.writing():
         done = processes.once(lambda: _finished(config, folder))
         if len(done) >= len(config.stages):
             return done
-        stages = stages_of(config, corpus_of(config), folder, layouts)
-        run_stages(stages[len(done) :], folder)
+        stages = stages_of(config, corpus_of(config), folder, layouts)[len(done) :]
+        processes.once(lambda: _keep_config(given, stages, folder))
+        run_stages(stages, folder)
         return processes.once(folder.stages)
+
+
+def set_up(config: ExperimentConfig) -> None:
+    """Makes a config's settings of this process. Call it before JAX compiles anything."""
+    xla_flags.apply()
+    host.keep_freed()
+    if config.quick_compile:
+        host.compile_quickly()
+    processes.check_devices()
 
 
 def on_devices(
@@ -188,9 +196,21 @@ def check_finished(config: ExperimentConfig, folder: RunFolder, done: list[dict[
             f"{', '.join(names)}; give another workdir",
             argument="workdir",
         )
+    start = 0
     for index, entry in enumerate(done[: len(names)]):
         expected = identity(config, index, entry["data_fingerprint"])
-        folder.check_stage(folder.stage(index, entry["name"]), expected)
+        stage = folder.stage(index, entry["name"])
+        start += entry["steps"]
+        if entry.get("origin", {}).get("step") == start:  # none of its steps were trained here
+            expected = {**stage.saved(), "stage": expected["stage"]}
+        folder.check_stage(stage, expected)
+
+
+def _keep_config(config: ExperimentConfig, stages: Sequence[Stage], folder: RunFolder) -> None:
+    """Writes experiment.json. Raises UserError if a stage that has begun has another config."""
+    for stage in stages:
+        folder.check_stage(stage.folder(folder), stage.identity)
+    experiment_file.keep_config(folder, config)
 
 
 def stages_of(
@@ -205,10 +225,14 @@ def stages_of(
       layouts: mesh and sharding of each stage.
     """
     validation = functools.cache(functools.partial(_validation, config, corpus))
+    origin = experiment_file.origin_of(folder)
     stages: list[Stage] = []
     for index, layout in enumerate(layouts):
         before = stages[-1] if stages else None
-        stages.append(_stage(config, index, corpus, folder, layout, before, validation))
+        stage = _stage(config, index, corpus, folder, layout, before, validation)
+        if origin and origin.index == index:
+            stage = dataclasses.replace(stage, origin=origin)
+        stages.append(stage)
     return stages
 
 

@@ -31,6 +31,7 @@ from flm_jax.params.sharding import Layout
 from flm_jax.runs.timing import StageTime
 from flm_jax.runtime import processes, xla_flags
 from flm_jax.store.checkpoint import Checkpoints
+from flm_jax.store.experiment_file import Origin
 from flm_jax.store.lineage import RunFolder, StageFolder
 from flm_jax.train import optim, schedules
 from flm_jax.train.schedules import Schedule
@@ -105,6 +106,7 @@ class Stage:
         per byte) among them.
       best_by: a measurement's name; the checkpoint with its lowest value is the stage's result.
         "": the last checkpoint is.
+      origin: the state of another run that it continues from; None: none.
     """
 
     config: StageConfig
@@ -121,6 +123,7 @@ class Stage:
     source: Callable[[], Position]
     evaluate: Callable[[Any, MasksAt | None, float | None], dict[str, float]]
     best_by: str = ""
+    origin: Origin | None = None
 
     @property
     def name(self) -> str:
@@ -157,7 +160,10 @@ def restore(stage: Stage, checkpoints: Checkpoints, step: int | None = None) -> 
     assert step is not None
     like = abstract_state(stage.config.model, stage.tx, stage.layout)
     state, progress = checkpoints.restore(step, like)
-    return Position(state, progress["data"], progress["wall_s"])
+    position: dict[str, Any] = progress["data"]
+    if stage.origin and stage.origin.restarts_data and stage.origin.step == step:
+        position = stage.batches(stage.config.batch_size).get_state()
+    return Position(state, position, progress["wall_s"])
 
 
 def begin(
@@ -460,6 +466,7 @@ def _entry(
         },
         "receipt": folder.saved_receipt() if stage.parent else None,
         "data_fingerprint": stage.identity["data_fingerprint"],
+        **({"origin": mapping.to_dict(stage.origin)} if stage.origin else {}),
         **computed_by(model),
         **more,
     }

@@ -26,6 +26,7 @@ def save(figure: Any, path: pathlib.Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()
     drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=130, format=path.suffix.removeprefix("."))
+    # A legend beside the panels belongs to the figure.
+    figure.savefig(drawn, dpi=130, format=path.suffix.removeprefix("."), bbox_inches="tight")
     path.write_bytes(drawn.getvalue())
     plt.close(figure)

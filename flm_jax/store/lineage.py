@@ -140,6 +140,7 @@ class RunFolder:
         """
         self.path = paths.of(path)
         self.lineage = self.path / "lineage.json"
+        self.experiment = self.path / "experiment.json"  # see `experiment_file`
         self.tensorboard = self.path / "tensorboard"
         self.report = self.path / "report"
         self.compiled = compiled or self.path / "compiled"  # JAX's compilation cache
@@ -177,7 +178,8 @@ class RunFolder:
                 "you own",
                 argument="workdir",
             ) from error
-        others = (path for path in paths.listed(self.path) if path.name != lock.NAME)
+        own = (lock.NAME, self.experiment.name)
+        others = (path for path in paths.listed(self.path) if path.name not in own)
         if any(others) and not (self.path / "stages").is_dir():
             raise UserError(
                 f"workdir {self.path} holds files but no run; give an empty or new folder",
@@ -255,7 +257,21 @@ class RunFolder:
         """Returns the entry of one finished stage; see `pick_stage`."""
         return pick_stage(self.stages(), stage, self.path)
 
-    def branch(self, other: RunFolder, stages: int | None = None) -> None:
+    def begun(self) -> list[StageFolder]:
+        """Returns the folders of the stages that have begun, in order."""
+        found = []
+        for path in paths.listed(self.path / "stages"):
+            index, _, name = path.name.partition("-")
+            if index.isdigit() and (path / "config.json").is_file():
+                found.append(self.stage(int(index), name))
+        return sorted(found, key=lambda stage: stage.index)
+
+    def branch(
+        self,
+        other: RunFolder,
+        stages: int | None = None,
+        origins: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
         """Copies finished stages into a new run folder, where training can continue.
 
         Files are hard links where one disk has both: a complete checkpoint never changes.
@@ -263,6 +279,7 @@ class RunFolder:
         Args:
           other: the new run's folder; if it has finished stages already, nothing is done.
           stages: number of stages to copy, from the first one; None: all.
+          origins: for each copied entry of lineage.json, what it says as `origin`; (): nothing.
         """
         if other.lineage.exists():
             return
@@ -275,6 +292,8 @@ class RunFolder:
             link_tree(stage.path, copy.path)
             for step in paths.listed(copy.checkpoints):
                 mark_complete(step)
+        if origins:
+            copied = [s | {"origin": dict(o)} for s, o in zip(copied, origins, strict=True)]
         write_json(other.lineage, {"version": entries.VERSION, "stages": copied})
 
     def add_stage(self, entry: dict[str, Any]) -> None:
