@@ -173,10 +173,9 @@ def _are_runs(call: Call[Flags]) -> bool:
 
 def main(call: Call[Flags]) -> dict[str, Any]:
     if _are_runs(call):
-        names = dict.fromkeys(call.arguments)
         output = call.flags.output
         folder = paths.of(output, "output") if output else RunFolder(call.arguments[0]).report
-        return run_comparison.show([run_curves.read(n) for n in names], folder, call.console())
+        return run_comparison.show(run_curves.read_all(call.arguments), folder, call.console())
     if len(call.arguments) != 2:
         raise UserError(
             f"got {' '.join(call.arguments)}, which are not all runs trained on text; give such "

@@ -15,6 +15,7 @@ from typing import Any
 
 import rich.box
 import rich.table
+from matplotlib.ticker import EngFormatter
 
 from flm_jax import mapping
 from flm_jax.errors import UserError
@@ -25,7 +26,11 @@ from flm_jax.store.files import write_atomically
 from flm_jax.store.lineage import RunFolder
 
 # The axes of the curves: field of `Measured`, label.
-_AXES = (("tokens", "training tokens"), ("flops", "training FLOPs"), ("wall_s", "wall time (s)"))
+_AXES = (
+    ("tokens", "training tokens"),
+    ("flops", "training FLOPs"),
+    ("wall_s", "wall time (seconds)"),
+)
 _NAME = "compared"  # of the files
 
 
@@ -119,6 +124,20 @@ def read(path: str, name: str = "") -> Run:
         "sequence_length": config["data"]["sequence_length"],
     }
     return Run(name or path, stages, config, curve, growths, validation)
+
+
+def read_all(given: Sequence[str]) -> list[Run]:
+    """Reads runs; their names are their paths without the folders that all have in common.
+
+    Raises:
+      UserError: as `read`.
+    """
+    parts = [pathlib.PurePath(path).parts for path in dict.fromkeys(given)]
+    level = zip(*(p[:-1] for p in parts), strict=False)
+    shared = len([*itertools.takewhile(lambda names: len(set(names)) == 1, level)])
+    shared = shared if len(parts) > 1 else 0
+    names = ["/".join(p[shared:]) for p in parts]
+    return [read(path, name) for path, name in zip(dict.fromkeys(given), names, strict=True)]
 
 
 def notes(runs: Sequence[Run]) -> list[str]:
@@ -229,6 +248,7 @@ def _figure(runs: Sequence[Run]) -> Any:
     for panel, (_, label) in zip(panels, _AXES, strict=True):
         panel.set_xlabel(label)
         panel.set_xlim(left=0)
+        panel.xaxis.set_major_formatter(EngFormatter(sep=""))
         clean(panel)
     panels[0].set_ylabel("validation bits per byte")
     names = [run.name if len(run.name) <= 60 else f"...{run.name[-57:]}" for run in runs]

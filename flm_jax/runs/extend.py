@@ -115,26 +115,25 @@ def _continues_from(
 ) -> int:
     """The latest kept step up to which two configs have the same learning rates."""
     index, name = point.stage.index, config.stages[point.stage.index].name
+    kept, kind = branch.kept_steps(point.stage), config.schedule.kind
     same = _same_rates(config, longer, index, point.step)
-    kept = branch.kept_steps(point.stage)
-    if usable := [step for step in kept if step <= same]:
+    usable = [step for step in kept if step <= same]
+    # A cosine changes from its first step on: what is left of the run is hardly anything.
+    if usable and (kind != "cosine" or same == point.step):
         return usable[-1]
-    kind = config.schedule.kind
-    if kind == "wsd":
-        why = f"its decay begins at step {same}, and no checkpoint from before it was kept"
+    if kind == "cosine":
+        why = f"a cosine falls over all steps, so that more of them change the rates from {same} on"
     else:
-        why = f"{kind} falls over all steps, so that more of them change the rates from step {same}"
+        why = f"the decay begins at step {same}, and no checkpoint from before it was kept"
     total = config.schedule.total_steps or config.total_steps
-    last = kept[0]
     new_steps = longer.stages[index].steps
+    new = f"flm branch {point.run.path}:{name}:{point.step} --workdir=NEW"
+    new += f" --config.stages[{index}].steps={new_steps}"
     raise UserError(
-        f"{point.run.path}: stage {name} by {added} steps is not what a longer run would have "
-        f"been: {why} (kept: {', '.join(map(str, kept))}). Possible: a branch whose schedule stays "
-        f"as it was, with the added steps at its last rate: flm branch "
-        f"{point.run.path}:{name}:{point.step} --workdir=NEW --config.stages[{index}].steps="
-        f"{new_steps} --config.schedule.total_steps={total}; or one whose rates change at step "
-        f"{last}: flm branch {point.run.path}:{name}:{last} --workdir=NEW "
-        f"--config.stages[{index}].steps={new_steps}"
+        f"{point.run.path}: {added} more steps of stage {name} would not make what a longer run is: "
+        f"{why} (checkpoints: {', '.join(map(str, kept))}). Possible instead: "
+        f"{new} --config.schedule.total_steps={total} (the added steps train at the last rate), "
+        f"or {new} (the rate jumps to that of the longer schedule)"
     )
 
 
