@@ -2,9 +2,9 @@ r"""Which growth operator? A small source, doubled by each, on the Python standa
 
   flm growth probe --config=configs/probe_growth.py --workdir=runs/probe
 
-About an hour for 18 arms and three seeds on two CPU cores. The source has 0.17M parameters and is
+More than an hour for 22 arms and three seeds on two cores. The source has 0.17M parameters and is
 trained for 600 steps; the target has 1.1M parameters. Every arm trains for 1.4e12 FLOPs after its
-growth, at a constant learning rate (LiGO's fit is extra). docs/growth.md has the expected table.
+growth, at a constant learning rate, LiGO's fit included. docs/growth.md has a table.
 `:rates` compares learning rates after a growth of the width: "target", "carry" and "ramp" under
 µP, for three recipes (docs/mup.md). `:smoke` has three arms and one seed, and takes seconds each.
 
@@ -55,6 +55,7 @@ def _arm(
 
 
 SOURCE = _model(3, 64, 168)
+DEEP = _model(6, 64, 168)  # twice the source's depth alone
 ARMS = (
     _arm("msg", "msg"),
     _arm("zero-pad", "zero_pad"),
@@ -71,6 +72,7 @@ ARMS = (
     _arm("tile + fresh", "tile,fresh"),
     _arm("net2net", "net2net,identity"),
     _arm("ligo", "ligo"),
+    *(_arm(f"depth, {name}", name, DEEP) for name in ("identity", "stack", "interpose", "fresh")),
     # These grow one axis and stay near the source's size: two key/value heads in place of one, and
     # a vocabulary 1.5 times as large.
     _arm("repeat", "repeat", dataclasses.replace(SOURCE, num_kv_heads=2)),

@@ -17,9 +17,9 @@ from flm_jax.config import ExperimentConfig, GrowthConfig, LayoutConfig, MeshCon
 tele_flm_52b = config_files.shipped("tele_flm_52b")
 # Our choice: layouts that fit (docs/scaling.md).
 LAYOUTS = (
-    LayoutConfig("v5p:4x4x8", MeshConfig(1, 32, 4), accumulate=21),
+    LayoutConfig("v5p:4x4x8", MeshConfig(1, 32, 4), accumulate=42, remat="none"),
     LayoutConfig("v5p:8x8x8", MeshConfig(1, 64, 8), accumulate=7),
-    LayoutConfig("h100:16x8", MeshConfig(1, 16, 8), accumulate=28),
+    LayoutConfig("h100:16x8", MeshConfig(1, 64, 2), accumulate=21, remat="dots"),
     LayoutConfig("h100:128x8", MeshConfig(1, 64, 16), accumulate=7),
 )
 

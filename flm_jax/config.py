@@ -6,12 +6,13 @@ Config files and commands use ml_collections; `from_mapping` turns their values 
 from __future__ import annotations
 
 import dataclasses
-import math
+import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flm_jax.checks import require, require_choice, require_positive, require_seed
+from flm_jax.errors import UserError
 from flm_jax.execution import SplashConfig, layer_groups, parse_remat
 from flm_jax.mapping import Checked, added, from_mapping
 
@@ -385,7 +386,10 @@ class ScheduleConfig(Checked):
 class GrowthConfig(Checked):
     """How a stage grows from the one before it. The first stage ignores it."""
 
-    recipe: str = "msg"  # names of operators, as in "tile,identity" (docs/growth.md)
+    # Names of operators, as in "tile,identity" (docs/growth.md).
+    recipe: str = dataclasses.field(
+        default="msg", metadata={"form": "'msg' or 'tile,layers=identity'"}
+    )
     moments: str = "asym"  # Adam's moments: "dual", "asym" or "reset" (`growth.Plan`)
     rates: str = "target"  # learning rate and eps: "target", "carry" or "ramp" (`growth.Plan`)
     noise_db: float = 0.0  # signal-to-noise ratio (dB) of the noise that separates copies; 0: none
@@ -408,12 +412,12 @@ class GrowthConfig(Checked):
             "fit_steps", "fit_learning_rate",
         )  # fmt: skip
         require(
-            self.rewarmup_steps >= 0,
-            f"GrowthConfig.rewarmup_steps is {self.rewarmup_steps}; it must be 0 or above",
-        )
-        require(
             0 <= self.old_rate <= 1,
             f"GrowthConfig.old_rate is {self.old_rate}; it must be in [0, 1]: 0 freezes old slots",
+        )
+        require(
+            0 <= self.rewarmup_ratio <= 1,
+            f"GrowthConfig.rewarmup_ratio is {self.rewarmup_ratio}; it must be in [0, 1]",
         )
         require_choice(self, "moments", MOMENTS)
         require_choice(self, "rates", RATES)
@@ -541,6 +545,11 @@ class StageConfig(Checked):
     train_paths: tuple[str, ...] = added(())
     layouts: tuple[LayoutConfig, ...] = added(())  # on topologies where the fields above change
 
+    @classmethod
+    def place(cls, values: Mapping[str, Any]) -> str:
+        """The stage's name, for errors."""
+        return f"stage {values['name']}" if isinstance(values.get("name"), str) else ""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, "batch_size", "accumulate", "learning_rate", "matrix_learning_rate")
@@ -608,7 +617,7 @@ class EvalConfig(Checked):
 class CheckpointConfig(Checked):
     """How often a stage saves checkpoints, and how many it keeps."""
 
-    every_steps: int = 200  # 0: only by time and at the end
+    every_steps: int = 200  # 0: only by time (`every_minutes`) and at the end
     keep: int = 2  # number of latest checkpoints kept in a stage; the last one is always kept
     # Minutes after the last checkpoint at which one more is saved; 0: none. A lost process costs at
     # most this time, whatever a step takes.
@@ -617,12 +626,11 @@ class CheckpointConfig(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, "keep")
-        for name in ("every_steps", "every_minutes"):
-            value = getattr(self, name)
-            require(
-                0 <= value < math.inf,
-                f"CheckpointConfig.{name} is {value}; it must be 0 or above",
-            )
+        require(
+            self.every_steps > 0 or self.every_minutes > 0,
+            "CheckpointConfig.every_steps is 0 and every_minutes 0, so that a stopped run would "
+            "start again; give one of them",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -648,6 +656,8 @@ class ExperimentConfig(Checked):
             len(set(names)) == len(names),
             f"ExperimentConfig.stages has names {names}; give each stage a name of its own",
         )
+        check_sizes([(stage.name, vars(stage.model)) for stage in self.stages
+                     if isinstance(stage.model, TransformerConfig)])  # fmt: skip
         for stage in self.stages[1:]:
             require(
                 not stage.source,
@@ -706,4 +716,26 @@ def experiment(values: Mapping[str, Any]) -> ExperimentConfig:
     if "model" in values:
         stage = {**values.pop("stage", {}), "model": values.pop("model")}
         values["stages"] = [stage]
+    # Before each model's own checks, which do not know the parent.
+    stages = [stage for stage in values.get("stages") or () if isinstance(stage, Mapping)]
+    models = [(s.get("name"), s.get("model")) for s in stages]
+    check_sizes([(name, model) for name, model in models if isinstance(model, Mapping)])
     return from_mapping(ExperimentConfig, values)
+
+
+def check_sizes(models: Sequence[tuple[Any, Mapping[str, Any]]]) -> None:
+    """Raises UserError if a stage is smaller than the one before it.
+
+    Args:
+      models: name and fields of the model of each stage, in order; a field may be missing.
+    """
+    axes = {"d_model": "embed", "d_ff": "mlp", "num_layers": "layers", "vocab_size": "vocab",
+            "num_heads": "heads"}  # fmt: skip
+    for (before, small), (name, big) in itertools.pairwise(models):
+        for field, axis in axes.items():
+            old, new = small.get(field), big.get(field)
+            if isinstance(old, int) and isinstance(new, int) and new < old:
+                raise UserError(
+                    f"stage {name}: model.{field} (axis {axis!r}) is {new}, and stage {before} "
+                    f"before it has {old}; a stage is never smaller: give {old} or more"
+                )

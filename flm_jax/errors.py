@@ -6,7 +6,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
+import os
+from collections.abc import Iterator
 
 
 class Exit(enum.IntEnum):
@@ -16,15 +19,21 @@ class Exit(enum.IntEnum):
     FAILED = 1  # a traceback, or a check of the command does not hold (its --help says which)
     MISTAKE = 2  # of the user: one line says what to change
     GATE = 3  # `flm compare`: the new model is worse than its limits allow
+    DAMAGE = 65  # a file of a run is damaged or missing (EX_DATAERR)
+    NUMERICS = 70  # a loss, gradient or update is not finite, or losses spike (EX_SOFTWARE)
+    DISK = 74  # no space, or a disk fails (EX_IOERR)
     LOST = 75  # another process was lost (EX_TEMPFAIL of sysexits.h: try again)
+    HANGUP = 129  # SIGHUP: the terminal is gone
     INTERRUPTED = 130  # Ctrl-C (SIGINT)
+    NOTICE = 138  # SIGUSR1, as Slurm can send it some time before it ends a job
     PREEMPTED = 143  # SIGTERM, as schedulers send it before they take the machine
 
 
-# After these the same command can continue where it stopped. A hardware fault also shows as a
-# traceback (1), or as a signal that nobody handles: abort, bus error, kill (also by the kernel for
-# memory), segmentation fault.
-RESTARTABLE = (Exit.FAILED, Exit.LOST, 134, 135, 137, 139, Exit.PREEMPTED)
+# After these the same command can continue where it stopped. After damage and numerics it would
+# come to the same end, and a full disk needs somebody who makes room. A hardware fault also shows
+# as a traceback (1), or as a signal that nobody handles: abort, bus error, kill (also by the kernel
+# for memory), segmentation fault.
+RESTARTABLE = (Exit.FAILED, Exit.LOST, 134, 135, 137, Exit.NOTICE, 139, Exit.PREEMPTED)
 
 
 class UserError(ValueError):
@@ -42,6 +51,40 @@ class UserError(ValueError):
     def __init__(self, message: str, *, argument: str = "") -> None:
         super().__init__(_one_line(message))
         self.argument = argument
+
+
+@contextlib.contextmanager
+def within(place: str) -> Iterator[None]:
+    """Puts a place, as "stage large", before the message of a UserError raised inside.
+
+    A message that begins with the place stays as it is.
+    """
+    try:
+        yield
+    except UserError as error:
+        if not str(error).startswith(f"{place}:"):
+            error.args = (_one_line(f"{place}: {error}"),)
+        raise
+
+
+class NumericsError(UserError):
+    """A loss, gradient or update is not finite, or losses spike; the last good state is kept."""
+
+    status = Exit.NUMERICS
+
+
+class DamageError(UserError):
+    """A file of a run is damaged, or missing beside the files that belong to it.
+
+    Attributes:
+      path: the damaged checkpoint's folder, or the file.
+    """
+
+    status = Exit.DAMAGE
+
+    def __init__(self, message: str, path: os.PathLike[str] | str = "") -> None:
+        super().__init__(message)
+        self.path = os.fspath(path)
 
 
 def _one_line(message: str) -> str:

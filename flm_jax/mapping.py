@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import enum
@@ -14,7 +15,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from flm_jax.errors import UserError
+from flm_jax.errors import UserError, within
 
 T = TypeVar("T")
 
@@ -27,6 +28,12 @@ class Checked:
     Raises:
       UserError: a field does not, or is below 0; names class, field, value and both types.
     """
+
+    @classmethod
+    def place(cls, values: Mapping[str, Any]) -> str:
+        """What errors of a config with these values begin with, as "stage large"; "": nothing."""
+        del values
+        return ""
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
@@ -167,6 +174,12 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], path: str = "config") 
     Traceback (most recent call last):
     flm_jax.errors.UserError: config.kept: CheckpointConfig has no such field; did you mean 'keep'?
     """
+    place = cls.place(values) if issubclass(cls, Checked) else ""
+    with within(place) if place else contextlib.nullcontext():
+        return _from_mapping(cls, values, path)
+
+
+def _from_mapping(cls: type[T], values: Mapping[str, Any], path: str) -> T:
     hints = typing.get_type_hints(cls)
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
     for name in values:
@@ -183,20 +196,24 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], path: str = "config") 
     ]
     if missing:
         raise UserError(f"{path}: {cls.__name__} needs {', '.join(missing)}; add to the config")
-    return cls(
-        **{
-            f.name: _convert_field(f, hints[f.name], values[f.name], f"{path}.{f.name}")
-            for f in fields
-            if f.name in values
-        }
-    )
+    converted = {
+        f.name: _convert_field(f, hints[f.name], values[f.name], f"{path}.{f.name}")
+        for f in fields
+        if f.name in values
+    }
+    try:
+        return cls(**converted)
+    except UserError as error:  # the class does not know where it is
+        if str(error).startswith(f"{cls.__name__}."):
+            error.args = (f"{path}.{str(error).removeprefix(f'{cls.__name__}.')}",)
+        raise
 
 
 def _convert_field(field: dataclasses.Field[Any], hint: Any, value: Any, path: str) -> Any:
     """The value of a field as its declared type, or relative to one of its bases."""
     bases, relative = field.metadata.get("bases", ()), base_of(value)
     if not bases or relative is None:
-        return _convert(hint, value, path)
+        return _convert(hint, value, path, field.metadata.get("form", ""))
     base, changes = relative
     if base not in bases:
         known = ", ".join(map(repr, bases))
@@ -206,8 +223,14 @@ def _convert_field(field: dataclasses.Field[Any], hint: Any, value: Any, path: s
     return {"base": base, **changes} if changes else base
 
 
-def _convert(hint: Any, value: Any, path: str) -> Any:
-    """The value as the declared type `hint`; raises UserError if it does not fit."""
+def _convert(hint: Any, value: Any, path: str, form: str = "") -> Any:
+    """The value as the declared type `hint`; raises UserError, with its `form`, if it does not fit.
+
+    >>> _convert(tuple[int, ...], 3, "config.factors")
+    Traceback (most recent call last):
+    flm_jax.errors.UserError: config.factors is 3 of type int; it must be a list or tuple of int: \
+write one entry as (entry,), with the comma
+    """
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if isinstance(value, hint):
             return value
@@ -224,15 +247,26 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return _convert_union(items, value, path)
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            raise UserError(f"{path} is {value!r}; it must be a list or tuple")
+            raise UserError(
+                f"{path} is {_shown(value)}; it must be a list or tuple of "
+                f"{getattr(items[0], '__name__', items[0])}: write one entry as (entry,), with the "
+                "comma"
+            )
         return tuple(_convert(items[0], v, f"{path}[{i}]") for i, v in enumerate(value))
     if origin is Mapping:
         if not isinstance(value, Mapping):
-            raise UserError(f"{path} is {value!r}; it must be a group of named values")
+            raise UserError(f"{path} is {_shown(value)}; it must be a group of named values")
         return {k: _convert(items[1], v, f"{path}.{k}") for k, v in value.items()}
     if issubclass(hint, enum.Enum):
         return _convert_enum(hint, value, path)
-    return _convert_scalar(hint, value, path)
+    return _convert_scalar(hint, value, path, form)
+
+
+def _shown(value: Any) -> str:
+    """A wrong value and its type; a config is shown by its type alone."""
+    kind = type(value).__name__
+    known = isinstance(value, str | int | float | list | tuple | Mapping) or value is None
+    return f"{value!r} of type {kind}" if known else f"of type {kind}"
 
 
 def _convert_enum(hint: type[enum.Enum], value: Any, path: str) -> enum.Enum:
@@ -247,7 +281,7 @@ def _convert_enum(hint: type[enum.Enum], value: Any, path: str) -> enum.Enum:
 _LARGEST = {bool: 1, int: 2**63 - 1, float: sys.float_info.max}
 
 
-def _convert_scalar(hint: type, value: Any, path: str) -> Any:
+def _convert_scalar(hint: type, value: Any, path: str, form: str = "") -> Any:
     """A bool, int, float or str; numpy's numbers become Python's, and an int may be a float."""
     accepted = {int: numbers.Integral, float: numbers.Real}.get(hint, hint)
     if isinstance(value, accepted) and (hint is bool or not isinstance(value, bool)):
@@ -258,9 +292,8 @@ def _convert_scalar(hint: type, value: Any, path: str) -> Any:
                 f"{_LARGEST[hint]:g} in size"
             )
         return hint(value)
-    raise UserError(
-        f"{path} is {value!r} of type {type(value).__name__}; it must be {hint.__name__}"
-    )
+    example = f", as {form}" if form else ""
+    raise UserError(f"{path} is {_shown(value)}; it must be {hint.__name__}{example}")
 
 
 def _convert_union(hints: tuple[Any, ...], value: Any, path: str) -> Any:

@@ -1,5 +1,6 @@
 """Memory of the host process: what is kept for the next step, and what goes back."""
 
+import os
 import subprocess
 import sys
 
@@ -29,3 +30,15 @@ def test_memory_is_kept_beside_a_small_state_only(state, kept):
         [sys.executable, "-c", SCRIPT.format(state=state)], capture_output=True, check=True
     )
     assert (int(result.stdout) < 100e6) == kept
+
+
+@pytest.mark.parametrize(("given", "found"), [("", "cpu"), ("cuda", "cuda")])
+def test_describing_an_accelerator_looks_for_none(given, found):
+    """JAX is imported already, as in a command."""
+    script = "import jax; from flm_jax.runtime import host; host.prefer_cpu(); "
+    script += "print(jax.config.jax_platforms)"
+    environment = os.environ | {"JAX_PLATFORMS": given}
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, check=True, env=environment, text=True
+    )
+    assert result.stdout.split() == [found]

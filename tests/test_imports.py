@@ -11,7 +11,7 @@ from tests.commands import ROOT
 # Each package or module imports only from its own line and from the lines above it.
 LAYERS = [
     {"errors", "version"},
-    {"mapping", "checks"},
+    {"mapping", "checks", "fields"},
     {"execution"},
     {"config"},
     {"params"},

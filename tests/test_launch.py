@@ -178,6 +178,7 @@ def lives(folder, statuses, **given):
     [
         ([Exit.LOST, Exit.PREEMPTED, -signal.SIGKILL, Exit.FAILED, Exit.OK], (0, 5)),
         ([Exit.LOST, Exit.MISTAKE, Exit.OK], (2, 2)),
+        ([Exit.LOST, Exit.NUMERICS, Exit.OK], (70, 2)),
         ([Exit.INTERRUPTED, Exit.OK], (130, 1)),
         ([Exit.LOST] * 9, (75, 4)),  # gives up after 3 restarts
         ([-signal.SIGSEGV] * 9, (139, 4)),
@@ -193,6 +194,7 @@ def test_a_life_that_lasted_starts_the_count_again(tmp_path):
 
 def test_statuses_are_told_apart():
     assert {Exit.OK, Exit.MISTAKE, Exit.GATE, Exit.INTERRUPTED}.isdisjoint(RESTARTABLE)
+    assert {Exit.DAMAGE, Exit.NUMERICS, Exit.DISK}.isdisjoint(RESTARTABLE)
     page = (ROOT / "docs" / "clusters.md").read_text()
     rows = [line.split("|") for line in page.splitlines() if line.startswith("| ")]
     listed = {int(row[1]): row[3].strip() for row in rows if row[3].strip() in ("yes", "no")}
@@ -200,21 +202,24 @@ def test_statuses_are_told_apart():
     assert {status for status, again in listed.items() if again == "yes"} == set(RESTARTABLE)
 
 
-@pytest.mark.parametrize("pausing", [False, True])
-def test_sigterm_stops_the_command_and_the_restarts(tmp_path, pausing):
+@pytest.mark.parametrize(
+    ("pausing", "number"),
+    [(False, signal.SIGTERM), (True, signal.SIGTERM), (False, signal.SIGUSR1)],
+)
+def test_a_signal_stops_the_command_and_the_restarts(tmp_path, pausing, number):
     begun = tmp_path / "begun"
-    body = "exit 75" if pausing else "trap 'exit 143' TERM; while :; do sleep 0.01; done"
+    body = "exit 75" if pausing else "trap 'exit 143' TERM USR1; while :; do sleep 0.01; done"
     script = pathlib.Path(restart.__file__)
     process = subprocess.Popen(
         [sys.executable, script, "--first=60", "--last=60", "bash", "-c",
-         f"trap 'exit 143' TERM; echo >> {begun}; {body}"],
+         f"trap 'exit 143' TERM USR1; echo >> {begun}; {body}"],
         env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     if pausing:
         assert "restart 1 of 10 in 60 s" in process.stderr.readline()
     while not begun.exists():
         time.sleep(0.01)
-    process.terminate()
+    process.send_signal(number)
     assert process.wait(timeout=20) == (75 if pausing else 143)
     assert begun.read_text() == "\n"
     process.stderr.close()

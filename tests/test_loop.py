@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import signal
 import time
 
 import jax
@@ -9,11 +10,12 @@ import numpy as np
 import pytest
 
 from flm_jax.config import CheckpointConfig, EvalConfig, ExperimentConfig, StageConfig
-from flm_jax.errors import UserError
+from flm_jax.errors import RunStopped, UserError
 from flm_jax.params import sharding
 from flm_jax.params.sharding import Layout
 from flm_jax.runs.loop import run_stages
 from flm_jax.runs.stage import Position, Stage
+from flm_jax.runtime import joints
 from flm_jax.store.lineage import RunFolder, identity
 from flm_jax.train import optim, schedules
 from flm_jax.train.train_step import init_state
@@ -47,16 +49,23 @@ class Stream:
 
 
 class Measure:
-    """An evaluation that returns given values, and fails once at a chosen call."""
+    """An evaluation of two batches that returns given values.
 
-    def __init__(self, values=(), fails_at=-1):
+    At a chosen call it fails, or a signal comes between its batches, once.
+    """
+
+    def __init__(self, values=(), fails_at=-1, signal_at=-1, number=signal.SIGTERM):
         self._values, self._fails_at, self.calls = dict(enumerate(values)), fails_at, 0
+        self._signal_at, self._number = signal_at, number
 
     def __call__(self, params, masks_at, mask_value):
         assert masks_at is None and mask_value is None
         self.calls += 1
         if self.calls == self._fails_at:
             raise RuntimeError("killed")
+        for batch in joints.between(range(2)):
+            if batch == 0 and self.calls == self._signal_at:
+                signal.raise_signal(self._number)
         return {"bpb": 1.0, "other": self._values.get(self.calls - 1, 9.0)}
 
 
@@ -175,3 +184,48 @@ def test_a_killed_stage_resumes_bit_identically(whole, tmp_path):
     want = whole.stages()[0]["params_digest"]
     assert run.stages()[0]["params_digest"] == want
     assert RunFolder(tmp_path / "forgets").stages()[0]["params_digest"] != want
+
+
+@pytest.mark.parametrize(
+    ("number", "call", "stopped", "kept"),
+    [(signal.SIGHUP, 2, 3, [3]), (signal.SIGTERM, 4, 7, [4, 7])],  # within, and the last one
+)
+def test_an_evaluation_that_a_signal_cuts_short_is_repeated(
+    whole, tmp_path, number, call, stopped, kept
+):
+    run = RunFolder(tmp_path / "run")
+    measure = Measure(signal_at=call, number=number)
+    run.open()
+    with pytest.raises(RunStopped, match=f"at step {stopped} of 7") as error:
+        run_stages([a_stage(measure)], run)
+    assert error.value.status == 128 + number
+    assert saved(run) == kept and stopped not in evaluated(run)
+    run_stages([a_stage(measure)], run)
+    assert evaluated(run) == [0, 3, 6, 7]
+    assert run.stages()[0]["params_digest"] == whole.stages()[0]["params_digest"]
+
+
+class Signals(Stream):
+    """A stream of which one batch comes with a signal."""
+
+    def __init__(self, at):
+        super().__init__()
+        self._at = at
+
+    def __next__(self):
+        if self._place == self._at:
+            signal.raise_signal(signal.SIGUSR1)
+        return super().__next__()
+
+
+@pytest.mark.parametrize(("at", "kept"), [(0, [2]), (6, [4, 7])])
+def test_a_signal_in_a_step_ends_the_run_soon_after_it_and_at_its_end(whole, tmp_path, at, kept):
+    """Also in the first step and the last one: the stage is then finished by the next call."""
+    run = RunFolder(tmp_path / "run")
+    run.open()
+    signalled = dataclasses.replace(a_stage(Measure()), batches=lambda *_: Signals(at))
+    with pytest.raises(RunStopped, match="SIGUSR1: stopped at step"):
+        run_stages([signalled], run)
+    assert saved(run) == kept and not run.stages()
+    run_stages([a_stage(Measure())], run)
+    assert run.stages()[0]["params_digest"] == whole.stages()[0]["params_digest"]

@@ -180,6 +180,15 @@ def test_the_published_fit_and_its_predictions_come_out():
     for p, (_, loss) in zip(made, wide, strict=True):
         assert abs(p["predicted"] - loss) < 0.02
         assert p["low"] <= p["predicted"] <= p["high"]
+        # The baseline is worse than predicting no change at all; the law is not.
+        error = {name: predict.share_of_drop(p[name], loss, narrow[-1][1]) for name in p}
+        assert error["predicted"] < 0.25 and error["line"] > 1
+
+
+def test_the_baseline_is_a_line_through_the_logarithms():
+    x = np.array([2.0, 5.0, 40.0])
+    law = predict.line(x, 3 * x**-0.25)
+    assert (law.a, law.b, law.c) == pytest.approx((3, -0.25, 0))
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
@@ -222,7 +231,7 @@ def test_prediction_as_a_command(tmp_path):
         f"--figure={figure}",
     )  # fmt: skip
     assert set(found) == {"a", "b", "c", "predictions"} and figure.exists()
-    assert set(found["predictions"][0]) == {"x", "predicted", "low", "high"}
+    assert set(found["predictions"][0]) == {"x", "predicted", "low", "high", "line"}
 
     predict_loss = ("mup", "predict", f"--data={path}")
     assert "--predict=wide" in mistake(*predict_loss, "--predict=wide")

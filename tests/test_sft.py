@@ -406,6 +406,21 @@ def test_claims_are_decided_by_the_interval_over_seeds(metric):
     assert decided.high - decided.gain == pytest.approx(4.302653 * 0.1 / 3**0.5, rel=1e-6)
 
 
+def test_claims_are_corrected_for_their_number():
+    """0.1, 0.15, 0.2 is p = 0.037 alone; among three claims the smallest p counts three times."""
+
+    def named(text, gains):
+        found = verdict(gains)
+        return dataclasses.replace(found, claim=dataclasses.replace(found.claim, text=text))
+
+    alone = named("a", [0.1, 0.15, 0.2])
+    assert alone.word == "supported" and alone.p == pytest.approx(0.0351, abs=1e-3)
+    others = [named("b", [0.1, 0.2, -0.1]), named("c", [-0.3, 0.2, 0.1])]
+    (first, *_) = claims.corrected([alone, *others])
+    assert first.word == "undecided" and first.p == pytest.approx(3 * alone.p)
+    assert claims.corrected([alone]) == [alone]
+
+
 def test_the_grid_shares_the_largest_arms_and_runs_seed_by_seed():
     config = from_mapping(
         less_is_more.LessIsMoreConfig,

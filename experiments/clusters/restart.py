@@ -4,9 +4,9 @@ r"""Starts a command again while its exit status says that this can help, with g
     COMMAND...
 
 It gives up at every status that is not in `flm_jax.errors.RESTARTABLE` (a user's mistake, Ctrl-C,
-success), after SIGTERM or Ctrl-C to this script, and after --most restarts in a row none of whose
+success), after a signal to this script, and after --most restarts in a row none of whose
 lives lasted --steady seconds. The pauses double from --first to --last seconds. Its own status is
-that of the command's last life. SIGTERM is forwarded to the command.
+that of the command's last life. SIGTERM, SIGHUP and SIGUSR1 are forwarded to the command.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 from flm_jax.errors import RESTARTABLE
+from flm_jax.runtime.stop import SIGNALS
 
 
 def pause(failures: int, first: float, last: float) -> float:
@@ -40,11 +41,12 @@ def run(command: Sequence[str], most: int, first: float, last: float, steady: fl
     def stop(number: int, frame: FrameType | None) -> None:
         stopped.set()
         # A terminal sends Ctrl-C to the command itself.
-        if number == signal.SIGTERM and child is not None and child.poll() is None:
-            child.terminate()
+        if number != signal.SIGINT and child is not None and child.poll() is None:
+            child.send_signal(number)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, stop)
     failures = 0
     while True:
         began = time.monotonic()

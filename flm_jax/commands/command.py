@@ -7,6 +7,7 @@ imported in one process, and one can be called many times.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import itertools
 import re
 import types
@@ -19,8 +20,10 @@ from absl import flags as absl_flags
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags, config_path
 
-from flm_jax.commands import config_files
+from flm_jax import fields as config_fields
+from flm_jax.commands import config_files, config_kinds
 from flm_jax.errors import UserError
+from flm_jax.runtime import display
 
 F = TypeVar("F")
 Need = Literal["required", "optional", "none"]
@@ -90,7 +93,7 @@ class Call(Generic[F]):
 
         Brackets in names that come from files are not markup.
         """
-        return rich.console.Console(stderr=self.json, markup=False, **options)
+        return display.open_console(stderr=self.json, **options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +118,7 @@ class Command(Generic[F]):
       config_of: makes the config from the first positional argument if --config is not given.
       positional: the names of the positional arguments; all must be given. If the last one ends
         with "...", there may be more of it.
+      argument: the flag that a single argument without a name sets; "": none.
       unexpected: the advice if more arguments are given than it takes.
       gate: a condition on the result, with an exit status of its own.
     """
@@ -125,6 +129,7 @@ class Command(Generic[F]):
     workdir: Need = "none"
     config_of: Callable[[str], ConfigDict] | None = None
     positional: tuple[str, ...] = ()
+    argument: str = ""
     unexpected: str = "options begin with --"
     gate: Gate | None = None
 
@@ -152,6 +157,8 @@ class Command(Generic[F]):
                 if override.startswith("config."):
                     config_files.check_field(config, override)
         arguments = _parse(values, [name, *rest], config)
+        if self.argument and len(arguments) == 1 and values[self.argument].value is None:
+            values[self.argument].value = arguments.pop()
         own = self.flags(
             **{f.name: _value(values[f.name], hint) for f, hint in _fields(self.flags)}
         )
@@ -179,8 +186,8 @@ class Command(Generic[F]):
             return f"--{message}"
         return f"--{name}: {message}"
 
-    def help(self) -> str:
-        """The flags as --help lists them."""
+    def help(self, name: str) -> str:
+        """The flags as --help lists them, and the fields of the config of command `name`."""
         values = self._flag_values()
         if self.config != "none":
             absl_flags.DEFINE_string(
@@ -189,7 +196,10 @@ class Command(Generic[F]):
                 "by --config.field=value.", flag_values=values,
             )  # fmt: skip
         # absl's list begins with the name of the module that defines the flags.
-        return values.get_help(include_special_flags=False).partition(":\n")[2].rstrip()
+        listed = values.get_help(include_special_flags=False).partition(":\n")[2].rstrip()
+        if self.config == "none":
+            return listed
+        return f"{listed}\n\nFields, as --config.FIELD=VALUE:\n{_fields_of(name)}"
 
     def _flag_values(self) -> absl_flags.FlagValues:
         values = absl_flags.FlagValues()
@@ -259,6 +269,27 @@ def _define(values: absl_flags.FlagValues, field: dataclasses.Field[Any], hint: 
         absl_flags.DEFINE_string(*given, flag_values=values)
 
 
+def _fields_of(command: str) -> str:
+    """The fields of a command's config, one a line: path, type and default, meaning."""
+    rows = config_fields.described(config_kinds.class_of(command))
+    return "\n".join(
+        f"  {path}: {kind}{f'  # {comment}' if comment else ''}" for path, kind, comment in rows
+    )
+
+
+def _unknown_flag(name: str, values: absl_flags.FlagValues, config: ConfigDict) -> UserError:
+    """The error for a flag that does not exist; names the nearest one."""
+    known = [*values, "config"] if config else list(values)
+    field = re.split(r"[.\[]", name)[0]
+    if config and field in config:
+        hint = f"did you mean --config.{name}?"
+    elif close := difflib.get_close_matches(name, known, n=1, cutoff=0.5):
+        hint = f"did you mean --{close[0]}?"
+    else:
+        hint = "--help lists the flags"
+    return UserError(f"Unknown command line flag {name!r}; {hint}")
+
+
 def _parse(values: absl_flags.FlagValues, argv: list[str], config: ConfigDict) -> list[str]:
     """Sets `values` and the fields of `config`; returns the positional arguments."""
     try:
@@ -278,6 +309,8 @@ def _parse(values: absl_flags.FlagValues, argv: list[str], config: ConfigDict) -
                     f"--{name}={value}: give a value of type {expected}{example}"
                 ) from error
         raise UserError(str(error)) from error
+    except absl_flags.UnrecognizedFlagError as error:
+        raise _unknown_flag(error.flagname, values, config) from error
     except absl_flags.Error as error:
         raise UserError(str(error)) from error
 

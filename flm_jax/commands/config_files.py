@@ -28,6 +28,7 @@ from ml_collections.config_flags import config_path
 
 from flm_jax import config as config_lib
 from flm_jax import mapping
+from flm_jax.commands import config_kinds
 from flm_jax.errors import UserError
 from flm_jax.interop.stage_source import resolved
 
@@ -93,6 +94,7 @@ def load(path: pathlib.Path) -> types.ModuleType:
 
 def experiment(config: ConfigDict) -> config_lib.ExperimentConfig:
     """The config as a validated dataclass, with what it takes from its source (`resolved`)."""
+    _check_kind(config_lib.ExperimentConfig, config)
     return resolved(config_lib.experiment(plain(config)))
 
 
@@ -112,7 +114,17 @@ def stage_index(config: config_lib.ExperimentConfig, given: int) -> int:
 
 def dataclass_of(cls: type[T], config: ConfigDict) -> T:
     """A config of another kind than an experiment, as a validated dataclass."""
+    _check_kind(cls, config)
     return mapping.from_mapping(cls, plain(config))
+
+
+def _check_kind(cls: type, config: ConfigDict) -> None:
+    """Raises UserError if the config is meant for a command that takes another kind of config."""
+    if other := config_kinds.command_for(config, cls):
+        raise UserError(
+            f"--config has {', '.join(config)}: it is a config for flm {other}, and this command "
+            f"takes a {cls.__name__}; call flm {other}, or give another config"
+        )
 
 
 def plain(value: Any) -> Any:
@@ -144,7 +156,11 @@ def find(given: str) -> pathlib.Path:
         if known.is_file() and not known.stem.startswith("_"):
             return known
     names = ", ".join(sorted(p.stem for p in folder.glob("[!_]*.py") if p.stem != "common"))
-    raise UserError(f"--config={given}: no such file; give one, or one of those shipped: {names}")
+    with_suffix = path.with_name(f"{path.name}.py")
+    hint = f"did you mean {with_suffix}? " if with_suffix.is_file() else ""
+    raise UserError(
+        f"--config={given}: no such file; {hint}give one, or one of those shipped: {names}"
+    )
 
 
 def split(argv: Sequence[str]) -> tuple[str, list[str]]:
@@ -181,7 +197,15 @@ def load_config(given: str) -> ConfigDict:
         where = f"{path}:{frames[-1].lineno}" if frames else path
         raise UserError(f"{where}: {type(error).__name__}: {error}; fix the file") from error
     if not isinstance(config, ConfigDict):
-        raise UserError(f"{path}: get_config must return a ConfigDict, not {type(config).__name__}")
+        helper = (
+            "; return config_files.to_config_dict(config), with from flm_jax.commands import "
+            "config_files"
+            if dataclasses.is_dataclass(config)
+            else ""
+        )
+        raise UserError(
+            f"{path}: get_config must return a ConfigDict, not {type(config).__name__}{helper}"
+        )
     stages = config.get("stages", ()) if "stage" not in config else (config,)
     for stage in stages:
         relative = mapping.base_of(plain(stage.get("model")))

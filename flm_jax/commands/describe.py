@@ -11,13 +11,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import rich.console
 import rich.table
 
 from flm_jax.commands import config_files
 from flm_jax.commands.command import Call, Command, flag
 from flm_jax.config import ExperimentConfig
 from flm_jax.params import counts, mup
+from flm_jax.runtime import display
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ def _mup(chain: ExperimentConfig, json: bool) -> dict[str, Any]:
             table.add_row(path, row["kind"], *(
                 f"{a:.4g}" if a == b else f"{a:.4g} -> {b:.4g}" for a, b in pairs))  # fmt: skip
         if not json:
-            rich.console.Console(width=120).print(table)
+            display.open_console(width=120).print(table)
     return {"stages": stages}
 
 
@@ -70,7 +70,8 @@ def main(call: Call[Flags]) -> dict[str, Any]:
             table.add_row(key, *(f"{d[key]:,}" for d in described))
     if not call.json:
         shown_lengths = " and ".join(f"{length:,}" for length in dict.fromkeys(lengths))
-        rich.console.Console().print(table, f"FLOPs at sequences of {shown_lengths} tokens")
+        note = f"FLOPs at sequences of {shown_lengths} tokens"
+        display.open_console(highlight=False).print(table, note, sep="\n")
     if "model" in call.config:
         return {key: value for key, value in described[0].items() if key != "name"}
     return {"stages": described}

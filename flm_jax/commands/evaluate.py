@@ -94,4 +94,6 @@ def main(call: Call[Flags]) -> dict[str, Any]:
     }
 
 
-COMMAND = Command(main, Flags, config="none", unexpected="give text as --data=FILE")
+COMMAND = Command(
+    main, Flags, config="none", argument="checkpoint", unexpected="give text as --data=FILE"
+)

@@ -17,13 +17,12 @@ import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
-import rich.console
 import rich.table
 import rich.text
 
 from flm_jax.commands.command import Call, Command, Gate, flag
 from flm_jax.errors import UserError
-from flm_jax.runtime import host
+from flm_jax.runtime import display, host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +47,7 @@ def main(call: Call[Flags]) -> dict[str, Any]:
     from flm_jax.studies import check_families
 
     names = check_families.chosen(call.flags.family)
-    console = rich.console.Console(stderr=True)
+    console = display.open_console(stderr=True)
     rows = []
     for number, name in enumerate(names, 1):
         console.print(f"{number}/{len(names)}  {name}", highlight=False)

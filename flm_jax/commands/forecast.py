@@ -16,7 +16,6 @@ The bound is what published peaks allow with perfect overlap. Memory is estimate
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -26,6 +25,7 @@ from flm_jax.commands import config_files
 from flm_jax.commands.command import Call, Command, flag
 from flm_jax.config import ExperimentConfig, LayoutConfig
 from flm_jax.errors import UserError
+from flm_jax.runtime import host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Flags:
 
 
 def main(call: Call[Flags]) -> dict[str, Any]:
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    host.prefer_cpu()
     flags = call.flags
     if flags.published:
         return _published(call)

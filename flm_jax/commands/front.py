@@ -19,6 +19,7 @@ from absl import logging
 
 from flm_jax.data import json_text
 from flm_jax.errors import Exit, RunStopped, UserError
+from flm_jax.runtime.stop import Guard
 from flm_jax.version import __version__
 
 # In the order of --help. "growth check" is flm_jax/commands/growth/check.py.
@@ -38,7 +39,9 @@ HELP = frozenset({"--help", "-h", "-help", "--helpshort"})
 
 def main(*words: str) -> None:
     """Runs `flm WORDS...` with the process's arguments, and exits."""
-    sys.exit(run([*words, *sys.argv[1:]]))
+    with Guard("flm"):
+        status = run([*words, *sys.argv[1:]])
+    sys.exit(status)
 
 
 def run(argv: Sequence[str]) -> int:
@@ -74,7 +77,7 @@ def _run_command(name: str, argv: Sequence[str]) -> int:
     module = importlib.import_module(f"flm_jax.commands.{name.replace(' ', '.')}")
     command: Command[Any] = module.COMMAND
     if HELP & set(argv):
-        print(f"{module.__doc__}\nFlags:\n{command.help()}")
+        print(f"{module.__doc__}\nFlags:\n{command.help(name)}")
         return 0
     logging.set_verbosity(logging.WARNING)
     call = command.parse(name, argv)

@@ -136,4 +136,6 @@ def _prompt(line: str) -> str:
     return value if isinstance(value, str) else line
 
 
-COMMAND = Command(main, Flags, config="none", unexpected="give text as --prompt=TEXT")
+COMMAND = Command(
+    main, Flags, config="none", argument="checkpoint", unexpected="give text as --prompt=TEXT"
+)

@@ -82,4 +82,6 @@ def _chat(model: OpenedModel) -> Chat:
     return Chat(write, stop_ids(model.tokenizer, model.template))
 
 
-COMMAND = Command(main, Flags, config="none", unexpected="give tasks as --tasks=NAME,NAME")
+COMMAND = Command(
+    main, Flags, config="none", argument="checkpoint", unexpected="give tasks as --tasks=NAME,NAME"
+)

@@ -72,6 +72,8 @@ def _comparison(one: dict[str, Any], two: dict[str, Any]) -> rich.table.Table:
 
 def main(call: Call[Flags]) -> dict[str, Any]:
     folder = RunFolder(call.arguments[0])
+    if not folder.path.exists():
+        raise UserError(f"{folder.path}: there is no such folder; give the folder of a run")
     stages = folder.stages()
     pick_stage(stages, "", folder.path)  # raises if there is none
     picked = []

@@ -20,11 +20,8 @@ the best ones. `flm compile` is the old name.
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
-
-import rich.console
 
 from flm_jax.commands import config_files, fit_table
 from flm_jax.commands.command import Call, Command, Gate, flag
@@ -32,7 +29,7 @@ from flm_jax.config import ExperimentConfig, MeshConfig
 from flm_jax.errors import UserError
 from flm_jax.mapping import replaced
 from flm_jax.runs.programs import KINDS
-from flm_jax.runtime import host
+from flm_jax.runtime import display, host
 from flm_jax.store.trials import Trials
 
 if TYPE_CHECKING:
@@ -58,7 +55,7 @@ class Flags:
 def main(call: Call[Flags]) -> dict[str, Any]:
     flags = call.flags
     if not flags.own:
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        host.prefer_cpu()
     from flm_jax.aot import compiler, search  # after the setting
 
     chain = _tried(config_files.experiment(call.config), flags)
@@ -72,7 +69,7 @@ def main(call: Call[Flags]) -> dict[str, Any]:
         return stage in (None, index) and (not names or name in names)
 
     keep = Trials(flags.results).result if flags.results else compiler.kept_nowhere
-    console = rich.console.Console(stderr=True, highlight=False, soft_wrap=True)
+    console = display.open_console(stderr=True, highlight=False, soft_wrap=True)
     reports: list[Report] = []
 
     def compile_all(jobs: Iterator[Job]) -> None:

@@ -16,13 +16,12 @@ import dataclasses
 import pathlib
 from typing import Any
 
-import rich.console
 import rich.table
 
 from flm_jax.commands import config_files
 from flm_jax.commands.command import Call, Command, flag
 from flm_jax.errors import UserError
-from flm_jax.runtime import host
+from flm_jax.runtime import display, host
 from flm_jax.studies.growth_study import listing, pool, report, results
 from flm_jax.studies.growth_study.config import GrowthStudyConfig
 
@@ -60,7 +59,7 @@ def main(call: Call[Flags]) -> dict[str, Any]:
     if config.quick_compile:
         host.compile_quickly()
     study = pool.begin(config, call.workdir, flags.other_machine)
-    console = rich.console.Console(stderr=True)
+    console = display.open_console(stderr=True)
 
     def note(text: str) -> None:
         console.print(text, highlight=False)

@@ -289,7 +289,7 @@ def with_norm_eps(model: AnyModel, eps: float) -> AnyModel:
 def plan(
     small: Model,
     big: Model,
-    recipe: str = "msg",
+    recipe: str | Mapping[str, str] = "msg",
     *,
     moments: str = "asym",
     rates: str = "target",
@@ -305,8 +305,8 @@ def plan(
     Args:
       small: the model as it is: the decoder's config, or the `ModelSpec` of a model of your own.
       big: the model to grow to, of the same kind; no axis may be smaller.
-      recipe: names of operators, as in "msg", "tile,identity" or "zero_pad,layers=stack"; see
-        `operators.py` and docs/growth.md.
+      recipe: names of operators, as in "msg", "tile,identity" or "zero_pad,layers=stack", or the
+        operator of each axis, as in {"layers": "stack"}; see `operators.py` and docs/growth.md.
       moments: see `Plan`.
       rates: see `Plan`.
       noise_db: see `Plan`; decibels.
@@ -334,6 +334,7 @@ def plan(
     [[0.5, 0.5], [0.5, 0.5], [0.5, 0.5], [0.5, 0.5]]
     """
     _check_models(small, big)
+    recipe = operators.text_of(recipe)
     layers = spec_of(small).sizes.get("layers", 0)
     distances = [0.0] * layers if layer_distances is None else list(layer_distances)
     if len(distances) != layers:

@@ -43,8 +43,9 @@ def grow(tree: Tree, plan: Plan, key: jax.Array) -> Tree:
     and random keys continue where they were.
 
     Args:
-      tree: parameters (nested dicts named by the plan's table), or a `TrainState` with them. In a
-        train state, what is None stays None: see `growth.parts`.
+      tree: parameters (nested dicts named by the plan's table), or a `TrainState` with them; also
+        another dataclass with `step`, `params` and `opt_state`, as flax's. In a train state, what
+        is None stays None: see `growth.parts`.
       plan: from `flm_jax.plan`.
       key: for fresh entries and noise; the result depends only on it and the other inputs.
 
@@ -64,22 +65,41 @@ def grow(tree: Tree, plan: Plan, key: jax.Array) -> Tree:
             f"grow: plan is a {type(plan).__name__}; make it with flm_jax.plan(small, big, recipe)"
         )
     grown: Any
-    if isinstance(tree, TrainState):
-        params = None if tree.params is None else _grow_params(tree.params, plan, key)
-        opt_state = moments.grow_opt_state(tree.opt_state, plan)
-        moments.check(tree, plan)
-        grown = dataclasses.replace(tree, params=params, opt_state=opt_state)
+    if _is_state(tree):
+        state: Any = tree
+        params = None if state.params is None else _grow_params(state.params, plan, key)
+        opt_state = moments.grow_opt_state(state.opt_state, plan)
+        moments.check(TrainState(state.step, state.params, state.opt_state), plan)
+        grown = dataclasses.replace(state, params=params, opt_state=opt_state)
     elif isinstance(tree, Mapping):
         grown = _grow_params(tree, plan, key)
     else:
         raise UserError(
             f"grow: the tree is a {type(tree).__name__}; give parameters as nested dicts, or a "
-            "flm_jax.TrainState"
+            "flm_jax.TrainState with them and the optimizer's state"
         )
     return cast(Tree, grown)
 
 
+def _is_state(tree: Any) -> bool:
+    """Whether this is a train state: a dataclass with step, parameters and optimizer state."""
+    if not dataclasses.is_dataclass(tree) or isinstance(tree, type):
+        return False
+    return {"step", "params", "opt_state"} <= {field.name for field in dataclasses.fields(tree)}
+
+
 def _grow_params(tree: Any, plan: Plan, key: jax.Array) -> Any:
+    if "params" in tree and "params" not in {path.split("/")[0] for path in plan.table}:
+        raise UserError(
+            f"grow: the tree has {', '.join(map(str, tree))}; give tree['params'] alone, or a "
+            "flm_jax.TrainState with the parameters and the optimizer's state"
+        )
+    for path, leaf in trees.flatten(tree):
+        if type(leaf).__module__.startswith("flax.nnx"):
+            raise UserError(
+                f"grow: parameter {path!r} is a flax.nnx {type(leaf).__name__}; give arrays: "
+                "nnx.to_pure_dict(state)"
+            )
     leaves = plan.check_source(tree).items()
     return trees.unflatten(
         {path: grow_value(x, path, plan, leaf_key(key, path)) for path, x in leaves}

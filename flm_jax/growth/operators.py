@@ -326,6 +326,26 @@ def _written(operator: Operator) -> str:
     return f"{operator.name}({operator.takes})" if operator.takes else operator.name
 
 
+def text_of(recipe: str | Mapping[str, str]) -> str:
+    """A recipe as text; a mapping gives the operator of each axis.
+
+    Raises:
+      UserError: it is neither text nor such a mapping.
+
+    >>> text_of({"layers": "stack", "mlp": "tile"})
+    'layers=stack,mlp=tile'
+    """
+    if isinstance(recipe, str):
+        return recipe
+    entries = list(recipe.items()) if isinstance(recipe, Mapping) else []
+    if entries and all(isinstance(x, str) for entry in entries for x in entry):
+        return ",".join(f"{axis}={name}" for axis, name in entries)
+    raise UserError(
+        f"recipe is {recipe!r}; give names of operators, as in 'tile,identity' or "
+        "{'mlp': 'tile', 'layers': 'identity'}"
+    )
+
+
 def choose(recipe: str) -> dict[str, Operator]:
     """Reads a recipe: the operator of each axis; "none" grows no axis.
 
@@ -341,8 +361,6 @@ def choose(recipe: str) -> dict[str, Operator]:
     >>> choose("msg,layers=ranges(0-2,1-3)")["layers"].argument
     '0-2,1-3'
     """
-    if not isinstance(recipe, str):
-        raise UserError(f"recipe is {recipe!r}; give names of operators, as in 'tile,identity'")
     if recipe == "none":
         return {}
     chosen: dict[str, Operator] = {}

@@ -36,6 +36,11 @@ def mesh_of(config: MeshConfig, devices: Sequence[Any], name: str = "config.mesh
     count, rest = len(devices), config.fsdp * config.tensor
     data = config.data or count // rest
     where = f"{name} is {_written(dataclasses.replace(config, data=data))}"
+    if data == 0:
+        raise UserError(
+            f"{name} is fsdp {config.fsdp} x tensor {config.tensor}, which needs {rest} devices or "
+            f"more, but there are {count}; make them smaller{_suggestion(config, devices)}"
+        )
     if data * rest != count:
         raise UserError(
             f"{where} = {data * rest} devices, but there are {count}; change it, or set data to 0"

@@ -20,7 +20,7 @@ import optax
 from flm_jax import data, growth, mapping
 from flm_jax.checks import require_type
 from flm_jax.config import ExperimentConfig, StageConfig, TransformerConfig
-from flm_jax.errors import UserError
+from flm_jax.errors import UserError, within
 from flm_jax.inference.evaluation import score
 from flm_jax.interop.stage_source import open_stage_source
 from flm_jax.interop.weights import place
@@ -28,6 +28,7 @@ from flm_jax.params import sharding
 from flm_jax.params.mesh import mesh_of
 from flm_jax.params.sharding import Layout
 from flm_jax.params.topology import topology_of
+from flm_jax.runs import limits
 from flm_jax.runs.loop import run_stages
 from flm_jax.runs.stage import (
     Batches,
@@ -39,7 +40,8 @@ from flm_jax.runs.stage import (
     restore,
     with_derived,
 )
-from flm_jax.runtime import host, paths, processes, xla_flags
+from flm_jax.runtime import display, host, joints, paths, processes, xla_flags
+from flm_jax.runtime.stop import StopRequest
 from flm_jax.store import experiment_file
 from flm_jax.store.checkpoint import Checkpoints
 from flm_jax.store.lineage import RunFolder, identity
@@ -66,22 +68,25 @@ def run(config: ExperimentConfig, workdir: str) -> list[dict[str, Any]]:
 
     Raises:
       UserError: the config, the data or the folder does not fit; nothing is overwritten.
-      RunStopped: after SIGINT or SIGTERM; a checkpoint was written.
+      RunStopped: after a signal of `stop.SIGNALS`; what was trained is on disk.
     """
     require_type(config, ExperimentConfig, "run: config")
     set_up(config)
     given = config
     config, layouts = on_devices(config, jax.devices())
+    limits.check_memory(config, jax.devices())
     processes.check_same("the config", mapping.digest(mapping.to_dict(config)))
     folder = RunFolder(workdir)
     first = config.stages[0]
     if first.source and not paths.listed(folder.path / "stages"):
         open_stage_source(config)  # raises if it does not fit, before anything is written
     paths.check_bucket(paths.of(config.data.path, "config.data.path"), "config.data.path")
-    with folder.writing():
+    with StopRequest(bounded=True), folder.writing():
         done = processes.once(lambda: _finished(config, folder))
         if len(done) >= len(config.stages):
             return done
+        for remark in limits.remarks(config):
+            display.note(f"note: {remark}")
         stages = stages_of(config, corpus_of(config), folder, layouts)[len(done) :]
         processes.once(lambda: _keep_config(given, stages, folder))
         run_stages(stages, folder)
@@ -152,7 +157,8 @@ def check(config: ExperimentConfig, layouts: Sequence[Layout]) -> None:
     stages = config.stages[: len(layouts)]
     for stage, (mesh, rules) in zip(stages, layouts, strict=True):
         rows = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
-        sharding.check_divisible(stage.model, mesh, rules)
+        with within(f"stage {stage.name}"):
+            sharding.check_divisible(stage.model, mesh, rules)
         if stage.batch_size // stage.accumulate % rows:
             raise UserError(
                 f"stage {stage.name}: a microbatch of {stage.batch_size // stage.accumulate} "
@@ -160,8 +166,9 @@ def check(config: ExperimentConfig, layouts: Sequence[Layout]) -> None:
                 f"be split over {rows} devices (mesh data x fsdp); {_what_divides(stage, rows)}"
             )
     for before, after in zip((None, *stages), stages, strict=False):
-        added = growth.added_slots(plan_of(before.model, after)) if before else None
-        Trained.of(after).check(added)
+        with within(f"stage {after.name}"):
+            added = growth.added_slots(plan_of(before.model, after)) if before else None
+            Trained.of(after).check(added)
 
 
 def _what_divides(stage: StageConfig, rows: int) -> str:
@@ -336,7 +343,7 @@ def _evaluate(
     masks_at: MasksAt | None,
     mask_value: float | None,
 ) -> dict[str, float]:
-    """Measures bits per byte of the validation text."""
-    mesh = layout.mesh
-    result = score(params, model, text(), corpus.token_bytes, mesh, masks_at, mask_value)
+    """Measures bits per byte of the validation text. Raises CutShort if a signal comes."""
+    mesh, batches = layout.mesh, joints.between(text())
+    result = score(params, model, batches, corpus.token_bytes, mesh, masks_at, mask_value)
     return {"bpb": result.bits_per_byte}

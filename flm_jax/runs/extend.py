@@ -130,7 +130,7 @@ def _continues_from(
     new = f"flm branch {point.run.path}:{name}:{point.step} --workdir=NEW"
     new += f" --config.stages[{index}].steps={new_steps}"
     raise UserError(
-        f"{point.run.path}: {added} more steps of stage {name} would not make what a longer run is: "
+        f"{point.run.path}: {added} more steps of stage {name} would not make a longer run: "
         f"{why} (checkpoints: {', '.join(map(str, kept))}). Possible instead: "
         f"{new} --config.schedule.total_steps={total} (the added steps train at the last rate), "
         f"or {new} (the rate jumps to that of the longer schedule)"

@@ -10,9 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flm_jax.errors import UserError
+from flm_jax.errors import NumericsError
 from flm_jax.runs.stage import Ramp, Stage
 from flm_jax.runtime.display import Progress
+from flm_jax.runtime.joints import CutShort
 from flm_jax.store.checkpoint import Checkpoints
 from flm_jax.store.files import MetricsFile
 from flm_jax.store.metrics import TensorBoard
@@ -51,12 +52,20 @@ class Evaluation:
         due = step in (stage.start, stage.end, self._ramp.end) or since % every == 0
         return due and step not in self._measured
 
-    def __call__(self, step: int, params: Any) -> None:
-        """Evaluates the parameters after a global step."""
+    def __call__(self, step: int, params: Any) -> int:
+        """Evaluates the parameters after a global step.
+
+        Returns:
+          The number of the signal that cut it short: it is not measured, and is due again; 0: none.
+        """
         mask = self._ramp.value(step)
-        result = self._stage.evaluate(params, self._ramp.masks_at, mask)
+        try:
+            result = self._stage.evaluate(params, self._ramp.masks_at, mask)
+        except CutShort as cut:
+            return cut.number
         self._measured[step] = result
         self._write(step, result, mask)
+        return 0
 
     def measured(self, step: int, name: str) -> float | None:
         """Returns the measurement `name` at a global step; None if there is none."""
@@ -116,7 +125,7 @@ class Report:
           The request that came with the step; 0: none. See `stop.request`.
 
         Raises:
-          UserError: the loss is not finite.
+          NumericsError: the loss is not finite.
         """
         if dispatched is None:
             return 0
@@ -141,10 +150,10 @@ class Report:
             self._losses.clear()
         return int(dispatched.request)
 
-    def _diverged(self, step: int, loss: float) -> UserError:
+    def _diverged(self, step: int, loss: float) -> NumericsError:
         good = self._checkpoints.last_saved
         path = "none" if good is None else self._checkpoints.path(good)
-        return UserError(
+        return NumericsError(
             f"stage {self._stage.name}: loss is {loss} at step {step}; the last good checkpoint "
             f"is {path}; lower learning_rate or raise warmup_steps, in a new workdir"
         )

@@ -17,12 +17,12 @@ import jax
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
-from flm_jax.errors import RunStopped
+from flm_jax.errors import RunStopped, within
 from flm_jax.params import counts, sharding
 from flm_jax.runs.hooks import Dispatched, Evaluation, Log, Report
 from flm_jax.runs.stage import Position, Stage, begin, finish, read_added, read_ramp
 from flm_jax.runs.timing import SaveTimer, StageTime
-from flm_jax.runtime import host, paths, processes
+from flm_jax.runtime import host, joints, paths, processes
 from flm_jax.runtime.display import Progress
 from flm_jax.runtime.stop import StopRequest, read_request, request
 from flm_jax.store.checkpoint import Checkpoints
@@ -40,17 +40,19 @@ def run_stages(stages: Sequence[Stage], run: RunFolder) -> None:
 
     Raises:
       UserError: the folder belongs to another config, or a loss is not finite.
-      RunStopped: after SIGINT or SIGTERM; a checkpoint was written.
+      RunStopped: after a signal of `stop.SIGNALS`; a checkpoint was written.
     """
     # Parameters and both moments in float32.
     host.return_freed(max(12 * counts.params(stage.config.model) for stage in stages))
     # A restarted process finds its compiled programs here.
     jax.config.update("jax_compilation_cache_dir", str(paths.absolute(run.compiled)))
     compilation_cache.reset_cache()  # JAX reads the setting only once, at its first program
-    with StopRequest() as stop, TensorBoard(run.tensorboard) as board:
+    with StopRequest(bounded=True) as stop, TensorBoard(run.tensorboard) as board:
         position = None
         for stage in stages:
-            position = _run_stage(stage, position, run, stop, board)
+            joints.check(f"before stage {stage.name}")
+            with within(f"stage {stage.name}"):
+                position = _run_stage(stage, position, run, stop, board)
 
 
 def _run_stage(
@@ -99,7 +101,7 @@ def train(
 
     Raises:
       UserError: a loss is not finite.
-      RunStopped: after SIGINT or SIGTERM; a checkpoint was written.
+      RunStopped: after a signal of `stop.SIGNALS`; a checkpoint was written.
     """
     start_time = time.monotonic() - position.wall_s
     config, (mesh, rules) = stage.config, stage.layout
@@ -122,12 +124,13 @@ def train(
             if evaluate.due(step):
                 jax.block_until_ready(state)  # so that the step's time does not count as evaluation
                 with timing.spend("evaluation"):
-                    evaluate(step, state.params)
+                    signal_number = max(signal_number, evaluate(step, state.params))
             save = save or step == stage.end or stage.saves_at(step)
             if step > first and (save or signal_number):
                 # A state is saved only once its loss is known to be finite.
                 signal_number = max(signal_number, read_request(report(dispatched))[0])
                 dispatched = None
+                stop.saving = bool(signal_number)
                 position = Position(state, batches.get_state(), time.monotonic() - start_time)
                 loss = evaluate.measured(step, stage.best_by)
                 folder.metrics.publish()
@@ -135,8 +138,6 @@ def train(
                     checkpoints.save(step, state, position.progress(), loss)
                 timing.write(step)
                 timer.restart()
-            if step == stage.end:
-                break
             if signal_number:
                 with timing.spend("save"):
                     checkpoints.wait()
@@ -146,17 +147,23 @@ def train(
                     f"in stage {stage.name}; the same command continues from there",
                     signal_number,
                 )
+            if step == stage.end:
+                break
+            began = time.monotonic()
             with timing.spend("input"):
                 batch = sharding.place_batch(next(batches), mesh, *share)
             mask = ramp.value(step + 1)
             state, metrics = train_step(state, batch, None if mask is None else np.float32(mask))
             step += 1
+            stop.unsaved = True
             # Of the previous step, while the devices run this one.
             signal_number, save = read_request(report(dispatched))
             timing.tick(step)
+            stop.step_s = min(stop.step_s, time.monotonic() - began)
             # The first process's clock decides for all.
             asked = request(stop.requested, processes.first() and timer.due())
             dispatched = Dispatched(step, metrics, processes.largest(asked))
     with timing.spend("save"):
         checkpoints.wait()
+    stop.unsaved = False
     return Position(state, batches.get_state(), time.monotonic() - start_time)

@@ -22,6 +22,7 @@ import optax
 
 from flm_jax import growth, mapping
 from flm_jax.config import ExperimentConfig, GrowthConfig, StageConfig, TransformerConfig
+from flm_jax.errors import within
 from flm_jax.growth import ligo, measure
 from flm_jax.growth.receipt import Receipt, measured, unmeasured
 from flm_jax.interop.stage_source import resolved
@@ -29,7 +30,7 @@ from flm_jax.params import counts
 from flm_jax.params.digest import params_digest
 from flm_jax.params.sharding import Layout
 from flm_jax.runs.timing import StageTime
-from flm_jax.runtime import processes, xla_flags
+from flm_jax.runtime import joints, processes, xla_flags
 from flm_jax.store.checkpoint import Checkpoints
 from flm_jax.store.experiment_file import Origin
 from flm_jax.store.lineage import RunFolder, StageFolder
@@ -215,7 +216,8 @@ def with_derived(config: ExperimentConfig) -> ExperimentConfig:
             if getattr(model, name) == getattr(parent.model, name)
         }
         model = dataclasses.replace(model, **inherited, rms_norm_eps=small.rms_norm_eps)
-        model = growth.derived(small, model, stage.growth.recipe)
+        with within(f"stage {stage.name}"):
+            model = growth.derived(small, model, stage.growth.recipe)
         # Another eps is left to the growth, which names the one that it needs.
         if stage.model.rms_norm_eps != parent.model.rms_norm_eps:
             model = dataclasses.replace(model, rms_norm_eps=stage.model.rms_norm_eps)
@@ -340,6 +342,7 @@ def _grow(
     claimed = unmeasured(plan, _floats(old["distances"]))
     processes.once(lambda: folder.keep_growth(plan.to_json(), claimed))
     _save_start(Position(state, before.data, time.monotonic() - start_time), checkpoints)
+    joints.check(f"after the growth of stage {stage.name}, before its receipt")
     _write_receipt(stage, old, batch, state, plan, folder)
     del state
     position = restore(stage, checkpoints)

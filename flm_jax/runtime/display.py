@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import rich.console
 import rich.progress
@@ -12,6 +13,22 @@ from rich.filesize import decimal
 from flm_jax.runtime import processes
 
 PLAIN_SECONDS = 10.0
+
+
+WIDE = 1000  # columns where there is no terminal: nothing is wrapped in a file or a pipe
+
+
+def open_console(*, stderr: bool = False, **options: Any) -> rich.console.Console:
+    """A console that wraps text only on a terminal; brackets in text are not markup."""
+    made = rich.console.Console(stderr=stderr, markup=False, **options)
+    if not made.is_terminal:
+        made.width = WIDE
+    return made
+
+
+def note(text: str) -> None:
+    """Prints one line on standard error, by the first process."""
+    open_console(stderr=True, quiet=not processes.first()).print(text, highlight=False)
 
 
 class Progress:
@@ -39,7 +56,7 @@ class Progress:
           clock: seconds; for tests.
           console: where to write; for tests.
         """
-        self._console = console or rich.console.Console(stderr=True, quiet=not processes.first())
+        self._console = console or open_console(stderr=True, quiet=not processes.first())
         self._clock, self._name, self._unit = clock, name, unit
         self._first = self._done = done
         self._total = total

@@ -15,6 +15,17 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1
 _KEPT_OF_STATE = 16
 
 
+def prefer_cpu() -> None:
+    """Makes JAX compute on the CPU, unless the user has set JAX_PLATFORMS.
+
+    For commands that only describe accelerators: JAX would look for real ones first, and its CUDA
+    plugin fails on a machine without a driver. JAX reads the variable when it is imported, so that
+    setting the variable here would come too late.
+    """
+    if not os.environ.get("JAX_PLATFORMS"):
+        jax.config.update("jax_platforms", "cpu")
+
+
 def keep_freed() -> None:
     """Keeps freed arrays in the process, with glibc. Call it before JAX does anything.
 
@@ -27,14 +38,18 @@ def keep_freed() -> None:
     })  # fmt: skip
 
 
+def memory_bytes() -> int:
+    """The machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def return_freed(state_bytes: int) -> None:
     """Undoes `keep_freed` if a train state is so large that kept memory may exhaust the machine's.
 
     Args:
       state_bytes: of the parameters and the optimizer's state.
     """
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if _KEPT_OF_STATE * state_bytes > memory:
+    if _KEPT_OF_STATE * state_bytes > memory_bytes():
         # What glibc's thresholds come to by themselves, until one of them is set.
         _mallopt({
             _M_MMAP_MAX: 65536, _M_MMAP_THRESHOLD: 32 << 20, _M_TRIM_THRESHOLD: 64 << 20,

@@ -151,6 +151,15 @@ def unbuffered(path: pathlib.Path) -> io.RawIOBase:
     return open(path, "rb", buffering=0)
 
 
+def slug(name: str) -> str:
+    """A name of a folder or file for any name: its letters and digits, with - between them.
+
+    >>> slug("tile + stack, 2x")
+    'tile-stack-2x'
+    """
+    return "-".join(re.findall(r"[^\W_]+|_", name)) or "unnamed"
+
+
 def check_bucket(path: pathlib.Path, argument: str = "") -> None:
     """Checks that the bucket of a path can be read; does nothing for a path of this machine.
 

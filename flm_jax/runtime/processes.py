@@ -30,7 +30,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from flm_jax.errors import Exit, RunStopped, UserError
+from flm_jax.errors import DamageError, Exit, RunStopped, UserError
 from flm_jax.runtime import clusters
 
 T = TypeVar("T")
@@ -251,9 +251,13 @@ def once(action: Callable[[], T]) -> T:
     if first():
         try:
             answer = {"value": action()}
+        except DamageError as error:
+            answer = {"damage": [str(error), error.path]}
         except UserError as error:
             answer = {"error": str(error)}
     answer = json.loads(_from_first(json.dumps(answer).encode()))
+    if "damage" in answer:
+        raise DamageError(*answer["damage"])
     if "error" in answer:
         raise UserError(answer["error"])
     value: T = answer["value"]

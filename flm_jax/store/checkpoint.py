@@ -1,25 +1,34 @@
 """Checkpoints of one stage. This is the only module that imports orbax.
 
-`chunked.py` reads and writes leaves slice by slice, without orbax.
+`chunked.py` reads leaves slice by slice, without orbax; `integrity.py` says what all of them check.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import itertools
+import json
+import os
 import pathlib
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
+from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from flm_jax.errors import UserError
-from flm_jax.runtime import paths
+from flm_jax.runtime import paths, processes
+from flm_jax.store import integrity
 from flm_jax.store.earlier import as_stored, upgraded
 
 Tree = TypeVar("Tree")
 
 STATE = "state"  # orbax's name for the folder of the train state in a checkpoint
+_DESCRIPTION = "_CHECKPOINT_METADATA"  # orbax's name for the file of a checkpoint's JSON values
 _EMPTY = "empty_leaves"  # key beside the progress: leaves without entries, which orbax cannot save
 COMMITTED = "commit_success.txt"  # orbax's mark of a complete checkpoint on a bucket
 CHUNK_BYTES = 32 << 20  # the largest chunk of a leaf on disk
@@ -35,16 +44,22 @@ class Checkpoints:
           directory: the folder.
           keep: number of latest checkpoints to keep; None: all. The best one is kept too.
         """
+        self.directory, self._keep = directory, keep
+        self._open()
+
+    def _open(self) -> None:
         policies = ocp.training
-        self.directory = directory
+        for path in paths.listed(self.directory):
+            if path.name.isdigit():
+                _check_loss(path)  # orbax reads it now, and does not say where it failed
         self._checkpointer = ocp.training.Checkpointer(
-            paths.absolute(directory),
+            paths.absolute(self.directory),
             context=_context(),
             # The training loop decides when to save; orbax itself never skips a step.
             save_decision_policy=policies.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=policies.preservation_policies.AnyPreservationPolicy(
                 [
-                    policies.preservation_policies.LatestN(keep),
+                    policies.preservation_policies.LatestN(self._keep),
                     policies.preservation_policies.BestN(
                         get_metric_fn=_goodness, n=1, keep_checkpoints_without_metrics=False
                     ),
@@ -84,7 +99,7 @@ class Checkpoints:
           loss: `best` is the step with the lowest loss; None: the step does not take part.
         """
         metrics = None if loss is None else {"loss": loss}
-        stored, metadata = pack(state, progress)
+        stored, metadata = pack(state, progress, loss)
         self._checkpointer.save_async(step, stored, metrics=metrics, custom_metadata=metadata)
         self.last_saved = step
 
@@ -99,16 +114,30 @@ class Checkpoints:
           The state and its progress.
 
         Raises:
+          DamageError: a file of the checkpoint is not what was written.
           UserError: the checkpoint has other leaves, shapes or dtypes than `like`.
         """
-        metadata = self._checkpointer.metadata(step)
-        progress, empty = _unpack(metadata.custom_metadata)
-        stored = shapes(metadata.metadata) | empty
+        path = self.path(step)
+        stored, progress = describe(path)
         like = as_stored(like, stored)
-        check_fits(self.path(step), stored, shapes(like))
-        loaded = self._checkpointer.load(step, pack(like, {})[0])
+        check_fits(path, stored, shapes(like))
+        with integrity.reading(path, "its arrays"):
+            loaded = self._checkpointer.load(step, pack(like, {})[0])
         state = jax.tree.map(lambda want, x: x if want.size else _empty(want), like, loaded)
         return upgraded(state), progress
+
+    def set_aside(self, path: pathlib.Path) -> pathlib.Path:
+        """Renames a damaged checkpoint: nothing counts or deletes it, and its step can be saved.
+
+        All processes call it together.
+
+        Returns:
+          The new path.
+        """
+        self._checkpointer.close()
+        target = pathlib.Path(processes.once(lambda: os.fspath(set_aside(path))))
+        self._open()
+        return target
 
     def wait(self) -> None:
         """Waits until the current checkpoint is complete on disk."""
@@ -119,15 +148,33 @@ class Checkpoints:
         self._checkpointer.close()
 
 
-def pack(tree: Tree, progress: dict[str, Any]) -> tuple[Tree, dict[str, Any]]:
+def set_aside(path: pathlib.Path) -> pathlib.Path:
+    """Renames a damaged checkpoint to STEP.damaged, or STEP.damaged-2, ..; returns the path."""
+    names = itertools.chain(
+        [f"{path.name}.damaged"], (f"{path.name}.damaged-{n}" for n in itertools.count(2))
+    )
+    target = next(p for p in map(path.with_name, names) if not p.exists())
+    if paths.remote(path):  # a bucket renames nothing
+        paths.copy(path, target)
+        paths.remove(path)
+    else:
+        path.rename(target)
+    return target
+
+
+def pack(
+    tree: Tree, progress: dict[str, Any], loss: float | None = None
+) -> tuple[Tree, dict[str, Any]]:
     """Takes out the leaves without entries (a model without layers); returns what to store.
 
     Args:
       tree: arrays or `ShapeDtypeStruct`s.
       progress: JSON values.
+      loss: the loss that is stored beside the state; None: none.
 
     Returns:
-      The tree with None for such leaves, and the progress with their shapes and dtypes.
+      The tree with None for such leaves, and the progress with their shapes and dtypes, sealed
+      (`integrity.sealed`).
     """
     empty = {
         name: [np.dtype(x.dtype).name, list(x.shape)]
@@ -135,17 +182,31 @@ def pack(tree: Tree, progress: dict[str, Any]) -> tuple[Tree, dict[str, Any]]:
         if not x.size
     }
     filled: Tree = jax.tree.map(lambda x: x if x.size else None, tree)
-    return filled, progress | ({_EMPTY: empty} if empty else {})
+    metadata = progress | ({_EMPTY: empty} if empty else {})
+    return filled, integrity.sealed(metadata, shapes(tree), loss)
 
 
-def _unpack(metadata: Any) -> tuple[dict[str, Any], dict[str, jax.ShapeDtypeStruct]]:
-    """Splits what `pack` made into progress and leaves without entries."""
-    progress = dict(metadata or {})
-    empty = progress.pop(_EMPTY, {})
-    return progress, {
+def _empty_leaves(metadata: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """The leaves without entries, as `pack` recorded them."""
+    return {
         name: jax.ShapeDtypeStruct(tuple(shape), np.dtype(dtype))
-        for name, (dtype, shape) in empty.items()
+        for name, (dtype, shape) in (metadata or {}).get(_EMPTY, {}).items()
     }
+
+
+def _check_loss(path: pathlib.Path) -> None:
+    """Raises DamageError if the loss beside a state is not the sealed one, or no loss."""
+    file = path / "metrics" / "metrics"
+    try:
+        loss = json.loads(file.read_text())["loss"] if file.exists() else None
+        good = loss is None or isinstance(loss, float | int)
+    except (ValueError, TypeError, KeyError):
+        good = False
+    with contextlib.suppress(ValueError, OSError):  # reported when the state is read
+        metadata = json.loads((path / _DESCRIPTION).read_text())["custom_metadata"]
+        good = good and (not integrity.is_sealed(metadata) or metadata["seal"]["loss"] == loss)
+    if not good:
+        raise integrity.damaged(path, "metrics/metrics is not the loss that was saved")
 
 
 def _empty(like: Any) -> jax.Array:
@@ -166,8 +227,25 @@ def _context() -> ocp.Context:
     """
     context = ocp.Context()
     context.array.saving.use_compression = False
+    context.array.saving.use_zarr3 = True  # version 2 has no checksums
     context.array.saving.scoped_storage_options_creator = _chunks
     return context
+
+
+def _with_checksums(build: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """Adds the checksum of each chunk to what orbax builds to describe an array."""
+
+    @functools.wraps(build)
+    def described(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        array = build(*args, **kwargs)
+        array["codecs"][0]["configuration"]["codecs"].append(integrity.CHECKSUM)
+        return array
+
+    return described
+
+
+# Orbax has no setting for it. A test checks what is on disk.
+tensorstore_utils._build_zarr3_metadata = _with_checksums(tensorstore_utils._build_zarr3_metadata)
 
 
 def _chunks(path: Any, leaf: Any) -> ocp.options.ArrayOptions.Saving.StorageOptions | None:
@@ -222,8 +300,7 @@ def check_fits(
     """
 
     def text(leaves: dict[str, jax.ShapeDtypeStruct], name: str) -> str | None:
-        x = leaves.get(name)
-        return None if x is None else f"{np.dtype(x.dtype).name}{list(x.shape)}"
+        return integrity.text_of(leaves[name]) if name in leaves else None
 
     for name in dict.fromkeys([*want, *have]):
         if text(have, name) != text(want, name):
@@ -249,21 +326,23 @@ def mark_complete(path: pathlib.Path) -> None:
 def describe(path: pathlib.Path) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, Any]]:
     """Returns a checkpoint's leaves (name -> shape and dtype) and its progress; reads no array.
 
-    Raises UserError if there is no complete checkpoint.
+    Raises UserError if there is no complete checkpoint, DamageError if a file is damaged.
     """
-    try:
+    if not complete(path) or not any((path / name).exists() for name in (STATE, _DESCRIPTION)):
+        raise UserError(f"{path} is no checkpoint; give a folder checkpoints/STEP")
+    with integrity.reading(path, "its description"):
         metadata = ocp.metadata(paths.absolute(path))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is no checkpoint; give a folder checkpoints/STEP") from error
-    progress, empty = _unpack(metadata.custom_metadata)
-    return shapes(metadata.metadata) | empty, progress
+        leaves = shapes(metadata.metadata) | _empty_leaves(metadata.custom_metadata)
+    progress = integrity.opened(path, metadata.custom_metadata, leaves)
+    progress.pop(_EMPTY, None)
+    return leaves, progress
 
 
 def write_skeleton(path: pathlib.Path, like: Any, progress: dict[str, Any]) -> None:
     """Writes a checkpoint in which every array has one entry.
 
     Orbax's metadata describes how leaves are nested, not their sizes, so `CheckpointWriter` can
-    put arrays of other sizes in their place. It says that they are in zarr's format, version 2, in
+    put arrays of other sizes in their place. It says that they are in zarr's format, version 3, in
     a database (OCDBT). All processes call this together.
 
     Args:
@@ -272,7 +351,6 @@ def write_skeleton(path: pathlib.Path, like: Any, progress: dict[str, Any]) -> N
       progress: JSON values to store with the state.
     """
     context = ocp.Context()
-    context.array.saving.use_zarr3 = False
     context.array.saving.enable_write_sharding_file = False
     context.array.saving.array_metadata_store = None
     ones = jax.tree.map(lambda x: np.zeros((1,) * len(x.shape), x.dtype), like)

@@ -41,6 +41,7 @@ from flm_jax.store.chunked import (
     folder_of,
 )
 from flm_jax.store.files import sync
+from flm_jax.store.integrity import CHECKSUM
 
 BATCH_BYTES = 128 << 20  # of one data file, where the caller does not say
 _BEGUN = "growing.json"  # in an incomplete checkpoint: what it will hold
@@ -94,6 +95,7 @@ class CheckpointWriter:
         self._partial = path if paths.remote(path) else path.with_name(path.name + ".partial")
         self._state = paths.absolute(self._partial) / STATE
         description = {
+            "format": "zarr3",
             "progress": progress,
             "leaves": {
                 name: [x.dtype.name, list(x.shape), list(self.chunks[name])]
@@ -168,18 +170,20 @@ class CheckpointWriter:
             created.rename(self._partial)
 
     def _metadata(self, name: str) -> dict[str, Any]:
-        """Describes an array in zarr's format, version 2: without compression."""
+        """Describes an array in zarr's format, version 3: without compression, with checksums."""
         leaf = self.leaves[name]
         return {
-            "zarr_format": 2,
+            "zarr_format": 3,
+            "node_type": "array",
             "shape": list(leaf.shape),
-            "chunks": list(self.chunks[name]),
-            "dtype": ts.dtype(leaf.dtype).to_json() if leaf.dtype.kind == "V" else leaf.dtype.str,
-            "compressor": None,
-            "fill_value": None,
-            "filters": None,
-            "order": "C",
-            "dimension_separator": ".",
+            "data_type": ts.dtype(leaf.dtype).to_json(),
+            "chunk_grid": {
+                "name": "regular",
+                "configuration": {"chunk_shape": list(self.chunks[name])},
+            },
+            "chunk_key_encoding": {"name": "v2", "configuration": {"separator": "."}},
+            "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, CHECKSUM],
+            "fill_value": ts.dtype(leaf.dtype).type(0).item(),
         }
 
     def _databases(self) -> list[pathlib.Path]:
@@ -191,7 +195,7 @@ class CheckpointWriter:
             return [bytes(key).decode() for at in self._databases() for key in _listed(at)]
 
     def _key(self, name: str, piece: Sequence[slice]) -> str:
-        """Returns a piece's key in a database (zarr format, version 2)."""
+        """Returns a piece's key in a database."""
         cell = [s.start // c for s, c in zip(piece, self.chunks[name], strict=True)]
         return folder_of(name) + (".".join(map(str, cell)) or "0")
 
@@ -351,7 +355,7 @@ def _listed(at: pathlib.Path) -> list[bytes]:
 def _open(at: pathlib.Path, name: str, metadata: dict[str, Any], **options: Any) -> ts.TensorStore:
     """Opens or creates an array in a database."""
     spec = {
-        "driver": "zarr",
+        "driver": "zarr3",
         "kvstore": {**_kvstore(at), "path": folder_of(name)},
         "metadata": metadata,
         # Zeros are written too: that a chunk is there shows that it is done.

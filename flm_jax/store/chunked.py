@@ -24,7 +24,7 @@ import tensorstore as ts
 
 from flm_jax.errors import UserError
 from flm_jax.runtime import paths
-from flm_jax.store import objects
+from flm_jax.store import integrity
 from flm_jax.store.checkpoint import STATE, describe
 
 # The part of a leaf to read or write: for each dimension a slice, or the indices of its entries.
@@ -96,12 +96,11 @@ def folder_of(name: str) -> str:
 
 def _open(state: pathlib.Path, name: str, driver: str) -> ts.TensorStore:
     """Opens the array of a leaf for reading."""
-    kvstore = objects.kvstore(state)
-    if (state / "manifest.ocdbt").exists():
-        kvstore = {"driver": "ocdbt", "base": kvstore, "path": folder_of(name)}
-    else:
-        kvstore["path"] += folder_of(name)
-    return ts.open({"driver": driver, "kvstore": kvstore}, context=context(), open=True).result()
+    kvstore = integrity.kvstore_of(state)
+    kvstore["path"] += folder_of(name)
+    # A chunk that is not there is an error, and not zeros.
+    spec = {"driver": driver, "kvstore": kvstore, "fill_missing_data_reads": False}
+    return ts.open(spec, context=context(), open=True).result()
 
 
 @contextlib.contextmanager
@@ -157,15 +156,18 @@ class CheckpointReader:
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        """Raises UserError if there is no complete checkpoint."""
+        """Raises UserError if there is no complete checkpoint, DamageError if it is damaged."""
         self.path = paths.of(path)
         self.leaves, self.progress = describe(self.path)
         state = paths.absolute(self.path) / STATE
-        zarr3 = json.loads((state / "_METADATA").read_text())["use_zarr3"]
+        with integrity.reading(self.path, "_METADATA"):
+            zarr3 = json.loads((state / "_METADATA").read_text())["use_zarr3"]
         driver = "zarr3" if zarr3 else "zarr"
-        self._arrays = {
-            name: _open(state, name, driver) for name, x in self.leaves.items() if x.size
-        }
+        self._arrays = {}
+        for name, x in self.leaves.items():
+            if x.size:
+                with integrity.reading(self.path, name):
+                    self._arrays[name] = _open(state, name, driver)
 
     def read(self, name: str, slices: Slices | None = None) -> np.ndarray:
         """Reads a part of a leaf.
@@ -179,6 +181,7 @@ class CheckpointReader:
           The entries, in the leaf's dtype.
 
         Raises:
+          DamageError: a chunk is not what was written.
           UserError: the disk fails.
         """
         leaf = self.leaves[name]
@@ -187,7 +190,7 @@ class CheckpointReader:
             sizes = [len(np.arange(n)[cut]) for n, cut in zip(leaf.shape, cuts, strict=True)]
             return np.zeros(sizes, leaf.dtype)
         array = self._arrays[name]
-        with disk_refusals(f"{self.path}: {name} cannot be read"):
+        with integrity.reading(self.path, name):
             return (array if slices is None else array.oindex[tuple(slices)]).read().result()
 
     def chunk(self, name: str) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from flm_jax import mapping
 from flm_jax.config import ExperimentConfig
 from flm_jax.data.chat_template import TemplateConfig
 from flm_jax.errors import UserError
-from flm_jax.runtime import paths, processes, regular
+from flm_jax.runtime import paths, processes, regular, stop
 from flm_jax.store import entries, lock
 from flm_jax.store.checkpoint import mark_complete
 from flm_jax.store.files import MetricsFile, link_tree, replacing, write_atomically, write_json
@@ -197,13 +197,17 @@ class RunFolder:
             self.open()
             held.append(lock.acquire(self.path))
 
+        def release() -> None:
+            while held:
+                held.pop().release()
+
         held: list[lock.Lock] = []
         processes.once(acquire)
         try:
-            yield
+            with stop.at_end(release):
+                yield
         finally:
-            for mine in held:
-                mine.release()
+            release()
 
     def check_stage(self, folder: StageFolder, identity: Mapping[str, Any]) -> list[str]:
         """Checks that a stage was started with the same settings, if it was started.

@@ -1,8 +1,9 @@
 """Decides the claims of "less is more" from paired differences, and writes the study's report.
 
-The two arms of a claim are compared seed by seed, with the same pool in the same order. A claim is
-supported if the 95% interval (Student's t over seeds) of the mean difference lies on the claimed
-side of zero. It is not supported if the interval lies on the other side, and undecided otherwise.
+The two arms of a claim are compared seed by seed, with the same pool in the same order, by
+Student's t over seeds. The p-values of all claims are corrected together (Holm). Below 0.05, a
+claim is supported if the mean difference is on the claimed side, and not supported if it is on the
+other side. Otherwise it is undecided. The 95% intervals are those of single claims.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from flm_jax.runtime import paths
 from flm_jax.runtime.figures import ACCENT, GUIDE, LINE, clean, plt, save
 from flm_jax.store.files import write_atomically, write_result
+from flm_jax.studies.growth_study.analysis import LEVEL, holm, interval
 from flm_jax.studies.less_is_more import BUDGETS, LessIsMoreConfig, MixConfig
 
 Row = dict[str, Any]
@@ -61,6 +62,7 @@ class Verdict:
       low: lower end of the gain's 95% interval.
       high: upper end.
       seeds: number of seeds that have both arms.
+      p: two-sided p-value of no difference; of several claims corrected (`corrected`).
     """
 
     claim: Claim
@@ -68,36 +70,22 @@ class Verdict:
     low: float
     high: float
     seeds: int
+    p: float
 
     @property
     def word(self) -> str:
         """The verdict: "supported", "not supported" or "undecided"."""
-        if self.low > 0:
-            return "supported"
-        if self.high < 0:
-            return "not supported"
-        return "undecided"
+        if self.p >= 1 - LEVEL:
+            return "undecided"
+        return "supported" if self.gain > 0 else "not supported"
 
     def __str__(self) -> str:
         unit = "nats per token" if self.claim.metric == "loss" else "of the answers"
         return (
             f"{self.word.capitalize()} at this size: {self.claim.text} (ahead by {self.gain:+.3f} "
-            f"{unit}, 95% interval {self.low:+.3f} to {self.high:+.3f}, {self.seeds} seeds)."
+            f"{unit}, 95% interval {self.low:+.3f} to {self.high:+.3f}, {self.seeds} seeds, "
+            f"corrected p = {self.p:.3f})."
         )
-
-
-def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Computes the mean and its 95% interval by Student's t; infinite for a single value.
-
-    >>> [round(x, 2) for x in interval([1.0, 2.0, 3.0])]
-    [2.0, -0.48, 4.48]
-    """
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return mean, -math.inf, math.inf
-    error = statistics.stdev(values) / math.sqrt(len(values))
-    half = float(stats.t.ppf(0.975, len(values) - 1)) * error
-    return mean, mean - half, mean + half
 
 
 class Rows:
@@ -148,7 +136,15 @@ def decide(claim: Claim, rows: Rows) -> Verdict | None:
     gains = [sign * (better[s] - worse[s]) for s in sorted(better.keys() & worse.keys())]
     if not gains or math.isnan(gains[0]):
         return None
-    return Verdict(claim, *interval(gains), len(gains))
+    found = interval(gains)
+    return Verdict(claim, found.mean, found.low, found.high, found.seeds, found.p)
+
+
+def corrected(verdicts: Iterable[Verdict]) -> list[Verdict]:
+    """Returns verdicts whose p-values are corrected for their number, by Holm's method."""
+    by_text = {v.claim.text: v for v in verdicts}
+    adjusted = holm({text: v.p for text, v in by_text.items()})
+    return [dataclasses.replace(v, p=adjusted[text]) for text, v in by_text.items()]
 
 
 def groups(config: LessIsMoreConfig, categories: Iterable[str]) -> dict[str, tuple[str, ...]]:
@@ -231,7 +227,7 @@ def write(config: LessIsMoreConfig, results: Sequence[Row], workdir: str) -> lis
     rows = Rows(config, results)
     categories = [c for c in rows.base["scores"] if c != "all"]
     decided = [decide(claim, rows) for claim in claims(config, categories)]
-    verdicts = [v for v in decided if v]
+    verdicts = corrected(v for v in decided if v)
     _sizes_figure(config, rows, groups(config, categories), folder / "less_is_more_sizes.png")
     _mixes_figure(config, rows, categories, folder / "less_is_more_mixes.png")
     write_result(
@@ -246,7 +242,7 @@ def verdict_rows(verdicts: Iterable[Verdict]) -> list[dict[str, Any]]:
     return [
         {
             "claim": v.claim.text, "verdict": v.word, "gain": v.gain, "low": finite(v.low),
-            "high": finite(v.high), "seeds": v.seeds, "metric": v.claim.metric,
+            "high": finite(v.high), "p": v.p, "seeds": v.seeds, "metric": v.claim.metric,
         }
         for v in verdicts
     ]  # fmt: skip
@@ -296,9 +292,11 @@ def _table_row(
     """
 
     def cell(measure: Callable[[Row], float], form: str) -> str:
-        mean, low, _ = interval([measure(row) for row in seeds])
-        half = mean - low
-        return format(mean, form) + (f" ± {format(half, form)}" if math.isfinite(half) else "")
+        found = interval([measure(row) for row in seeds])
+        half = found.mean - found.low
+        return format(found.mean, form) + (
+            f" ± {format(half, form)}" if math.isfinite(half) else ""
+        )
 
     cells = [str(label.get("size", name))]
     cells += [str(label.get(key, "")) for key in ("selection", "mix", "budget")]
@@ -326,8 +324,8 @@ def _sizes_figure(
             }
             panel.errorbar(
                 [size * 1.05**n for size in means],  # a small shift, so that bars do not overlap
-                [mean for mean, _, _ in means.values()],
-                [mean - low if math.isfinite(low) else 0.0 for mean, low, _ in means.values()],
+                [i.mean for i in means.values()],
+                [i.mean - i.low if math.isfinite(i.low) else 0.0 for i in means.values()],
                 color=GUIDE if selection == "random" else LINE,
                 linestyle="-" if budget == "steps" else "--",
                 marker="o", markersize=4, capsize=3, label=f"{selection}, equal {budget}",
@@ -356,11 +354,11 @@ def _mixes_figure(
             by_seed = rows.arms.get(setting, {}).values()
             if not by_seed:
                 continue
-            triples = [interval([r["scores"][c][metric] for r in by_seed]) for c in shown]
-            errors = [m - low if math.isfinite(low) else 0.0 for m, low, _ in triples]
+            found = [interval([r["scores"][c][metric] for r in by_seed]) for c in shown]
+            errors = [i.mean - i.low if math.isfinite(i.low) else 0.0 for i in found]
             panel.bar(
                 np.arange(len(shown)) + (n - (len(config.mixes) - 1) / 2) * width,
-                [m for m, _, _ in triples], width, yerr=errors, capsize=2, label=mix.name,
+                [i.mean for i in found], width, yerr=errors, capsize=2, label=mix.name,
                 color=colors(0.85 * n / max(len(config.mixes) - 1, 1)),
             )  # fmt: skip
         panel.set_xticks(range(len(shown)), shown, rotation=35, ha="right", fontsize=8)

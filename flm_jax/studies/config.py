@@ -7,6 +7,7 @@ import dataclasses
 from flm_jax.checks import require, require_choice, require_positive
 from flm_jax.config import ExperimentConfig, GrowthConfig, StageConfig, TransformerConfig
 from flm_jax.mapping import Checked
+from flm_jax.runtime import paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,7 +15,7 @@ class ArmConfig(Checked):
     """One of the growths that a probe compares.
 
     Attributes:
-      name: the arm's name; it names a folder.
+      name: the arm's name; `paths.slug` of it names a folder.
       growth: the growth's recipe and its other settings.
       model: the target model, trained with the source stage's other settings. The source's own
         model makes a control arm that does not grow. None: the probe's target.
@@ -53,9 +54,11 @@ class ProbeConfig(Checked):
             count == 2, f"ProbeConfig.experiment has {count} stages; give two, source and target"
         )
         names = [arm.name for arm in self.arms]
+        folders = {paths.slug(name) for name in names}
         require(
-            len(set(names)) == len(names) > 0,
-            f"ProbeConfig.arms has names {names}; give at least one arm, and different names",
+            len(folders) == len(names) > 0,
+            f"ProbeConfig.arms has names {names}; give at least one arm, and names that differ in "
+            "letters or digits",
         )
 
 

@@ -12,7 +12,7 @@ import pathlib
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import optimize
+from scipy import optimize, stats
 
 from flm_jax.errors import UserError
 from flm_jax.runtime.figures import ACCENT, GUIDE, LINE, clean, plt, save
@@ -77,6 +77,36 @@ def fit(x: Numbers, loss: Numbers) -> PowerLaw:
     return PowerLaw(a=float(a * unit**-result.x), b=float(result.x), c=float(c))
 
 
+def line(x: Numbers, loss: Numbers) -> PowerLaw:
+    """Fits the baseline a x^b: a straight line through the logarithms, by least squares.
+
+    A law with a constant is worth its third number only if it predicts better than this.
+
+    Args:
+      x: parameters or FLOPs, above 0 [points].
+      loss: losses, above 0 [points].
+    """
+    found = stats.linregress(np.log(x), np.log(loss))
+    return PowerLaw(a=float(np.exp(found.intercept)), b=float(found.slope), c=0.0)
+
+
+def share_of_drop(predicted: float, measured: float, last: float) -> float:
+    """Returns a prediction's error over the drop of the loss that was to be predicted.
+
+    Losses of neighbouring sizes are close, so that a small error in the loss says little: who
+    predicts no change at all has an error of 1 here.
+
+    Args:
+      predicted: the predicted loss.
+      measured: the loss.
+      last: the loss of the largest model that the prediction knew.
+
+    >>> round(share_of_drop(2.25, 2.2, 2.3), 6)
+    0.5
+    """
+    return abs(predicted - measured) / abs(last - measured)
+
+
 def predictions(
     x: Numbers, loss: Numbers, at: Sequence[float], seed: int = 0, bootstraps: int = BOOTSTRAPS
 ) -> list[dict[str, float]]:
@@ -94,12 +124,12 @@ def predictions(
       bootstraps: number of fits.
 
     Returns:
-      For each size x, predicted, low and high.
+      For each size x, predicted, low and high, and line: what the baseline `line` predicts.
 
     Raises:
       UserError: as in `fit`.
     """
-    law = fit(x, loss)
+    law, baseline = fit(x, loss), line(x, loss)
     xs = np.asarray(x, float)
     residuals = (np.asarray(loss, float) - law(xs)) * np.sqrt(len(xs) / (len(xs) - 3))
     rng = np.random.default_rng(seed)
@@ -109,8 +139,16 @@ def predictions(
         drawn.append(again(np.asarray(at)) + rng.choice(residuals, len(at)))
     low, high = np.percentile(drawn, INTERVAL, axis=0)
     return [
-        {"x": float(v), "predicted": float(p), "low": float(lo), "high": float(hi)}
-        for v, p, lo, hi in zip(at, law(np.asarray(at)), low, high, strict=True)
+        {
+            "x": float(v),
+            "predicted": float(p),
+            "low": float(lo),
+            "high": float(hi),
+            "line": float(b),
+        }
+        for v, p, lo, hi, b in zip(
+            at, law(np.asarray(at)), low, high, baseline(np.asarray(at)), strict=True
+        )
     ]
 
 
@@ -197,6 +235,7 @@ def draw(
     highest = max([*x, *(p["x"] for p in predicted)])
     xs = np.geomspace(min(x), highest, 100)
     panel.plot(xs, law(xs), color=GUIDE, label=f"{law.a:.3g} x^{law.b:.3f} + {law.c:.3f}")
+    panel.plot(xs, line(x, loss)(xs), ":", color=GUIDE, label="baseline: a x^b")
     panel.plot(x, loss, "o", color=LINE, label="fitted on")
     for n, p in enumerate(predicted):
         panel.errorbar(

@@ -7,6 +7,7 @@ and report. A run folder resumes by itself, so the probe keeps no other record o
 from __future__ import annotations
 
 import dataclasses
+import math
 import pathlib
 import statistics
 from collections.abc import Sequence
@@ -16,14 +17,17 @@ import numpy as np
 
 from flm_jax import growth
 from flm_jax.config import ExperimentConfig, StageConfig
+from flm_jax.errors import UserError
+from flm_jax.growth import ligo
 from flm_jax.params import counts
 from flm_jax.runs import chain
 from flm_jax.runs.stage import plan_of
 from flm_jax.runtime import paths
 from flm_jax.runtime.figures import GUIDE, clean, plt, save
-from flm_jax.store.files import write_atomically, write_result
+from flm_jax.store.files import write_atomically, write_json, write_result
 from flm_jax.store.lineage import RunFolder
 from flm_jax.studies.config import ArmConfig, ProbeConfig
+from flm_jax.studies.growth_study.analysis import LEVEL, holm, interval
 
 
 def arm_experiment(config: ProbeConfig, arm: ArmConfig, seed: int) -> ExperimentConfig:
@@ -35,7 +39,8 @@ def arm_experiment(config: ProbeConfig, arm: ArmConfig, seed: int) -> Experiment
       seed: index of the seed, from 0.
 
     Raises:
-      UserError: the recipe does not fit the models, as in `growth.plan`.
+      UserError: the recipe does not fit the models, as in `growth.plan`, or LiGO's fit costs more
+        than the budget.
     """
     experiment = of_seed(config.experiment, seed)
     source, target = experiment.stages
@@ -46,7 +51,13 @@ def arm_experiment(config: ProbeConfig, arm: ArmConfig, seed: int) -> Experiment
         model=growth.derived(source.model, model, arm.growth.recipe),
         growth=arm.growth,
     )
-    steps = round(target.steps * _flops(experiment, target) / _flops(experiment, stage))
+    budget = target.steps * _flops(experiment, target) - _fit_flops(experiment, source, stage)
+    steps = round(budget / _flops(experiment, stage))
+    if steps < 1:
+        raise UserError(
+            f"arm {arm.name}: LiGO's fit of {arm.growth.fit_steps} steps takes more FLOPs than the "
+            f"{target.steps} steps of stage {target.name}; lower growth.fit_steps, or raise steps"
+        )
     return dataclasses.replace(experiment, stages=(source, dataclasses.replace(stage, steps=steps)))
 
 
@@ -54,6 +65,16 @@ def _flops(experiment: ExperimentConfig, stage: StageConfig) -> int:
     """Returns the training FLOPs of one step."""
     length = stage.sequence_length or experiment.data.sequence_length
     return stage.batch_size * length * counts.flops_per_token_train(stage.model, length)
+
+
+def _fit_flops(experiment: ExperimentConfig, source: StageConfig, stage: StageConfig) -> int:
+    """Returns the FLOPs of LiGO's fit, which its arm pays; 0 for other recipes."""
+    plan = plan_of(source.model, stage)
+    if not any(e.learned for e in plan.expansions):
+        return 0
+    length = stage.sequence_length or experiment.data.sequence_length
+    tokens = stage.batch_size * length
+    return stage.growth.fit_steps * ligo.fit_flops(plan, tokens, length)
 
 
 def of_seed(experiment: ExperimentConfig, seed: int) -> ExperimentConfig:
@@ -79,8 +100,9 @@ def run(config: ProbeConfig, workdir: str) -> list[dict[str, Any]]:
 
     Returns:
       The arms, best first. Each has name, recipe, bpb_start (right after the growth) and bpb_end
-      (both one per seed), their means, the standard deviation of bpb_end, and curves: for each
-      seed, (FLOPs, bits per byte).
+      (both one per seed), their means, the standard deviation of bpb_end, behind (mean, half width
+      of the 95% interval and corrected p of the paired difference to the best arm; None: it is the
+      best, or has one seed), and curves: for each seed, (FLOPs, bits per byte).
 
     Raises:
       UserError: a config does not fit; raised before anything runs.
@@ -96,11 +118,18 @@ def run(config: ProbeConfig, workdir: str) -> list[dict[str, Any]]:
         first = of_seed(config.experiment, seed)
         chain.run(dataclasses.replace(first, stages=first.stages[:1]), str(source.path))
         for arm in config.arms:
-            folder = RunFolder(root / "arms" / f"{arm.name}-{seed}")
+            folder = RunFolder(_folder(root / "arms", arm.name, seed))
             source.branch(folder)
+            write_json(folder.path / "arm.json", {"name": arm.name, "seed": seed})
             stages = chain.run(arm_experiment(config, arm, seed), str(folder.path))
             runs[arm.name].append({"stage": stages[1], "curve": _curve(folder, stages[1])})
     return ranked(config, runs)
+
+
+def _folder(arms: pathlib.Path, name: str, seed: int) -> pathlib.Path:
+    """The folder of an arm; earlier versions put the name there as it is."""
+    before = arms / f"{name}-{seed}"
+    return before if before.exists() else arms / f"{paths.slug(name)}-{seed}"
 
 
 def _curve(folder: RunFolder, stage: dict[str, Any]) -> list[tuple[float, float]]:
@@ -141,21 +170,62 @@ def ranked(
                 "curves": [r["curve"] for r in runs],
             }
         )
-    return sorted(results, key=lambda arm: arm["mean_end"])
+    results.sort(key=lambda arm: arm["mean_end"])
+    return _with_pairs(results)
+
+
+def _with_pairs(arms: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Adds `behind`: how far each arm is behind the best one, in pairs of the same seed.
+
+    The arms of a seed share source and data, so most of the spread over seeds cancels in a pair.
+    The p-values are corrected together; choosing the best arm after the fact is not.
+    """
+    best = arms[0]["bpb_end"]
+    pairs = {
+        arm["name"]: interval([x - y for x, y in zip(arm["bpb_end"], best, strict=True)])
+        for arm in arms[1:]
+    }
+    adjusted = holm({name: pair.p for name, pair in pairs.items()})
+    behind = {
+        name: {"mean": pair.mean, "half": pair.mean - pair.low, "p": adjusted[name]}
+        for name, pair in pairs.items()
+        if math.isfinite(pair.low)
+    }
+    return [arm | {"behind": behind.get(arm["name"])} for arm in arms]
+
+
+def which(arms: Sequence[dict[str, Any]]) -> str:
+    """Answers "which one?" as far as the seeds do.
+
+    Args:
+      arms: the ranked arms, from `run`.
+    """
+    best, others = arms[0]["name"], arms[1:]
+    if any(arm["behind"] is None for arm in others):
+        return f"One seed ranks no arms. The lowest loss here has {best}."
+    equal = [arm["name"] for arm in others if arm["behind"]["p"] >= 1 - LEVEL]
+    if not equal:
+        return f"{best} is better than every other arm (corrected p < {1 - LEVEL:.2f})."
+    return (
+        f"The lowest mean has {best}. These seeds do not separate it from {', '.join(equal)} "
+        f"(corrected p of {1 - LEVEL:.2f} or more)."
+    )
 
 
 def markdown(arms: Sequence[dict[str, Any]]) -> str:
     """Writes the ranking as a Markdown table."""
     rows = [
-        "| arm | recipe | claim | right after | after equal FLOPs | std |",
-        "|---|---|---|---|---|---|",
+        "| arm | recipe | claim | right after | after equal FLOPs | std | behind the best |",
+        "|---|---|---|---|---|---|---|",
     ]
     for arm in arms:
         std = "" if arm["std_end"] is None else f"{arm['std_end']:.4f}"
+        pair = arm["behind"]
+        behind = f"{pair['mean']:.4f} ± {pair['half']:.4f}" if pair else ""
         recipe = f"`{arm['recipe']}`" if arm["recipe"] else "not grown"
         rows.append(
             f"| {arm['name']} | {recipe} | {arm['exactness']} | {arm['mean_start']:.4f} | "
-            f"{arm['mean_end']:.4f} | {std} |"
+            f"{arm['mean_end']:.4f} | {std} | {behind} |"
         )
     return "\n".join(rows)
 
@@ -203,7 +273,10 @@ def write_report(arms: Sequence[dict[str, Any]], workdir: str) -> pathlib.Path:
         f"""# Growths of one source, ranked
 
 Validation bits per byte, mean of {seeds} seed(s); {arms[0]["flops"][0]:.2e} training FLOPs each
-after the growth. Shaded in the figure: from the lowest to the highest seed.
+after the growth, with LiGO's fit. Behind the best: pairs of the same seed, 95% interval (t).
+Shaded in the figure: from the lowest to the highest seed.
+
+{which(arms)}
 
 {markdown(arms)}
 

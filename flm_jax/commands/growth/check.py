@@ -15,13 +15,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import rich.console
 import rich.table
 import rich.text
 
 from flm_jax.commands.command import Call, Command, Gate, flag
 from flm_jax.errors import UserError
-from flm_jax.runtime import host
+from flm_jax.runtime import display, host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +91,7 @@ def main(call: Call[Flags]) -> dict[str, Any]:
         cases = check_operators.rows(source.stage.model.num_layers)
     for _, recipe, _ in cases:
         operators.choose(recipe)  # a wrong name is refused before anything is computed
-    console = rich.console.Console(stderr=True)
+    console = display.open_console(stderr=True)
     rows, refused = [], []
     for number, (name, recipe, options) in enumerate(cases, 1):
         console.print(f"{number}/{len(cases)}  {name}", highlight=False)

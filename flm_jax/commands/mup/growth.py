@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import rich.console
 import rich.table
 
 from flm_jax.commands import config_files
 from flm_jax.commands.command import Call, Command, NoFlags
-from flm_jax.runtime import paths
+from flm_jax.runtime import display, paths
 from flm_jax.store.files import write_result
 from flm_jax.studies import mup, mup_figures, study
 from flm_jax.studies.config import MupStudyConfig
@@ -25,7 +24,7 @@ def main(call: Call[NoFlags]) -> dict[str, Any]:
     settings = config_files.dataclass_of(MupStudyConfig, call.config)
     folder = paths.of(call.workdir, "workdir")
     trials = study.Study(settings.experiment, folder / "trials.jsonl")
-    updates = mup.through_growth(trials, settings, rich.console.Console(stderr=True).print)
+    updates = mup.through_growth(trials, settings, display.open_console(stderr=True).print)
     write_result(folder / "report" / "mup_growth.json", updates)
     path = folder / "report" / "mup_growth.png"
     mup_figures.draw_growth(updates, path)

@@ -4,7 +4,8 @@
   flm mup predict --data=runs.csv --predict=1e9:2e10
   flm mup predict --config=configs/mup_study.py --workdir=runs/mup
 
-The law is L = a x^b + c, of runs of equal steps; predictions have intervals. A CSV file has columns
+The law is L = a x^b + c, of runs of equal steps; predictions have intervals, and beside them what a
+straight line through the logarithms predicts (a x^b), as a baseline. A CSV file has columns
 `params,loss` or `flops,loss`; with `params,tokens,loss` it fits L(N, D) = E + A / N^alpha + B /
 D^beta, and --predict takes pairs N:D. With --config, the narrow models of the config's family are
 trained, the widest is predicted, then trained and compared.
@@ -17,13 +18,11 @@ import dataclasses
 import io
 from typing import Any
 
-import rich.console
-
 from flm_jax.commands import config_files
 from flm_jax.commands.command import Call, Command, flag
 from flm_jax.errors import UserError
 from flm_jax.params import counts
-from flm_jax.runtime import paths
+from flm_jax.runtime import display, paths
 from flm_jax.store.files import write_result
 from flm_jax.studies import predict, study
 from flm_jax.studies.config import MupStudyConfig
@@ -96,7 +95,7 @@ def _from_family(call: Call[Flags]) -> dict[str, Any]:
     if not call.workdir:
         raise UserError("--workdir is missing; give the run's folder, as --workdir=runs/NAME")
     folder = paths.of(call.workdir, "workdir")
-    console = rich.console.Console(stderr=True)
+    console = display.open_console(stderr=True)
     trials = study.Study(settings.experiment, folder / "trials.jsonl")
 
     def trained(index: int) -> tuple[float, float]:
@@ -121,7 +120,12 @@ def _from_family(call: Call[Flags]) -> dict[str, Any]:
     write_result(folder / "report" / "prediction.json", result)
     console.print(f"predicted at {wide:,.0f} parameters: {values[0]['predicted']:.4f}")
     _, measured = trained(len(settings.family) - 1)
-    result |= {"measured": measured, "error": values[0]["predicted"] - measured}
+    result |= {
+        "measured": measured,
+        "error": values[0]["predicted"] - measured,
+        "error_of_drop": predict.share_of_drop(values[0]["predicted"], measured, losses[-1]),
+        "line_error_of_drop": predict.share_of_drop(values[0]["line"], measured, losses[-1]),
+    }
     write_result(folder / "report" / "prediction.json", result)
     path = folder / "report" / "prediction.png"
     predict.draw(x, losses, law, values, [measured], path)

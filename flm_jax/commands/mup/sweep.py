@@ -11,12 +11,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import rich.console
 import rich.table
 
 from flm_jax.commands import config_files
 from flm_jax.commands.command import Call, Command, NoFlags
-from flm_jax.runtime import paths
+from flm_jax.runtime import display, paths
 from flm_jax.store.files import write_result
 from flm_jax.studies import mup, mup_figures, study
 from flm_jax.studies.config import MupStudyConfig
@@ -25,7 +24,7 @@ from flm_jax.studies.config import MupStudyConfig
 def main(call: Call[NoFlags]) -> dict[str, Any]:
     settings = config_files.dataclass_of(MupStudyConfig, call.config)
     folder = paths.of(call.workdir, "workdir")
-    console = rich.console.Console(stderr=True)
+    console = display.open_console(stderr=True)
     trials = study.Study(settings.experiment, folder / "trials.jsonl")
     rows = mup.sweep(trials, settings, lambda text: console.print(text, highlight=False))
     summary = mup.summarise_sweep(rows, settings.axis)

@@ -23,6 +23,7 @@ from flm_jax.commands.answer_flags import AnswerFlags
 from flm_jax.commands.chat_flags import ChatFlags
 from flm_jax.commands.command import Call, Command, flag
 from flm_jax.errors import UserError
+from flm_jax.fields import comments
 from flm_jax.runtime import paths
 from flm_jax.sft import chats, selection
 from flm_jax.sft.chat_model import open_chat_model
@@ -50,13 +51,14 @@ class _OwnFlags(ChatFlags, AnswerFlags):
 _GIVEN_ABOVE = ("quotas", "scripts")
 # Every other field of SelectionConfig is a flag of the same name.
 _FIELDS = [f for f in dataclasses.fields(selection.SelectionConfig) if f.name not in _GIVEN_ABOVE]
+_MEANINGS = comments(selection.SelectionConfig)
 _TYPES = typing.get_type_hints(selection.SelectionConfig)
 Flags: Any = dataclasses.make_dataclass(
     "Flags",
     [
         (f.name, _TYPES[f.name], flag(
             None if f.default is dataclasses.MISSING else f.default,
-            f"SelectionConfig.{f.name}; see docs/selection.md.",
+            f"{_MEANINGS[f.name]}." if _MEANINGS[f.name] else f"See {f.name} in docs/selection.md.",
             required=f"give --{f.name}=NUMBER" if f.default is dataclasses.MISSING else "",
         ))
         for f in _FIELDS
