@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -56,12 +57,15 @@ if TYPE_CHECKING:
 Validation = Callable[[int], list[dict[str, np.ndarray]]]
 
 
-def run(config: ExperimentConfig, workdir: str) -> list[dict[str, Any]]:
+def run(
+    config: ExperimentConfig, workdir: str, compiled: pathlib.Path | None = None
+) -> list[dict[str, Any]]:
     """Runs the stages of a chain that are not finished yet.
 
     Args:
       config: the chain.
       workdir: a run folder: new, or one that this config started.
+      compiled: folder of compiled programs; see `RunFolder`.
 
     Returns:
       The stages' entries in lineage.json.
@@ -76,7 +80,7 @@ def run(config: ExperimentConfig, workdir: str) -> list[dict[str, Any]]:
     config, layouts = on_devices(config, jax.devices())
     limits.check_memory(config, jax.devices())
     processes.check_same("the config", mapping.digest(mapping.to_dict(config)))
-    folder = RunFolder(workdir)
+    folder = RunFolder(workdir, compiled)
     first = config.stages[0]
     if first.source and not paths.listed(folder.path / "stages"):
         open_stage_source(config)  # raises if it does not fit, before anything is written

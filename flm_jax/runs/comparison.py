@@ -167,17 +167,17 @@ def table(runs: Sequence[Run]) -> rich.table.Table:
             "" if score is None else f"{score:.4f}" for score in (row["bpb_final"], row["bpb_best"])
         )
         drawn.add_row(
-            row["run"], _short(row["params"]), _short(row["tokens"]), f"{row['flops']:.2e}",
+            row["run"], short(row["params"]), short(row["tokens"]), f"{row['flops']:.2e}",
             f"{row['wall_s']:.0f} s", *scores, ", ".join(row["growths"]),
         )  # fmt: skip
     drawn.caption = "final, best: validation bits per byte; all columns count earlier stages too"
     return drawn
 
 
-def _short(number: float) -> str:
+def short(number: float) -> str:
     """A count with three digits and a unit.
 
-    >>> _short(853000), _short(12), _short(17_130_000)
+    >>> short(853000), short(12), short(17_130_000)
     ('853k', '12', '17.1M')
     """
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
