@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from flm_jax import extras
 from flm_jax.version import __version__
 
 if TYPE_CHECKING:
@@ -84,9 +85,11 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'flm_jax' has no attribute {name!r}")
     home = _HOMES[name]
+    with extras.named(f"flm_jax.{name}"):
+        module = importlib.import_module(f"flm_jax.{home or name}")
     if not home:
-        return importlib.import_module(f"flm_jax.{name}")
-    value = getattr(importlib.import_module(f"flm_jax.{home}"), name)
+        return module
+    value = getattr(module, name)
     globals()[name] = value  # __getattr__ is not called for it again
     return value
 

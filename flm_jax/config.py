@@ -98,7 +98,7 @@ class TransformerConfig(Checked):
       UserError: a field has the wrong type, or the sizes do not fit each other.
     """
 
-    vocab_size: int
+    vocab_size: int  # 0, in a chain: the size of its vocabulary
     num_layers: int
     d_model: int  # axis `embed`
     num_heads: int
@@ -157,7 +157,7 @@ class TransformerConfig(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(
-            self, "vocab_size", "d_model", "num_heads", "head_dim", "d_ff", "rope_theta",
+            self, "d_model", "num_heads", "head_dim", "d_ff", "rope_theta",
             "rms_norm_eps", "input_mult", "output_mult", "matrix_init_std", "vector_init_std",
             "scan_unroll",
         )  # fmt: skip
@@ -297,9 +297,12 @@ class TransformerConfig(Checked):
 class DataConfig(Checked):
     """A seqio task, a vocabulary and the shape of its sequences."""
 
-    task: str = "python_stdlib"  # a registered seqio task; text_files and jsonl_files read `path`
-    path: str = ""  # file or folder of the user's own text
-    text_field: str = "text"  # field of a JSONL row
+    task: str = "python_stdlib"  # a registered seqio task; "own_text" reads `path`
+    # The user's own text for "own_text": a file, a folder, a pattern as text/*.md, or several of
+    # these with commas. (Tasks of earlier versions: "text_files", "jsonl_files".)
+    path: str = ""
+    validation_path: str = added("")  # likewise, for validation; "": a part of `path`
+    text_field: str = "text"  # field of a row of JSONL, JSON or Parquet
     # "bytes", or a SentencePiece model, tokenizer.json or their folder, or "source": the tokenizer
     # of the first stage's source, which a chain refuses to exchange unless `other_vocabulary`.
     vocabulary: str = "bytes"
@@ -311,11 +314,19 @@ class DataConfig(Checked):
     # longest).
     window_length: int = 0
     other_vocabulary: bool = added(False)  # whether it may differ from that of a chain's source
+    # Size of a SentencePiece vocabulary that the run trains on its training text and keeps as
+    # vocabulary.model; 0: `vocabulary` is used.
+    train_vocabulary: int = added(0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, "sequence_length", "shuffle_tokens")
         require_seed(self)
+        require(
+            not self.train_vocabulary or self.vocabulary == "bytes",
+            f"DataConfig.train_vocabulary is {self.train_vocabulary} and vocabulary "
+            f"{self.vocabulary!r}; give one of them",
+        )
         require(
             self.window % self.sequence_length == 0,
             f"DataConfig.window_length is {self.window_length}, not a multiple of sequence_length "
@@ -634,6 +645,14 @@ class CheckpointConfig(Checked):
 
 
 @dataclasses.dataclass(frozen=True)
+class WatchdogConfig(Checked):
+    """When a run counts as hanging: its threads' stacks are then written to `RUN/crashes/`."""
+
+    minutes: float = 60.0  # without a step, or another sign of progress; 0: never
+    ends: bool = False  # end the process with status 76, so that a scheduler starts it again
+
+
+@dataclasses.dataclass(frozen=True)
 class ExperimentConfig(Checked):
     """A chain of stages, each grown from the one before."""
 
@@ -643,6 +662,7 @@ class ExperimentConfig(Checked):
     schedule: ScheduleConfig = ScheduleConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    watchdog: WatchdogConfig = added(WatchdogConfig())
     mesh: MeshConfig = MeshConfig()
     seed: int = 0
     quick_compile: bool = False  # on CPUs: compile faster and optimise less, for runs of seconds

@@ -23,6 +23,7 @@ class Exit(enum.IntEnum):
     NUMERICS = 70  # a loss, gradient or update is not finite, or losses spike (EX_SOFTWARE)
     DISK = 74  # no space, or a disk fails (EX_IOERR)
     LOST = 75  # another process was lost (EX_TEMPFAIL of sysexits.h: try again)
+    HUNG = 76  # nothing moved for `watchdog.minutes`, and `watchdog.ends` is set
     HANGUP = 129  # SIGHUP: the terminal is gone
     INTERRUPTED = 130  # Ctrl-C (SIGINT)
     NOTICE = 138  # SIGUSR1, as Slurm can send it some time before it ends a job
@@ -33,7 +34,7 @@ class Exit(enum.IntEnum):
 # come to the same end, and a full disk needs somebody who makes room. A hardware fault also shows
 # as a traceback (1), or as a signal that nobody handles: abort, bus error, kill (also by the kernel
 # for memory), segmentation fault.
-RESTARTABLE = (Exit.FAILED, Exit.LOST, 134, 135, 137, Exit.NOTICE, 139, Exit.PREEMPTED)
+RESTARTABLE = (Exit.FAILED, Exit.LOST, Exit.HUNG, 134, 135, 137, Exit.NOTICE, 139, Exit.PREEMPTED)
 
 
 class UserError(ValueError):
@@ -71,6 +72,12 @@ class NumericsError(UserError):
     """A loss, gradient or update is not finite, or losses spike; the last good state is kept."""
 
     status = Exit.NUMERICS
+
+
+class DiskError(UserError):
+    """A disk is full or fails; what was saved before stays as it is."""
+
+    status = Exit.DISK
 
 
 class DamageError(UserError):

@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from flm_jax.config import DataConfig
-from flm_jax.data.tasks import _files
+from flm_jax.data.files import splits
 from flm_jax.errors import UserError
 from flm_jax.interop import load_hf, save_hf
 from flm_jax.interop.converter import convert
@@ -206,7 +206,7 @@ def test_models_and_text_on_a_bucket_are_read_as_on_a_disk(kind, request, tmp_pa
         paths.copy(here / "config.json", paths.of(f"{bucket}/text/{name}"))
         paths.copy(here / "config.json", tmp_path / "text" / name)
     found = [
-        [(name, file.read_bytes()) for file, name in _files(DataConfig("text", path=path), "*")]
+        [(d.name, d.text) for d in splits(DataConfig("text_files", path), whole=True)[0]["all"]]
         for path in (f"{bucket}/text", str(tmp_path / "text"))
     ]
     assert found[0] == found[1] and len(found[0]) == 2

@@ -541,11 +541,20 @@ def test_c4_without_its_data(monkeypatch, tmp_path):
         ({}, {"path": "."}, "a folder without any file"),
         ({"empty.txt": b""}, {"path": "."}, "a folder without any file"),
         ({"a.txt": b"\xff\xfe", "b.txt": b"b"}, {"path": "."}, "a.txt is not UTF-8"),
-        ({"a.txt": b"alone"}, {"path": "."}, "found 1 different documents; it needs 2"),
-        ({"a.txt": b"alone"}, {"path": "a.txt"}, "found 1 different documents; it needs 2"),
+        ({"a.txt": b"a"}, {"path": "."}, "holds 1 bytes of text in 1 documents"),
+        ({"a.txt": "é".encode()}, {"path": "a.txt"}, "too few to split"),
+        (
+            {"a.txt": b'{"text": "a"}\n{"text": "b"}\n'},
+            {"path": "."},
+            "this is JSONL; set .*jsonl_",
+        ),
         ({"a.txt": b"a"}, {"path": ".", "task": "jsonl_files"}, r"any file \*.jsonl"),
         ({}, {"path": ".", "task": "python_stdlib"}, "'python_stdlib' reads no path"),
-        ({}, {"task": "no_such_task"}, "'no_such_task'; choose one of python_stdlib, text_files"),
+        (
+            {},
+            {"task": "no_such_task"},
+            "'no_such_task'; choose one of python_stdlib, own_text, text_files",
+        ),
         ({}, {"task": "python_stdlib", "seed": -1}, "seed is -1"),
         ({}, {"task": "python_stdlib", "vocabulary": "absent"}, "no such file"),
         (

@@ -11,6 +11,7 @@ from tests.commands import ROOT
 # Each package or module imports only from its own line and from the lines above it.
 LAYERS = [
     {"errors", "version"},
+    {"extras"},
     {"mapping", "checks", "fields"},
     {"execution"},
     {"config"},

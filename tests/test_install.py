@@ -52,6 +52,18 @@ def flm(site, folder, *args):
     return done.stdout
 
 
+def test_the_wheel_says_what_it_needs(site):
+    (metadata,) = site.glob("flm_jax-*.dist-info/METADATA")
+    lines = metadata.read_text().splitlines()
+    assert "Requires-Python: >=3.11,<3.14" in lines
+    core = {line for line in lines if line.startswith("Requires-Dist") and "extra ==" not in line}
+    assert "Requires-Dist: optax>=0.2.8" in core
+    assert not any(name in line for line in core for name in ("seqio", "tensorflow", "orbax"))
+    assert 'Requires-Dist: seqio; extra == "train"' in lines
+    extras = {line.removeprefix("Provides-Extra: ") for line in lines}
+    assert {"train", "cuda12", "tpu", "hf", "gguf", "gcs", "s3", "docs", "dev"} <= extras
+
+
 def test_the_command_and_the_configs_work_in_any_folder(site, tmp_path):
     assert flm(site, tmp_path, "--version") == f"flm {__version__}\n"
     assert (site / "flm_jax/py.typed").is_file() and (site / "flm_jax/runs").is_dir()

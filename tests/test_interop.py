@@ -72,7 +72,7 @@ def test_bin_files_need_torch(folder, tmp_path, monkeypatch):
     shutil.copy(folder / "config.json", tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"not read")
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(UserError, match=r"pytorch_model.bin: .*install flm_jax\[hf\]"):
+    with pytest.raises(UserError, match=r"pytorch_model.bin: .*pip install 'flm_jax\[hf\]'"):
         interop.load_hf(tmp_path)
 
 

@@ -87,15 +87,14 @@ def deaf(*numbers, bounded=True, unsaved=False, saving=False, patience=5.0):
 def test_a_command_ends_at_once_where_nothing_is_unsaved(number):
     status, seconds, out, err = deaf(number)
     assert status == 128 + number and seconds < 1.5 and out == b"given back"
-    name = signal.Signals(number).name
-    assert err == f"flm: {name}: stopped; nothing was lost, and the same command continues from " \
-                  "there\n"  # fmt: skip
+    line = f"flm: {signal.Signals(number).name} stopped it; nothing was lost, and the same command "
+    assert err == line + "continues from there\n"
 
 
 def test_a_command_with_unsaved_steps_has_a_grace_period():
     status, seconds, _, err = deaf(signal.SIGTERM, signal.SIGTERM, unsaved=True)
     assert status == 128 + signal.SIGTERM and seconds >= 1.5
-    assert "SIGTERM: no step ended within 2 s" in err and err.count("\n") == 1
+    assert "SIGTERM came, and no step ended within 2 s" in err and err.count("\n") == 1
 
 
 def test_a_second_ctrl_c_ends_a_command_at_once():

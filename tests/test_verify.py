@@ -106,7 +106,7 @@ def test_a_missing_extra_is_named_before_anything_is_written(package, tmp_path, 
     got = mistake(
         "convert", f"--source={folder}", f"--target={tmp_path / 'b'}", "--format=llama", "--verify"
     )
-    assert f"verify needs {package}" in got and "pip install 'flm_jax[hf]'" in got
+    assert f"verify needs the package {package}" in got and "pip install 'flm_jax[hf]'" in got
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from jax.experimental import topologies
 
+from flm_jax import extras
 from flm_jax.aot import cudnn
 from flm_jax.aot.chips import CHIPS, Chip
 from flm_jax.errors import UserError
@@ -61,7 +62,7 @@ def devices_of(topology: str) -> list[Any]:
         package, extra = _PACKAGES[gpu]
         raise UserError(
             f"topology={topology} needs the compiler in package {package}; install it: "
-            f"pip install -e '.[{extra}]'",
+            f"{extras.pip(extra)}",
             argument="topology",
         )
     try:

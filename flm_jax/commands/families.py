@@ -13,15 +13,14 @@ Exit status 1 if a distance is above 1e-4.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
 import rich.table
 import rich.text
 
+from flm_jax import extras
 from flm_jax.commands.command import Call, Command, Gate, flag
-from flm_jax.errors import UserError
 from flm_jax.runtime import display, host
 
 
@@ -40,9 +39,7 @@ def _too_far(result: Mapping[str, Any]) -> str:
 
 
 def main(call: Call[Flags]) -> dict[str, Any]:
-    for package in ("torch", "transformers"):
-        if importlib.util.find_spec(package) is None:
-            raise UserError(f"{package} is not installed; pip install 'flm_jax[hf]'")
+    extras.require("torch", "transformers")
     host.compile_quickly()  # tiny programs, each run once
     from flm_jax.studies import check_families
 

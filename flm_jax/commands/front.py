@@ -17,6 +17,7 @@ from typing import Any
 
 from absl import logging
 
+from flm_jax import extras
 from flm_jax.data import json_text
 from flm_jax.errors import Exit, RunStopped, UserError
 from flm_jax.runtime.stop import Guard
@@ -62,7 +63,8 @@ def run(argv: Sequence[str]) -> int:
             return 0
         argv = [OLD_NAMES.get(argv[0], argv[0]), *argv[1:]] if argv else argv
         name = _name(argv)
-        return _run_command(name, argv[len(name.split()) :])
+        with extras.named():
+            return _run_command(name, argv[len(name.split()) :])
     except (UserError, RunStopped) as error:
         return _failed(name, error.status, str(error))
     except KeyboardInterrupt:

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 from flm_jax.commands.command import Call, Command, flag
 from flm_jax.commands.model_flags import ModelFlags
-from flm_jax.errors import UserError
 from flm_jax.interop.opening import OpenedModel
 
 if TYPE_CHECKING:
@@ -46,12 +45,8 @@ class Flags(ModelFlags):
 
 def main(call: Call[Flags]) -> dict[str, Any]:
     flags = call.flags
-    try:
-        from flm_jax.inference import harness
-    except ImportError as error:
-        raise UserError(
-            f"the harness is not installed ({error}); install the extra: pip install -e '.[hf]'"
-        ) from error
+    from flm_jax.inference import harness
+
     model = flags.open()
     context = flags.context or model.context or DEFAULT_CONTEXT
     chat = _chat(model) if flags.chat else None

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from flm_jax import extras
 from flm_jax.config import DataConfig
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def train_sentencepiece(config: DataConfig, vocab_size: int, output_path: str) -
 
 
 def _pipeline() -> ModuleType:
-    with _silent_stderr():
+    with extras.named("reading text"), _silent_stderr():
         from flm_jax.data import pipeline
     return pipeline
 

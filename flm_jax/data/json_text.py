@@ -136,17 +136,22 @@ def rows(path: pathlib.Path, advice: str) -> Iterator[tuple[int, Any]]:
       UserError: a line is not JSON; the error names file and line.
     """
     with regular.opened(path) as file:
-        for number, line in lines(file):
-            try:
-                value = parse(line)
-            except ValueError as error:
-                if line.startswith(b"["):
-                    raise UserError(
-                        f"{path}, line {number}: a JSON array over several lines begins here, and "
-                        f"one object per line (JSONL) is read; {advice}"
-                    ) from error
-                raise UserError(f"{path}, line {number}: {error}; {advice}") from error
-            yield number, value
+        yield from rows_of(file, path, advice)
+
+
+def rows_of(file: BinaryIO, path: pathlib.Path, advice: str) -> Iterator[tuple[int, Any]]:
+    """Does the same as `rows` for an open file, which may be compressed."""
+    for number, line in lines(file):
+        try:
+            value = parse(line)
+        except ValueError as error:
+            if line.startswith(b"["):
+                raise UserError(
+                    f"{path}, line {number}: a JSON array over several lines begins here, and one "
+                    f"object per line (JSONL) is read; {advice}"
+                ) from error
+            raise UserError(f"{path}, line {number}: {error}; {advice}") from error
+        yield number, value
 
 
 def lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:

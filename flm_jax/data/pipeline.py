@@ -51,11 +51,19 @@ class Corpus:
       fingerprint: SHA-256, hex, of documents and vocabulary.
       num_documents: split -> number of documents; None if the task does not know it.
       num_bytes: split -> bytes of text; empty if the task does not know them.
+      num_texts: split -> number of documents, however many pieces long ones were cut into; empty as
+        `num_bytes`.
+      unread: names of files that were found and not read.
     """
 
     def __init__(self, config: DataConfig, whole: bool = False) -> None:
         if config.seed < 0:
             raise UserError(f"DataConfig.seed is {config.seed}; it must be 0 or more")
+        if config.train_vocabulary:
+            raise UserError(
+                f"DataConfig.train_vocabulary is {config.train_vocabulary}, and only a run trains "
+                "its vocabulary; train one with flm vocabulary, and set DataConfig.vocabulary to it"
+            )
         self.config = config
         tokenizer = open_tokenizer(config.vocabulary)
         self.task = tasks.make_task(config, tokenizer, whole)
@@ -68,9 +76,20 @@ class Corpus:
         splits = ("all",) if whole else ("train", "validation")
         self.num_documents = {s: _num_documents(self.task, s) for s in splits}
         self.num_bytes: dict[str, int] = {}
+        self.num_texts: dict[str, int] = {}
+        self.unread: tuple[str, ...] = ()
         source = getattr(self.task, "source", None)  # a mixture has no source
         if isinstance(source, tasks.DocumentSource):
             self.num_bytes = {s: sum(len(d.text) for d in source.documents[s]) for s in splits}
+            self.num_texts = {s: source.num_texts(s) for s in splits}
+            self.unread = source.unread
+
+    def num_tokens(self, split: str) -> int:
+        """Counts the tokens of a split whose bytes are known, end-of-sequence tokens included.
+
+        It encodes the split, which is then kept for training.
+        """
+        return int(self.task.source.num_tokens(split))
 
     def train(self, batch_size: int, host_index: int = 0, host_count: int = 1) -> BatchIterator:
         """Opens the endless training stream at its start.
@@ -254,7 +273,7 @@ def train_sentencepiece(
     Raises:
       UserError: the data cannot be opened, or `vocab_size` does not fit it.
     """
-    vocabulary_config = dataclasses.replace(config, vocabulary="bytes")
+    vocabulary_config = dataclasses.replace(config, vocabulary="bytes", train_vocabulary=0)
     documents = open_corpus(vocabulary_config).documents("train")
 
     def texts() -> Iterator[str]:

@@ -6,15 +6,12 @@ from files are held in memory; for text that does not fit there, register a seqi
 
 from __future__ import annotations
 
-import codecs
-import dataclasses
-import fnmatch
 import functools
 import hashlib
 import json
 import pathlib
 import sysconfig
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,12 +19,11 @@ import seqio
 import tensorflow as tf
 
 from flm_jax.config import DataConfig
-from flm_jax.data import json_text
+from flm_jax.data import documents, files
+from flm_jax.data.documents import Document
 from flm_jax.data.tokenizer import Tokenizer
 from flm_jax.errors import UserError
-from flm_jax.runtime import paths, regular
 
-VALIDATION_FRACTION = 0.04
 C4 = "c4/en:3.1.0"
 # Folders beside the standard library's modules that hold tests or installed packages.
 NOT_STDLIB = {
@@ -47,21 +43,6 @@ _ENCODED_AT_ONCE = 256
 tf.config.set_visible_devices([], "GPU")
 
 
-@dataclasses.dataclass(frozen=True)
-class Document:
-    """One text.
-
-    Attributes:
-      name: path inside the folder; for a JSONL row with its line number.
-      text: UTF-8.
-      split_hash: hex; its value puts the document into training or validation.
-    """
-
-    name: str
-    text: bytes
-    split_hash: str
-
-
 class DocumentSource(seqio.DataSource):
     """Documents held in memory; shuffling permutes the whole split.
 
@@ -70,7 +51,10 @@ class DocumentSource(seqio.DataSource):
     """
 
     def __init__(
-        self, documents: Mapping[str, Sequence[Document]], tokenizer: Tokenizer | None = None
+        self,
+        documents: Mapping[str, Sequence[Document]],
+        tokenizer: Tokenizer | None = None,
+        unread: Sequence[str] = (),
     ) -> None:
         """Holds the documents.
 
@@ -78,8 +62,9 @@ class DocumentSource(seqio.DataSource):
           documents: split -> documents.
           tokenizer: encodes a split's documents when it is first read, so that examples are
             tokens; None: examples are text.
+          unread: names of files that were found and not read.
         """
-        self.documents = documents
+        self.documents, self.unread = documents, tuple(unread)
         self._tokenizer = tokenizer
         self._examples: dict[str, tf.Tensor | tf.RaggedTensor] = {}
         super().__init__(
@@ -104,15 +89,29 @@ class DocumentSource(seqio.DataSource):
     ) -> tf.data.Dataset:
         if shard_info and shard_info.num_shards > 1:
             raise ValueError("DocumentSource has one shard")
-        if split not in self._examples:
-            texts = [document.text for document in self.documents[split]]
-            self._examples[split] = _examples(texts, self._tokenizer)
-        examples = self._examples[split]
+        examples = self._read(split)
         order = np.arange(len(self.documents[split]))
         if shuffle:
             order = np.random.default_rng(seed).permutation(order)
         dataset = tf.data.Dataset.from_tensor_slices(order)
         return dataset.map(lambda i: {"targets": tf.gather(examples, i)})
+
+    def num_texts(self, split: str) -> int:
+        """Number of texts of a split, however many pieces they were cut into."""
+        return sum(row.piece == 0 for row in self.documents[split])
+
+    def num_tokens(self, split: str) -> int:
+        """Number of tokens of a split, with one end-of-sequence token for each document."""
+        rows = self.documents[split]
+        if self._tokenizer is None:
+            return sum(len(row.text) for row in rows) + len(rows)
+        return int(self._read(split).values.shape[0]) + len(rows)
+
+    def _read(self, split: str) -> Any:
+        if split not in self._examples:
+            texts = [document.text for document in self.documents[split]]
+            self._examples[split] = _examples(texts, self._tokenizer)
+        return self._examples[split]
 
 
 def _examples(texts: list[bytes], tokenizer: Tokenizer | None) -> tf.Tensor | tf.RaggedTensor:
@@ -203,25 +202,27 @@ def make_task(
       UserError: the task or its data does not exist, or the task has another vocabulary, or no
         split `train` or `validation`.
     """
-    if config.path and config.task not in READS_PATH:
-        raise UserError(
-            f"DataConfig.path is {config.path!r}, but task {config.task!r} reads no path; set "
-            f"DataConfig.task to {' or '.join(READS_PATH)}, or leave path empty"
-        )
+    for name in ("path", "validation_path"):
+        given = getattr(config, name)
+        if given and config.task not in files.TASKS:
+            raise UserError(
+                f"DataConfig.{name} is {given!r}, but task {config.task!r} reads no path; set "
+                f"DataConfig.task to {' or '.join(files.TASKS)}, or leave {name} empty"
+            )
     vocabulary = make_vocabulary(tokenizer)
-    if config.task in READS_PATH:
-        documents = READS_PATH[config.task](config)
-        splits = {"all": documents} if whole else _split(config.task, documents)
-        return _document_task(config.task, splits, vocabulary, tokenizer)
+    if config.task in files.TASKS:
+        splits, unread = files.splits(config, whole)
+        return _document_task(config.task, splits, vocabulary, tokenizer, unread)
     if config.task == "python_stdlib":
-        splits = _split(config.task, _stdlib_documents())
+        training, validation = documents.split(_stdlib_documents(), 2, "the standard library")
+        splits = {"train": training, "validation": validation}
         return _document_task(config.task, splits, vocabulary, tokenizer)
     if config.task == "c4":
         task = _c4_task(vocabulary)
     elif config.task in (*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()):
         task = seqio.get_mixture_or_task(config.task)
     else:
-        known = ["python_stdlib", *READS_PATH, "c4", *seqio.TaskRegistry.names()]
+        known = ["python_stdlib", *files.TASKS, "c4", *seqio.TaskRegistry.names()]
         raise UserError(
             f"DataConfig.task is {config.task!r}; choose one of {', '.join(known)}, or first "
             "register a seqio task of that name"
@@ -304,8 +305,8 @@ def fingerprint(task: seqio.Task | seqio.Mixture) -> str:
         parts: Any = [(part.name, task.get_rate(part), fingerprint(part)) for part in task.tasks]
         parts.append("parts repeat by themselves")  # earlier versions had another order
     elif isinstance(task.source, DocumentSource):
-        documents = [d for rows in task.source.documents.values() for d in rows]
-        parts = sorted((d.name, _sha256(d.text)) for d in documents)
+        rows = [d for rows in task.source.documents.values() for d in rows]
+        parts = sorted((d.name, documents.sha256(d.text)) for d in rows)
     elif isinstance(task.source, seqio.TfdsDataSource):
         info = task.source.tfds_dataset.info
         parts = [info.full_name]
@@ -321,6 +322,7 @@ def _document_task(
     splits: Mapping[str, list[Document]],
     vocabulary: seqio.Vocabulary,
     tokenizer: Tokenizer,
+    unread: Sequence[str] = (),
 ) -> seqio.Task:
     """A task over documents in memory.
 
@@ -329,9 +331,9 @@ def _document_task(
     """
     if isinstance(vocabulary, seqio.ByteVocabulary):
         tokenize = functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False)
-        source, tokenizing = DocumentSource(splits), [tokenize]
+        source, tokenizing = DocumentSource(splits, unread=unread), [tokenize]
     else:
-        source, tokenizing = DocumentSource(splits, tokenizer), []
+        source, tokenizing = DocumentSource(splits, tokenizer, unread), []
     return seqio.Task(
         name,
         source=source,
@@ -354,28 +356,6 @@ def _c4_task(vocabulary: seqio.Vocabulary) -> seqio.Task:
     )
 
 
-def _split(task: str, documents: list[Document]) -> dict[str, list[Document]]:
-    """Splits by hash: about 4% of the documents, and at least one, are for validation."""
-    hashes = {document.split_hash for document in documents}
-    if len(hashes) < 2:
-        raise UserError(
-            f"DataConfig.task is {task!r} and found {len(hashes)} different documents; it needs 2 "
-            "or more, one each for training and validation: add documents, or cut a long one into "
-            "several"
-        )
-    bound = f"{int(VALIDATION_FRACTION * 16**8):08x}"
-    validation = {h for h in hashes if h < bound} or {min(hashes)}
-    documents = sorted(documents, key=lambda document: document.name)
-    return {
-        "train": [d for d in documents if d.split_hash not in validation],
-        "validation": [d for d in documents if d.split_hash in validation],
-    }
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
 def _is_utf8(data: bytes) -> bool:
     try:
         data.decode("utf-8")
@@ -384,81 +364,13 @@ def _is_utf8(data: bytes) -> bool:
     return True
 
 
-def _text_document(name: str, text: bytes) -> Document:
-    return Document(name, text, _sha256(name.encode()))
-
-
 def _stdlib_documents() -> list[Document]:
     root = pathlib.Path(sysconfig.get_path("stdlib"))
-    documents = []
+    found = []
     for path in root.rglob("*.py"):
         relative = path.relative_to(root)
         if NOT_STDLIB.isdisjoint(relative.parts):
             data = path.read_bytes()
             if data and _is_utf8(data):
-                documents.append(_text_document(relative.as_posix(), data))
-    return documents
-
-
-def _files(config: DataConfig, pattern: str) -> list[tuple[pathlib.Path, str]]:
-    """Sorted (path, name) of the files under `config.path`, without empty and hidden ones."""
-    where = f"DataConfig.path is {config.path!r}"
-    root = paths.of(config.path, "DataConfig.path")
-    paths.check_bucket(root, "DataConfig.path")
-    if not config.path or not root.exists():
-        raise UserError(
-            f"{where}, but task {config.task!r} needs an existing file or folder; give its path"
-        )
-    if root.is_file():
-        return [(root, root.name)]
-    files = [
-        (path, path.relative_to(root).as_posix())
-        for path, size in paths.sized(root)
-        if fnmatch.fnmatch(path.name, pattern)
-        and size > 0
-        and not any(part.startswith(".") for part in path.relative_to(root).parts)
-    ]
-    if not files:
-        raise UserError(
-            f"{where}, a folder without any file {pattern} with text in it; add files, or give "
-            "another path"
-        )
-    return sorted(files, key=lambda file: file[1])
-
-
-def _text_documents(config: DataConfig) -> list[Document]:
-    documents = []
-    for path, name in _files(config, "*"):
-        data = regular.read(path, regular.DATA_BYTES).removeprefix(codecs.BOM_UTF8)
-        try:
-            data.decode("utf-8")
-        except UnicodeDecodeError as error:
-            line = data.count(b"\n", 0, error.start) + 1
-            raise UserError(
-                f"DataConfig.path is {config.path!r}, but {path} is not UTF-8 text (byte "
-                f"0x{data[error.start]:02X} in line {line}); convert or remove this file"
-            ) from error
-        documents.append(_text_document(name, data))
-    return documents
-
-
-def _jsonl_documents(config: DataConfig) -> list[Document]:
-    documents = []
-    advice = (
-        f"make every row a JSON object with text in its field {config.text_field!r} "
-        "(DataConfig.text_field)"
-    )
-    for path, name in _files(config, "*.jsonl"):
-        for number, row in json_text.rows(path, advice):
-            value = row.get(config.text_field) if isinstance(row, dict) else None
-            if not isinstance(value, str):
-                raise UserError(f"{path}, line {number}: it has no such text; {advice}")
-            if text := value.encode("utf-8"):
-                documents.append(Document(f"{name}:{number}", text, _sha256(text)))
-    return documents
-
-
-READS_PATH: dict[str, Callable[[DataConfig], list[Document]]] = {
-    "text_files": _text_documents,
-    "jsonl_files": _jsonl_documents,
-}
+                found.append(documents.by_name(relative.as_posix(), data))
+    return found

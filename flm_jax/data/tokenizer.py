@@ -153,7 +153,9 @@ def open_tokenizer(vocabulary: str) -> Tokenizer:
     if not path.is_file():
         raise UserError(
             f"{where}, but no such file exists; give 'bytes', a tokenizer.json, or a SentencePiece "
-            "model (flm vocabulary trains one)"
+            "model (flm vocabulary trains one). To use a tokenizer of the Hugging Face hub, fetch "
+            "its files (hf download NAME tokenizer.json tokenizer_config.json --local-dir FOLDER) "
+            "and give FOLDER"
         )
     if path.suffix == ".gguf":
         raise UserError(
@@ -196,8 +198,10 @@ def _sentencepiece(path: pathlib.Path, where: str) -> Tokenizer:
     try:
         model.load_from_serialized_proto(data)
     except RuntimeError as error:
+        text = "a text file, " if _is_text(data) else ""
         raise UserError(
-            f"{where}, which is not a SentencePiece model: {error}; give another file"
+            f"{where}, which is {text}not a SentencePiece model; give one (flm vocabulary trains "
+            "it), a tokenizer.json, or 'bytes'"
         ) from error
     size = model.get_piece_size()
 
@@ -238,6 +242,12 @@ def _sentencepiece(path: pathlib.Path, where: str) -> Tokenizer:
         digest=hashlib.sha256(data).hexdigest(),
         encode_batch=_sentencepiece_encoder(model, data),
     )
+
+
+def _is_text(data: bytes) -> bool:
+    """Whether a file that should be a model is text: all of its first characters are printed."""
+    start = data[:1000].decode("utf-8", "ignore")
+    return bool(start) and all(c.isprintable() or c.isspace() for c in start)
 
 
 def _sentencepiece_encoder(model: Any, data: bytes) -> Encode:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from flm_jax import extras
 from flm_jax.errors import UserError
 from flm_jax.runtime import paths
 
@@ -72,13 +73,8 @@ class GgufFile:
             `ARCHITECTURES`.
         """
         paths.check_local(path, "GGUF files")
-        try:
+        with extras.named(f"{path}: reading a GGUF file"):
             import gguf
-        except ImportError:
-            raise UserError(
-                f"{path}: GGUF files are read by gguf, which is not installed; "
-                "pip install 'flm_jax[gguf]'"
-            ) from None
         self.path = path
         try:
             reader = gguf.GGUFReader(path)

@@ -47,7 +47,8 @@ def resolved(config: ExperimentConfig) -> ExperimentConfig:
 
     A stage's model is its own config, or "source" (the model in the source), or "previous" (that of
     the stage before), or a mapping with one of these as `base` and the fields that differ.
-    `data.vocabulary` may be "source": the source's tokenizer.
+    `data.vocabulary` may be "source": the source's tokenizer. A model whose `vocab_size` is 0 gets
+    the size of the vocabulary.
 
     Returns:
       The chain with a `TransformerConfig` in every stage, and a vocabulary that can be opened.
@@ -73,7 +74,16 @@ def resolved(config: ExperimentConfig) -> ExperimentConfig:
     data = config.data
     if data.vocabulary == SOURCE:
         data = with_vocabulary(data, source("config.data.vocabulary"))
+    if any(stage.model.vocab_size == 0 for stage in stages):
+        size = data.train_vocabulary or open_tokenizer(data.vocabulary).vocab_size
+        stages = [_with_vocab_size(stage, size) for stage in stages]
     return dataclasses.replace(config, stages=tuple(stages), data=data)
+
+
+def _with_vocab_size(stage: StageConfig, size: int) -> StageConfig:
+    """Gives a stage's model the size of the vocabulary, unless its own is given."""
+    model = dataclasses.replace(stage.model, vocab_size=stage.model.vocab_size or size)
+    return dataclasses.replace(stage, model=model)
 
 
 def with_vocabulary(data: DataConfig, stored: StoredModel) -> DataConfig:

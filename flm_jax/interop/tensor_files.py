@@ -26,6 +26,7 @@ from typing import Any, Protocol
 import ml_dtypes
 import numpy as np
 
+from flm_jax import extras
 from flm_jax.data import json_text
 from flm_jax.errors import UserError
 from flm_jax.runtime import paths, regular
@@ -188,13 +189,8 @@ class BinFile:
           UserError: torch is not installed, or the file is damaged or holds other objects.
         """
         paths.check_local(path, ".bin files")
-        try:
+        with extras.named(f"{path}: reading a .bin file", "convert it to safetensors"):
             import torch
-        except ImportError:
-            raise UserError(
-                f"{path}: .bin files are read by torch, which is not installed; install "
-                "flm_jax[hf], or convert the file to safetensors"
-            ) from None
         self.path = path
         regular.opened(path).close()  # torch would wait for a pipe
         try:

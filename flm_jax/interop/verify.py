@@ -7,7 +7,6 @@ Both models are whole in memory, one after the other.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flm_jax import extras
 from flm_jax.config import TransformerConfig
 from flm_jax.errors import UserError
 from flm_jax.interop import hf_config
@@ -42,12 +42,7 @@ def check_possible(source: str, format: str) -> None:
       UserError: torch or transformers is missing, transformers does not have the family, or neither
         side is a folder of Hugging Face files.
     """
-    for package in ("torch", "transformers"):
-        if importlib.util.find_spec(package) is None:
-            raise UserError(
-                f"verify needs {package}, which is not installed; pip install 'flm_jax[hf]', or "
-                "leave verify out"
-            )
+    extras.require("torch", "transformers", purpose="verify", instead="leave verify out")
     import transformers
 
     if format in FAMILIES:

@@ -337,7 +337,12 @@ def nested_table(config: TransformerConfig) -> dict[str, Any]:
 
 
 def axis_sizes(config: TransformerConfig) -> dict[str, int]:
-    """The size of each of the decoder's axes."""
+    """The size of each of the decoder's axes. Raises UserError if the vocabulary's is not given."""
+    if not config.vocab_size:
+        raise UserError(
+            "TransformerConfig.vocab_size is 0, which only a chain fills in from its vocabulary; "
+            "give the number of tokens"
+        )
     return {
         "vocab": config.vocab_size,
         "embed": config.d_model,

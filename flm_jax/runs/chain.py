@@ -20,7 +20,8 @@ import optax
 
 from flm_jax import data, growth, mapping
 from flm_jax.checks import require_type
-from flm_jax.config import ExperimentConfig, StageConfig, TransformerConfig
+from flm_jax.config import DataConfig, ExperimentConfig, StageConfig, TransformerConfig
+from flm_jax.data import files
 from flm_jax.errors import UserError, within
 from flm_jax.inference.evaluation import score
 from flm_jax.interop.stage_source import open_stage_source
@@ -29,7 +30,8 @@ from flm_jax.params import sharding
 from flm_jax.params.mesh import mesh_of
 from flm_jax.params.sharding import Layout
 from flm_jax.params.topology import topology_of
-from flm_jax.runs import limits
+from flm_jax.runs import announcement, limits
+from flm_jax.runs.guarded import guarded
 from flm_jax.runs.loop import run_stages
 from flm_jax.runs.stage import (
     Batches,
@@ -42,7 +44,6 @@ from flm_jax.runs.stage import (
     with_derived,
 )
 from flm_jax.runtime import display, host, joints, paths, processes, xla_flags
-from flm_jax.runtime.stop import StopRequest
 from flm_jax.store import experiment_file
 from flm_jax.store.checkpoint import Checkpoints
 from flm_jax.store.lineage import RunFolder, identity
@@ -84,15 +85,22 @@ def run(
     first = config.stages[0]
     if first.source and not paths.listed(folder.path / "stages"):
         open_stage_source(config)  # raises if it does not fit, before anything is written
-    paths.check_bucket(paths.of(config.data.path, "config.data.path"), "config.data.path")
-    with StopRequest(bounded=True), folder.writing():
+    for root in files.roots(config.data.path, "config.data.path"):
+        paths.check_bucket(root, "config.data.path")
+    name = ", ".join(stage.name for stage in config.stages)
+    with guarded(folder, name, config.watchdog):
         done = processes.once(lambda: _finished(config, folder))
         if len(done) >= len(config.stages):
             return done
+        if config.data.train_vocabulary:
+            processes.once(lambda: _train_vocabulary(config.data, folder))
+        corpus = corpus_of(dataclasses.replace(config, data=folder.data(config.data)))
+        stages = stages_of(config, corpus, folder, layouts)[len(done) :]
+        processes.once(lambda: _keep_config(given, stages, folder))
+        for line in announcement.lines(config, layouts, corpus):
+            display.note(line)
         for remark in limits.remarks(config):
             display.note(f"note: {remark}")
-        stages = stages_of(config, corpus_of(config), folder, layouts)[len(done) :]
-        processes.once(lambda: _keep_config(given, stages, folder))
         run_stages(stages, folder)
         return processes.once(folder.stages)
 
@@ -104,6 +112,14 @@ def set_up(config: ExperimentConfig) -> None:
     if config.quick_compile:
         host.compile_quickly()
     processes.check_devices()
+
+
+def _train_vocabulary(config: DataConfig, folder: RunFolder) -> None:
+    """Trains the run's vocabulary before its first stage; a resumed run has it already."""
+    if not folder.vocabulary.exists():
+        size = config.train_vocabulary
+        display.note(f"training a vocabulary of {size} tokens: {folder.vocabulary}")
+        data.train_sentencepiece(config, size, str(folder.vocabulary))
 
 
 def on_devices(

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 
 from flm_jax.config import ExperimentConfig
+from flm_jax.data import files
 from flm_jax.errors import UserError
 from flm_jax.runs.chain import on_devices
 from flm_jax.runtime import clusters, paths, processes
@@ -86,7 +87,10 @@ def needs_of(config: ExperimentConfig | None, workdir: str) -> list[tuple[str, s
     if config is not None:
         needs += [
             ("stages[0].source", config.stages[0].source, False),
-            ("data.path", config.data.path, False),
+            *(
+                ("data.path", str(root), False)
+                for root in files.roots(config.data.path, "data.path")
+            ),
         ]
         if config.data.vocabulary not in ("bytes", "source"):
             needs.append(("data.vocabulary", config.data.vocabulary, False))

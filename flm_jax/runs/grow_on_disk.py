@@ -267,7 +267,7 @@ def _plan(
     small, stage = growing.small.model, growing.stage
     if not uses_distances(stage.growth.recipe, small.num_layers, stage.model.num_layers):
         return plan_of(small, stage), None
-    corpus = data.open_corpus(growing.config.data_of(0))
+    corpus = data.open_corpus(growing.source.data(growing.config.data_of(0)))
     if corpus.fingerprint != growing.fingerprint:
         raise UserError(
             f"config.data: its fingerprint is {corpus.fingerprint}, the source was trained on "

@@ -22,7 +22,7 @@ from flm_jax.params import counts, sharding
 from flm_jax.runs.hooks import Dispatched, Evaluation, Log, Report
 from flm_jax.runs.stage import Position, Stage, begin, finish, read_added, read_ramp
 from flm_jax.runs.timing import SaveTimer, StageTime
-from flm_jax.runtime import host, joints, paths, processes
+from flm_jax.runtime import host, joints, paths, processes, watch
 from flm_jax.runtime.display import Progress
 from flm_jax.runtime.stop import StopRequest, read_request, request
 from flm_jax.store.checkpoint import Checkpoints
@@ -60,6 +60,7 @@ def _run_stage(
 ) -> Position:
     """Runs one stage to its end; `before` is its parent's final position, if it is in memory."""
     folder = stage.folder(run)
+    watch.HERE.moved(stage=stage.name, phase="start")
     processes.once(lambda: run.begin_stage(folder, stage.identity))
     timing = StageTime(folder.time)
     checkpoints = Checkpoints(folder.checkpoints, stage.experiment.checkpoint.keep)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from flm_jax.runtime import processes
+from flm_jax.runtime import processes, watch
 from flm_jax.runtime.ledger import UNKNOWN, Ledger, account, goodput
 from flm_jax.store.files import MetricsFile
 
@@ -28,8 +29,16 @@ class StageTime:
             file.rewind(sys.maxsize)  # removes a line that a killed life did not write whole
         self._file, self._life = file, now()
         self._ledger, self._written = Ledger(), 0.0
-        self.spend = self._ledger.spend
         self.write(UNKNOWN)
+
+    @contextlib.contextmanager
+    def spend(self, kind: str) -> Iterator[None]:
+        """Counts the time of the block as `kind`, but for blocks inside it."""
+        outer = watch.HERE.phase
+        watch.HERE.moved(phase=kind)
+        with self._ledger.spend(kind):
+            yield
+        watch.HERE.moved(phase=outer)  # an error keeps the phase in which it came
 
     def write(self, step: int) -> None:
         """Writes a row at a global step: at the first step of this life, and at every save."""
@@ -38,7 +47,8 @@ class StageTime:
         self._file.append("time", step, life=self._life, seconds=seconds)
 
     def tick(self, step: int) -> None:
-        """Writes a row if the last one is old."""
+        """Notes progress; writes a row if the last one is old."""
+        watch.HERE.moved(step=step)
         if sum(self._ledger.seconds().values()) - self._written >= EVERY_SECONDS:
             self.write(step)
 

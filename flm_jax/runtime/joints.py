@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from flm_jax.errors import RunStopped
-from flm_jax.runtime import processes, stop
+from flm_jax.runtime import processes, stop, watch
 
 T = TypeVar("T")
 
@@ -27,6 +27,7 @@ class CutShort(Exception):
 def between(items: Iterable[T]) -> Iterator[T]:
     """Yields the items; raises CutShort before one if a signal came to any process."""
     for item in items:
+        watch.HERE.moved()
         if number := _requested():
             raise CutShort(number)
         yield item

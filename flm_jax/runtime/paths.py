@@ -18,10 +18,11 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any, cast
 
+from flm_jax import extras
 from flm_jax.errors import UserError
 
-# The client of each scheme, and the extra that installs it.
-_CLIENTS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
+# The package that is the client of each scheme.
+_CLIENTS = {"gs": "gcsfs", "s3": "s3fs"}
 _SMALL_BYTES = 64 << 20
 _LONGEST_NAME, _LONGEST_PATH = 255, 4000  # of Linux, in bytes; some is left for names below
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://|(gs|s3):/")
@@ -55,15 +56,9 @@ def of(given: str | os.PathLike[str], argument: str = "") -> pathlib.Path:
         )
     if not re.match(rf"{scheme}://[^/]", text):
         raise UserError(f"{name}: give {scheme}://BUCKET/PATH", argument=argument)
-    package, extra = _CLIENTS[scheme]
-    try:
-        _prepare(package)
-    except ImportError as error:
-        raise UserError(
-            f"{name}: {scheme}:// needs the package {package}; install flm_jax[{extra}]",
-            argument=argument,
-        ) from error
-    from etils import epath
+    with extras.named(f"{name}: {scheme}://"):
+        _prepare(_CLIENTS[scheme])
+        from etils import epath
 
     return cast(pathlib.Path, epath.Path(text))
 

@@ -30,8 +30,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from flm_jax.errors import DamageError, Exit, RunStopped, UserError
-from flm_jax.runtime import clusters
+from flm_jax.errors import DamageError, DiskError, Exit, RunStopped, UserError
+from flm_jax.runtime import clusters, exhausted
 
 T = TypeVar("T")
 
@@ -255,9 +255,16 @@ def once(action: Callable[[], T]) -> T:
             answer = {"damage": [str(error), error.path]}
         except UserError as error:
             answer = {"error": str(error)}
+        except Exception as error:
+            told = exhausted.explained(error, "the run's folder")
+            if told is None:
+                raise
+            answer = {"disk" if isinstance(told, DiskError) else "error": str(told)}
     answer = json.loads(_from_first(json.dumps(answer).encode()))
     if "damage" in answer:
         raise DamageError(*answer["damage"])
+    if "disk" in answer:
+        raise DiskError(answer["disk"])
     if "error" in answer:
         raise UserError(answer["error"])
     value: T = answer["value"]

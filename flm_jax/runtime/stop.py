@@ -165,23 +165,27 @@ class Guard:
                 continue
             run, name = _active[-1], signal.Signals(number).name
             if interrupts > 1:
-                self._end(run, number, f"{name} again: stopped at once; the same command continues "
-                          "from the last checkpoint")  # fmt: skip
-            if not run.unsaved:
-                self._end(run, number, f"{name}: stopped; nothing was lost, and the same command "
-                          "continues from there")  # fmt: skip
-            if not run.saving and time.monotonic() - first > run.grace_s:
-                self._end(run, number, f"{name}: no step ended within {run.grace_s:.0f} s; the "
-                          "same command continues from the last checkpoint")  # fmt: skip
+                how = "again: stopped at once; the same command continues from the last checkpoint"
+            elif not run.unsaved:
+                how = "stopped it; nothing was lost, and the same command continues from there"
+            elif not run.saving and time.monotonic() - first > run.grace_s:
+                how = (
+                    f"came, and no step ended within {run.grace_s:.0f} s; the same command "
+                    "continues from the last checkpoint"
+                )
+            else:
+                continue
+            end(128 + number, f"{self._name}: {name} {how}")
 
-    def _end(self, run: StopRequest, number: int, message: str) -> None:
-        """Ends the process, without waiting for any other thread of it."""
-        for ending in list(_endings):
-            with contextlib.suppress(Exception):
-                ending()
-        cursor = _SHOW_CURSOR if sys.stderr.isatty() else b""
-        os.write(2, cursor + f"{self._name}: {message}\n".encode())
-        os._exit(128 + number)
+
+def end(status: int, message: str) -> None:
+    """Ends the process with one line, without waiting for any other thread of it."""
+    for ending in list(_endings):
+        with contextlib.suppress(Exception):
+            ending()
+    cursor = _SHOW_CURSOR if sys.stderr.isatty() else b""
+    os.write(2, cursor + f"{message}\n".encode())
+    os._exit(status)
 
 
 def _apart() -> None:

@@ -39,6 +39,7 @@ from flm_jax.params import sharding
 from flm_jax.params.digest import params_digest
 from flm_jax.params.sharding import Layout
 from flm_jax.runs import chain
+from flm_jax.runs.guarded import guarded
 from flm_jax.runs.loop import run_stages
 from flm_jax.runs.stage import Batches, Parent, Position, Stage
 from flm_jax.runtime import host, paths, xla_flags
@@ -423,7 +424,7 @@ def run(
     stage = stage_of(config, base, corpus, talk, layout)
     chain.check(stage.experiment, [layout])
     folder = RunFolder(workdir, compiled)
-    with folder.writing():
+    with guarded(folder, stage.name, stage.experiment.watchdog):
         if base.stages and not paths.same(folder.path, paths.of(config.base)):
             RunFolder(config.base).branch(folder, stages=len(base.stages))
         if not _finished(stage, base, folder):

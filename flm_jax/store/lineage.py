@@ -15,7 +15,7 @@ from typing import Any
 
 from flm_jax import config as config_lib
 from flm_jax import mapping
-from flm_jax.config import ExperimentConfig
+from flm_jax.config import DataConfig, ExperimentConfig
 from flm_jax.data.chat_template import TemplateConfig
 from flm_jax.errors import UserError
 from flm_jax.runtime import paths, processes, regular, stop
@@ -82,7 +82,8 @@ class StageFolder:
         # Fine-tuning adds fields of its own, and so does the data (its fingerprint).
         fields = {field.name for field in dataclasses.fields(ExperimentConfig)}
         shared = {name: value for name, value in saved.items() if name in fields}
-        return config_lib.experiment({**shared, "stages": [saved["stage"]]})
+        config = config_lib.experiment({**shared, "stages": [saved["stage"]]})
+        return dataclasses.replace(config, data=self.run.data(config.data))
 
     def saved(self) -> dict[str, Any]:
         """Reads config.json. Raises UserError if it is not the config of a stage."""
@@ -143,11 +144,23 @@ class RunFolder:
         self.experiment = self.path / "experiment.json"  # see `experiment_file`
         self.tensorboard = self.path / "tensorboard"
         self.report = self.path / "report"
+        self.crashes = self.path / "crashes"  # tracebacks of bugs, and stacks of hangs
         self.compiled = compiled or self.path / "compiled"  # JAX's compilation cache
+        self.vocabulary = self.path / "vocabulary.model"  # if the run trained one
 
     def stage(self, index: int, name: str) -> StageFolder:
         """Returns the folder of a stage, which may not exist."""
         return StageFolder(self, index, name)
+
+    def data(self, config: DataConfig) -> DataConfig:
+        """Returns a run's data with the vocabulary that the run trained, if it trains one.
+
+        The run's own files name it by its size alone, so that the folder can be moved.
+        """
+        if not config.train_vocabulary:
+            return config
+        file = str(paths.absolute(self.vocabulary))
+        return dataclasses.replace(config, vocabulary=file, train_vocabulary=0)
 
     def check_client(self) -> None:
         """Raises UserError for a place where no client writes checkpoints."""
@@ -178,8 +191,9 @@ class RunFolder:
                 "you own",
                 argument="workdir",
             ) from error
-        own = (lock.NAME, self.experiment.name)
-        others = (path for path in paths.listed(self.path) if path.name not in own)
+        files = (self.crashes, self.vocabulary, self.experiment)
+        own = (lock.NAME, *(file.name for file in files))
+        others = (path for path in paths.listed(self.path) if not path.name.startswith(own))
         if any(others) and not (self.path / "stages").is_dir():
             raise UserError(
                 f"workdir {self.path} holds files but no run; give an empty or new folder",
@@ -298,6 +312,8 @@ class RunFolder:
                 mark_complete(step)
         if origins:
             copied = [s | {"origin": dict(o)} for s, o in zip(copied, origins, strict=True)]
+        if self.vocabulary.exists():
+            paths.copy(self.vocabulary, other.vocabulary)
         write_json(other.lineage, {"version": entries.VERSION, "stages": copied})
 
     def add_stage(self, entry: dict[str, Any]) -> None:
@@ -349,7 +365,7 @@ def identity(config: ExperimentConfig, index: int, fingerprint: str) -> dict[str
     """Returns the settings that affect a stage's results; they are compared on resume.
 
     These are the stage's own config, the settings that all stages share, and the data. Meshes,
-    layouts, evaluation and checkpoint settings are left out: they may change on resume.
+    layouts, evaluation, checkpoint and watchdog settings are left out: they may change on resume.
 
     Args:
       config: the chain.
@@ -360,8 +376,8 @@ def identity(config: ExperimentConfig, index: int, fingerprint: str) -> dict[str
       JSON values, as they are written to config.json.
     """
     shared = mapping.to_dict(config)
-    for name in ("stages", "mesh", "eval", "checkpoint"):
-        del shared[name]
+    for name in ("stages", "mesh", "eval", "checkpoint", "watchdog"):
+        shared.pop(name, None)
     shared["schedule"]["total_steps"] = config.schedule.total_steps or config.total_steps
     stage = mapping.to_dict(dataclasses.replace(config.stages[index], layouts=()))
     del stage["mesh"]
