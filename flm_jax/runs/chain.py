@@ -44,7 +44,7 @@ from flm_jax.runs.stage import (
     with_derived,
 )
 from flm_jax.runtime import display, host, joints, paths, processes, xla_flags
-from flm_jax.store import experiment_file
+from flm_jax.store import experiment_file, tracker
 from flm_jax.store.checkpoint import Checkpoints
 from flm_jax.store.lineage import RunFolder, identity
 from flm_jax.train import schedules
@@ -81,6 +81,8 @@ def run(
     config, layouts = on_devices(config, jax.devices())
     limits.check_memory(config, jax.devices())
     processes.check_same("the config", mapping.digest(mapping.to_dict(config)))
+    if config.tracker:
+        tracker.find(config.tracker)  # raises before anything is written
     folder = RunFolder(workdir, compiled)
     first = config.stages[0]
     if first.source and not paths.listed(folder.path / "stages"):

@@ -365,7 +365,8 @@ def identity(config: ExperimentConfig, index: int, fingerprint: str) -> dict[str
     """Returns the settings that affect a stage's results; they are compared on resume.
 
     These are the stage's own config, the settings that all stages share, and the data. Meshes,
-    layouts, evaluation, checkpoint and watchdog settings are left out: they may change on resume.
+    layouts, evaluation, checkpoint and watchdog settings and the tracker are left out: they may
+    change on resume.
 
     Args:
       config: the chain.
@@ -376,7 +377,7 @@ def identity(config: ExperimentConfig, index: int, fingerprint: str) -> dict[str
       JSON values, as they are written to config.json.
     """
     shared = mapping.to_dict(config)
-    for name in ("stages", "mesh", "eval", "checkpoint", "watchdog"):
+    for name in ("stages", "mesh", "eval", "checkpoint", "watchdog", "tracker"):
         shared.pop(name, None)
     shared["schedule"]["total_steps"] = config.schedule.total_steps or config.total_steps
     stage = mapping.to_dict(dataclasses.replace(config.stages[index], layouts=()))
