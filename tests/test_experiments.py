@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -16,7 +18,7 @@ from flm_jax.store import experiment_file
 from flm_jax.store.checkpoint import describe
 from flm_jax.store.lineage import RunFolder
 from tests import runs
-from tests.commands import call, mistake
+from tests.commands import ROOT, call, mistake
 from tests.experiment_runs import experiment, with_steps
 from tests.models import changed
 from tests.runs import BYTES
@@ -171,6 +173,7 @@ def test_an_extension_ends_with_the_bits_of_a_longer_run(schedule, step, tmp_pat
     ended = tmp_path / "run" / "ended" / "9"
     assert ended.exists() == (step < 9)
     if step < 9:
+        assert experiment_file.config_of(RunFolder(ended)) == config
         assert runs.lineage(ended) == before and (ended / before[0]["checkpoint"]).is_dir()
 
 
@@ -235,3 +238,19 @@ def test_branch_takes_its_config_from_the_run(tmp_path):
     assert "got no argument; give flm branch RUN:STAGE[:STEP]" in mistake("branch")
     status, out, _ = call("branch", "--help")
     assert status == 0 and "flm branch runs/demo:small" in out
+
+
+@pytest.mark.slow
+def test_the_story_of_an_experiment_runs(tmp_path):
+    story = ROOT / "tests" / "stories" / "experiment.py"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, str(story), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "the better rate: {'stages[0].learning_rate': '0.02'}" in done.stdout
+    assert {p.suffix for p in (tmp_path / "figure").iterdir()} == {".png", ".svg", ".csv"}

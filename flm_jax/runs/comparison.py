@@ -64,7 +64,7 @@ class Run:
       config: the whole config, as JSON values.
       curve: its validations.
       growths: tokens, FLOPs and wall time at which each later stage began.
-      validation: what the bits per byte were measured on.
+      validation: what the bits per byte were measured on; None: not known.
     """
 
     name: str
@@ -145,7 +145,9 @@ def notes(runs: Sequence[Run]) -> list[str]:
     found = []
     first = runs[0]
     for run in runs[1:]:
-        other = mapping.differences(first.validation, run.validation, "validation")
+        known = [n for n, x in run.validation.items() if None not in (x, first.validation[n])]
+        one, two = ({n: r.validation[n] for n in known} for r in (first, run))
+        other = mapping.differences(one, two, "validation")
         if other:
             found.append(
                 f"{run.name} was measured on other text than {first.name} ({'; '.join(other)}): "

@@ -102,12 +102,16 @@ def _longer(run: RunFolder, stage: str, steps: int) -> Experiment:
             f"--stage={later[-1]}, or begin a new run with flm branch {run.path}:{name}"
         )
     point = branch.find(f"{run.path}:{index}")
-    config = before.config
-    stages = list(config.stages)
-    stages[index] = dataclasses.replace(stages[index], steps=stages[index].steps + steps)
-    longer = dataclasses.replace(config, stages=tuple(stages))
-    step = _continues_from(point, config, longer, steps)
+    longer = _with_more_steps(before.config, index, steps)
+    step = _continues_from(point, before.config, longer, steps)
     return dataclasses.replace(before, config=longer, extension=Extension(name, step, steps))
+
+
+def _with_more_steps(config: ExperimentConfig, index: int, added: int) -> ExperimentConfig:
+    """The config with a number of steps added to one stage's."""
+    stages = list(config.stages)
+    stages[index] = dataclasses.replace(stages[index], steps=stages[index].steps + added)
+    return dataclasses.replace(config, stages=tuple(stages))
 
 
 def _continues_from(
@@ -157,7 +161,10 @@ def _rewrite(run: RunFolder, experiment: Experiment) -> None:
     stage = run.stage(entry["index"], entry["name"])
     end = int(entry["checkpoint"].rpartition("/")[2])
     if extension.step < end:
-        run.branch(RunFolder(run.path / "ended" / str(end)))
+        ended = RunFolder(run.path / "ended" / str(end))
+        before = _with_more_steps(experiment.config, entry["index"], -extension.steps)
+        experiment_file.write(ended, Experiment(before, experiment.origin))
+        run.branch(ended)
     config, _ = chain.on_devices(experiment.config, jax.devices())
     for s in done[: entry["index"] + 1]:
         # Their steps had the same rates in the longer run, so this is how they were trained.
