@@ -18,12 +18,15 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import pyarrow
 import safetensors
 import safetensors.numpy
 import tokenizers
+from pyarrow import parquet
 
 from flm_jax.commands import config_files, front
-from flm_jax.data import chat_template, jinja_text, json_text, special_tokens
+from flm_jax.config import DataConfig
+from flm_jax.data import chat_template, files, jinja_text, json_text, special_tokens
 from flm_jax.data.chat_template import TemplateConfig
 from flm_jax.data.tokenizer import open_tokenizer
 from flm_jax.errors import UserError
@@ -521,6 +524,41 @@ def attack_rows(rng: random.Random, folder: pathlib.Path) -> Iterator[Callable[[
         yield read
 
 
+# Your own text.
+
+
+def text_folder(folder: pathlib.Path) -> pathlib.Path:
+    inner = rows_folder(folder)
+    rows = [{"text": f"a text {i}"} for i in range(40)]
+    lines = "\n".join(map(json.dumps, rows)).encode()
+    out = io.BytesIO()
+    parquet.write_table(pyarrow.Table.from_pylist(rows), out, row_group_size=9)
+    for name, data in {
+        "a.txt": b"a line of text\n" * 40, "a.jsonl": lines, "a.json": json.dumps(rows).encode(),
+        "a.parquet": out.getvalue(), "a.txt.gz": gzip.compress(b"a line\n" * 400),
+        "a.jsonl.gz": gzip.compress(lines),
+        "a.jsonl.zst": pyarrow.compress(lines, "zstd", asbytes=True),
+    }.items():  # fmt: skip
+        (inner / name).write_bytes(data)
+    return inner
+
+
+@contextlib.contextmanager
+def attack_own_text(rng: random.Random, folder: pathlib.Path) -> Iterator[Callable[[], None]]:
+    path = rng.choice(sorted(folder.iterdir()))
+    new: bytes | str = hostile.mutated_bytes(rng, path.read_bytes())
+    if rng.random() < 0.05:
+        new = rng.choice(hostile.SPECIAL)
+
+    def read() -> None:
+        splits, _ = files.splits(DataConfig(task="own_text", path=str(path)))
+        for document in (d for rows in splits.values() for d in rows):
+            document.text.decode("utf-8")
+
+    with hostile.replaced(path, new):
+        yield read
+
+
 # Overrides of configs.
 
 CONFIGS = {
@@ -681,5 +719,6 @@ KINDS = (
     Kind("gguf", 500, gguf_folder, attack_gguf),
     Kind("chat template", 300, rows_folder, attack_template),
     Kind("rows", 4000, rows_folder, attack_rows),
+    Kind("own text", 1000, text_folder, attack_own_text),
     Kind("config override", 2750, configs, attack_config),
 )

@@ -15,7 +15,7 @@ from flm_jax.config import DataConfig
 from flm_jax.errors import UserError
 from flm_jax.runs import branch, chain, extend
 from flm_jax.store import experiment_file
-from flm_jax.store.checkpoint import describe
+from flm_jax.store.chunked import CheckpointReader
 from flm_jax.store.lineage import RunFolder
 from tests import runs
 from tests.commands import ROOT, call, mistake
@@ -105,7 +105,7 @@ def test_a_branch_grows_otherwise_and_trains_on_other_data(source, tmp_path):
     files = [sorted(p for p in path.rglob("*") if p.is_file()) for path in paths]
     assert all(os.path.samefile(a, b) for a, b in zip(*files, strict=True))
     positions = [
-        describe(root / stage["checkpoint"])[1]["data"]
+        CheckpointReader(root / stage["checkpoint"]).progress["data"]
         for root, stage in ((source, runs.lineage(source)[1]), (tmp_path / "run", stages[1]))
     ]
     assert positions[0]["sequences"] == 2 * positions[1]["sequences"] == 2 * 6 * 8

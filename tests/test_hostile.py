@@ -18,7 +18,15 @@ from flm_jax.store.lineage import RunFolder
 from tests import hostile, hostile_readers, runs
 
 SEED = 7
-QUICK = {"rows": 60, "safetensors": 80, "index": 30, "lineage": 30, "model texts": 25, "plan": 20}
+QUICK = {
+    "own text": 60,
+    "rows": 60,
+    "safetensors": 80,
+    "index": 30,
+    "lineage": 30,
+    "model texts": 25,
+    "plan": 20,
+}
 
 
 @pytest.mark.parametrize("kind", hostile_readers.KINDS, ids=lambda kind: kind.name)

@@ -13,7 +13,6 @@ text; every token counts, each document's end included.
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 from typing import Any
 
 import jax
@@ -22,6 +21,7 @@ from flm_jax import data
 from flm_jax.commands.command import Call, Command, flag
 from flm_jax.commands.model_flags import ModelFlags
 from flm_jax.config import DataConfig
+from flm_jax.data import readers
 from flm_jax.errors import UserError
 from flm_jax.inference import evaluation
 from flm_jax.params import sharding
@@ -53,13 +53,13 @@ def main(call: Call[Flags]) -> dict[str, Any]:
     length = flags.sequence_length or min(model.context or LONGEST_DEFAULT, LONGEST_DEFAULT)
     config = dataclasses.replace(base, sequence_length=length, window_length=0)
     if flags.data:
-        rows = pathlib.Path(flags.data).suffix == ".jsonl"
+        rows = readers.kind_of(flags.data) in ("jsonl", "parquet")  # JSON is text itself
         config = dataclasses.replace(
-            config, task="jsonl_files" if rows else "text_files", path=flags.data,
-            text_field=flags.text_field,
+            config, task="own_text" if rows else "text_files", path=flags.data,
+            text_field=flags.text_field, validation_path="",
         )  # fmt: skip
     else:
-        config = dataclasses.replace(config, task=flags.task, path="")
+        config = dataclasses.replace(config, task=flags.task, path="", validation_path="")
     split = "all" if flags.data else flags.split
     corpus = data.open_corpus(config, whole=bool(flags.data))
     if split not in corpus.num_documents:

@@ -1,17 +1,22 @@
-"""Prints a run's lineage as a tree, and compares two of its stages.
+"""Prints a run's lineage as a tree, compares two of its stages, finds and repairs damage.
 
   flm inspect runs/demo
   flm inspect runs/demo --compare=0,2
   flm inspect runs/demo --json
+  flm inspect runs/demo --verify
+  flm inspect runs/demo --repair
 
 --compare shows sizes, costs and scores of two stages, and where their configs differ. Runs are
 compared by `flm compare RUN RUN...`.
+--verify reads all files of the run, and compares them with the digests that were recorded. --repair
+rebuilds lineage.json, config.json, plan.json and receipt.json as far as the other files determine
+them, then verifies. Both end with status 65 if something is damaged or missing.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import rich.table
@@ -19,8 +24,9 @@ import rich.text
 import rich.tree
 
 from flm_jax import mapping
-from flm_jax.commands.command import Call, Command, flag
-from flm_jax.errors import UserError
+from flm_jax.commands.command import Call, Command, Gate, flag
+from flm_jax.errors import Exit, UserError
+from flm_jax.runs import repair, verify
 from flm_jax.store.entries import logit_change
 from flm_jax.store.lineage import RunFolder, bits_per_byte, pick_stage
 
@@ -30,6 +36,8 @@ class Flags:
     """The command's own flags."""
 
     compare: tuple[str, ...] = flag((), "Two stage indices, as 0,2.", comma=True)
+    verify: bool = flag(False, "Check all files of the run against their digests.")
+    repair: bool = flag(False, "Rebuild missing and damaged small files, then verify.")
 
 
 def _tree(folder: RunFolder, stages: Sequence[dict[str, Any]]) -> rich.tree.Tree:
@@ -70,8 +78,38 @@ def _comparison(one: dict[str, Any], two: dict[str, Any]) -> rich.table.Table:
     return table
 
 
+def _verified(call: Call[Flags], folder: RunFolder) -> dict[str, Any]:
+    """Repairs if asked to, verifies, and prints a table of each."""
+
+    console, result = call.console(), dict[str, Any]()
+    if call.flags.repair:
+        done = repair.repair(folder)
+        table = rich.table.Table("file", "rebuilt", "how")
+        for each in done:
+            table.add_row(each.file, "yes" if each.rebuilt else "no", rich.text.Text(each.detail))
+        console.print(table if done else "nothing to repair")
+        result["repair"] = [dataclasses.asdict(each) for each in done]
+    found = verify.verify(folder)
+    table = rich.table.Table("file", "what", "verdict", "detail")
+    for finding in found:
+        table.add_row(finding.file, finding.what, finding.verdict, rich.text.Text(finding.detail))
+    console.print(table)
+    bad = sorted({finding.file for finding in found if finding.bad})
+    return result | {"verify": [dataclasses.asdict(finding) for finding in found], "bad": bad}
+
+
+def _failure(result: Mapping[str, Any]) -> str:
+    """What is wrong with a run that was verified."""
+    if not (bad := result.get("bad")):
+        return ""
+    more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+    return f"damaged or missing: {', '.join(bad[:3])}{more}; see the table above"
+
+
 def main(call: Call[Flags]) -> dict[str, Any]:
     folder = RunFolder(call.arguments[0])
+    if call.flags.verify or call.flags.repair:
+        return _verified(call, folder)
     if not folder.path.exists():
         raise UserError(f"{folder.path}: there is no such folder; give the folder of a run")
     stages = folder.stages()
@@ -98,4 +136,5 @@ COMMAND = Command(
     config="none",
     positional=("DIR",),
     unexpected="flm compare RUN RUN... compares runs",
+    gate=Gate(Exit.DAMAGE, _failure),
 )

@@ -201,6 +201,7 @@ def open_state(path: str, stage: str = "") -> OpenedState:
             f"{path}: stage {entry['name']} was trained on conversations and has no position in a "
             "text; give a run that ends with a stage trained on text"
         )
+    stage_folder.recorded()
     config = stage_folder.experiment()
     tx = optim.optimizer(config.stages[0], config.optimizer, schedules.steady)
     like = abstract_state(config.stages[0].model, tx, Layout(sharding.one_device()))
@@ -265,6 +266,7 @@ def open_stored_model(path: str, stage: str = "", step: int | None = None) -> St
         entry = run.finished_stage(stage)
         checkpoint = run.path / entry["checkpoint"]
         return _checkpoint(checkpoint if step is None else checkpoint.with_name(str(step)))
+    run.stages()  # raises if the file is missing beside finished stages
     if stage or step is not None:
         raise UserError(f"{path} is no run's folder (no lineage.json); leave stage and step out")
     if folder.parent.name == "checkpoints":
@@ -323,10 +325,11 @@ def _checkpoint(path: pathlib.Path) -> StoredModel:
     """Opens a checkpoint of a run; folds masks that are below 1."""
     folder = StageFolder.of_checkpoint(path)
     reader = CheckpointReader(path)
+    grown = folder.recorded()
     config = folder.experiment()
     stage = config.stages[0]
     weights: Weights = Checkpoint(reader, stage.model)
-    masks = _mask(folder, stage, int(path.name))
+    masks = _mask(folder, stage, int(path.name)) if grown else None
     if masks is not None:
         plan = Plan.from_json(folder.plan_text())
         weights = folded(weights, masks_of(plan, masks))
@@ -347,6 +350,6 @@ def _checkpoint(path: pathlib.Path) -> StoredModel:
 
 def _mask(folder: StageFolder, stage: StageConfig, step: int) -> float | None:
     """Returns the masks' value after that step; None if there are none, or if they are at 1."""
-    if not folder.plan.exists() or not Plan.from_json(folder.plan_text()).masked:
+    if not Plan.from_json(folder.plan_text()).masked:
         return None
     return stage.growth.mask_at(step - folder.start())

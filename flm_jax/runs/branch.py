@@ -15,11 +15,12 @@ import jax
 from flm_jax import mapping
 from flm_jax.config import DataConfig, ExperimentConfig, StageConfig
 from flm_jax.errors import UserError
-from flm_jax.params.digest import digest_of_pieces
+from flm_jax.interop.converter import digest_on_disk
 from flm_jax.runs import chain
+from flm_jax.runs.verify import MEMORY
 from flm_jax.runtime import paths, processes, regular
 from flm_jax.store import experiment_file
-from flm_jax.store.checkpoint import complete, describe, mark_complete
+from flm_jax.store.checkpoint import mark_complete
 from flm_jax.store.chunked import CheckpointReader
 from flm_jax.store.experiment_file import Experiment, Origin
 from flm_jax.store.files import link_tree
@@ -75,7 +76,7 @@ def find(given: str) -> Point:
     if not begun:
         raise UserError(f"{run.path} is no run; give RUN:STAGE or RUN:STAGE:STEP")
     known = {str(entry["index"]): entry["name"] for entry in finished}
-    known |= {str(folder.index): folder.path.name.partition("-")[2] for folder in begun}
+    known |= {str(folder.index): folder.name for folder in begun}
     if not stage and not finished:
         raise UserError(f"{given}: no stage is finished; give RUN:STAGE:STEP")
     stage = stage or str(finished[-1]["index"])
@@ -88,7 +89,7 @@ def find(given: str) -> Point:
 
 def _point(given: str, folder: StageFolder, finished: list[dict[str, Any]], step: str) -> Point:
     """The state at `step` ("": the end) of the stage in `folder`."""
-    name = folder.path.name.partition("-")[2]
+    name = folder.name
     if not folder.config.is_file():
         raise UserError(f"{given}: stage {name} was deleted: {folder.path} is gone; restore it")
     if "sft" in folder.saved():
@@ -96,7 +97,7 @@ def _point(given: str, folder: StageFolder, finished: list[dict[str, Any]], step
             f"{given}: stage {name} was fine-tuned on conversations; give a stage trained on text"
         )
     entry = finished[folder.index] if folder.index < len(finished) else None
-    kept = kept_steps(folder)
+    kept = folder.steps()
     steps = ", ".join(map(str, kept)) or "none"
     if not step and entry is None:
         raise UserError(f"{given}: stage {name} is not finished; give one of its steps: {steps}")
@@ -120,12 +121,6 @@ def _split(given: str) -> tuple[RunFolder, str, str]:
             path, stage, step = (*head, "", "")[:3]
             break
     return RunFolder(paths.of(path)), stage, step
-
-
-def kept_steps(stage: StageFolder) -> list[int]:
-    """Returns the global steps of a stage's complete checkpoints, in order."""
-    found = (path for path in paths.listed(stage.checkpoints) if path.name.isdigit())
-    return sorted(int(path.name) for path in found if complete(path))
 
 
 def prepare(point: Point, config: ExperimentConfig, workdir: str | os.PathLike[str]) -> Origin:
@@ -242,21 +237,18 @@ def digest_at(point: Point) -> str:
     """Returns the digest of the state's parameters; reads them unless lineage.json has it."""
     if point.entry and point.entry["checkpoint"].endswith(f"/{point.step}"):
         return str(point.entry["params_digest"])
-    reader = CheckpointReader(point.stage.checkpoints / str(point.step))
-    leaves = {
-        name.removeprefix("params/"): leaf
-        for name, leaf in reader.leaves.items()
-        if name.startswith("params/")
-    }
-    return digest_of_pieces(
-        (path, leaf, [([slice(0, n) for n in leaf.shape], reader.read(f"params/{path}"))])
-        for path, leaf in leaves.items()
-    )
+    model = point.stage.experiment().stages[0].model
+    return digest_on_disk(reader_of(point), model, MEMORY)
+
+
+def reader_of(point: Point) -> CheckpointReader:
+    """Opens the state's checkpoint."""
+    return CheckpointReader(point.stage.checkpoints / str(point.step))
 
 
 def _other_data(point: Point, config: ExperimentConfig) -> bool:
     """Whether the config has other data than the state was trained on, or another order."""
-    position = describe(point.stage.checkpoints / str(point.step))[1]["data"]
+    position = reader_of(point).progress["data"]
     new = config.data_of(point.stage.index)
     if position.get("window_length") != new.window:
         return True
@@ -282,7 +274,7 @@ def _check_stages(point: Point, config: ExperimentConfig) -> bool:
     if index >= len(config.stages):
         raise UserError(
             f"the config has {len(config.stages)} stages, but the state is of stage {index} "
-            f"({point.stage.path.name.partition('-')[2]}); give all stages up to it"
+            f"({point.stage.name}); give all stages up to it"
         )
     finished = point.run.stages()
     own, done = config.stages[index], point.step - point.start

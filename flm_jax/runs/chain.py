@@ -225,14 +225,16 @@ def check_finished(config: ExperimentConfig, folder: RunFolder, done: list[dict[
             f"{', '.join(names)}; give another workdir",
             argument="workdir",
         )
-    start = 0
+    start, origin = 0, experiment_file.origin_of(folder)
     for index, entry in enumerate(done[: len(names)]):
         expected = identity(config, index, entry["data_fingerprint"])
         stage = folder.stage(index, entry["name"])
         start += entry["steps"]
-        if entry.get("origin", {}).get("step") == start:  # none of its steps were trained here
+        if origin and (index, start) <= (origin.index, origin.step):  # it was not trained here
             expected = {**stage.saved(), "stage": expected["stage"]}
         folder.check_stage(stage, expected)
+        if index:
+            stage.require_growth()
 
 
 def _keep_config(config: ExperimentConfig, stages: Sequence[Stage], folder: RunFolder) -> None:

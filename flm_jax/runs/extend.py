@@ -82,7 +82,7 @@ def _begun(run: RunFolder) -> Extension | None:
 
 def _check_same(run: RunFolder, begun: Extension, stage: str, steps: int) -> None:
     """Raises UserError unless a call asks for the extension that has begun."""
-    index = next(folder.index for folder in run.begun() if folder.path.name.endswith(begun.stage))
+    index = next(folder.index for folder in run.begun() if folder.name == begun.stage)
     if steps != begun.steps or stage not in ("", begun.stage, str(index)):
         raise UserError(
             f"{run.path}: an extension of stage {begun.stage} by {begun.steps} steps has begun; "
@@ -95,7 +95,7 @@ def _longer(run: RunFolder, stage: str, steps: int) -> Experiment:
     before = experiment_file.read(run) or Experiment(experiment_file.config_of(run))
     finished = run.finished_stage(stage)
     index, name = finished["index"], finished["name"]
-    later = [f.path.name.partition("-")[2] for f in run.begun() if f.index > index]
+    later = [f.name for f in run.begun() if f.index > index]
     if later:
         raise UserError(
             f"{run.path}: stage {name} is not the last one: stage {later[0]} grew out of it; give "
@@ -119,7 +119,7 @@ def _continues_from(
 ) -> int:
     """The latest kept step up to which two configs have the same learning rates."""
     index, name = point.stage.index, config.stages[point.stage.index].name
-    kept, kind = branch.kept_steps(point.stage), config.schedule.kind
+    kept, kind = point.stage.steps(), config.schedule.kind
     same = _same_rates(config, longer, index, point.step)
     usable = [step for step in kept if step <= same]
     # A cosine changes from its first step on: what is left of the run is hardly anything.
@@ -173,7 +173,7 @@ def _rewrite(run: RunFolder, experiment: Experiment) -> None:
             write_json(folder.config, identity(config, s["index"], s["data_fingerprint"]))
             s["config_digest"] = mapping.digest(folder.saved())
     stage.metrics.rewind(extension.step)
-    for step in branch.kept_steps(stage):
+    for step in stage.steps():
         if step > extension.step:
             paths.remove(stage.checkpoints / str(step))
     write_json(run.lineage, {"version": entries.VERSION, "stages": done[: entry["index"]]})

@@ -27,7 +27,7 @@ from flm_jax.runs import chain, first_stage
 from flm_jax.runs.stage import calibration_batch, plan_of, with_derived
 from flm_jax.runtime import paths, processes
 from flm_jax.runtime.display import Progress
-from flm_jax.store.checkpoint import by_name, check_fits, complete, shapes
+from flm_jax.store.checkpoint import by_name, check_fits, shapes
 from flm_jax.store.chunk_writer import CheckpointWriter
 from flm_jax.store.chunked import CheckpointReader, check_space, disk_refusals
 from flm_jax.store.earlier import as_stored, upgraded
@@ -140,7 +140,7 @@ def grow(
     check_fits(reader.path, reader.leaves, shapes(state))
     read_from = source_dir if growing.source is target else reader.path
     result = {"stage": growing.stage.name, "source": str(read_from)}
-    if done := processes.once(lambda: _steps_on_disk(growing.folder)):
+    if done := processes.once(growing.folder.steps):
         return {
             **result,
             "checkpoint": str(growing.folder.checkpoints / str(min(done))),
@@ -173,7 +173,8 @@ def _checked(
     chain.check_finished(config, source, entries)
     growing = _DiskGrowth(config, index, source, target, entries)
     stream.check(plan_of(growing.small.model, growing.stage))
-    started = target.stages()[:index]
+    # A call that was stopped while it copied stages left them without lineage.json.
+    started = target.stages()[:index] if target.lineage.exists() else []
     if started and started != entries:
         raise UserError(
             f"{target.lineage}: its stages are not those of {source.lineage}; give another target"
@@ -252,12 +253,6 @@ def _prepare(
         growing.source.branch(target, growing.index)
         write_json(folder.config, growing.identity)
         folder.keep_growth(plan.to_json(), unmeasured(plan, distances))
-
-
-def _steps_on_disk(folder: StageFolder) -> list[int]:
-    """Returns the steps of the stage's complete checkpoints."""
-    found = (p for p in paths.listed(folder.checkpoints) if p.name.isdigit())
-    return [int(p.name) for p in found if complete(p)]
 
 
 def _plan(

@@ -10,6 +10,7 @@ their devices, except inside `processes.once`; only the first process shows and 
 from __future__ import annotations
 
 import functools
+import itertools
 import signal
 import time
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from flm_jax.errors import RunStopped, within
 from flm_jax.params import counts, sharding
+from flm_jax.runs import recovery
 from flm_jax.runs.hooks import Dispatched, Evaluation, Log, Report
 from flm_jax.runs.stage import Position, Stage, begin, finish, read_added, read_ramp
 from flm_jax.runs.timing import SaveTimer, StageTime
@@ -69,12 +71,16 @@ def _run_stage(
     watch.HERE.moved(stage=stage.name, phase="start")
     processes.once(lambda: run.begin_stage(folder, stage.identity))
     timing = StageTime(folder.time)
-    checkpoints = Checkpoints(folder.checkpoints, stage.experiment.checkpoint.keep)
+    checkpoints = recovery.opened(folder, stage.experiment.checkpoint.keep)
+    # Growing consumes the parent's position; a second attempt reads it again.
+    given = itertools.chain([before], itertools.repeat(None))
     try:
         with jax.set_mesh(stage.layout.mesh):
             grows = stage.parent and checkpoints.latest in (None, stage.start)
             with timing.spend("growth" if grows else "start"):
-                position = begin(stage, before, folder, checkpoints)
+                position = recovery.surviving(
+                    folder, checkpoints, lambda: begin(stage, next(given), folder, checkpoints)
+                )
             timing.write(position.step)
             position = train(stage, position, folder, checkpoints, stop, board, timing)
         finish(stage, position, folder, checkpoints, timing)

@@ -10,7 +10,6 @@ With several processes, all of them run every line, except inside `processes.onc
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,11 +25,13 @@ from flm_jax.errors import within
 from flm_jax.growth import ligo, measure
 from flm_jax.growth.receipt import Receipt, measured, unmeasured
 from flm_jax.interop.stage_source import resolved
-from flm_jax.params import counts
 from flm_jax.params.digest import params_digest
 from flm_jax.params.sharding import Layout
+from flm_jax.runs import recovery
+from flm_jax.runs.entry import entry_of
 from flm_jax.runs.timing import StageTime
 from flm_jax.runtime import joints, processes, xla_flags
+from flm_jax.store import audit, integrity
 from flm_jax.store.checkpoint import Checkpoints
 from flm_jax.store.experiment_file import Origin
 from flm_jax.store.lineage import RunFolder, StageFolder
@@ -155,16 +156,21 @@ def restore(stage: Stage, checkpoints: Checkpoints, step: int | None = None) -> 
       step: the checkpoint's step; None: the latest one.
 
     Raises:
+      DamageError: a file of the checkpoint is damaged.
       UserError: the checkpoint has other leaves, shapes or dtypes than the stage.
     """
     step = checkpoints.latest if step is None else step
     assert step is not None
+    path = checkpoints.path(step)
+    if jax.process_count() > 1:
+        audit.check_together(path)
     like = abstract_state(stage.config.model, stage.tx, stage.layout)
     state, progress = checkpoints.restore(step, like)
-    position: dict[str, Any] = progress["data"]
+    with integrity.reading(path, "its position in the data"):
+        position, wall_s = progress["data"], progress["wall_s"]
     if stage.origin and stage.origin.restarts_data and stage.origin.step == step:
         position = stage.batches(stage.config.batch_size).get_state()
-    return Position(state, position, progress["wall_s"])
+    return Position(state, position, wall_s)
 
 
 def begin(
@@ -185,6 +191,8 @@ def begin(
       UserError: the latest checkpoint does not fit the stage, or the growth is impossible.
     """
     if checkpoints.latest is not None:
+        if stage.parent:
+            processes.once(folder.require_growth)
         if stage.parent and checkpoints.latest == stage.start:
             _complete_receipt(stage, stage.parent, folder, checkpoints)
         return restore(stage, checkpoints)
@@ -423,56 +431,27 @@ def finish(
       timing: accounts for the time.
     """
     wall_s = position.wall_s
-    step = checkpoints.best
-    if step != position.step:
-        position = restore(stage, checkpoints, step)
+
+    def best() -> Position:
+        step = checkpoints.best
+        return position if step == position.step else restore(stage, checkpoints, step)
+
+    position = recovery.surviving(folder, checkpoints, best)
     path = checkpoints.path(position.step).relative_to(folder.run.path)
     plan = read_plan(stage, folder)
     digest = params_digest(position.state.params)
-    entry = functools.partial(
-        _entry,
-        stage,
-        folder,
-        plan,
-        position.step,
-        wall_s=wall_s,
-        params_digest=digest,
-        checkpoint=str(path),
-    )
+    parent = stage.parent.name if stage.parent else None
     timing.write(stage.end)
-    processes.once(lambda: folder.run.add_stage(entry() | {"goodput": timing.result()}))
 
+    def add() -> None:
+        entry = entry_of(folder, parent, plan, position.step)
+        more = {"wall_s": wall_s, "params_digest": digest, "checkpoint": str(path)}
+        computed = computed_by(stage.config.model)
+        if stage.origin:
+            computed["origin"] = mapping.to_dict(stage.origin)
+        folder.run.add_stage(entry | computed | more | {"goodput": timing.result()})
 
-def _entry(
-    stage: Stage, folder: StageFolder, plan: growth.Plan | None, step: int, **more: Any
-) -> dict[str, Any]:
-    """Returns the entry of a finished stage for lineage.json; `more` are its last fields."""
-    model, steps = stage.config.model, stage.config.steps
-    tokens = steps * stage.config.batch_size * stage.sequence_length
-    evals = folder.metrics.rows("eval")
-    ends = {"start": evals[0], "end": next(row for row in evals if row["step"] == step)}
-    return {
-        "index": stage.index,
-        "name": stage.name,
-        "parent": stage.parent.name if stage.parent else None,
-        "config_digest": mapping.digest(folder.saved()),
-        "plan_digest": plan.digest() if plan else None,
-        "params": counts.params(model),
-        "tokens": tokens,
-        "flops": tokens * counts.flops_per_token_train(model, stage.sequence_length),
-        "steps": steps,
-        "eval": {
-            f"{name}_{when}": row[name]
-            for name in evals[0]
-            if name not in ("kind", "step", "mask")
-            for when, row in ends.items()
-        },
-        "receipt": folder.saved_receipt() if stage.parent else None,
-        "data_fingerprint": stage.identity["data_fingerprint"],
-        **({"origin": mapping.to_dict(stage.origin)} if stage.origin else {}),
-        **computed_by(model),
-        **more,
-    }
+    processes.once(add)
 
 
 def computed_by(model: TransformerConfig) -> dict[str, Any]:

@@ -1,15 +1,16 @@
 """Checkpoints of one stage. This is the only module that imports orbax.
 
-`chunked.py` reads leaves slice by slice, without orbax; `integrity.py` says what all of them check.
+Orbax writes them, and says which there are. Arrays are read by `chunked.CheckpointReader` alone, in
+whole or in part; `integrity.py` says what it checks.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import functools
 import itertools
 import json
-import os
 import pathlib
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -21,16 +22,17 @@ from orbax.checkpoint import v1 as ocp
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from flm_jax.errors import UserError
-from flm_jax.runtime import paths, processes
+from flm_jax.runtime import paths
 from flm_jax.store import integrity
 from flm_jax.store.earlier import as_stored, upgraded
 
 Tree = TypeVar("Tree")
 
 STATE = "state"  # orbax's name for the folder of the train state in a checkpoint
-_DESCRIPTION = "_CHECKPOINT_METADATA"  # orbax's name for the file of a checkpoint's JSON values
-_EMPTY = "empty_leaves"  # key beside the progress: leaves without entries, which orbax cannot save
+DESCRIPTION = "_CHECKPOINT_METADATA"  # orbax's name for the file of a checkpoint's JSON values
+EMPTY = "empty_leaves"  # key beside the progress: leaves without entries, which orbax cannot save
 COMMITTED = "commit_success.txt"  # orbax's mark of a complete checkpoint on a bucket
+_READERS = 8  # leaves that are read at once
 CHUNK_BYTES = 32 << 20  # the largest chunk of a leaf on disk
 
 
@@ -45,9 +47,13 @@ class Checkpoints:
           keep: number of latest checkpoints to keep; None: all. The best one is kept too.
         """
         self.directory, self._keep = directory, keep
-        self._open()
+        self.open()
 
-    def _open(self) -> None:
+    def open(self) -> None:
+        """Reads which checkpoints there are; after `close` and a change of the folder.
+
+        Raises DamageError if the loss beside a state is damaged.
+        """
         policies = ocp.training
         for path in paths.listed(self.directory):
             if path.name.isdigit():
@@ -117,27 +123,30 @@ class Checkpoints:
           DamageError: a file of the checkpoint is not what was written.
           UserError: the checkpoint has other leaves, shapes or dtypes than `like`.
         """
-        path = self.path(step)
-        stored, progress = describe(path)
-        like = as_stored(like, stored)
-        check_fits(path, stored, shapes(like))
-        with integrity.reading(path, "its arrays"):
-            loaded = self._checkpointer.load(step, pack(like, {})[0])
-        state = jax.tree.map(lambda want, x: x if want.size else _empty(want), like, loaded)
-        return upgraded(state), progress
+        from flm_jax.store.chunked import CheckpointReader  # it imports this module
 
-    def set_aside(self, path: pathlib.Path) -> pathlib.Path:
-        """Renames a damaged checkpoint: nothing counts or deletes it, and its step can be saved.
+        reader = CheckpointReader(self.path(step))
+        like = as_stored(like, reader.leaves)
+        check_fits(reader.path, reader.leaves, shapes(like))
 
-        All processes call it together.
+        def read(name: str, want: Any) -> jax.Array:
+            if not want.size:
+                return jnp.zeros(want.shape, want.dtype, device=want.sharding)
 
-        Returns:
-          The new path.
-        """
-        self._checkpointer.close()
-        target = pathlib.Path(processes.once(lambda: os.fspath(set_aside(path))))
-        self._open()
-        return target
+            @functools.cache  # devices may hold copies of one part
+            def part(cut: tuple[tuple[int | None, int | None], ...]) -> np.ndarray:
+                return reader.read(name, [slice(*ends) for ends in cut])
+
+            def of_device(index: tuple[slice, ...] | None) -> np.ndarray:
+                return part(tuple((cut.start, cut.stop) for cut in index or ()))
+
+            return jax.make_array_from_callback(want.shape, want.sharding, of_device)
+
+        names = list(by_name(like))
+        with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
+            leaves = list(pool.map(read, names, jax.tree.leaves(like)))
+        state: Tree = jax.tree.unflatten(jax.tree.structure(like), leaves)
+        return upgraded(state), reader.progress
 
     def wait(self) -> None:
         """Waits until the current checkpoint is complete on disk."""
@@ -149,15 +158,18 @@ class Checkpoints:
 
 
 def set_aside(path: pathlib.Path) -> pathlib.Path:
-    """Renames a damaged checkpoint to STEP.damaged, or STEP.damaged-2, ..; returns the path."""
-    names = itertools.chain(
-        [f"{path.name}.damaged"], (f"{path.name}.damaged-{n}" for n in itertools.count(2))
-    )
-    target = next(p for p in map(path.with_name, names) if not p.exists())
+    """Moves a damaged checkpoint out of `checkpoints`, to `damaged/STEP`; returns the new path.
+
+    Orbax does not see it there: nothing counts or deletes it, and its step can be saved again.
+    """
+    folder = path.parent.parent / "damaged"
+    names = itertools.chain([path.name], (f"{path.name}-{n}" for n in itertools.count(2)))
+    target = next(p for p in map(folder.joinpath, names) if not p.exists())
     if paths.remote(path):  # a bucket renames nothing
         paths.copy(path, target)
         paths.remove(path)
     else:
+        folder.mkdir(exist_ok=True)
         path.rename(target)
     return target
 
@@ -182,15 +194,15 @@ def pack(
         if not x.size
     }
     filled: Tree = jax.tree.map(lambda x: x if x.size else None, tree)
-    metadata = progress | ({_EMPTY: empty} if empty else {})
+    metadata = progress | ({EMPTY: empty} if empty else {})
     return filled, integrity.sealed(metadata, shapes(tree), loss)
 
 
-def _empty_leaves(metadata: Any) -> dict[str, jax.ShapeDtypeStruct]:
+def empty_leaves(metadata: Any) -> dict[str, jax.ShapeDtypeStruct]:
     """The leaves without entries, as `pack` recorded them."""
     return {
         name: jax.ShapeDtypeStruct(tuple(shape), np.dtype(dtype))
-        for name, (dtype, shape) in (metadata or {}).get(_EMPTY, {}).items()
+        for name, (dtype, shape) in (metadata or {}).get(EMPTY, {}).items()
     }
 
 
@@ -203,15 +215,10 @@ def _check_loss(path: pathlib.Path) -> None:
     except (ValueError, TypeError, KeyError):
         good = False
     with contextlib.suppress(ValueError, OSError):  # reported when the state is read
-        metadata = json.loads((path / _DESCRIPTION).read_text())["custom_metadata"]
+        metadata = json.loads((path / DESCRIPTION).read_text())["custom_metadata"]
         good = good and (not integrity.is_sealed(metadata) or metadata["seal"]["loss"] == loss)
     if not good:
         raise integrity.damaged(path, "metrics/metrics is not the loss that was saved")
-
-
-def _empty(like: Any) -> jax.Array:
-    """An array without entries, placed like `like`."""
-    return jnp.zeros(like.shape, like.dtype, device=like.sharding)
 
 
 def _goodness(metrics: Any) -> float:
@@ -321,21 +328,6 @@ def mark_complete(path: pathlib.Path) -> None:
     if paths.remote(path):
         for folder in (path / STATE, path):
             (folder / COMMITTED).write_text(f"commit_success to {folder}")
-
-
-def describe(path: pathlib.Path) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, Any]]:
-    """Returns a checkpoint's leaves (name -> shape and dtype) and its progress; reads no array.
-
-    Raises UserError if there is no complete checkpoint, DamageError if a file is damaged.
-    """
-    if not complete(path) or not any((path / name).exists() for name in (STATE, _DESCRIPTION)):
-        raise UserError(f"{path} is no checkpoint; give a folder checkpoints/STEP")
-    with integrity.reading(path, "its description"):
-        metadata = ocp.metadata(paths.absolute(path))
-        leaves = shapes(metadata.metadata) | _empty_leaves(metadata.custom_metadata)
-    progress = integrity.opened(path, metadata.custom_metadata, leaves)
-    progress.pop(_EMPTY, None)
-    return leaves, progress
 
 
 def write_skeleton(path: pathlib.Path, like: Any, progress: dict[str, Any]) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import math
 import os
 import pathlib
@@ -19,13 +18,15 @@ import shutil
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 import tensorstore as ts
 
+from flm_jax.data import json_text
 from flm_jax.errors import UserError
-from flm_jax.runtime import paths
+from flm_jax.runtime import paths, regular
 from flm_jax.store import integrity
-from flm_jax.store.checkpoint import STATE, describe
+from flm_jax.store.checkpoint import DESCRIPTION, EMPTY, STATE, complete, empty_leaves
 
 # The part of a leaf to read or write: for each dimension a slice, or the indices of its entries.
 Slices = Sequence[slice | np.ndarray]
@@ -103,6 +104,16 @@ def _open(state: pathlib.Path, name: str, driver: str) -> ts.TensorStore:
     return ts.open(spec, context=context(), open=True).result()
 
 
+def _is_array(leaf: Any) -> bool:
+    """Whether a leaf in orbax's _METADATA has an array: leaves without entries have none."""
+    return str(leaf["value_metadata"]["value_type"]) != "None"
+
+
+def _name(leaf: Any) -> str:
+    """A leaf's name, as `checkpoint.by_name` makes it, from orbax's _METADATA."""
+    return "/".join(str(part["key"]) for part in leaf["key_metadata"])
+
+
 @contextlib.contextmanager
 def disk_refusals(what: str) -> Iterator[None]:
     """Turns an error of the disk into a UserError that starts with `what`.
@@ -153,21 +164,43 @@ class CheckpointReader:
       path: the checkpoint's folder, such as `checkpoints/1000`.
       leaves: name -> shape and dtype.
       progress: the JSON values that were saved with the state.
+      verifiable: whether it has checksums; one of an earlier version has none.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
         """Raises UserError if there is no complete checkpoint, DamageError if it is damaged."""
         self.path = paths.of(path)
-        self.leaves, self.progress = describe(self.path)
         state = paths.absolute(self.path) / STATE
+        if not complete(self.path) or not (state.exists() or (self.path / DESCRIPTION).exists()):
+            raise UserError(f"{path} is no checkpoint; give a folder checkpoints/STEP")
         with integrity.reading(self.path, "_METADATA"):
-            zarr3 = json.loads((state / "_METADATA").read_text())["use_zarr3"]
-        driver = "zarr3" if zarr3 else "zarr"
+            tree = self._object(state / "_METADATA")
+            driver = "zarr3" if tree["use_zarr3"] else "zarr"
+            names = [_name(leaf) for leaf in tree["tree_metadata"].values() if _is_array(leaf)]
         self._arrays = {}
-        for name, x in self.leaves.items():
-            if x.size:
-                with integrity.reading(self.path, name):
-                    self._arrays[name] = _open(state, name, driver)
+        for name in names:
+            with integrity.reading(self.path, name):
+                self._arrays[name] = _open(state, name, driver)
+        with integrity.reading(self.path, DESCRIPTION):
+            metadata = self._object(self.path / DESCRIPTION).get("custom_metadata")
+            filled = {
+                name: jax.ShapeDtypeStruct(x.shape, x.dtype.numpy_dtype)
+                for name, x in self._arrays.items()
+            }
+            self.leaves = filled | empty_leaves(metadata)
+        checksums = any(map(integrity.has_checksums, self._arrays.values()))
+        self.progress = integrity.opened(self.path, metadata, self.leaves, checksums)
+        self.progress.pop(EMPTY, None)
+        self.verifiable = checksums
+
+    def _object(self, file: pathlib.Path) -> dict[str, Any]:
+        """Reads one of orbax's JSON files. Raises ValueError if it is something else."""
+        if not file.exists():
+            raise integrity.damaged(self.path, f"{file.name} is missing")
+        value = json_text.parse(regular.read(file))
+        if not isinstance(value, dict):
+            raise ValueError("no JSON object")
+        return value
 
     def read(self, name: str, slices: Slices | None = None) -> np.ndarray:
         """Reads a part of a leaf.

@@ -139,8 +139,11 @@ class MetricsFile:
         return [row for row in rows if kind is None or row["kind"] == kind]
 
     def rewind(self, step: int) -> list[dict[str, Any]]:
-        """Deletes the rows after `step`: a resumed run repeats their steps. Returns the others."""
-        kept = [row for row in self.rows() if row["step"] <= step]
+        """Deletes the rows after `step`: a resumed run repeats their steps. Returns the others.
+
+        Rows of the kind "damage" stay: they are of a checkpoint, not of a step.
+        """
+        kept = [row for row in self.rows() if row["step"] <= step or row["kind"] == "damage"]
         self.write(kept)
         return kept
 

@@ -1,7 +1,7 @@
 """How a checkpoint notices that its files are not what was written.
 
 Two digests protect it. Every chunk of an array ends in its CRC32C, which tensorstore compares each
-time it reads the chunk: with orbax, slice by slice, in any process and on any mesh. All else that
+time it reads the chunk: slice by slice, in any process and on any mesh. All else that
 a checkpoint says (position in the data, time, loss; names, shapes and dtypes of its leaves) has one
 SHA-256, the seal, in orbax's custom metadata. Both appear with the checkpoint, in one rename.
 
@@ -29,7 +29,6 @@ import numpy as np
 import tensorstore as ts
 
 from flm_jax.errors import DamageError, UserError
-from flm_jax.runtime import paths
 from flm_jax.store import objects
 
 CHECKSUM = {"name": "crc32c"}  # the codec of zarr's version 3
@@ -40,7 +39,6 @@ _UNANSWERED = re.compile(
     "UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED|RESOURCE_EXHAUSTED|CANCELLED|"
     "ABORTED"
 )
-_ARRAY = re.compile(r'"([^"/]+)/(?:c[/"]|zarr\.json|\.zarray|\d)')  # in tensorstore's messages
 _GONE = {2, 20, 21}  # ENOENT, ENOTDIR, EISDIR: the files, not the disk
 
 Leaves = Mapping[str, jax.ShapeDtypeStruct]
@@ -57,7 +55,7 @@ def damaged(path: pathlib.Path, what: str) -> DamageError:
 
 @contextlib.contextmanager
 def reading(path: pathlib.Path, what: str) -> Iterator[None]:
-    """Turns an error of orbax or tensorstore inside the block into one line.
+    """Turns an error of tensorstore or a parser inside the block into one line.
 
     Args:
       path: the checkpoint's folder.
@@ -71,7 +69,7 @@ def reading(path: pathlib.Path, what: str) -> Iterator[None]:
         yield
     except (UserError, MemoryError, jax.errors.JaxRuntimeError):
         raise
-    except Exception as error:  # both libraries raise errors of any class on foreign bytes
+    except Exception as error:  # of any class, on foreign bytes
         errors = list(_causes(error))
         text = " ".join(map(str, errors))
         number = re.search(r"os_error_code='(\d+)'", text)
@@ -84,8 +82,7 @@ def reading(path: pathlib.Path, what: str) -> Iterator[None]:
             raise UserError(
                 f"{path}: {what} cannot be read ({text[:200]}); call again once it can"
             ) from error
-        named = _ARRAY.search(text)
-        raise damaged(path, f"{named[1] if named else what} ({_short(errors[-1])})") from error
+        raise damaged(path, f"{what} ({_short(errors[-1])})") from error
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -123,13 +120,14 @@ def sealed(metadata: Mapping[str, Any], leaves: Leaves, loss: float | None) -> d
     return {**metadata, _SEAL: {**seal, "digest": _digest(metadata, seal)}}
 
 
-def opened(path: pathlib.Path, metadata: Any, leaves: Leaves) -> dict[str, Any]:
+def opened(path: pathlib.Path, metadata: Any, leaves: Leaves, checksums: bool) -> dict[str, Any]:
     """Checks the seal, and takes it off.
 
     Args:
       path: the checkpoint's folder.
       metadata: orbax's custom metadata.
-      leaves: name -> shape and dtype, as orbax and tensorstore describe them.
+      leaves: name -> shape and dtype, as the arrays' own descriptions say.
+      checksums: whether the arrays have checksums, so that there was a seal.
 
     Returns:
       The JSON values.
@@ -140,7 +138,7 @@ def opened(path: pathlib.Path, metadata: Any, leaves: Leaves) -> dict[str, Any]:
     values = dict(metadata or {})
     seal = values.pop(_SEAL, None)
     if seal is None:
-        if has_checksums(path):
+        if checksums:
             raise damaged(path, "_CHECKPOINT_METADATA has lost its content")
         return values
     if not isinstance(seal, dict) or seal.get("digest") != _digest(values, _without_digest(seal)):
@@ -179,20 +177,9 @@ def kvstore_of(state: pathlib.Path) -> dict[str, Any]:
     return kvstore
 
 
-def has_checksums(path: pathlib.Path) -> bool:
-    """Whether the chunks of a checkpoint's arrays end in checksums.
-
-    Raises DamageError if the list of arrays cannot be read.
-    """
-    with reading(path, "the list of its arrays"):
-        store = ts.KvStore.open(kvstore_of(paths.absolute(path) / "state")).result()
-        keys = [key for key in store.list().result() if key.endswith(b"zarr.json")]
-        return bool(keys) and _checked(json.loads(store.read(keys[0]).result().value))
-
-
-def _checked(array: dict[str, Any]) -> bool:
-    """Whether the chunks of an array, as zarr.json describes it, end in checksums."""
-    codecs = array["codecs"]
-    if codecs[0]["name"] == "sharding_indexed":
+def has_checksums(array: ts.TensorStore) -> bool:
+    """Whether the chunks of an array end in checksums; those of earlier versions do not."""
+    codecs = array.spec().to_json()["metadata"].get("codecs", [])
+    if codecs and codecs[0]["name"] == "sharding_indexed":
         codecs = codecs[0]["configuration"]["codecs"]
     return CHECKSUM["name"] in [codec["name"] for codec in codecs]

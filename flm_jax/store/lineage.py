@@ -17,10 +17,10 @@ from flm_jax import config as config_lib
 from flm_jax import mapping
 from flm_jax.config import DataConfig, ExperimentConfig
 from flm_jax.data.chat_template import TemplateConfig
-from flm_jax.errors import UserError
+from flm_jax.errors import DamageError, UserError
 from flm_jax.runtime import paths, processes, regular, stop
 from flm_jax.store import entries, lock
-from flm_jax.store.checkpoint import mark_complete
+from flm_jax.store.checkpoint import complete, mark_complete
 from flm_jax.store.files import MetricsFile, link_tree, replacing, write_atomically, write_json
 
 # A stage's settings that may change on resume: they change only rounding.
@@ -40,7 +40,7 @@ class StageFolder:
           index: the stage's index in lineage.json.
           name: the stage's name.
         """
-        self.run, self.index = run, index
+        self.run, self.index, self.name = run, index, name
         self.path = run.path / "stages" / f"{index}-{name}"
         self.checkpoints = self.path / "checkpoints"
         self.config = self.path / "config.json"
@@ -48,6 +48,59 @@ class StageFolder:
         self.receipt = self.path / "receipt.json"
         self.metrics = MetricsFile(self.path / "metrics.jsonl")
         self.time = MetricsFile(self.path / "time.jsonl")
+
+    def steps(self) -> list[int]:
+        """Returns the steps of the complete checkpoints, in their order."""
+        found = (path for path in paths.listed(self.checkpoints) if path.name.isdigit())
+        return sorted(int(path.name) for path in found if complete(path))
+
+    def require(self, *files: pathlib.Path) -> None:
+        """Raises DamageError if one of the stage's files is missing.
+
+        Call it where the stage has checkpoints: these files were written before them.
+        """
+        for file in files:
+            if not file.exists():
+                raise self.run.absent(file)
+
+    def require_growth(self) -> None:
+        """Raises DamageError if plan.json or receipt.json is missing; see `require`."""
+        self.require(self.plan, self.receipt)
+
+    def entry(self) -> dict[str, Any] | None:
+        """Returns the stage's entry in lineage.json; None while it is not finished."""
+        if not self.run.lineage.exists():
+            return None
+        for entry in self.run.stages():
+            if (entry["index"], entry["name"]) == (self.index, self.name):
+                return entry
+        return None
+
+    def recorded(self) -> bool:
+        """Checks that config.json is the one in the stage's entry.
+
+        Returns:
+          Whether the stage grew out of another one, so that it has a plan and a receipt.
+
+        Raises:
+          DamageError: a file is missing, or the config has another digest.
+        """
+        self.require(self.config)
+        entry = self.entry()
+        if entry is None:
+            grown = self.index > 0
+        else:
+            grown = entry["plan_digest"] is not None
+            digest = mapping.digest(self.saved())
+            if entry["config_digest"] not in ("", digest):
+                raise DamageError(
+                    f"{self.config} has the digest {digest[:12]}, lineage.json says "
+                    f"{entry['config_digest'][:12]}; restore the file from a copy",
+                    self.config,
+                )
+        if grown:
+            self.require_growth()
+        return grown
 
     def keep_growth(self, plan: str, receipt: Mapping[str, Any]) -> None:
         """Writes plan.json and receipt.json; `plan` is JSON text."""
@@ -67,6 +120,8 @@ class StageFolder:
         stage = path.parent.parent
         index, _, name = stage.name.partition("-")
         folder = cls(RunFolder(stage.parent.parent), int(index), name) if index.isdigit() else None
+        if folder is not None and folder.checkpoints == path.parent and path.is_dir():
+            folder.require(folder.config)
         if folder is None or folder.checkpoints != path.parent or not folder.config.is_file():
             raise UserError(
                 f"{path} is no checkpoint of a stage; give RUN/stages/INDEX-NAME/checkpoints/STEP"
@@ -240,6 +295,8 @@ class RunFolder:
           UserError: the saved config differs; the error names the first difference.
         """
         if not folder.config.exists():
+            if folder.steps():
+                raise self.absent(folder.config)
             return []
         found = mapping.differences(folder.saved(), dict(identity))
         allowed = tuple(f"config.stage.{name}: " for name in _MAY_CHANGE)
@@ -260,29 +317,43 @@ class RunFolder:
         "changed" at the step of the latest checkpoint.
         """
         if changes := self.check_stage(folder, identity):
-            done = [int(path.name) for path in folder.checkpoints.glob("*") if path.name.isdigit()]
-            folder.metrics.append("changed", max(done, default=folder.start()), settings=changes)
+            step = max(folder.steps(), default=folder.start())
+            folder.metrics.append("changed", step, settings=changes)
             folder.metrics.publish()
         write_json(folder.config, identity)
 
     def stages(self) -> list[dict[str, Any]]:
-        """Reads the finished stages of lineage.json; raises as `entries.read_lineage`."""
+        """Reads the finished stages of lineage.json; raises as `entries.read_lineage`.
+
+        Raises DamageError if the file is missing, and a later stage than the first has started.
+        """
         if not self.lineage.exists():
+            if any(folder.index and folder.steps() for folder in self.folders()):
+                raise self.absent(self.lineage)
             return []
         return entries.read_lineage(self.lineage)
+
+    def folders(self) -> list[StageFolder]:
+        """Returns the folders of all stages, finished or not, by index."""
+        names = (path.name.partition("-") for path in paths.listed(self.path / "stages"))
+        found = [self.stage(int(index), name) for index, _, name in names if index.isdigit()]
+        return sorted(found, key=lambda folder: folder.index)
+
+    def absent(self, file: pathlib.Path) -> DamageError:
+        """Returns the error for a file that is missing beside checkpoints."""
+        return DamageError(
+            f"{file} is missing beside checkpoints that need it; flm inspect {self.path} --repair "
+            "rebuilds what the other files allow, or restore it from a copy",
+            file,
+        )
 
     def finished_stage(self, stage: str = "") -> dict[str, Any]:
         """Returns the entry of one finished stage; see `pick_stage`."""
         return pick_stage(self.stages(), stage, self.path)
 
     def begun(self) -> list[StageFolder]:
-        """Returns the folders of the stages that have begun, in order."""
-        found = []
-        for path in paths.listed(self.path / "stages"):
-            index, _, name = path.name.partition("-")
-            if index.isdigit() and (path / "config.json").is_file():
-                found.append(self.stage(int(index), name))
-        return sorted(found, key=lambda stage: stage.index)
+        """Returns the folders of the stages that have begun, by index."""
+        return [folder for folder in self.folders() if folder.config.is_file()]
 
     def branch(
         self,

@@ -1,0 +1,55 @@
+"""The entry of a finished stage in lineage.json, from the files of its folder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flm_jax import growth, mapping
+from flm_jax.params import counts
+from flm_jax.store.lineage import StageFolder
+
+
+def entry_of(
+    folder: StageFolder, parent: str | None, plan: growth.Plan | None, step: int
+) -> dict[str, Any]:
+    """Returns the entry, without what only the running process knows.
+
+    Args:
+      folder: the stage's folder, with config, metrics and receipt.
+      parent: the name of the stage that it grew out of; None: none.
+      plan: its growth; None: none.
+      step: the step of the checkpoint that is its result.
+    """
+    experiment, saved = folder.experiment(), folder.saved()
+    stage, length = experiment.stages[0], experiment.data_of(0).sequence_length
+    tokens = stage.steps * stage.batch_size * length
+    damage = folder.metrics.rows("damage")
+    return {
+        "index": folder.index,
+        "name": folder.name,
+        "parent": parent,
+        "config_digest": mapping.digest(saved),
+        "plan_digest": plan.digest() if plan else None,
+        "params": counts.params(stage.model),
+        "tokens": tokens,
+        "flops": tokens * counts.flops_per_token_train(stage.model, length),
+        "steps": stage.steps,
+        "eval": _scores(folder, step),
+        "receipt": folder.saved_receipt() if plan else None,
+        "data_fingerprint": saved["data_fingerprint"],
+        **({"damage": damage} if damage else {}),
+    }
+
+
+def _scores(folder: StageFolder, step: int) -> dict[str, float | None]:
+    """The measurements at the stage's start and at a step; None: it was not measured."""
+    evals = folder.metrics.rows("eval")
+    if not evals:
+        return {"bpb_start": None, "bpb_end": None}
+    ends = {"start": evals[0], "end": next(row for row in evals if row["step"] == step)}
+    return {
+        f"{name}_{when}": row[name]
+        for name in evals[0]
+        if name not in ("kind", "step", "mask")
+        for when, row in ends.items()
+    }
