@@ -109,6 +109,11 @@ def test_a_branch_grows_otherwise_and_trains_on_other_data(source, tmp_path):
         for root, stage in ((source, runs.lineage(source)[1]), (tmp_path / "run", stages[1]))
     ]
     assert positions[0]["sequences"] == 2 * positions[1]["sequences"] == 2 * 6 * 8
+    # Also where a stage continues.
+    continued = dataclasses.replace(other, stages=other.stages[:1])
+    _, stages = branched(f"{source}:small:3", continued, tmp_path / "continued")
+    position = CheckpointReader(tmp_path / "continued" / stages[0]["checkpoint"]).progress["data"]
+    assert position["sequences"] == 3 * 8
     # A stage that ends where it was cut: no step is trained, and it is measured there.
     short = with_steps(dataclasses.replace(config, stages=config.stages[:1]), 3)
     _, stages = branched(f"{source}:small:3", short, tmp_path / "cut")

@@ -23,7 +23,7 @@ from flm_jax.store import experiment_file
 from flm_jax.store.checkpoint import mark_complete
 from flm_jax.store.chunked import CheckpointReader
 from flm_jax.store.experiment_file import Experiment, Origin
-from flm_jax.store.files import link_tree
+from flm_jax.store.files import link_tree, write_json
 from flm_jax.store.lineage import RunFolder, StageFolder, identity
 
 # Fields of a stage's model that say how it is computed; they may change where a stage continues.
@@ -177,12 +177,14 @@ def _write(
         origin = _same(before, point, given, target)
     stage = target.stage(index, name)
     if stage.config.exists() or len(target.stages()) > index:
-        return origin  # it has begun already
+        return origin  # all was written
     if not whole:
         _copy_part(point, stage)
     copied = point.run.stages()[: index + whole]
     origins = [_origin_of_copy(origin, entry, copied) for entry in copied]
     point.run.branch(target, len(copied), origins)
+    if not whole:  # last, because it says that all else is there
+        write_json(stage.config, identity(config, index, _fingerprint(origin, point, config)))
     return origin
 
 
@@ -254,6 +256,14 @@ def _other_data(point: Point, config: ExperimentConfig) -> bool:
         return True
     old = point.stage.experiment().data
     return _content(old) != _content(new)
+
+
+def _fingerprint(origin: Origin, point: Point, config: ExperimentConfig) -> str:
+    """The fingerprint of the new run's data, which are opened only if they differ."""
+    if not origin.restarts_data:
+        return str(point.stage.saved()["data_fingerprint"])
+    own = dataclasses.replace(config, data=point.run.data(config.data))
+    return str(chain.corpus_of(own).fingerprint)
 
 
 def _content(config: DataConfig) -> DataConfig:
