@@ -47,7 +47,7 @@ LAYOUTS = (
     LayoutConfig("v5p:4x4x4", MeshConfig(1, 64, 1), accumulate=21, remat="dots"),
     LayoutConfig("v5p:4x4x8", MeshConfig(1, 32, 4), accumulate=21),
     LayoutConfig("v5p:8x8x8", MeshConfig(1, 64, 8), accumulate=7),
-    LayoutConfig("h100:8x8", MeshConfig(1, 64, 1), accumulate=21, remat="dots"),
+    LayoutConfig("h100:8x8", MeshConfig(2, 16, 2), accumulate=42, remat="dots"),
     LayoutConfig("h100:16x8", MeshConfig(1, 16, 8), accumulate=21),
     LayoutConfig("h100:128x8", MeshConfig(1, 64, 16), accumulate=7),
 )

@@ -1,20 +1,18 @@
-"""Hooks of the training loop: evaluation, the check that losses are finite, logs."""
+"""Hooks of the training loop: evaluation, and the results of steps."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import statistics
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from flm_jax.errors import NumericsError
+from flm_jax.runs.numerics import Numerics
 from flm_jax.runs.stage import Ramp, Stage
 from flm_jax.runtime.display import Progress
 from flm_jax.runtime.joints import CutShort
-from flm_jax.store.checkpoint import Checkpoints
 from flm_jax.store.files import MetricsFile
 from flm_jax.store.metrics import TensorBoard
 
@@ -90,18 +88,20 @@ class Dispatched:
     Attributes:
       step: the global step after it.
       metrics: the train step's metrics.
+      data: the position in the data after its batch.
       request: the largest request of all processes; see `stop.request`.
     """
 
     step: int
     metrics: dict[str, jax.Array]
+    data: dict[str, Any]
     request: jax.Array
 
 
 class Report:
-    """Reads the results of train steps, checks that losses are finite, shows and logs them."""
+    """Reads the results of train steps, has them judged, shows and logs them."""
 
-    def __init__(self, stage: Stage, ramp: Ramp, log: Log, first: int, checkpoints: Checkpoints):
+    def __init__(self, stage: Stage, ramp: Ramp, log: Log, first: int, numerics: Numerics):
         """Prepares the report of a stage.
 
         Args:
@@ -109,11 +109,12 @@ class Report:
           ramp: its run-time masks.
           log: receives the measurements.
           first: the global step from which this process trains.
-          checkpoints: the stage's checkpoints; an error names the last one.
+          numerics: judges the results.
         """
         self._stage, self._ramp, self._log = stage, ramp, log
-        self._first, self._checkpoints = first, checkpoints
+        self._first, self._numerics = first, numerics
         self._losses: list[float] = []  # since the last row
+        self._norm = 0.0  # of the last step whose update was made
 
     def __call__(self, dispatched: Dispatched | None) -> int:
         """Waits for a step's results. Call it after the next step was dispatched.
@@ -125,23 +126,25 @@ class Report:
           The request that came with the step; 0: none. See `stop.request`.
 
         Raises:
-          NumericsError: the loss is not finite.
+          NumericsError, Spike: as `Numerics.judge`.
         """
         if dispatched is None:
             return 0
-        step, metrics = dispatched.step, dispatched.metrics
-        loss = float(metrics["loss"])
-        if not math.isfinite(loss):
-            raise self._diverged(step, loss)
+        step = dispatched.step
+        numbers = {n: float(x) for n, x in dispatched.metrics.items()}
+        loss = numbers["loss"]
+        updated = self._numerics.judge(step, numbers, dispatched.data)
         stage, mask = self._stage, self._ramp.value(step)
         tokens = (step - self._first) * stage.config.batch_size * stage.sequence_length
         self._log.progress.update(step, loss, tokens, mask)
-        self._losses.append(loss)
-        if step % LOG_EVERY == 0:
+        if updated:
+            self._losses.append(loss)
+            self._norm = numbers["grad_norm"]
+        if step % LOG_EVERY == 0 and self._losses:
             rate = stage.config.learning_rate * stage.schedule(jnp.int32(step - 1))
             row = {
                 "loss": statistics.fmean(self._losses),
-                "grad_norm": float(metrics["grad_norm"]),
+                "grad_norm": self._norm,
                 "learning_rate": float(rate),
                 "mask": 1.0 if mask is None else mask,
             }
@@ -149,11 +152,3 @@ class Report:
             self._log.board.write(step, **row)
             self._losses.clear()
         return int(dispatched.request)
-
-    def _diverged(self, step: int, loss: float) -> NumericsError:
-        good = self._checkpoints.last_saved
-        path = "none" if good is None else self._checkpoints.path(good)
-        return NumericsError(
-            f"stage {self._stage.name}: loss is {loss} at step {step}; the last good checkpoint "
-            f"is {path}; lower learning_rate or raise warmup_steps, in a new workdir"
-        )

@@ -21,7 +21,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from flm_jax.errors import RunStopped, within
 from flm_jax.params import counts, sharding
-from flm_jax.runs import recovery
+from flm_jax.runs import numerics, recovery
 from flm_jax.runs.hooks import Dispatched, Evaluation, Log, Report
 from flm_jax.runs.stage import Position, Stage, begin, finish, read_added, read_ramp
 from flm_jax.runs.timing import SaveTimer, StageTime
@@ -43,7 +43,7 @@ def run_stages(stages: Sequence[Stage], run: RunFolder) -> None:
       run: the run's folder, which exists.
 
     Raises:
-      UserError: the folder belongs to another config, or a loss is not finite.
+      UserError: the folder belongs to another config, or numbers are not finite.
       RunStopped: after a signal of `stop.SIGNALS`; a checkpoint was written.
     """
     # Parameters and both moments in float32.
@@ -74,15 +74,27 @@ def _run_stage(
     checkpoints = recovery.opened(folder, stage.experiment.checkpoint.keep)
     # Growing consumes the parent's position; a second attempt reads it again.
     given = itertools.chain([before], itertools.repeat(None))
+
+    def started() -> Position:
+        return begin(stage, next(given), folder, checkpoints)
+
     try:
         with jax.set_mesh(stage.layout.mesh):
             grows = stage.parent and checkpoints.latest in (None, stage.start)
             with timing.spend("growth" if grows else "start"):
-                position = recovery.surviving(
-                    folder, checkpoints, lambda: begin(stage, next(given), folder, checkpoints)
-                )
-            timing.write(position.step)
-            position = train(stage, position, folder, checkpoints, stop, board, timing)
+                position = recovery.surviving(folder, checkpoints, started)
+            while True:
+                timing.write(position.step)
+                try:
+                    position = train(stage, position, folder, checkpoints, stop, board, timing)
+                    break
+                except numerics.Spike as found:
+                    spike = found.with_traceback(None)  # its frames hold the state
+                timing.write(spike.row["from_step"])
+                with timing.spend("start"):
+                    numerics.go_back(spike, stage, checkpoints)
+                    position = recovery.surviving(folder, checkpoints, started)
+                    numerics.record(spike, position, folder.metrics)
         finish(stage, position, folder, checkpoints, timing)
     finally:
         checkpoints.close()
@@ -113,25 +125,30 @@ def train(
       The position at the stage's end.
 
     Raises:
-      UserError: a loss is not finite.
+      NumericsError: a loss, a gradient or an update is not finite, or spikes too often.
+      Spike: a loss or a gradient norm spikes.
       RunStopped: after a signal of `stop.SIGNALS`; a checkpoint was written.
     """
     start_time = time.monotonic() - position.wall_s
     config, (mesh, rules) = stage.config, stage.layout
     ramp = read_ramp(stage, folder)
     added = read_added(stage, folder)
-    train_step = make_train_step(config, stage.tx, mesh, ramp.masks_at, rules, added=added)
+    train_step = make_train_step(
+        config, stage.tx, mesh, ramp.masks_at, rules, added=added,
+        guarded=numerics.guarded(stage.experiment.numerics),
+    )  # fmt: skip
     share = sharding.share_of_batch(config.batch_size, mesh)
     batches = stage.batches(config.batch_size, *share)
-    batches.set_state(position.data)
     rows = processes.once(lambda: folder.metrics.rewind(position.step))
+    batches.set_state(numerics.data_position(position, rows))
+    judge = numerics.Numerics(stage, position, rows, folder.metrics, checkpoints)
     state, step, first = position.state, position.step, position.step
     timer = SaveTimer(stage.experiment.checkpoint.every_minutes)
 
     with Progress(stage.name, first, stage.end) as progress, timing.spend("steps"):
         log = Log(folder.metrics, board, progress)
         evaluate = Evaluation(stage, ramp, log, rows)
-        report = Report(stage, ramp, log, first, checkpoints)
+        report = Report(stage, ramp, log, first, judge)
         dispatched, signal_number, save = None, 0, False
         while True:
             if evaluate.due(step):
@@ -140,11 +157,13 @@ def train(
                     signal_number = max(signal_number, evaluate(step, state.params))
             save = save or step == stage.end or stage.saves_at(step)
             if step > first and (save or signal_number):
-                # A state is saved only once its loss is known to be finite.
+                # A state is saved only once it is known to be finite.
                 signal_number = max(signal_number, read_request(report(dispatched))[0])
                 dispatched = None
                 stop.saving = bool(signal_number)
-                position = Position(state, batches.get_state(), time.monotonic() - start_time)
+                judge.check_state(step, state)
+                wall_s = time.monotonic() - start_time
+                position = Position(state, batches.get_state(), wall_s, judge.past)
                 loss = evaluate.measured(step, stage.best_by)
                 folder.metrics.publish()
                 with timing.spend("save"):
@@ -175,7 +194,7 @@ def train(
             stop.step_s = min(stop.step_s, time.monotonic() - began)
             # The first process's clock decides for all.
             asked = request(stop.requested, processes.first() and timer.due())
-            dispatched = Dispatched(step, metrics, processes.largest(asked))
+            dispatched = Dispatched(step, metrics, batches.get_state(), processes.largest(asked))
     with timing.spend("save"):
         checkpoints.wait()
     stop.unsaved = False

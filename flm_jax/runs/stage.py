@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -49,11 +49,13 @@ class Position:
       state: the train state.
       data: the position in the training data.
       wall_s: seconds spent on this stage so far.
+      past: losses and gradient norms of the last steps, by name; only kept to find spikes.
     """
 
     state: TrainState
     data: dict[str, Any]
     wall_s: float
+    past: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
 
     @property
     def step(self) -> int:
@@ -62,7 +64,8 @@ class Position:
 
     def progress(self) -> dict[str, Any]:
         """Returns the small values that a checkpoint stores with the state."""
-        return {"data": self.data, "wall_s": self.wall_s}
+        past = {"past": dict(self.past)} if self.past else {}
+        return {"data": self.data, "wall_s": self.wall_s, **past}
 
 
 class Batches(Iterator[dict[str, np.ndarray]], Protocol):
@@ -170,7 +173,7 @@ def restore(stage: Stage, checkpoints: Checkpoints, step: int | None = None) -> 
         position, wall_s = progress["data"], progress["wall_s"]
     if stage.origin and stage.origin.restarts_data and stage.origin.step == step:
         position = stage.batches(stage.config.batch_size).get_state()
-    return Position(state, position, wall_s)
+    return Position(state, position, wall_s, progress.get("past", {}))
 
 
 def begin(

@@ -38,11 +38,11 @@ from flm_jax.interop.stage_source import check_vocabulary, with_vocabulary
 from flm_jax.params import sharding
 from flm_jax.params.digest import params_digest
 from flm_jax.params.sharding import Layout
-from flm_jax.runs import chain
+from flm_jax.runs import announcement, chain
 from flm_jax.runs.guarded import guarded
 from flm_jax.runs.loop import run_stages
 from flm_jax.runs.stage import Batches, Parent, Position, Stage
-from flm_jax.runtime import host, paths, xla_flags
+from flm_jax.runtime import display, host, paths, xla_flags
 from flm_jax.sft import chats, synthetic
 from flm_jax.sft.chats import BadRows, Sample
 from flm_jax.sft.config import SftConfig
@@ -428,12 +428,13 @@ def run(
         if base.stages and not paths.same(folder.path, paths.of(config.base)):
             RunFolder(config.base).branch(folder, stages=len(base.stages))
         if not _finished(stage, base, folder):
+            display.note(announcement.devices(stage.experiment, [layout]))
             run_stages([stage], folder)
     return Tuned(folder.stages()[stage.index], base, talk)
 
 
 def _finished(stage: Stage, base: Base, folder: RunFolder) -> bool:
-    """Whether the stage is finished. Raises UserError if the folder has another lineage."""
+    """Whether the stage is finished. Raises UserError if another lineage or stage is there."""
     have = folder.stages()
     wanted = [*(s["name"] for s in base.stages), stage.name]
     digests = [s["params_digest"] for s in base.stages]
@@ -447,7 +448,5 @@ def _finished(stage: Stage, base: Base, folder: RunFolder) -> bool:
             f"{' -> '.join(wanted)}; give another workdir",
             argument="workdir",
         )
-    if len(have) < len(wanted):
-        return False
     folder.check_stage(stage.folder(folder), stage.identity)
-    return True
+    return len(have) >= len(wanted)

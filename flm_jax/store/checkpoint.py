@@ -89,6 +89,17 @@ class Checkpoints:
         ranked = sorted(measured, key=lambda c: _goodness(c.metrics))
         return ranked[-1].step if ranked else self.latest
 
+    @property
+    def steps(self) -> list[int]:
+        """The steps of all complete checkpoints, in order."""
+        return [c.step for c in self._checkpointer.checkpoints]
+
+    def delete_after(self, step: int) -> None:
+        """Deletes the checkpoints after a step, the newest first. All processes call it."""
+        for later in reversed([s for s in self.steps if s > step]):
+            self._checkpointer.delete(later)
+        self.last_saved = self.latest
+
     def path(self, step: int) -> pathlib.Path:
         """Returns the folder of a checkpoint, which may not exist."""
         return self.directory / str(step)
