@@ -67,7 +67,7 @@ def described(cls: type, prefix: str = "") -> Iterator[tuple[str, str, str]]:
 
     >>> from flm_jax.config import ExperimentConfig
     >>> list(described(ExperimentConfig))[1]
-    ('stages[0].model.vocab_size', 'int (required)', '')
+    ('stages[0].model.vocab_size', 'int (required)', '0, in a chain: the size of its vocabulary')
     """
     hints, said = typing.get_type_hints(cls), comments(cls)
     for field in dataclasses.fields(cls):
