@@ -618,6 +618,8 @@ class EvalConfig(Checked):
     sequences: int = 96
     batch_size: int = 8
     every_steps: int = 200
+    samples: int = added(0)  # texts that the model continues at each evaluation, and shows
+    sample_prompt: str = added("")  # what they begin with
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -645,6 +647,27 @@ class CheckpointConfig(Checked):
 
 
 @dataclasses.dataclass(frozen=True)
+class NumericsConfig(Checked):
+    """What a run does about numbers that are not finite, and about spikes (docs/reliability.md)."""
+
+    # Of a loss, gradient or update that is not finite. "stop": the run ends with exit status 70.
+    # "skip": the step changes no parameter, and the run goes on with the next batch.
+    on_nonfinite: str = "stop"
+    most_skipped: int = 10  # steps that are skipped in a row; at one more the run stops
+    # A loss or gradient norm spikes if it is above the median of the last `window` steps by more
+    # than this many robust standard deviations (1.4826 times the median absolute deviation). The
+    # run then goes back to the last checkpoint, and skips the batches since. 0: spikes are ignored.
+    spike_z: float = 0.0
+    window: int = 100  # steps; the first ones of a stage, and of a window, are not judged
+    most_rollbacks: int = 3  # of a stage; at one more spike the run stops
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_choice(self, "on_nonfinite", ("stop", "skip"))
+        require_positive(self, "window")
+
+
+@dataclasses.dataclass(frozen=True)
 class WatchdogConfig(Checked):
     """When a run counts as hanging: its threads' stacks are then written to `RUN/crashes/`."""
 
@@ -666,6 +689,7 @@ class ExperimentConfig(Checked):
     mesh: MeshConfig = MeshConfig()
     seed: int = 0
     quick_compile: bool = False  # on CPUs: compile faster and optimise less, for runs of seconds
+    numerics: NumericsConfig = added(NumericsConfig())
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -756,6 +780,6 @@ def check_sizes(models: Sequence[tuple[Any, Mapping[str, Any]]]) -> None:
             old, new = small.get(field), big.get(field)
             if isinstance(old, int) and isinstance(new, int) and new < old:
                 raise UserError(
-                    f"stage {name}: model.{field} (axis {axis!r}) is {new}, and stage {before} "
-                    f"before it has {old}; a stage is never smaller: give {old} or more"
+                    f"stage {name}: model.{field} shrinks axis {axis!r} from {old} to {new}, "
+                    f"against stage {before}; a stage is never smaller: give {old} or more"
                 )

@@ -9,7 +9,13 @@ import jax
 import numpy as np
 import pytest
 
-from flm_jax.config import CheckpointConfig, EvalConfig, ExperimentConfig, StageConfig
+from flm_jax.config import (
+    CheckpointConfig,
+    DataConfig,
+    EvalConfig,
+    ExperimentConfig,
+    StageConfig,
+)
 from flm_jax.errors import RunStopped, UserError
 from flm_jax.params import sharding
 from flm_jax.params.sharding import Layout
@@ -73,6 +79,7 @@ def a_stage(measure, silent_at=-1, save_every=4, best_by="", minutes=0.0):
     own = StageConfig("s", MODEL, STEPS, 2, learning_rate=1e-2, matrix_learning_rate=1e-2)
     experiment = ExperimentConfig(
         (own,),
+        data=DataConfig(sequence_length=9),
         eval=EvalConfig(every_steps=3),
         checkpoint=CheckpointConfig(save_every, keep=STEPS, every_minutes=minutes),
     )

@@ -28,8 +28,9 @@ from flm_jax.commands.group_flags import GroupFlags
 from flm_jax.config import ExperimentConfig
 from flm_jax.errors import UserError
 from flm_jax.runs import chain, report
-from flm_jax.runtime import host, paths, processes, xla_flags
+from flm_jax.runtime import host, paths, phases, processes, xla_flags
 from flm_jax.store.lineage import RunFolder
+from flm_jax.store.metrics import TensorBoard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +72,12 @@ def _show(
 ) -> None:
     if complete:
         console.print(f"{folder.path}: the run is complete")
-    path = report.write(folder)
+    with phases.phase("writing the report"):
+        path = report.write(folder)
+    if not complete:
+        with TensorBoard(folder.tensorboard) as board:
+            steps = sum(stage["steps"] for stage in stages)
+            board.text(steps, "report", path.read_text(encoding="utf-8"))
     console.print(report.table(stages), f"report: {path}", sep="\n")
 
 

@@ -32,6 +32,7 @@ from flm_jax.params.topology import topology_of
 from flm_jax.runs import announcement, limits
 from flm_jax.runs.guarded import guarded
 from flm_jax.runs.loop import run_stages
+from flm_jax.runs.samples import sampler
 from flm_jax.runs.stage import (
     Batches,
     Parent,
@@ -42,7 +43,7 @@ from flm_jax.runs.stage import (
     restore,
     with_derived,
 )
-from flm_jax.runtime import display, host, joints, paths, processes, xla_flags
+from flm_jax.runtime import display, host, joints, paths, phases, processes, xla_flags
 from flm_jax.store.checkpoint import Checkpoints
 from flm_jax.store.lineage import RunFolder, identity
 from flm_jax.train import schedules
@@ -92,7 +93,8 @@ def run(config: ExperimentConfig, workdir: str) -> list[dict[str, Any]]:
             return done
         if config.data.train_vocabulary:
             processes.once(lambda: _train_vocabulary(config.data, folder))
-        corpus = corpus_of(dataclasses.replace(config, data=folder.data(config.data)))
+        with phases.phase("opening data", phases.before_mistakes()):
+            corpus = corpus_of(dataclasses.replace(config, data=folder.data(config.data)))
         stages = stages_of(config, corpus, folder, layouts)[len(done) :]
         following = stages[0]
         processes.once(lambda: folder.check_stage(following.folder(folder), following.identity))
@@ -293,6 +295,7 @@ def _stage(
         batches=batches,
         source=source,
         evaluate=functools.partial(_evaluate, own.model, layout, corpus, text),
+        sample=sampler(config, corpus.config.vocabulary, own.model),
     )
 
 

@@ -24,6 +24,7 @@ def entry_of(
     stage, length = experiment.stages[0], experiment.data_of(0).sequence_length
     tokens = stage.steps * stage.batch_size * length
     damage = folder.metrics.rows("damage")
+    numerics = {kind: len(folder.metrics.rows(kind)) for kind in ("skipped", "rollback")}
     return {
         "index": folder.index,
         "name": folder.name,
@@ -38,6 +39,7 @@ def entry_of(
         "receipt": folder.saved_receipt() if plan else None,
         "data_fingerprint": saved["data_fingerprint"],
         **({"damage": damage} if damage else {}),
+        **({"numerics": numerics} if any(numerics.values()) else {}),
     }
 
 

@@ -9,6 +9,7 @@ their devices, except inside `processes.once`; only the first process shows and 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import signal
 import time
@@ -20,11 +21,11 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from flm_jax.errors import RunStopped, within
 from flm_jax.params import counts, sharding
-from flm_jax.runs import recovery
-from flm_jax.runs.hooks import Dispatched, Evaluation, Log, Report
+from flm_jax.runs import numerics, recovery
+from flm_jax.runs.hooks import Dispatched, Evaluation, Log, Report, announce
 from flm_jax.runs.stage import Position, Stage, begin, finish, read_added, read_ramp
 from flm_jax.runs.timing import SaveTimer, StageTime
-from flm_jax.runtime import host, joints, paths, processes, watch
+from flm_jax.runtime import host, joints, paths, phases, processes, watch
 from flm_jax.runtime.display import Progress
 from flm_jax.runtime.stop import StopRequest, read_request, request
 from flm_jax.store.checkpoint import Checkpoints
@@ -41,7 +42,7 @@ def run_stages(stages: Sequence[Stage], run: RunFolder) -> None:
       run: the run's folder, which exists.
 
     Raises:
-      UserError: the folder belongs to another config, or a loss is not finite.
+      UserError: the folder belongs to another config, or numbers are not finite.
       RunStopped: after a signal of `stop.SIGNALS`; a checkpoint was written.
     """
     # Parameters and both moments in float32.
@@ -64,20 +65,33 @@ def _run_stage(
     folder = stage.folder(run)
     watch.HERE.moved(stage=stage.name, phase="start")
     processes.once(lambda: run.begin_stage(folder, stage.identity))
-    timing = StageTime(folder.time)
+    timing = StageTime(stage.name, folder.time)
     checkpoints = recovery.opened(folder, stage.experiment.checkpoint.keep)
     # Growing consumes the parent's position; a second attempt reads it again.
     given = itertools.chain([before], itertools.repeat(None))
+
+    def started() -> Position:
+        return begin(stage, next(given), folder, checkpoints)
+
     try:
         with jax.set_mesh(stage.layout.mesh):
             grows = stage.parent and checkpoints.latest in (None, stage.start)
             with timing.spend("growth" if grows else "start"):
-                position = recovery.surviving(
-                    folder, checkpoints, lambda: begin(stage, next(given), folder, checkpoints)
-                )
-            timing.write(position.step)
-            position = train(stage, position, folder, checkpoints, stop, board, timing)
-        finish(stage, position, folder, checkpoints, timing)
+                position = recovery.surviving(folder, checkpoints, started)
+            while True:
+                timing.write(position.step)
+                try:
+                    position = train(stage, position, folder, checkpoints, stop, board, timing)
+                    break
+                except numerics.Spike as found:
+                    spike = found.with_traceback(None)  # its frames hold the state
+                timing.write(spike.row["from_step"])
+                with timing.spend("start"):
+                    numerics.go_back(spike, stage, checkpoints)
+                    position = recovery.surviving(folder, checkpoints, started)
+                    numerics.record(spike, position, folder.metrics)
+        with phases.phase(f"{stage.name}  finishing"):
+            finish(stage, position, folder, checkpoints, timing)
     finally:
         checkpoints.close()
     return position
@@ -107,25 +121,32 @@ def train(
       The position at the stage's end.
 
     Raises:
-      UserError: a loss is not finite.
+      NumericsError: a loss, a gradient or an update is not finite, or spikes too often.
+      Spike: a loss or a gradient norm spikes.
       RunStopped: after a signal of `stop.SIGNALS`; a checkpoint was written.
     """
     start_time = time.monotonic() - position.wall_s
     config, (mesh, rules) = stage.config, stage.layout
     ramp = read_ramp(stage, folder)
     added = read_added(stage, folder)
-    train_step = make_train_step(config, stage.tx, mesh, ramp.masks_at, rules, added=added)
+    train_step = make_train_step(
+        config, stage.tx, mesh, ramp.masks_at, rules, added=added,
+        guarded=numerics.guarded(stage.experiment.numerics),
+    )  # fmt: skip
     share = sharding.share_of_batch(config.batch_size, mesh)
     batches = stage.batches(config.batch_size, *share)
-    batches.set_state(position.data)
     rows = processes.once(lambda: folder.metrics.rewind(position.step))
+    batches.set_state(numerics.data_position(position, rows))
+    judge = numerics.Numerics(stage, position, rows, folder.metrics, checkpoints)
     state, step, first = position.state, position.step, position.step
     timer = SaveTimer(stage.experiment.checkpoint.every_minutes)
 
     with Progress(stage.name, first, stage.end) as progress, timing.spend("steps"):
-        log = Log(folder.metrics, board, progress)
+        log = Log(folder.metrics, board, progress, timing)
+        if first == stage.start:
+            announce(stage, folder, board)
         evaluate = Evaluation(stage, ramp, log, rows)
-        report = Report(stage, ramp, log, first, checkpoints)
+        report = Report(stage, ramp, log, first, judge)
         dispatched, signal_number, save = None, 0, False
         while True:
             if evaluate.due(step):
@@ -134,11 +155,13 @@ def train(
                     signal_number = max(signal_number, evaluate(step, state.params))
             save = save or step == stage.end or stage.saves_at(step)
             if step > first and (save or signal_number):
-                # A state is saved only once its loss is known to be finite.
+                # A state is saved only once it is known to be finite.
                 signal_number = max(signal_number, read_request(report(dispatched))[0])
                 dispatched = None
                 stop.saving = bool(signal_number)
-                position = Position(state, batches.get_state(), time.monotonic() - start_time)
+                judge.check_state(step, state)
+                wall_s = time.monotonic() - start_time
+                position = Position(state, batches.get_state(), wall_s, judge.past)
                 loss = evaluate.measured(step, stage.best_by)
                 folder.metrics.publish()
                 with timing.spend("save"):
@@ -160,7 +183,11 @@ def train(
             with timing.spend("input"):
                 batch = sharding.place_batch(next(batches), mesh, *share)
             mask = ramp.value(step + 1)
-            state, metrics = train_step(state, batch, None if mask is None else np.float32(mask))
+            # A step with masks is another program than one without them.
+            new = step == first or (mask is None) != (ramp.value(step) is None)
+            with timing.compiling() if new else contextlib.nullcontext():
+                value = None if mask is None else np.float32(mask)
+                state, metrics = train_step(state, batch, value)
             step += 1
             stop.unsaved = True
             # Of the previous step, while the devices run this one.
@@ -169,7 +196,7 @@ def train(
             stop.step_s = min(stop.step_s, time.monotonic() - began)
             # The first process's clock decides for all.
             asked = request(stop.requested, processes.first() and timer.due())
-            dispatched = Dispatched(step, metrics, processes.largest(asked))
+            dispatched = Dispatched(step, metrics, batches.get_state(), processes.largest(asked))
     with timing.spend("save"):
         checkpoints.wait()
     stop.unsaved = False

@@ -27,6 +27,7 @@ from flm_jax.inference import evaluation
 from flm_jax.params import sharding, trees
 from flm_jax.params.digest import digest_program
 from flm_jax.params.sharding import Layout
+from flm_jax.runs import numerics
 from flm_jax.runs.stage import optimizer_of, plan_of
 from flm_jax.train.train_step import TrainState, abstract_state, init_program, make_train_step
 
@@ -113,7 +114,8 @@ def programs(config: ExperimentConfig, index: int, layouts: list[Layout]) -> Ite
     batch = _placed(stage.batch_size, length, mesh)
     masks_at = plan.masks if plan and plan.masked else None
     added = growth.added_slots(plan) if plan else None
-    step = make_train_step(stage, tx, mesh, masks_at, layout.rules, added=added)
+    guarded = numerics.guarded(config.numerics)
+    step = make_train_step(stage, tx, mesh, masks_at, layout.rules, added=added, guarded=guarded)
     texts = _placed(config.eval.batch_size, length, mesh)
     rest = dataclasses.replace(state, params=())  # evaluation takes the parameters alone
     if masks_at:

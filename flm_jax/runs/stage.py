@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -48,11 +48,13 @@ class Position:
       state: the train state.
       data: the position in the training data.
       wall_s: seconds spent on this stage so far.
+      past: losses and gradient norms of the last steps, by name; only kept to find spikes.
     """
 
     state: TrainState
     data: dict[str, Any]
     wall_s: float
+    past: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
 
     @property
     def step(self) -> int:
@@ -61,7 +63,8 @@ class Position:
 
     def progress(self) -> dict[str, Any]:
         """Returns the small values that a checkpoint stores with the state."""
-        return {"data": self.data, "wall_s": self.wall_s}
+        past = {"past": dict(self.past)} if self.past else {}
+        return {"data": self.data, "wall_s": self.wall_s, **past}
 
 
 class Batches(Iterator[dict[str, np.ndarray]], Protocol):
@@ -105,6 +108,7 @@ class Stage:
       source: reads the parent's final position; without a parent it makes the first position.
       evaluate: (parameters, masks_at, mask_value) -> measurements by name, `bpb` (validation bits
         per byte) among them.
+      sample: (parameters, the growth, mask_value) -> sample texts; None: none are asked for.
       best_by: a measurement's name; the checkpoint with its lowest value is the stage's result.
         "": the last checkpoint is.
     """
@@ -122,6 +126,7 @@ class Stage:
     batches: Callable[..., Batches]
     source: Callable[[], Position]
     evaluate: Callable[[Any, MasksAt | None, float | None], dict[str, float]]
+    sample: Callable[[Any, growth.Plan | None, float | None], list[str]] | None = None
     best_by: str = ""
 
     @property
@@ -164,7 +169,7 @@ def restore(stage: Stage, checkpoints: Checkpoints, step: int | None = None) -> 
     like = abstract_state(stage.config.model, stage.tx, stage.layout)
     state, progress = checkpoints.restore(step, like)
     with integrity.reading(path, "its position in the data"):
-        return Position(state, progress["data"], progress["wall_s"])
+        return Position(state, progress["data"], progress["wall_s"], progress.get("past", {}))
 
 
 def begin(
@@ -284,30 +289,33 @@ class Ramp:
     """The rise of a stage's run-time masks from 0 to 1.
 
     Attributes:
-      masks_at: mask value -> masks by axis; None: the stage has no masks.
+      plan: the stage's growth; None: it was not grown.
       start: the global step at which the stage starts.
-      growth: the stage's growth settings.
+      settings: the stage's growth settings.
     """
 
-    masks_at: MasksAt | None
+    plan: growth.Plan | None
     start: int
-    growth: GrowthConfig
+    settings: GrowthConfig
+
+    @property
+    def masks_at(self) -> MasksAt | None:
+        """Mask value -> masks by axis; None: the stage has no masks."""
+        return self.plan.masks if self.plan and self.plan.masked else None
 
     @property
     def end(self) -> int:
         """The global step from which all masks are 1."""
-        return self.start + (self.growth.ramp_steps if self.masks_at else 0)
+        return self.start + (self.settings.ramp_steps if self.masks_at else 0)
 
     def value(self, step: int) -> float | None:
         """Returns the masks' value after a global step; None: the stage has no masks."""
-        return self.growth.mask_at(step - self.start) if self.masks_at else None
+        return self.settings.mask_at(step - self.start) if self.masks_at else None
 
 
 def read_ramp(stage: Stage, folder: StageFolder) -> Ramp:
     """Reads the ramp of a stage that `begin` has started."""
-    plan = read_plan(stage, folder)
-    masks_at = plan.masks if plan and plan.masked else None
-    return Ramp(masks_at, stage.start, stage.config.growth)
+    return Ramp(read_plan(stage, folder), stage.start, stage.config.growth)
 
 
 def calibration_batch(batches: Batches, data: dict[str, Any]) -> dict[str, Any]:

@@ -110,9 +110,9 @@ def account(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
     Returns:
       Seconds by kind, of KINDS and LOST. Their sum is the time from the first life's beginning to
-      the last row. Rows of a life beyond the step from which the next one goes on are redone: all
-      of their seconds are lost, whatever they were spent on. What a killed life did after its last
-      row is not known, and counts as "down".
+      the last row. Rows of a life beyond the step from which the next one goes on, or to which the
+      life itself goes back, are redone: all of their seconds are lost, whatever they were spent on.
+      What a killed life did after its last row is not known, and counts as "down".
     """
     kept: list[tuple[int, dict[str, float]]] = []  # (step, seconds since the row before)
     total = dict.fromkeys((*KINDS, *LOST), 0.0)
@@ -127,7 +127,8 @@ def account(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
             resumed = False
         else:
             seconds = {kind: s - before["seconds"][kind] for kind, s in seconds.items()}
-        if not resumed and row["step"] != UNKNOWN:
+        back = before is not None and row["step"] < before["step"]  # after a spike
+        if row["step"] != UNKNOWN and (back or not resumed):
             lost = [spent for step, spent in kept if step > row["step"]]
             kept = [entry for entry in kept if entry[0] <= row["step"]]
             total["redone"] += sum(sum(spent.values()) for spent in lost)

@@ -57,7 +57,7 @@ class Checkpoints:
         policies = ocp.training
         for path in paths.listed(self.directory):
             if path.name.isdigit():
-                _check_loss(path)  # orbax reads it now, and does not say where it failed
+                check_loss(path)  # orbax reads it now, and does not say where it failed
         self._checkpointer = ocp.training.Checkpointer(
             paths.absolute(self.directory),
             context=_context(),
@@ -88,6 +88,17 @@ class Checkpoints:
         # The same order as orbax's, so the result is a checkpoint that orbax kept.
         ranked = sorted(measured, key=lambda c: _goodness(c.metrics))
         return ranked[-1].step if ranked else self.latest
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps of all complete checkpoints, in order."""
+        return [c.step for c in self._checkpointer.checkpoints]
+
+    def delete_after(self, step: int) -> None:
+        """Deletes the checkpoints after a step, the newest first. All processes call it."""
+        for later in reversed([s for s in self.steps if s > step]):
+            self._checkpointer.delete(later)
+        self.last_saved = self.latest
 
     def path(self, step: int) -> pathlib.Path:
         """Returns the folder of a checkpoint, which may not exist."""
@@ -120,7 +131,7 @@ class Checkpoints:
           The state and its progress.
 
         Raises:
-          DamageError: a file of the checkpoint is not what was written.
+          DamageError: a file of the checkpoint is not what was written, or a value is not finite.
           UserError: the checkpoint has other leaves, shapes or dtypes than `like`.
         """
         from flm_jax.store.chunked import CheckpointReader  # it imports this module
@@ -135,7 +146,9 @@ class Checkpoints:
 
             @functools.cache  # devices may hold copies of one part
             def part(cut: tuple[tuple[int | None, int | None], ...]) -> np.ndarray:
-                return reader.read(name, [slice(*ends) for ends in cut])
+                values = reader.read(name, [slice(*ends) for ends in cut])
+                integrity.check_finite(reader.path, name, values)
+                return values
 
             def of_device(index: tuple[slice, ...] | None) -> np.ndarray:
                 return part(tuple((cut.start, cut.stop) for cut in index or ()))
@@ -206,7 +219,7 @@ def empty_leaves(metadata: Any) -> dict[str, jax.ShapeDtypeStruct]:
     }
 
 
-def _check_loss(path: pathlib.Path) -> None:
+def check_loss(path: pathlib.Path) -> None:
     """Raises DamageError if the loss beside a state is not the sealed one, or no loss."""
     file = path / "metrics" / "metrics"
     try:

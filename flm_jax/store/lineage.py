@@ -27,6 +27,7 @@ from flm_jax.store.files import MetricsFile, link_tree, replacing, write_atomica
 _MAY_CHANGE = (
     "accumulate", "model.remat", "model.loss_chunks", "model.splash", "model.cudnn_documents",
 )  # fmt: skip
+_PROBE = ".write-test-"  # begins the name of a file that only shows that the folder is writable
 
 
 class StageFolder:
@@ -232,7 +233,7 @@ class RunFolder:
         """
         self.check_client()
         paths.check_bucket(self.path, "workdir")
-        probe = self.path / f".write-test-{os.getpid()}"
+        probe = self.path / f"{_PROBE}{os.getpid()}"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             probe.write_bytes(b"")
@@ -245,7 +246,8 @@ class RunFolder:
                 "you own",
                 argument="workdir",
             ) from error
-        own = (lock.NAME, self.crashes.name, self.vocabulary.name)
+        # Also what a process left that was killed before the run's first file.
+        own = (lock.NAME, _PROBE, self.crashes.name, self.vocabulary.name)
         others = (path for path in paths.listed(self.path) if not path.name.startswith(own))
         if any(others) and not (self.path / "stages").is_dir():
             raise UserError(
@@ -422,7 +424,8 @@ def identity(config: ExperimentConfig, index: int, fingerprint: str) -> dict[str
     """Returns the settings that affect a stage's results; they are compared on resume.
 
     These are the stage's own config, the settings that all stages share, and the data. Meshes,
-    layouts, evaluation, checkpoint and watchdog settings are left out: they may change on resume.
+    layouts, and the settings of evaluation, checkpoints, watchdog and numerics are left out: they
+    may change on resume.
 
     Args:
       config: the chain.
@@ -433,7 +436,7 @@ def identity(config: ExperimentConfig, index: int, fingerprint: str) -> dict[str
       JSON values, as they are written to config.json.
     """
     shared = mapping.to_dict(config)
-    for name in ("stages", "mesh", "eval", "checkpoint", "watchdog"):
+    for name in ("stages", "mesh", "eval", "checkpoint", "watchdog", "numerics"):
         shared.pop(name, None)
     shared["schedule"]["total_steps"] = config.schedule.total_steps or config.total_steps
     stage = mapping.to_dict(dataclasses.replace(config.stages[index], layouts=()))

@@ -18,7 +18,7 @@ from flm_jax.models import Transformer
 from flm_jax.models.readout import Readout
 from flm_jax.params import axes, sharding
 from flm_jax.params.sharding import Layout
-from flm_jax.train import loss
+from flm_jax.train import guard, loss
 from flm_jax.train.trained import AddedSlots, Trained
 
 
@@ -179,6 +179,7 @@ def make_train_step(
     rules: RulesConfig = sharding.RULES,
     measure: Callable[[Any], dict[str, Any]] | None = None,
     added: AddedSlots | None = None,
+    guarded: bool = False,
 ) -> TrainStep:
     """Makes the jitted `step(state, batch, mask_value=None) -> (state, metrics)`.
 
@@ -194,10 +195,13 @@ def make_train_step(
       measure: computes further metrics from the step's updates (nested dicts like the parameters).
       added: the slots that the stage's growth added (`growth.added_slots`); needed if the stage has
         a `growth.old_rate`.
+      guarded: where the loss, the gradient or the update is not finite, parameters and moments keep
+        their bits, and only the counts of steps go on. Otherwise the bits are those of the step
+        that is not guarded.
 
     Returns:
-      The step. Metrics: loss (nats per token), grad_norm (of the entries that train), tokens, and
-      those of `measure`.
+      The step. Metrics: loss (nats per token), grad_norm (of the entries that train), tokens, those
+      of `measure`, and for a guarded step finite (whether the update was made).
 
     Raises:
       UserError: `stage` is of the wrong type, or `added` does not fit it.
@@ -216,6 +220,12 @@ def make_train_step(
         metrics = {"loss": nats, "grad_norm": trained.norm(grads, added), "tokens": tokens}
         if measure is not None:
             metrics |= measure(updates)
+        if guarded:
+            # A finite norm of all gradients makes the moments finite, also those of frozen entries.
+            metrics["finite"] = guard.all_finite((nats, optax.tree.norm(grads), params))
+            params, opt_state = guard.chosen(
+                metrics["finite"], (params, opt_state), (state.params, state.opt_state)
+            )
         return TrainState(state.step + 1, params, opt_state), metrics
 
     placed = state_shardings(stage.model, abstract_state(stage.model, tx), Layout(mesh, rules))
