@@ -126,7 +126,9 @@ def test_runs_are_compared_and_other_data_are_reported(tmp_path):
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert files == {"compared.png", "compared.svg", "compared.csv"}
     points = list(csv.DictReader((tmp_path / "out" / "compared.csv").read_text().splitlines()))
-    assert [p["tokens"] for p in points if p["run"] == "one"] == ["0.0", "300.0", "600.0"]
+    tokens = [p for p in points if p["x_label"] == "training tokens" and p["series"] == "one"]
+    # The untrained model's point is left out.
+    assert [(p["x"], p["y"]) for p in tokens] == [("300.0", "4.5"), ("600.0", "5.0")]
     assert (tmp_path / "out" / "compared.svg").read_text().count("<svg") == 1
     # A stage, or a flag of the other comparison, compares two models.
     assert "are not all runs" in mistake("compare", *names, "--seed=1")

@@ -26,7 +26,8 @@ from flm_jax.commands import config_files
 from flm_jax.commands.command import Call, Command, flag
 from flm_jax.config import ExperimentConfig
 from flm_jax.runs import comparison
-from flm_jax.runtime import paths
+from flm_jax.runtime import display, paths
+from flm_jax.runtime.display import short
 from flm_jax.studies import sweep
 
 
@@ -47,8 +48,7 @@ def main(call: Call[Flags]) -> dict[str, Any]:
     if call.flags.list:
         rows = sweep.rows(trials, root)
     else:
-        notes = rich.console.Console(stderr=True, markup=False, highlight=False)
-        rows = sweep.run(trials, root, notes.print)
+        rows = sweep.run(trials, root, display.note)
     console.print(_table(rows))
     files = [] if call.flags.list else _figure(rows, root, console)
     return {"runs": rows, "files": files}
@@ -71,7 +71,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> rich.table.Table:
         numbers = [""] * 5
         if row["status"] == "finished":
             numbers = [
-                comparison.short(row["params"]), f"{row['flops']:.2e}", f"{row['wall_s']:.0f} s",
+                short(row["params"]), f"{row['flops']:.2e}", f"{row['wall_s']:.0f} s",
                 f"{row['bpb_final']:.4f}", f"{row['bpb_best']:.4f}",
             ]  # fmt: skip
         status = f"failed: {row['failure']}" if row["status"] == "failed" else row["status"]

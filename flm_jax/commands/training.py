@@ -8,8 +8,9 @@ import rich.console
 
 from flm_jax.config import ExperimentConfig
 from flm_jax.runs import chain, report
-from flm_jax.runtime import processes
+from flm_jax.runtime import phases, processes
 from flm_jax.store.lineage import RunFolder
+from flm_jax.store.metrics import TensorBoard
 
 
 def train(
@@ -33,6 +34,11 @@ def train(
     if processes.first():
         if finished == stages:
             console.print(f"{folder.path}: the run is complete")
-        path = report.write(folder)
+        with phases.phase("writing the report"):
+            path = report.write(folder)
+        if finished != stages:
+            with TensorBoard(folder.tensorboard) as board:
+                steps = sum(stage["steps"] for stage in stages)
+                board.text(steps, "report", path.read_text(encoding="utf-8"))
         console.print(report.table(stages), f"report: {path}", sep="\n")
     return {"stages": stages}

@@ -33,6 +33,7 @@ from flm_jax.params.topology import topology_of
 from flm_jax.runs import announcement, limits
 from flm_jax.runs.guarded import guarded
 from flm_jax.runs.loop import run_stages
+from flm_jax.runs.samples import sampler
 from flm_jax.runs.stage import (
     Batches,
     Parent,
@@ -43,7 +44,7 @@ from flm_jax.runs.stage import (
     restore,
     with_derived,
 )
-from flm_jax.runtime import display, host, joints, paths, processes, xla_flags
+from flm_jax.runtime import display, host, joints, paths, phases, processes, xla_flags
 from flm_jax.store import experiment_file, tracker
 from flm_jax.store.checkpoint import Checkpoints
 from flm_jax.store.lineage import RunFolder, identity
@@ -96,7 +97,8 @@ def run(
             return done
         if config.data.train_vocabulary:
             processes.once(lambda: _train_vocabulary(config.data, folder))
-        corpus = corpus_of(dataclasses.replace(config, data=folder.data(config.data)))
+        with phases.phase("opening data", phases.before_mistakes()):
+            corpus = corpus_of(dataclasses.replace(config, data=folder.data(config.data)))
         stages = stages_of(config, corpus, folder, layouts)[len(done) :]
         processes.once(lambda: _keep_config(given, stages, folder))
         for line in announcement.lines(config, layouts, corpus):
@@ -320,6 +322,7 @@ def _stage(
         batches=batches,
         source=source,
         evaluate=functools.partial(_evaluate, own.model, layout, corpus, text),
+        sample=sampler(config, corpus.config.vocabulary, own.model),
     )
 
 

@@ -5,9 +5,7 @@ A run's numbers are those of its whole lineage. So a branch also counts what was
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import itertools
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -15,14 +13,13 @@ from typing import Any
 
 import rich.box
 import rich.table
-from matplotlib.ticker import EngFormatter
 
 from flm_jax import mapping
 from flm_jax.errors import UserError
 from flm_jax.runtime import paths
-from flm_jax.runtime.figures import clean, plt, save
+from flm_jax.runtime.display import short
+from flm_jax.runtime.figures import clean, counted, plt, save
 from flm_jax.store import experiment_file
-from flm_jax.store.files import write_atomically
 from flm_jax.store.lineage import RunFolder
 
 # The axes of the curves: field of `Measured`, label.
@@ -31,7 +28,6 @@ _AXES = (
     ("flops", "training FLOPs"),
     ("wall_s", "wall time (seconds)"),
 )
-_NAME = "compared"  # of the files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,18 +172,6 @@ def table(runs: Sequence[Run]) -> rich.table.Table:
     return drawn
 
 
-def short(number: float) -> str:
-    """A count with three digits and a unit.
-
-    >>> short(853000), short(12), short(17_130_000)
-    ('853k', '12', '17.1M')
-    """
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.3g}{unit}"
-    return f"{number:g}"
-
-
 def write(runs: Sequence[Run], folder: pathlib.Path) -> list[pathlib.Path]:
     """Writes the curves of runs as a figure (PNG and SVG), and their points (CSV).
 
@@ -201,27 +185,15 @@ def write(runs: Sequence[Run], folder: pathlib.Path) -> list[pathlib.Path]:
     Raises:
       UserError: the folder cannot be written.
     """
-    files = [folder / f"{_NAME}.{kind}" for kind in ("png", "svg", "csv")]
+    files = [folder / f"compared.{kind}" for kind in ("png", "svg", "csv")]
     try:
-        for file in files[:2]:
-            save(_figure(runs), file)
-        write_atomically(files[2], _csv(runs))
+        save(_figure(runs), files[0])
     except OSError as error:
         raise UserError(
             f"{folder} cannot be written ({paths.reason_of(error)}); give another folder",
             argument="output",
         ) from error
     return files
-
-
-def _csv(runs: Sequence[Run]) -> str:
-    text = io.StringIO()
-    fields = [field.name for field in dataclasses.fields(Measured)]
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["run", *fields])
-    for run in runs:
-        writer.writerows([run.name, *dataclasses.astuple(point)] for point in run.curve)
-    return text.getvalue()
 
 
 def _figure(runs: Sequence[Run]) -> Any:
@@ -238,19 +210,19 @@ def _figure(runs: Sequence[Run]) -> Any:
             (line,) = panel.plot(
                 [getattr(m, unit) for m in points],
                 [m.bpb for m in points],
-                style, color=color, marker="o", markersize=2.5, linewidth=1.4,
+                style, label=run.name, color=color, marker="o", markersize=2.5, linewidth=1.4,
             )  # fmt: skip
             for growth in run.growths:
                 near = [m.bpb for m in points if getattr(m, unit) >= growth[unit]]
                 panel.plot(
                     growth[unit], near[0] if near else None, "o", color=color, markersize=8,
-                    fillstyle="none",
+                    fillstyle="none", gid="guide",
                 )  # fmt: skip
         lines.append(line)
     for panel, (_, label) in zip(panels, _AXES, strict=True):
         panel.set_xlabel(label)
         panel.set_xlim(left=0)
-        panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+        counted(panel.xaxis)
         clean(panel)
     panels[0].set_ylabel("validation bits per byte")
     names = [run.name if len(run.name) <= 60 else f"...{run.name[-57:]}" for run in runs]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import pathlib
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -58,9 +59,18 @@ class TensorBoard:
             self._writer.close()
             self._publish()
 
-    def write(self, step: int, **scalars: float) -> None:
-        """Writes values of a step, by the name of their curve."""
-        self._writer.write_scalars(step, scalars)
+    def settings(self, step: int, config: Mapping[str, Any]) -> None:
+        """Writes a run's config as text and as hyper-parameters."""
+        self.text(step, "config", f"```\n{json.dumps(config, indent=1)}\n```")
+        self._writer.write_hparams(dict(_leaves(config)))
+
+    def text(self, step: int, name: str, text: str) -> None:
+        """Writes a text in Markdown."""
+        self._writer.write_texts(step, {name: text})
+
+    def write(self, step: int, group: str, **scalars: float) -> None:
+        """Writes values of a step, by the name of their curve in a group, as "train"."""
+        self._writer.write_scalars(step, {f"{group}/{name}": x for name, x in scalars.items()})
         if self._local != self._directory and time.monotonic() - self._published > _PUBLISH_S:
             self._writer.flush()
             self._publish()
@@ -70,3 +80,19 @@ class TensorBoard:
         if self._local != self._directory:
             paths.copy(self._local, self._directory)
             self._published = time.monotonic()
+
+
+def _leaves(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields path and value of each setting, as ("stages[0].steps", 100).
+
+    >>> list(_leaves({"stages": [{"steps": 3}], "seed": 0, "mesh": None}))
+    [('stages[0].steps', 3), ('seed', 0)]
+    """
+    if isinstance(config, Mapping):
+        for name, value in config.items():
+            yield from _leaves(value, f"{path}.{name}" if path else name)
+    elif isinstance(config, list):
+        for index, value in enumerate(config):
+            yield from _leaves(value, f"{path}[{index}]")
+    elif config is not None:
+        yield path, config
