@@ -6,12 +6,13 @@ BIN := .venv/bin
 EXTRAS ?= dev
 STAMP := .venv/.installed-$(EXTRAS)
 
-.PHONY: demo test check docs help
+.PHONY: demo test check docs faults help
 
 help:
 	@echo "make demo   grow a model through three stages into runs/demo (about 8 minutes, 2 cores)"
 	@echo "make test   run the tests, but for the slow ones"
 	@echo "make docs   build the documentation into docs/_build/html; a broken reference fails"
+	@echo "make faults inject faults into small runs: kills, full disks, damage, .. (30 minutes, 2 cores)"
 	@echo "make check  lint, format, types and all tests. With EXTRAS=buckets,dev,docs,gcs,gguf,hf,s3,tpu: what CI runs"
 
 $(STAMP): setup.py constraints.txt
@@ -34,6 +35,9 @@ check: $(STAMP)
 	$(BIN)/python -m pytest -rs
 	@echo "Installed extras: $(EXTRAS). A test that needs another one was skipped and is listed above."
 	@echo "CI leaves none out: make check EXTRAS=buckets,dev,docs,gcs,gguf,hf,s3,tpu"
+
+faults: $(STAMP)
+	$(BIN)/python -m tests.faults $(ARGS)
 
 docs:
 	$(MAKE) .venv/.installed-$(EXTRAS),docs EXTRAS=$(EXTRAS),docs

@@ -68,6 +68,17 @@ def test_a_bugs_traceback_is_kept_with_its_circumstances(tmp_path):
         pass
 
 
+def test_a_folder_in_which_a_process_was_killed_before_its_first_file_can_be_used(tmp_path):
+    run = RunFolder(tmp_path)
+    for name in (".write-test-77", ".lock"):
+        (run.path / name).touch()
+    with guarded(run, "tiny", QUIET):
+        pass
+    (run.path / "thesis.tex").touch()
+    with pytest.raises(UserError, match="holds files but no run"), guarded(run, "tiny", QUIET):
+        pass
+
+
 @pytest.mark.parametrize("error", [UserError("mistake"), RunStopped("SIGTERM", 15)])
 def test_mistakes_and_stops_are_no_crashes(tmp_path, error):
     run = RunFolder(tmp_path / "run")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import pathlib
 import platform
 import socket
@@ -45,6 +46,8 @@ def guarded(folder: RunFolder, name: str, watchdog: WatchdogConfig) -> Iterator[
             return None
         return path
 
+    told_once = logging.getLogger("absl")  # orbax logs there, from its threads
+    told_once.addFilter(_is_news)
     try:
         with (
             StopRequest(bounded=True),
@@ -67,6 +70,14 @@ def guarded(folder: RunFolder, name: str, watchdog: WatchdogConfig) -> Iterator[
         if told is None or isinstance(error, RunStopped) or type(error) is type(told):
             raise
         raise told from error
+    finally:
+        told_once.removeFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a logged error is not one that `guarded` tells in one line."""
+    error = record.exc_info[1] if record.exc_info else None
+    return error is None or exhausted.explained(error, "") is None
 
 
 def _circumstances(name: str) -> str:
