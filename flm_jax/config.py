@@ -687,6 +687,9 @@ class ExperimentConfig(Checked):
     checkpoint: CheckpointConfig = CheckpointConfig()
     watchdog: WatchdogConfig = added(WatchdogConfig())
     mesh: MeshConfig = MeshConfig()
+    # The user's own function that also receives the training curves, as "package.module:function"
+    # (docs/experiments.md); "": none.
+    tracker: str = added("")
     seed: int = 0
     quick_compile: bool = False  # on CPUs: compile faster and optimise less, for runs of seconds
     numerics: NumericsConfig = added(NumericsConfig())

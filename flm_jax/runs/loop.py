@@ -10,6 +10,7 @@ their devices, except inside `processes.once`; only the first process shows and 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import signal
 import time
@@ -28,6 +29,7 @@ from flm_jax.runs.timing import SaveTimer, StageTime
 from flm_jax.runtime import host, joints, paths, phases, processes, watch
 from flm_jax.runtime.display import Progress
 from flm_jax.runtime.stop import StopRequest, read_request, request
+from flm_jax.store import tracker
 from flm_jax.store.checkpoint import Checkpoints
 from flm_jax.store.lineage import RunFolder, StageFolder
 from flm_jax.store.metrics import TensorBoard
@@ -50,7 +52,11 @@ def run_stages(stages: Sequence[Stage], run: RunFolder) -> None:
     # A restarted process finds its compiled programs here.
     jax.config.update("jax_compilation_cache_dir", str(paths.absolute(run.compiled)))
     compilation_cache.reset_cache()  # JAX reads the setting only once, at its first program
-    with StopRequest(bounded=True) as stop, TensorBoard(run.tensorboard) as board:
+    experiment = stages[-1].experiment
+    trackers = []
+    if name := experiment.tracker:
+        trackers.append(functools.partial(tracker.open_writer, name, run.path, experiment))
+    with StopRequest(bounded=True) as stop, TensorBoard(run.tensorboard, trackers) as board:
         position = None
         for stage in stages:
             joints.check(f"before stage {stage.name}")

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import optax
 
-from flm_jax import growth
+from flm_jax import growth, mapping
 from flm_jax.config import ExperimentConfig, GrowthConfig, StageConfig, TransformerConfig
 from flm_jax.errors import within
 from flm_jax.growth import ligo, measure
@@ -33,6 +33,7 @@ from flm_jax.runs.timing import StageTime
 from flm_jax.runtime import joints, processes, xla_flags
 from flm_jax.store import audit, integrity
 from flm_jax.store.checkpoint import Checkpoints
+from flm_jax.store.experiment_file import Origin
 from flm_jax.store.lineage import RunFolder, StageFolder
 from flm_jax.train import optim, schedules
 from flm_jax.train.schedules import Schedule
@@ -111,6 +112,7 @@ class Stage:
       sample: (parameters, the growth, mask_value) -> sample texts; None: none are asked for.
       best_by: a measurement's name; the checkpoint with its lowest value is the stage's result.
         "": the last checkpoint is.
+      origin: the state of another run that it continues from; None: none.
     """
 
     config: StageConfig
@@ -128,6 +130,7 @@ class Stage:
     evaluate: Callable[[Any, MasksAt | None, float | None], dict[str, float]]
     sample: Callable[[Any, growth.Plan | None, float | None], list[str]] | None = None
     best_by: str = ""
+    origin: Origin | None = None
 
     @property
     def name(self) -> str:
@@ -169,7 +172,10 @@ def restore(stage: Stage, checkpoints: Checkpoints, step: int | None = None) -> 
     like = abstract_state(stage.config.model, stage.tx, stage.layout)
     state, progress = checkpoints.restore(step, like)
     with integrity.reading(path, "its position in the data"):
-        return Position(state, progress["data"], progress["wall_s"], progress.get("past", {}))
+        position, wall_s = progress["data"], progress["wall_s"]
+    if stage.origin and stage.origin.restarts_data and stage.origin.step == step:
+        position = stage.batches(stage.config.batch_size).get_state()
+    return Position(state, position, wall_s, progress.get("past", {}))
 
 
 def begin(
@@ -449,6 +455,8 @@ def finish(
         entry = entry_of(folder, parent, plan, position.step)
         more = {"wall_s": wall_s, "params_digest": digest, "checkpoint": str(path)}
         computed = computed_by(stage.config.model)
+        if stage.origin:
+            computed["origin"] = mapping.to_dict(stage.origin)
         folder.run.add_stage(entry | computed | more | {"goodput": timing.result()})
 
     processes.once(add)

@@ -1,4 +1,4 @@
-"""Training curves for TensorBoard, through clu."""
+"""Training curves for TensorBoard and the user's tracker, through clu."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import pathlib
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -24,8 +24,14 @@ class TensorBoard:
     writer can only append, and an object is written whole.
     """
 
-    def __init__(self, directory: pathlib.Path):
-        self._directory = directory
+    def __init__(self, directory: pathlib.Path, others: Sequence[Callable[[], Any]] = ()):
+        """Opens nothing yet.
+
+        Args:
+          directory: for TensorBoard's files.
+          others: open further MetricWriters, which receive the same.
+        """
+        self._directory, self._others = directory, others
 
     def __enter__(self) -> TensorBoard:
         from clu import metric_writers
@@ -36,7 +42,10 @@ class TensorBoard:
             folder = tempfile.TemporaryDirectory(prefix="flm_jax-")
             self._local = pathlib.Path(self._stack.enter_context(folder))
         self._published = time.monotonic()
-        writers = [metric_writers.SummaryWriter(str(self._local))] if processes.first() else []
+        writers: list[Any] = []
+        if processes.first():
+            writers = [open_writer() for open_writer in self._others]
+            writers.append(metric_writers.SummaryWriter(str(self._local)))
         self._writer = metric_writers.AsyncMultiWriter(writers)
         return self
 
