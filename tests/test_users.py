@@ -84,7 +84,9 @@ LINES = {
     "a chain given to fine-tuning": (f"sft {CHAIN} --workdir=x", ("flm train", "SftConfig")),
     "a chain given to a probe": (f"growth probe {CHAIN} --workdir=x", ("flm train",)),
     "a missing folder": ("inspect /nowhere/run", ("/nowhere/run", "no such folder")),
-    "a folder as a model": ("generate /nowhere/run --prompt=a", ("/nowhere/run",)),
+    "a folder as a model": ("generate /nowhere/run --prompt=a", ("/nowhere/run holds no model",)),
+    "two folders as a model": ("generate runs/a runs/b --prompt=a", ("unexpected", "--prompt")),
+    "two runs to inspect": ("inspect /nowhere/a /nowhere/b", ("flm compare",)),
     "a flag's other name": (
         "generate --checkpoint=x --prompt=a --max_tokens=5", ("max_tokens", "--max_new_tokens?")
     ),
