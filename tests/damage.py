@@ -65,9 +65,9 @@ def inflict(path: pathlib.Path, kind: str, seed: object) -> None:
     Args:
       path: the file.
       kind: one of `KINDS`.
-      seed: with the file's name and the kind it decides where.
+      seed: with the kind it decides where; names of files in a checkpoint differ in each run.
     """
-    KINDS[kind](path, random.Random(f"{seed} {kind} {path.name}"))
+    KINDS[kind](path, random.Random(f"{seed} {kind}"))
 
 
 def _replace(path: pathlib.Path, content: bytes) -> None:

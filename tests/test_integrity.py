@@ -32,6 +32,12 @@ def a_state():
     }
 
 
+def as_structs(state):
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+
+
 def by_orbax(path, state):
     """Writes a checkpoint as the training loop does."""
     checkpoints = Checkpoints(path.parent)
@@ -82,9 +88,7 @@ def attempts(tmp_path, write, kinds, seeds):
     Returns the outcomes: "noticed", "same" or "wrong", each with file, kind and reader.
     """
     state = a_state()
-    like = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
-    )
+    like = as_structs(state)
     whole = tmp_path / "whole"
     write(whole / "1", state)
     for reader in (restored, read):
@@ -153,8 +157,11 @@ def test_the_error_names_the_array(tmp_path):
 def test_a_value_that_is_not_finite_counts_as_damage(tmp_path):
     state = a_state()
     state["opt"]["m"] = state["opt"]["m"].at[1, 2].set(jnp.nan)
-    by_orbax(tmp_path / "1", state)
-    assert list(audit.damage(tmp_path / "1")) == ["opt/m"]
+    path = tmp_path / "1"
+    by_orbax(path, state)
+    assert list(audit.damage(path)) == ["opt/m"]
+    with pytest.raises(DamageError, match="opt/m has values that are NaN"):
+        restored(path, as_structs(state))
 
 
 def test_a_checkpoint_of_an_earlier_version_has_no_checksums_and_is_read(tmp_path, monkeypatch):
@@ -271,7 +278,8 @@ def test_the_commands_end_with_the_status_of_damage(models, tmp_path, reader):
     READERS[reader](run)
     shutil.rmtree(tmp_path / "export", ignore_errors=True)
     data = damage.files_of(run / "stages/1-s1/checkpoints/7/state/ocdbt.process_0/d")
-    damage.inflict(max(data, key=lambda file: file.stat().st_size), "bit", 0)
+    # Not every bit of it is used.
+    damage.inflict(max(data, key=lambda file: file.stat().st_size), "foreign", 0)
     with pytest.raises(DamageError, match="checkpoints/7 is damaged"):
         READERS[reader](run)
     assert not (tmp_path / "export").exists()

@@ -7,6 +7,7 @@ the kind "damage" for it, and the stage's entry in lineage.json the same fields.
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
 import sys
@@ -18,19 +19,27 @@ import jax
 from flm_jax.errors import DamageError
 from flm_jax.runtime import paths, processes
 from flm_jax.store import audit
-from flm_jax.store.checkpoint import Checkpoints, set_aside
+from flm_jax.store.checkpoint import Checkpoints, check_loss, set_aside
+from flm_jax.store.chunked import CheckpointReader
 from flm_jax.store.lineage import StageFolder
 
 T = TypeVar("T")
 
 
 def opened(folder: StageFolder, keep: int | None) -> Checkpoints:
-    """Opens the checkpoints of a stage; moves aside those that keep it from being opened."""
-    while True:
-        try:
-            return Checkpoints(folder.checkpoints, keep)
-        except DamageError as error:
-            _move(folder, error)
+    """Opens the checkpoints of a stage, without those whose description is damaged."""
+
+    def sweep() -> None:
+        for step in folder.steps():
+            path = folder.checkpoints / str(step)
+            try:
+                check_loss(path)
+                CheckpointReader(path)
+            except DamageError as error:
+                _move(folder, error)
+
+    processes.once(sweep)
+    return Checkpoints(folder.checkpoints, keep)
 
 
 def surviving(folder: StageFolder, checkpoints: Checkpoints, action: Callable[[], T]) -> T:
@@ -53,7 +62,7 @@ def surviving(folder: StageFolder, checkpoints: Checkpoints, action: Callable[[]
             if path.parent != folder.checkpoints or not _confirmed(path):
                 raise
             checkpoints.close()
-            _move(folder, error)
+            processes.once(functools.partial(_move, folder, error))
             checkpoints.open()
 
 
@@ -62,20 +71,13 @@ def _confirmed(path: pathlib.Path) -> bool:
 
 
 def _move(folder: StageFolder, error: DamageError) -> None:
-    """Moves a damaged checkpoint aside, and says so. All processes call it together."""
+    """Moves a damaged checkpoint aside, and says so; the first process calls it."""
     path = paths.of(error.path)
-
-    def move() -> None:
-        target = set_aside(path)
-        print(
-            f"{error}; moved to {_in_run(folder, target)}, an earlier state is used",
-            file=sys.stderr,
-        )
-        row = {"what": str(error), "checkpoint": _in_run(folder, path)}
-        folder.metrics.append("damage", int(path.name), **row, moved_to=_in_run(folder, target))
-        folder.metrics.publish()
-
-    processes.once(move)
+    target = _in_run(folder, set_aside(path))
+    print(f"{error}; moved to {target}, an earlier state is used", file=sys.stderr)
+    row = {"what": str(error), "checkpoint": _in_run(folder, path), "moved_to": target}
+    folder.metrics.append("damage", int(path.name), **row)
+    folder.metrics.publish()
 
 
 def _in_run(folder: StageFolder, path: pathlib.Path) -> str:

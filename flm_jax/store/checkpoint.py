@@ -57,7 +57,7 @@ class Checkpoints:
         policies = ocp.training
         for path in paths.listed(self.directory):
             if path.name.isdigit():
-                _check_loss(path)  # orbax reads it now, and does not say where it failed
+                check_loss(path)  # orbax reads it now, and does not say where it failed
         self._checkpointer = ocp.training.Checkpointer(
             paths.absolute(self.directory),
             context=_context(),
@@ -131,7 +131,7 @@ class Checkpoints:
           The state and its progress.
 
         Raises:
-          DamageError: a file of the checkpoint is not what was written.
+          DamageError: a file of the checkpoint is not what was written, or a value is not finite.
           UserError: the checkpoint has other leaves, shapes or dtypes than `like`.
         """
         from flm_jax.store.chunked import CheckpointReader  # it imports this module
@@ -146,7 +146,9 @@ class Checkpoints:
 
             @functools.cache  # devices may hold copies of one part
             def part(cut: tuple[tuple[int | None, int | None], ...]) -> np.ndarray:
-                return reader.read(name, [slice(*ends) for ends in cut])
+                values = reader.read(name, [slice(*ends) for ends in cut])
+                integrity.check_finite(reader.path, name, values)
+                return values
 
             def of_device(index: tuple[slice, ...] | None) -> np.ndarray:
                 return part(tuple((cut.start, cut.stop) for cut in index or ()))
@@ -217,7 +219,7 @@ def empty_leaves(metadata: Any) -> dict[str, jax.ShapeDtypeStruct]:
     }
 
 
-def _check_loss(path: pathlib.Path) -> None:
+def check_loss(path: pathlib.Path) -> None:
     """Raises DamageError if the loss beside a state is not the sealed one, or no loss."""
     file = path / "metrics" / "metrics"
     try:

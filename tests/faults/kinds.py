@@ -163,7 +163,7 @@ def damaged(home: Home, seed: int, half: pathlib.Path, file: pathlib.Path, kind:
     ended = life.wait()
     trial.check(ended, 0, Exit.DAMAGE, Exit.MISTAKE)
     if ended.status == 0:
-        trial.compare()
+        trial.compare(ended.text)
     shutil.rmtree(trial.workdir)
     return trial.close(1)
 
