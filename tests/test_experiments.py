@@ -160,6 +160,10 @@ def test_an_extension_ends_with_the_bits_of_a_longer_run(schedule, step, tmp_pat
     config = experiment(steps=9, **schedule)
     longer = train(with_steps(config, 15), tmp_path / "longer")
     before = train(config, tmp_path / "run")
+    if step == 9:  # also where the stage is a copy, in a branch
+        branched(f"{tmp_path / 'run'}:small", config, tmp_path / "copy")
+        begun = extend.prepare(tmp_path / "copy", "small", 6)
+        assert digests(train(begun.config, tmp_path / "copy")) == digests(longer)
     # Killed between the change of the config and that of the stage, then called again.
     monkeypatch.setattr(extend, "_rewrite", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -229,6 +233,12 @@ def test_the_config_of_an_earlier_run_is_put_together(tmp_path):
     experiment_file.keep_config(folder, dataclasses.replace(config, seed=3))
     assert experiment_file.config_of(folder).seed == 3
     values = json.loads(folder.experiment.read_text())
+    # A folder that came from others names no code to run.
+    experiment_file.keep_config(folder, dataclasses.replace(config, tracker="shutil:rmtree"))
+    assert "rmtree" not in folder.experiment.read_text()
+    hostile = {**values, "config": {**values["config"], "tracker": "shutil:rmtree"}}
+    folder.experiment.write_text(json.dumps(hostile))
+    assert experiment_file.config_of(folder).tracker == ""
     for damage in ({"version": 9}, {"config": []}, {"origin": {"run": 1}}, {"origin": "x"}):
         folder.experiment.write_text(json.dumps(values | damage))
         with pytest.raises(UserError, match=r"experiment\.json: .*restore the file"):

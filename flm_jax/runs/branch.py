@@ -193,7 +193,8 @@ def _same(before: Experiment, point: Point, config: ExperimentConfig, target: Ru
     origin = before.origin
     here = f"{paths.absolute(point.run.path)}:{point.stage.index}:{point.step}"
     have = f"{origin.run}:{origin.index}:{origin.step}" if origin else "none"
-    differences = mapping.differences(mapping.to_dict(before.config), mapping.to_dict(config))
+    new = dataclasses.replace(config, tracker="")  # the file has none
+    differences = mapping.differences(mapping.to_dict(before.config), mapping.to_dict(new))
     if origin is None or have != here or differences:
         why = f"origin: {have} -> {here}" if origin is None or have != here else differences[0]
         raise UserError(
