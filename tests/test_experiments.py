@@ -56,10 +56,15 @@ def branched(given, config, path):
 
 
 @pytest.mark.slow
-def test_a_branch_without_changes_ends_with_the_same_bits(source, tmp_path):
+def test_a_branch_without_changes_ends_with_the_same_bits(source, tmp_path, monkeypatch):
     """From the middle of a stage: optimizer state and data position are kept."""
     config = experiment_file.config_of(RunFolder(source))
     expected = runs.lineage(source)
+    for place, name in ((RunFolder, "branch"), (branch, "_fingerprint")):  # killed twice
+        monkeypatch.setattr(place, name, lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            branch.prepare(branch.find(f"{source}:small:3"), config, tmp_path / "same")
+        monkeypatch.undo()
     origin, stages = branched(f"{source}:small:3", config, tmp_path / "same")
     assert digests(stages) == digests(expected)
     assert [s["config_digest"] for s in stages] == [s["config_digest"] for s in expected]
@@ -86,7 +91,7 @@ def test_a_branch_without_changes_ends_with_the_same_bits(source, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_branch_grows_otherwise_and_trains_on_other_data(source, tmp_path):
+def test_a_branch_grows_otherwise_and_trains_on_other_data(source, tmp_path, monkeypatch):
     config = experiment_file.config_of(RunFolder(source))
     grown = dataclasses.replace(config.stages[1], growth=dataclasses.replace(
         config.stages[1].growth, recipe="tile,identity"
@@ -94,6 +99,10 @@ def test_a_branch_grows_otherwise_and_trains_on_other_data(source, tmp_path):
     other = dataclasses.replace(
         config, stages=(config.stages[0], grown), data=dataclasses.replace(config.data, seed=7)
     )
+    monkeypatch.setattr("flm_jax.store.lineage.mark_complete", lambda path: 1 / 0)  # killed
+    with pytest.raises(ZeroDivisionError):
+        branch.prepare(branch.find(f"{source}:small"), other, tmp_path / "run")
+    monkeypatch.undo()
     origin, stages = branched(f"{source}:small", other, tmp_path / "run")
     first = runs.lineage(source)[0]
     assert origin.restarts_data

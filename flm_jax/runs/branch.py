@@ -176,14 +176,15 @@ def _write(
     else:
         origin = _same(before, point, given, target)
     stage = target.stage(index, name)
-    if stage.config.exists() or len(target.stages()) > index:
-        return origin  # all was written
+    last = target.lineage if whole else stage.config  # what is written last
+    if last.exists():
+        return origin
     if not whole:
         _copy_part(point, stage)
     copied = point.run.stages()[: index + whole]
     origins = [_origin_of_copy(origin, entry, copied) for entry in copied]
     point.run.branch(target, len(copied), origins)
-    if not whole:  # last, because it says that all else is there
+    if not whole:
         write_json(stage.config, identity(config, index, _fingerprint(origin, point, config)))
     return origin
 
