@@ -257,7 +257,7 @@ def _other_data(point: Point, config: ExperimentConfig) -> bool:
     if position.get("window_length") != new.window:
         return True
     old = point.stage.experiment().data
-    return _content(old) != _content(new)
+    return _content(old) != _content(point.run.data(new))
 
 
 def _fingerprint(origin: Origin, point: Point, config: ExperimentConfig) -> str:
