@@ -232,7 +232,7 @@ def check_finished(config: ExperimentConfig, folder: RunFolder, done: list[dict[
         expected = identity(config, index, entry["data_fingerprint"])
         stage = folder.stage(index, entry["name"])
         start += entry["steps"]
-        if origin and (index, start) <= (origin.index, origin.step):  # it was not trained here
+        if origin and origin.covers(index, start):
             expected = {**stage.saved(), "stage": expected["stage"]}
         folder.check_stage(stage, expected)
         if index:
