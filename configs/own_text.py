@@ -3,8 +3,10 @@ r"""Train on your own text, and grow: 0.85M parameters, then 1.6M.
   flm train --config=configs/own_text.py --config.data.path=FILE_OR_FOLDER --workdir=runs/mine
   flm generate --checkpoint=runs/mine --prompt="Once"
 
-About 4 minutes on two CPU cores. It reads 1.1M tokens (bytes), so 300 kB of text are enough.
-Expected on English prose: about 2.2 bits per byte after the first stage and 2.0 at the end.
+It reads 1.1M tokens (bytes), so 300 kB of text are enough. The two stages have the sizes of the
+first two of configs/demo.py, so about 4 minutes on two idle CPU cores are expected. On 1.1 MB of
+English (the docstrings of Python's standard library), validation fell from 8.44 to 2.65 bits per
+byte in the first stage.
 
 `--config.data.path` takes a file, a folder, a pattern, or several of them with commas: .txt, .md,
 .py and other plain text, .jsonl, .json, .parquet, and .gz or .zst of these. The last 4% of the text

@@ -618,6 +618,8 @@ class EvalConfig(Checked):
     sequences: int = 96
     batch_size: int = 8
     every_steps: int = 200
+    samples: int = added(0)  # texts that the model continues at each evaluation, and shows
+    sample_prompt: str = added("")  # what they begin with
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -685,6 +687,9 @@ class ExperimentConfig(Checked):
     checkpoint: CheckpointConfig = CheckpointConfig()
     watchdog: WatchdogConfig = added(WatchdogConfig())
     mesh: MeshConfig = MeshConfig()
+    # The user's own function that also receives the training curves, as "package.module:function"
+    # (docs/experiments.md); "": none.
+    tracker: str = added("")
     seed: int = 0
     quick_compile: bool = False  # on CPUs: compile faster and optimise less, for runs of seconds
     numerics: NumericsConfig = added(NumericsConfig())
@@ -778,6 +783,6 @@ def check_sizes(models: Sequence[tuple[Any, Mapping[str, Any]]]) -> None:
             old, new = small.get(field), big.get(field)
             if isinstance(old, int) and isinstance(new, int) and new < old:
                 raise UserError(
-                    f"stage {name}: model.{field} (axis {axis!r}) is {new}, and stage {before} "
-                    f"before it has {old}; a stage is never smaller: give {old} or more"
+                    f"stage {name}: model.{field} shrinks axis {axis!r} from {old} to {new}, "
+                    f"against stage {before}; a stage is never smaller: give {old} or more"
                 )

@@ -66,8 +66,8 @@ def described(cls: type, prefix: str = "") -> Iterator[tuple[str, str, str]]:
       prefix: what the paths begin with.
 
     >>> from flm_jax.config import ExperimentConfig
-    >>> list(described(ExperimentConfig))[1]
-    ('stages[0].model.vocab_size', 'int (required)', '')
+    >>> [row[:2] for row in described(ExperimentConfig)][:2]
+    [('stages[0].name', 'str (required)'), ('stages[0].model.vocab_size', 'int (required)')]
     """
     hints, said = typing.get_type_hints(cls), comments(cls)
     for field in dataclasses.fields(cls):

@@ -86,7 +86,7 @@ def replaced(config: T, values: Mapping[str, Any], path: str = "config") -> T:
 
     >>> from flm_jax.config import EvalConfig
     >>> replaced(EvalConfig(50, 3), {"batch_size": 1, "every_steps": None})
-    EvalConfig(sequences=50, batch_size=1, every_steps=200)
+    EvalConfig(sequences=50, batch_size=1, every_steps=200, samples=0, sample_prompt='')
     """
     fields: dict[str, Any] = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}  # type: ignore[arg-type]
     for name, value in values.items():
@@ -169,7 +169,7 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], path: str = "config") 
 
     >>> from flm_jax.config import CheckpointConfig, EvalConfig
     >>> from_mapping(EvalConfig, {"batch_size": 1})
-    EvalConfig(sequences=96, batch_size=1, every_steps=200)
+    EvalConfig(sequences=96, batch_size=1, every_steps=200, samples=0, sample_prompt='')
     >>> from_mapping(CheckpointConfig, {"kept": 1})
     Traceback (most recent call last):
     flm_jax.errors.UserError: config.kept: CheckpointConfig has no such field; did you mean 'keep'?

@@ -1,5 +1,6 @@
 """Whole runs by the commands: stopped, killed, resumed bit-identically; mistakes are refused."""
 
+import itertools
 import json
 import pathlib
 import shutil
@@ -8,6 +9,8 @@ import time
 
 import pytest
 from ml_collections.config_flags import config_path
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.util.tensor_util import make_ndarray
 
 from flm_jax.commands import config_files
 from flm_jax.errors import UserError
@@ -26,6 +29,9 @@ def finished(tmp_path_factory):
     status, _, err = run(*SMOKE, f"--workdir={workdir}")
     assert status == 0, err
     return workdir
+
+
+KINDS = ("png", "svg", "csv")  # of each figure
 
 
 def test_the_run_folder_keeps_its_contract(finished):
@@ -54,11 +60,38 @@ def test_the_run_folder_keeps_its_contract(finished):
     assert ends == sorted(ends, reverse=True)
     assert {p.name for p in (finished / "report").iterdir()} == {
         "report.md",
-        "curve.png",
-        "ramp.png",
-        "distances.png",
+        *(f"{name}.{kind}" for name in ("curve", "ramp", "distances") for kind in KINDS),
     }
-    assert list((finished / "tensorboard").iterdir())
+
+
+def test_curves_have_groups_and_both_values_at_a_growth(finished):
+    board = EventAccumulator(str(finished / "tensorboard"), {"tensors": 0}).Reload()
+    tags = {
+        tag: board.SummaryMetadata(tag).plugin_data.plugin_name for tag in board.Tags()["tensors"]
+    }
+    assert {tag for tag, kind in tags.items() if kind == "scalars"} == {
+        *(
+            f"train/{name}"
+            for name in ("loss", "grad_norm", "learning_rate", "mask", "tokens_per_s")
+        ),
+        *("eval/bits_per_byte", "growth/bits_per_byte_before", "growth/bits_per_byte_after"),
+    }
+    evals = [event.step for event in board.Tensors("eval/bits_per_byte")]
+    stages, start = lineage(finished), 0
+    for before, after in itertools.pairwise(stages):
+        start += before["steps"]
+        for name, want in (
+            ("eval/bits_per_byte", before["eval"]["bpb_end"]),
+            ("growth/bits_per_byte_before", before["eval"]["bpb_end"]),
+            ("growth/bits_per_byte_after", after["eval"]["bpb_start"]),
+        ):
+            (value,) = [
+                make_ndarray(e.tensor_proto) for e in board.Tensors(name) if e.step == start
+            ]
+            assert abs(value - want) < 1e-5
+    assert len(evals) == len(set(evals))  # no step has two values
+    texts = {tag for tag, kind in tags.items() if kind == "text"}
+    assert texts == {"config", "growth", "report"}
 
 
 def test_a_second_call_reports_completion_and_changes_nothing(finished):

@@ -107,12 +107,12 @@ def test_random_kills_sum_to_wall_time():
 
 def test_a_stage_keeps_its_account_over_lives(tmp_path):
     file = MetricsFile(tmp_path / "time.jsonl")
-    first = StageTime(file, now=lambda: 100.0)
+    first = StageTime("a", file, now=lambda: 100.0)
     with first.spend("steps"):
         first.write(3)
     with open(file.path, "a") as torn:
         torn.write('{"kind": "ti')
-    second = StageTime(file, now=lambda: 200.0)
+    second = StageTime("a", file, now=lambda: 200.0)
     second.write(2)
     result = second.result()
     assert [row["step"] for row in file.rows()] == [UNKNOWN, 3, UNKNOWN, 2]

@@ -388,6 +388,21 @@ def test_a_column_that_holds_no_text(tmp_path):
         read(tmp_path, text_field="absent")
 
 
+def test_a_folder_without_permission_is_named(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("text")
+    monkeypatch.setattr("os.access", lambda *_: False)  # the tests may run as root
+    with pytest.raises(UserError, match=r"cannot be read \(Permission denied\)"):
+        read(tmp_path)
+    monkeypatch.undo()
+
+    def refused(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.exists", refused)
+    with pytest.raises(UserError, match=r"a.txt cannot be read \(Permission denied\)"):
+        read(tmp_path / "a.txt")
+
+
 def test_a_folder_without_text_says_what_it_has(tmp_path):
     (tmp_path / "a.png").write_bytes(b"x")
     with pytest.raises(UserError, match=r"no text \(it has a.png\); give files that end in .txt"):

@@ -24,12 +24,13 @@ from flm_jax.config import (
     OptimizerConfig,
     ScheduleConfig,
 )
+from flm_jax.data.tokenizer import open_tokenizer
 from flm_jax.growth import Plan
 from flm_jax.runs import limits
 from flm_jax.runtime import display
 from flm_jax.studies.config import ArmConfig, ProbeConfig
 from tests import tiny_chain
-from tests.commands import mistake
+from tests.commands import ROOT, mistake
 from tests.models import TINY, TINY_GROWN, changed, random_params
 
 CHAIN = "--config=tests/tiny_chain.py"
@@ -108,6 +109,34 @@ FILES = {
         "    return ExperimentConfig((StageConfig('a', model, 1, 1, 1.0, 1.0),))",
         ("get_config must return a ConfigDict", "config_files.to_config_dict"),
     ),
+    "a tuple as a recipe": (
+        "def get_config():\n"
+        "    config = config_files.shipped('demo').get_config('smoke')\n"
+        "    config.stages[0].growth.recipe = ('tile', 'stack')\n"
+        "    return config",
+        ("own.py:5", "field 'recipe'", "('tile', 'stack')", "tuple", "'tile,layers=identity'"),
+    ),
+    "text as a tuple": (
+        "def get_config():\n"
+        "    config = config_files.shipped('demo').get_config('smoke')\n"
+        "    config.stages[0].train_paths = 'head'\n"
+        "    return config",
+        ("field 'train_paths'", "'head'", "of type str", "a tuple", "(entry,)"),
+    ),
+    "text as a group": (
+        "def get_config():\n"
+        "    config = config_files.shipped('demo').get_config('smoke')\n"
+        "    config.schedule = 'cosine'\n"
+        "    return config",
+        ("field 'schedule'", "'cosine'", "a group of fields"),
+    ),
+    "one stage for the stages": (
+        "def get_config():\n"
+        "    config = config_files.shipped('demo').get_config('smoke')\n"
+        "    config.stages = (config.stages[0])\n"
+        "    return config",
+        ("field 'stages'", "a group of fields", "a tuple", "(entry,)"),
+    ),
     "text as a number": (
         "def get_config():\n    return config_files.to_config_dict(EvalConfig(sequences='96'))",
         ("EvalConfig.sequences is '96' of type str", "int"),
@@ -154,6 +183,11 @@ PYTHON = {
     "no checkpoint": (lambda: CheckpointConfig(every_steps=0), ("every_steps is 0",)),
     "negative decay": (lambda: OptimizerConfig(weight_decay=-0.1), ("weight_decay is -0.1",)),
     "negative warm-up": (lambda: ScheduleConfig(warmup_steps=-1), ("warmup_steps is -1",)),
+    "a text as a vocabulary": (
+        lambda: open_tokenizer(str(ROOT / "README.md")),
+        ("README.md", "text file", "tokenizer.json"),
+    ),
+    "a name of the hub": (lambda: open_tokenizer("gpt2"), ("'gpt2'", "hf download", "--local-dir")),
     "no text": (lambda: DataConfig(sequence_length=0), ("sequence_length is 0",)),
     "a number that is none": (lambda: GrowthConfig(noise_db=float("nan")), ("noise_db is nan",)),
     "a recipe of numbers": (lambda: plan(TINY, TINY_GROWN, {"layers": 3}), ("{'layers': 3}",)),

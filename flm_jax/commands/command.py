@@ -115,9 +115,11 @@ class Command(Generic[F]):
 
     Attributes:
       config, workdir: whether it uses --config and --workdir, and whether it needs them.
-      positional: the names of the positional arguments; all must be given.
+      config_of: makes the config from the first positional argument if --config is not given.
+      positional: the names of the positional arguments; all must be given. If the last one ends
+        with "...", there may be more of it.
       argument: the flag that a single argument without a name sets; "": none.
-      unexpected: the advice if arguments are given to a command that takes none.
+      unexpected: the advice if more arguments are given than it takes.
       gate: a condition on the result, with an exit status of its own.
     """
 
@@ -125,6 +127,7 @@ class Command(Generic[F]):
     flags: type[F]
     config: Need = "required"
     workdir: Need = "none"
+    config_of: Callable[[str], ConfigDict] | None = None
     positional: tuple[str, ...] = ()
     argument: str = ""
     unexpected: str = "options begin with --"
@@ -145,6 +148,8 @@ class Command(Generic[F]):
             given, rest = config_files.split(argv)
             if given:
                 config = config_files.load_config(given)
+            elif self.config_of and (first := self._first_argument(name, rest)):
+                config = self.config_of(first)
             elif self.config == "required":
                 raise UserError("--config is missing; give --config=configs/FILE.py (see configs/)")
         if config:
@@ -160,6 +165,14 @@ class Command(Generic[F]):
         workdir = (values["workdir"].value if "workdir" in values else None) or ""
         self._check(name, own, arguments, workdir)
         return Call(own, config, workdir, bool(values["json"].value), tuple(arguments), tuple(argv))
+
+    def _first_argument(self, name: str, argv: Sequence[str]) -> str:
+        """The first positional argument, before the config's fields are flags; "": none."""
+        try:
+            left = self._flag_values()([name, *argv], known_only=True)[1:]
+        except absl_flags.Error as error:
+            raise UserError(str(error)) from error
+        return next((word for word in left if not word.startswith("-")), "")
 
     def line(self, error: UserError) -> str:
         """The error's message; an argument that is a flag of the command is named as the flag."""
@@ -205,9 +218,11 @@ class Command(Generic[F]):
         wanted = len(self.positional)
         if len(arguments) > wanted and not wanted:
             raise UserError(f"unexpected argument {arguments[0]!r}; {self.unexpected}")
-        if len(arguments) != wanted:
+        more = bool(wanted) and self.positional[-1].endswith("...")
+        if len(arguments) != wanted and not (more and len(arguments) > wanted):
             given, words = " ".join(arguments) or "no argument", " ".join(self.positional)
-            raise UserError(f"got {given}; give flm {name} {words}")
+            advice = f"; {self.unexpected}" if len(arguments) > wanted else ""
+            raise UserError(f"got {given}; give flm {name} {words}{advice}")
         for field, _ in _fields(self.flags):
             advice = field.metadata["required"]
             if advice and getattr(own, field.name) in (None, "", ()):

@@ -1,4 +1,12 @@
-"""Compares two models: scores on chat samples, and text that they retain.
+"""Compares runs by their curves, or two models by their answers to chat samples.
+
+  flm compare runs/demo runs/tile runs/longer --output=compared
+
+Runs that were trained on text, any number: a table (parameters, tokens, FLOPs, time, bits per byte,
+growths), where their configs differ, and curves over each other (PNG, SVG, CSV) in --output or the
+first run's report/. See docs/experiments.md. Two models, if one was fine-tuned on conversations, a
+:STAGE is given, or any flag below except --output: scores on chat samples, and text that they
+retain.
 
   flm compare runs/demo runs/sft
   flm compare runs/demo:medium runs/demo:large --samples=held_out.jsonl
@@ -21,16 +29,19 @@ import rich.console
 import rich.table
 
 from flm_jax import data
+from flm_jax.commands import run_comparison
 from flm_jax.commands.answer_flags import AnswerFlags
 from flm_jax.commands.chat_flags import ChatFlags
 from flm_jax.commands.command import Call, Command, Gate, flag
 from flm_jax.errors import UserError
+from flm_jax.runs import comparison as run_curves
 from flm_jax.runtime import paths
 from flm_jax.runtime.display import Progress
 from flm_jax.sft import comparison, judge, scoring, synthetic
 from flm_jax.sft.chat_model import ChatModel, open_chat_model, retention
 from flm_jax.sft.chats import BadRows, Sample
 from flm_jax.store.files import write_atomically, write_result
+from flm_jax.store.lineage import RunFolder
 from flm_jax.studies import reported
 
 if TYPE_CHECKING:
@@ -150,7 +161,30 @@ def _print_verdicts(report: dict[str, Any], console: rich.console.Console) -> No
         console.print(f"overall, by AlignBench's rule: {ours} (reported: {known})")
 
 
+def _are_runs(call: Call[Flags]) -> bool:
+    """Whether all arguments are runs to compare by their curves."""
+    if dataclasses.replace(call.flags, output=None) != Flags():
+        return False
+    runs = [RunFolder(given) for given in call.arguments]
+    return all(run.lineage.exists() for run in runs) and not any(
+        "sft" in stage.saved() for run in runs for stage in run.begun()
+    )
+
+
 def main(call: Call[Flags]) -> dict[str, Any]:
+    if _are_runs(call):
+        output = call.flags.output
+        folder = paths.of(output, "output") if output else RunFolder(call.arguments[0]).report
+        return run_comparison.show(run_curves.read_all(call.arguments), folder, call.console())
+    if len(call.arguments) != 2:
+        raise UserError(
+            f"got {' '.join(call.arguments)}, which are not all runs trained on text; give such "
+            "runs, or two models"
+        )
+    return _compare_models(call)
+
+
+def _compare_models(call: Call[Flags]) -> dict[str, Any]:
     flags, arguments = call.flags, list(call.arguments)
     gates = [comparison.Gate.parse(text) for text in flags.fail_if]
     answer_judge = judge.Judge(flags.judge, flags.judge_timeout) if flags.judge else None
@@ -221,6 +255,6 @@ COMMAND = Command(
     main,
     Flags,
     config="none",
-    positional=("MODEL_A[:STAGE]", "MODEL_B[:STAGE]"),
-    gate=Gate(3, lambda result: "; ".join(result["failed"])),
+    positional=("RUN", "RUN..."),
+    gate=Gate(3, lambda result: "; ".join(result.get("failed", ()))),
 )

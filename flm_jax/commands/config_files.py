@@ -16,6 +16,7 @@ import difflib
 import importlib.machinery
 import importlib.util
 import pathlib
+import re
 import sys
 import traceback
 import types
@@ -195,6 +196,8 @@ def load_config(given: str) -> ConfigDict:
     except Exception as error:
         frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
         where = f"{path}:{frames[-1].lineno}" if frames else path
+        if wrong := _WRONG_TYPE.fullmatch(str(error)):
+            raise UserError(f"{where}: {_said_plainly(**wrong.groupdict())}") from error
         raise UserError(f"{where}: {type(error).__name__}: {error}; fix the file") from error
     if not isinstance(config, ConfigDict):
         helper = (
@@ -213,6 +216,27 @@ def load_config(given: str) -> ConfigDict:
             with stage.ignore_type(), stage.unlocked():
                 stage.model = _fields_to_override(config_lib.TransformerConfig, *relative)
     return config
+
+
+# What ml_collections says of a value of another type than its field's.
+_WRONG_TYPE = re.compile(
+    r"Could not override field '(?P<field>.*?)' \(reference\)\. (?P<value>.*) is of original type "
+    r"<class '(?P<have>[\w.]+)'> and cannot be casted to type <class '(?P<want>[\w.]+)'>",
+    re.DOTALL,
+)
+_FORMS = {
+    "ConfigDict": "a group of fields, as config_files.to_config_dict makes it",
+    "tuple": "a tuple: write one entry as (entry,), with the comma",
+}
+
+
+def _said_plainly(field: str, value: str, have: str, want: str) -> str:
+    """The error for a value of another type than its field's, with the expected form."""
+    have, want = (name.rpartition(".")[2] for name in (have, want))
+    given = "a group of fields" if have == "ConfigDict" else f"{value!r} of type {have}"
+    forms = {f.name: f.metadata.get("form") for f in dataclasses.fields(config_lib.GrowthConfig)}
+    form = f"{want}, as {forms[field]}" if forms.get(field) else _FORMS.get(want, want)
+    return f"field {field!r} is {given}; it must be {form}"
 
 
 def _fields_to_override(cls: type, base: str, changes: Mapping[str, Any]) -> ConfigDict:

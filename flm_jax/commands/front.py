@@ -25,8 +25,8 @@ from flm_jax.version import __version__
 
 # In the order of --help. "growth check" is flm_jax/commands/growth/check.py.
 COMMANDS = (
-    "train", "doctor", "sft", "growth check", "growth fuzz", "growth checkpoint", "growth probe",
-    "growth draw",
+    "train", "branch", "extend", "sweep", "doctor", "sft",
+    "growth check", "growth fuzz", "growth checkpoint", "growth probe", "growth draw",
     "mup check", "mup sweep", "mup growth", "mup predict",
     "generate", "evaluate", "compare", "harness", "reported",
     "inspect", "describe", "forecast", "preflight", "convert", "families", "vocabulary",

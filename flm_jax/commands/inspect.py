@@ -6,7 +6,8 @@
   flm inspect runs/demo --verify
   flm inspect runs/demo --repair
 
---compare shows sizes, costs and scores of two stages, and where their configs differ.
+--compare shows sizes, costs and scores of two stages, and where their configs differ. Runs are
+compared by `flm compare RUN RUN...`.
 --verify reads all files of the run, and compares them with the digests that were recorded. --repair
 rebuilds lineage.json, config.json, plan.json and receipt.json as far as the other files determine
 them, then verifies. Both end with status 65 if something is damaged or missing.
@@ -129,4 +130,11 @@ def main(call: Call[Flags]) -> dict[str, Any]:
     return result
 
 
-COMMAND = Command(main, Flags, config="none", positional=("DIR",), gate=Gate(Exit.DAMAGE, _failure))
+COMMAND = Command(
+    main,
+    Flags,
+    config="none",
+    positional=("DIR",),
+    unexpected="flm compare RUN RUN... compares runs",
+    gate=Gate(Exit.DAMAGE, _failure),
+)

@@ -22,12 +22,11 @@ from typing import Any
 import rich.console
 
 from flm_jax.aot import compiler
-from flm_jax.commands import config_files, fit_table
+from flm_jax.commands import config_files, fit_table, training
 from flm_jax.commands.command import Call, Command, flag
 from flm_jax.commands.group_flags import GroupFlags
 from flm_jax.config import ExperimentConfig
 from flm_jax.errors import UserError
-from flm_jax.runs import chain, report
 from flm_jax.runtime import host, paths, processes, xla_flags
 from flm_jax.store.lineage import RunFolder
 
@@ -48,11 +47,7 @@ def main(call: Call[Flags]) -> dict[str, Any]:
     with processes.joined(call.flags.group()):
         if call.flags.preflight:
             _preflight(experiment, call.console(width=150))
-        finished = folder.lineage.exists() and folder.stages()
-        stages = chain.run(experiment, str(folder.path))
-        if processes.first():
-            _show(folder, stages, finished == stages, call.console())
-    return {"stages": stages}
+        return training.train(experiment, folder, call.console())
 
 
 def _preflight(experiment: ExperimentConfig, console: rich.console.Console) -> None:
@@ -64,15 +59,6 @@ def _preflight(experiment: ExperimentConfig, console: rich.console.Console) -> N
         console.print(fit_table.table(reports))
     if lacks := fit_table.failure({"programs": reports}):
         raise UserError(f"{lacks}; change its layout")
-
-
-def _show(
-    folder: RunFolder, stages: list[dict[str, Any]], complete: bool, console: rich.console.Console
-) -> None:
-    if complete:
-        console.print(f"{folder.path}: the run is complete")
-    path = report.write(folder)
-    console.print(report.table(stages), f"report: {path}", sep="\n")
 
 
 COMMAND = Command(main, Flags, workdir="required")

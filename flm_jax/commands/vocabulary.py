@@ -34,6 +34,7 @@ EVAL_SEQUENCES = 4096
 def main(call: Call[Flags]) -> dict[str, Any]:
     output = call.flags.output
     data_config = config_files.experiment(call.config).data
+    data_config = dataclasses.replace(data_config, train_vocabulary=0)  # the flag gives the size
     data.train_sentencepiece(data_config, call.flags.vocab_size, output)
     corpus = data.open_corpus(dataclasses.replace(data_config, vocabulary=output))
     num_bytes = num_tokens = 0

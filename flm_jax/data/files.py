@@ -73,7 +73,7 @@ def parts(given: str) -> list[str]:
     >>> parts("a.txt, b/*.md")
     ['a.txt', 'b/*.md']
     """
-    if _exists(paths.of(given)):
+    if "," not in given or _on_this_machine(paths.of(given)):
         return [given]
     return [part.strip() for part in given.split(",") if part.strip()]
 
@@ -86,12 +86,17 @@ def roots(given: str, argument: str) -> list[pathlib.Path]:
 def _root(part: str, argument: str) -> tuple[pathlib.Path, str]:
     """The fixed beginning of a path, and its pattern; "": it has none."""
     whole = paths.of(part, argument)
-    if not _PATTERN.search(part) or _exists(whole):
+    if not _PATTERN.search(part) or _on_this_machine(whole):
         return whole, ""
     names = part.split("/")
     first = next(i for i, name in enumerate(names) if _PATTERN.search(name))
     beginning = "/".join(names[:first]) or ("/" if first else ".")
     return paths.of(beginning, argument), "/".join(names[first:])
+
+
+def _on_this_machine(path: pathlib.Path) -> bool:
+    """Whether a file of this machine has this name; no bucket is asked."""
+    return not paths.remote(path) and _exists(path)
 
 
 def _exists(path: pathlib.Path) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ from flm_jax.params.topology import topology_of
 from flm_jax.runs import announcement, limits
 from flm_jax.runs.guarded import guarded
 from flm_jax.runs.loop import run_stages
+from flm_jax.runs.samples import sampler
 from flm_jax.runs.stage import (
     Batches,
     Parent,
@@ -42,7 +44,8 @@ from flm_jax.runs.stage import (
     restore,
     with_derived,
 )
-from flm_jax.runtime import display, host, joints, paths, processes, xla_flags
+from flm_jax.runtime import display, host, joints, paths, phases, processes, xla_flags
+from flm_jax.store import experiment_file, tracker
 from flm_jax.store.checkpoint import Checkpoints
 from flm_jax.store.lineage import RunFolder, identity
 from flm_jax.train import schedules
@@ -56,12 +59,15 @@ if TYPE_CHECKING:
 Validation = Callable[[int], list[dict[str, np.ndarray]]]
 
 
-def run(config: ExperimentConfig, workdir: str) -> list[dict[str, Any]]:
+def run(
+    config: ExperimentConfig, workdir: str, compiled: pathlib.Path | None = None
+) -> list[dict[str, Any]]:
     """Runs the stages of a chain that are not finished yet.
 
     Args:
       config: the chain.
       workdir: a run folder: new, or one that this config started.
+      compiled: folder of compiled programs; see `RunFolder`.
 
     Returns:
       The stages' entries in lineage.json.
@@ -71,17 +77,16 @@ def run(config: ExperimentConfig, workdir: str) -> list[dict[str, Any]]:
       RunStopped: after a signal of `stop.SIGNALS`; what was trained is on disk.
     """
     require_type(config, ExperimentConfig, "run: config")
-    xla_flags.apply()
-    host.keep_freed()
-    if config.quick_compile:
-        host.compile_quickly()
-    processes.check_devices()
+    set_up(config)
+    given = config
     config, layouts = on_devices(config, jax.devices())
     limits.check_memory(config, jax.devices())
     processes.check_same("the config", mapping.digest(mapping.to_dict(config)))
-    folder = RunFolder(workdir)
+    if config.tracker:
+        tracker.find(config.tracker)  # raises before anything is written
+    folder = RunFolder(workdir, compiled)
     first = config.stages[0]
-    if first.source and not folder.stage(0, first.name).config.exists():
+    if first.source and not paths.listed(folder.path / "stages"):
         open_stage_source(config)  # raises if it does not fit, before anything is written
     for root in files.roots(config.data.path, "config.data.path"):
         paths.check_bucket(root, "config.data.path")
@@ -92,16 +97,25 @@ def run(config: ExperimentConfig, workdir: str) -> list[dict[str, Any]]:
             return done
         if config.data.train_vocabulary:
             processes.once(lambda: _train_vocabulary(config.data, folder))
-        corpus = corpus_of(dataclasses.replace(config, data=folder.data(config.data)))
+        with phases.phase("opening data", phases.before_mistakes()):
+            corpus = corpus_of(dataclasses.replace(config, data=folder.data(config.data)))
         stages = stages_of(config, corpus, folder, layouts)[len(done) :]
-        following = stages[0]
-        processes.once(lambda: folder.check_stage(following.folder(folder), following.identity))
+        processes.once(lambda: _keep_config(given, stages, folder))
         for line in announcement.lines(config, layouts, corpus):
             display.note(line)
         for remark in limits.remarks(config):
             display.note(f"note: {remark}")
         run_stages(stages, folder)
         return processes.once(folder.stages)
+
+
+def set_up(config: ExperimentConfig) -> None:
+    """Makes a config's settings of this process. Call it before JAX compiles anything."""
+    xla_flags.apply()
+    host.keep_freed()
+    if config.quick_compile:
+        host.compile_quickly()
+    processes.check_devices()
 
 
 def _train_vocabulary(config: DataConfig, folder: RunFolder) -> None:
@@ -213,12 +227,23 @@ def check_finished(config: ExperimentConfig, folder: RunFolder, done: list[dict[
             f"{', '.join(names)}; give another workdir",
             argument="workdir",
         )
+    start, origin = 0, experiment_file.origin_of(folder)
     for index, entry in enumerate(done[: len(names)]):
         expected = identity(config, index, entry["data_fingerprint"])
         stage = folder.stage(index, entry["name"])
+        start += entry["steps"]
+        if origin and (index, start) <= (origin.index, origin.step):  # it was not trained here
+            expected = {**stage.saved(), "stage": expected["stage"]}
         folder.check_stage(stage, expected)
         if index:
             stage.require_growth()
+
+
+def _keep_config(config: ExperimentConfig, stages: Sequence[Stage], folder: RunFolder) -> None:
+    """Writes experiment.json. Raises UserError if a stage that has begun has another config."""
+    for stage in stages:
+        folder.check_stage(stage.folder(folder), stage.identity)
+    experiment_file.keep_config(folder, config)
 
 
 def stages_of(
@@ -233,10 +258,14 @@ def stages_of(
       layouts: mesh and sharding of each stage.
     """
     validation = functools.cache(functools.partial(_validation, config, corpus))
+    origin = experiment_file.origin_of(folder)
     stages: list[Stage] = []
     for index, layout in enumerate(layouts):
         before = stages[-1] if stages else None
-        stages.append(_stage(config, index, corpus, folder, layout, before, validation))
+        stage = _stage(config, index, corpus, folder, layout, before, validation)
+        if origin and origin.index == index:
+            stage = dataclasses.replace(stage, origin=origin)
+        stages.append(stage)
     return stages
 
 
@@ -293,6 +322,7 @@ def _stage(
         batches=batches,
         source=source,
         evaluate=functools.partial(_evaluate, own.model, layout, corpus, text),
+        sample=sampler(config, corpus.config.vocabulary, own.model),
     )
 
 

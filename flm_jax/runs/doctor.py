@@ -88,8 +88,9 @@ def needs_of(config: ExperimentConfig | None, workdir: str) -> list[tuple[str, s
         needs += [
             ("stages[0].source", config.stages[0].source, False),
             *(
-                ("data.path", str(root), False)
-                for root in files.roots(config.data.path, "data.path")
+                (f"data.{name}", str(root), False)
+                for name in ("path", "validation_path")
+                for root in files.roots(getattr(config.data, name), f"data.{name}")
             ),
         ]
         if config.data.vocabulary not in ("bytes", "source"):

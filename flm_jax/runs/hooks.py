@@ -9,14 +9,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from flm_jax import mapping
+from flm_jax.runs import findings
 from flm_jax.runs.numerics import Numerics
 from flm_jax.runs.stage import Ramp, Stage
+from flm_jax.runs.timing import StageTime
+from flm_jax.runtime import processes
 from flm_jax.runtime.display import Progress
 from flm_jax.runtime.joints import CutShort
 from flm_jax.store.files import MetricsFile
+from flm_jax.store.lineage import StageFolder
 from flm_jax.store.metrics import TensorBoard
 
-LOG_EVERY = 10  # steps between two rows of metrics.jsonl; a row holds their mean loss
+# Steps between two rows of metrics.jsonl, outside of ramps; a row holds the mean of their losses.
+LOG_EVERY = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +32,7 @@ class Log:
     metrics: MetricsFile
     board: TensorBoard
     progress: Progress
+    timing: StageTime
 
 
 class Evaluation:
@@ -63,6 +70,8 @@ class Evaluation:
             return cut.number
         self._measured[step] = result
         self._write(step, result, mask)
+        if self._stage.sample:
+            self._show(step, self._stage.sample(params, self._ramp.plan, mask))
         return 0
 
     def measured(self, step: int, name: str) -> float | None:
@@ -73,12 +82,38 @@ class Evaluation:
         log, bpb = self._log, result["bpb"]
         more = {name: value for name, value in result.items() if name != "bpb"}
         log.metrics.append("eval", step, **result, mask=mask)
-        log.board.write(step, validation_bits_per_byte=bpb, **more)
+        if self._stage.parent and step == self._stage.start:
+            # The parent's end has the same step, where a curve shows only one of two values.
+            log.board.write(step, "growth", bits_per_byte_after=bpb)
+        else:
+            log.board.write(step, "eval", bits_per_byte=bpb, **more)
         text = "".join(f", {name.replace('_', ' ')} {value:.4f}" for name, value in more.items())
         log.progress.note(
             f"{self._stage.name}  step {step}/{self._stage.end}  validation {bpb:.4f} bits per "
             f"byte{text}"
         )
+
+    def _show(self, step: int, texts: list[str]) -> None:
+        """Writes sample texts."""
+        log = self._log
+        log.metrics.append("samples", step, texts=texts)
+        log.board.text(step, "eval/samples", "\n\n".join(f"```\n{text}\n```" for text in texts))
+        for text in texts:
+            log.progress.note(f"{self._stage.name}  step {step}  sample: {text!r}")
+
+
+def announce(stage: Stage, folder: StageFolder, board: TensorBoard) -> None:
+    """Writes the settings, and marks the growth, at the first step of a stage."""
+    if not processes.first():
+        return
+    board.settings(stage.start, mapping.to_dict(stage.experiment))
+    if stage.parent:
+        before = next((s for s in folder.run.stages() if s["name"] == stage.parent.name), None)
+        bpb = before["eval"]["bpb_end"] if before else None
+        if bpb is not None:
+            board.write(stage.start, "growth", bits_per_byte_before=bpb)
+        entry = {"name": stage.name, "parent": stage.parent.name, "receipt": folder.saved_receipt()}
+        board.text(stage.start, "growth", findings.growth(entry, stage.config.model.dtype))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +150,7 @@ class Report:
         self._first, self._numerics = first, numerics
         self._losses: list[float] = []  # since the last row
         self._norm = 0.0  # of the last step whose update was made
+        self._busy = log.timing.busy()  # of an earlier attempt at the same steps
 
     def __call__(self, dispatched: Dispatched | None) -> int:
         """Waits for a step's results. Call it after the next step was dispatched.
@@ -136,11 +172,13 @@ class Report:
         updated = self._numerics.judge(step, numbers, dispatched.data)
         stage, mask = self._stage, self._ramp.value(step)
         tokens = (step - self._first) * stage.config.batch_size * stage.sequence_length
-        self._log.progress.update(step, loss, tokens, mask)
+        log = self._log
+        log.progress.update(step, loss, tokens, mask, log.timing.busy() - self._busy)
         if updated:
             self._losses.append(loss)
             self._norm = numbers["grad_norm"]
-        if step % LOG_EVERY == 0 and self._losses:
+        due = step % LOG_EVERY == 0 or mask is not None or step in (self._ramp.end, stage.end)
+        if due and self._losses:
             rate = stage.config.learning_rate * stage.schedule(jnp.int32(step - 1))
             row = {
                 "loss": statistics.fmean(self._losses),
@@ -148,7 +186,7 @@ class Report:
                 "learning_rate": float(rate),
                 "mask": 1.0 if mask is None else mask,
             }
-            self._log.metrics.append("train", step, **row)
-            self._log.board.write(step, **row)
+            log.metrics.append("train", step, **row)
+            log.board.write(step, "train", **row, tokens_per_s=log.progress.rate())
             self._losses.clear()
         return int(dispatched.request)

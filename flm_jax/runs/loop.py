@@ -9,6 +9,8 @@ their devices, except inside `processes.once`; only the first process shows and 
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 import signal
 import time
@@ -21,12 +23,13 @@ from jax.experimental.compilation_cache import compilation_cache
 from flm_jax.errors import RunStopped, within
 from flm_jax.params import counts, sharding
 from flm_jax.runs import numerics, recovery
-from flm_jax.runs.hooks import Dispatched, Evaluation, Log, Report
+from flm_jax.runs.hooks import Dispatched, Evaluation, Log, Report, announce
 from flm_jax.runs.stage import Position, Stage, begin, finish, read_added, read_ramp
 from flm_jax.runs.timing import SaveTimer, StageTime
-from flm_jax.runtime import host, joints, paths, processes, watch
+from flm_jax.runtime import host, joints, paths, phases, processes, watch
 from flm_jax.runtime.display import Progress
 from flm_jax.runtime.stop import StopRequest, read_request, request
+from flm_jax.store import tracker
 from flm_jax.store.checkpoint import Checkpoints
 from flm_jax.store.lineage import RunFolder, StageFolder
 from flm_jax.store.metrics import TensorBoard
@@ -49,7 +52,11 @@ def run_stages(stages: Sequence[Stage], run: RunFolder) -> None:
     # A restarted process finds its compiled programs here.
     jax.config.update("jax_compilation_cache_dir", str(paths.absolute(run.compiled)))
     compilation_cache.reset_cache()  # JAX reads the setting only once, at its first program
-    with StopRequest(bounded=True) as stop, TensorBoard(run.tensorboard) as board:
+    experiment = stages[-1].experiment
+    trackers = []
+    if name := experiment.tracker:
+        trackers.append(functools.partial(tracker.open_writer, name, run.path, experiment))
+    with StopRequest(bounded=True) as stop, TensorBoard(run.tensorboard, trackers) as board:
         position = None
         for stage in stages:
             joints.check(f"before stage {stage.name}")
@@ -64,7 +71,7 @@ def _run_stage(
     folder = stage.folder(run)
     watch.HERE.moved(stage=stage.name, phase="start")
     processes.once(lambda: run.begin_stage(folder, stage.identity))
-    timing = StageTime(folder.time)
+    timing = StageTime(stage.name, folder.time)
     checkpoints = recovery.opened(folder, stage.experiment.checkpoint.keep)
     # Growing consumes the parent's position; a second attempt reads it again.
     given = itertools.chain([before], itertools.repeat(None))
@@ -89,7 +96,8 @@ def _run_stage(
                     numerics.go_back(spike, stage, checkpoints)
                     position = recovery.surviving(folder, checkpoints, started)
                     numerics.record(spike, position, folder.metrics)
-        finish(stage, position, folder, checkpoints, timing)
+        with phases.phase(f"{stage.name}  finishing"):
+            finish(stage, position, folder, checkpoints, timing)
     finally:
         checkpoints.close()
     return position
@@ -140,7 +148,9 @@ def train(
     timer = SaveTimer(stage.experiment.checkpoint.every_minutes)
 
     with Progress(stage.name, first, stage.end) as progress, timing.spend("steps"):
-        log = Log(folder.metrics, board, progress)
+        log = Log(folder.metrics, board, progress, timing)
+        if first == stage.start:
+            announce(stage, folder, board)
         evaluate = Evaluation(stage, ramp, log, rows)
         report = Report(stage, ramp, log, first, judge)
         dispatched, signal_number, save = None, 0, False
@@ -179,7 +189,11 @@ def train(
             with timing.spend("input"):
                 batch = sharding.place_batch(next(batches), mesh, *share)
             mask = ramp.value(step + 1)
-            state, metrics = train_step(state, batch, None if mask is None else np.float32(mask))
+            # A step with masks is another program than one without them.
+            new = step == first or (mask is None) != (ramp.value(step) is None)
+            with timing.compiling() if new else contextlib.nullcontext():
+                value = None if mask is None else np.float32(mask)
+                state, metrics = train_step(state, batch, value)
             step += 1
             stop.unsaved = True
             # Of the previous step, while the devices run this one.

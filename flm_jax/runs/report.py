@@ -9,7 +9,11 @@ from typing import Any
 import rich.box
 import rich.table
 
-from flm_jax.runtime.figures import ACCENT, GUIDE, LINE, clean, plt, save
+from flm_jax import mapping
+from flm_jax.config import GrowthConfig
+from flm_jax.runs import findings
+from flm_jax.runtime.display import short
+from flm_jax.runtime.figures import ACCENT, GUIDE, LINE, clean, counted, plt, save, whole
 from flm_jax.runtime.ledger import KINDS, LOST
 from flm_jax.store import entries
 from flm_jax.store.files import write_atomically
@@ -45,7 +49,7 @@ def _row(stage: dict[str, Any]) -> list[str]:
         ]
     return [
         stage["name"],
-        f"{stage['params'] / 1e6:,.2f}M",
+        short(stage["params"]),
         f"{stage['steps']:,}",
         f"{stage['tokens']:,}",
         f"{stage['flops']:.2e}",
@@ -121,12 +125,12 @@ def _curves(folder: RunFolder, stages: Sequence[dict[str, Any]], path: pathlib.P
             rows = [r for r in rows if r["step"] > 0]
             xs = [done + (r["step"] - first_step) * per_step for r in rows]
             ys = [r["bpb"] for r in rows]
-            panel.plot(xs, ys, color=LINE, marker="o", markersize=3)
+            panel.plot(xs, ys, color=LINE, marker="o", markersize=3, label=stage["name"])
             if stage["index"] > 0:
                 panel.axvline(done, color=ACCENT, linestyle="--", linewidth=1)
                 grew = stage in _grown(stages)
                 panel.annotate(
-                    f"grow to {stage['params'] / 1e6:.3g}M" if grew else stage["name"],
+                    f"grow to {short(stage['params'])}" if grew else stage["name"],
                     (done, 1),
                     (3, -4),
                     xycoords=("data", "axes fraction"),
@@ -140,6 +144,7 @@ def _curves(folder: RunFolder, stages: Sequence[dict[str, Any]], path: pathlib.P
             first_step += stage["steps"]
         panel.set_xlabel(name)
         panel.set_xlim(left=0)
+        counted(panel.xaxis)
         clean(panel)
     panels[0].set_ylabel("validation bits per byte")
     save(figure, path)
@@ -150,17 +155,28 @@ def _ramps(folder: RunFolder, stages: Sequence[dict[str, Any]], path: pathlib.Pa
     grown = _grown(stages)
     figure, panels = plt.subplots(1, len(grown), figsize=(4.5 * len(grown), 3.4), squeeze=False)
     for panel, stage in zip(panels[0], grown, strict=True):
-        rows = folder.stage(stage["index"], stage["name"]).metrics.rows("train")
-        ramp = sum(r["mask"] < 1 for r in rows)
-        rows = rows[: max(2 * ramp, ramp + 2)]
-        steps = [r["step"] for r in rows]
-        panel.plot(steps, [r["loss"] for r in rows], color=LINE)
+        stage_folder = folder.stage(stage["index"], stage["name"])
+        rows = stage_folder.metrics.rows("train")
+        settings = mapping.from_mapping(GrowthConfig, stage_folder.saved()["stage"]["growth"])
+        start = sum(s["steps"] for s in stages if s["index"] < stage["index"])
+        masked = any(row["mask"] < 1 for row in rows)
+        ramp = settings.ramp_steps if masked else 0
+        end = start + min(max(2 * ramp, ramp + 20), stage["steps"])
+        shown = [row for row in rows if start < row["step"] <= end]
+        panel.plot(
+            [row["step"] for row in shown], [row["loss"] for row in shown], color=LINE, marker=".",
+            markersize=3, linewidth=1, label="training loss",
+        )  # fmt: skip
         panel.set(title=f"{stage['name']}: the ramp", xlabel="step")
-        panel.set_ylabel("training loss, 10-step mean (nats)", color=LINE)
+        panel.set_ylabel("training loss (nats per token)", color=LINE)
+        whole(panel.xaxis)
         right = panel.twinx()
-        right.plot(steps, [r["mask"] for r in rows], color=GUIDE)
+        steps = range(start, end + 1)
+        values = [settings.mask_at(step - start) if masked else None for step in steps]
+        masks = [1.0 if value is None else value for value in values]
+        right.plot(steps, masks, color=GUIDE, label="mask")
         right.set_ylim(0, 1.05)
-        right.set_ylabel("mask of the added slots", color=GUIDE)
+        right.set_ylabel("mask of the added slots (0 to 1)", color=GUIDE)
         right.spines["top"].set_visible(False)
         panel.spines["top"].set_visible(False)
     save(figure, path)
@@ -176,8 +192,9 @@ def _distances(folder: RunFolder, stages: Sequence[dict[str, Any]], path: pathli
         colors = [ACCENT if c else GUIDE for c in copied]
         panel.bar(range(len(distances)), distances, color=colors)
         panel.set_yscale("log")
-        panel.set(title=f"before {stage['name']} (orange: copied)", xlabel="layer")
-        panel.set_ylabel("||out - in|| / ||in||")
+        panel.set(title=f"before {stage['name']} (orange: copied)", xlabel="layer (index from 0)")
+        panel.set_ylabel("distance ||out - in|| / ||in|| (ratio)")
+        whole(panel.xaxis)
         clean(panel)
     save(figure, path)
 
@@ -201,8 +218,16 @@ def write(folder: RunFolder) -> pathlib.Path:
         ]
     for name, _, draw in figures:
         draw(folder, stages, folder.report / name)
-    config = folder.stage(0, stages[0]["name"]).saved()
-    pictures = "\n".join(f"![{caption}]({name})\n\n{caption}\n" for name, caption, _ in figures)
+    folders = _folders(folder, stages)
+    configs = [f.saved() for f in folders]
+    config = configs[0]
+    pictures = "\n".join(
+        f"![{caption}]({name})\n\n{caption} [SVG]({stem}.svg), [data]({stem}.csv)\n"
+        for name, caption, _ in figures
+        for stem in [name.removesuffix(".png")]
+    )
+    said = findings.sentences(stages, [f.metrics.rows("eval") for f in folders], configs)
+    measured = "\n".join(f"- {sentence}" for sentence in said)
     text = f"""# {" -> ".join(s["name"] for s in stages)}
 
 Data: `{config["data"]["task"]}`, vocabulary `{config["data"]["vocabulary"]}`, fingerprint
@@ -214,12 +239,12 @@ Data: `{config["data"]["task"]}`, vocabulary `{config["data"]["vocabulary"]}`, f
 the logits. "Loss change" is in nats per token. Both are measured on the calibration batch.
 
 {pictures}{_times(stages)}
-## What this does and does not show
+## What this run measured
 
-It shows the mechanics: each growth keeps the function, training continues, and the loss falls from
-stage to stage. It does not show that growth saves compute. At sizes that train in minutes, a small
-model that is trained longer reaches a lower loss than the grown one. The decay of the learning rate
-causes part of the fall in the last stage.
+{measured}
+
+It has no control that was never grown, so it does not show whether growth saved compute.
+`flm study` tests that.
 """
     path = folder.report / "report.md"
     write_atomically(path, text)

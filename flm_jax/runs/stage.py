@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import optax
 
-from flm_jax import growth
+from flm_jax import growth, mapping
 from flm_jax.config import ExperimentConfig, GrowthConfig, StageConfig, TransformerConfig
 from flm_jax.errors import within
 from flm_jax.growth import ligo, measure
@@ -33,6 +33,7 @@ from flm_jax.runs.timing import StageTime
 from flm_jax.runtime import joints, processes, xla_flags
 from flm_jax.store import audit, integrity
 from flm_jax.store.checkpoint import Checkpoints
+from flm_jax.store.experiment_file import Origin
 from flm_jax.store.lineage import RunFolder, StageFolder
 from flm_jax.train import optim, schedules
 from flm_jax.train.schedules import Schedule
@@ -108,8 +109,10 @@ class Stage:
       source: reads the parent's final position; without a parent it makes the first position.
       evaluate: (parameters, masks_at, mask_value) -> measurements by name, `bpb` (validation bits
         per byte) among them.
+      sample: (parameters, the growth, mask_value) -> sample texts; None: none are asked for.
       best_by: a measurement's name; the checkpoint with its lowest value is the stage's result.
         "": the last checkpoint is.
+      origin: the state of another run that it continues from; None: none.
     """
 
     config: StageConfig
@@ -125,7 +128,9 @@ class Stage:
     batches: Callable[..., Batches]
     source: Callable[[], Position]
     evaluate: Callable[[Any, MasksAt | None, float | None], dict[str, float]]
+    sample: Callable[[Any, growth.Plan | None, float | None], list[str]] | None = None
     best_by: str = ""
+    origin: Origin | None = None
 
     @property
     def name(self) -> str:
@@ -167,7 +172,10 @@ def restore(stage: Stage, checkpoints: Checkpoints, step: int | None = None) -> 
     like = abstract_state(stage.config.model, stage.tx, stage.layout)
     state, progress = checkpoints.restore(step, like)
     with integrity.reading(path, "its position in the data"):
-        return Position(state, progress["data"], progress["wall_s"], progress.get("past", {}))
+        position, wall_s = progress["data"], progress["wall_s"]
+    if stage.origin and stage.origin.restarts_data and stage.origin.step == step:
+        position = stage.batches(stage.config.batch_size).get_state()
+    return Position(state, position, wall_s, progress.get("past", {}))
 
 
 def begin(
@@ -287,30 +295,33 @@ class Ramp:
     """The rise of a stage's run-time masks from 0 to 1.
 
     Attributes:
-      masks_at: mask value -> masks by axis; None: the stage has no masks.
+      plan: the stage's growth; None: it was not grown.
       start: the global step at which the stage starts.
-      growth: the stage's growth settings.
+      settings: the stage's growth settings.
     """
 
-    masks_at: MasksAt | None
+    plan: growth.Plan | None
     start: int
-    growth: GrowthConfig
+    settings: GrowthConfig
+
+    @property
+    def masks_at(self) -> MasksAt | None:
+        """Mask value -> masks by axis; None: the stage has no masks."""
+        return self.plan.masks if self.plan and self.plan.masked else None
 
     @property
     def end(self) -> int:
         """The global step from which all masks are 1."""
-        return self.start + (self.growth.ramp_steps if self.masks_at else 0)
+        return self.start + (self.settings.ramp_steps if self.masks_at else 0)
 
     def value(self, step: int) -> float | None:
         """Returns the masks' value after a global step; None: the stage has no masks."""
-        return self.growth.mask_at(step - self.start) if self.masks_at else None
+        return self.settings.mask_at(step - self.start) if self.masks_at else None
 
 
 def read_ramp(stage: Stage, folder: StageFolder) -> Ramp:
     """Reads the ramp of a stage that `begin` has started."""
-    plan = read_plan(stage, folder)
-    masks_at = plan.masks if plan and plan.masked else None
-    return Ramp(masks_at, stage.start, stage.config.growth)
+    return Ramp(read_plan(stage, folder), stage.start, stage.config.growth)
 
 
 def calibration_batch(batches: Batches, data: dict[str, Any]) -> dict[str, Any]:
@@ -444,6 +455,8 @@ def finish(
         entry = entry_of(folder, parent, plan, position.step)
         more = {"wall_s": wall_s, "params_digest": digest, "checkpoint": str(path)}
         computed = computed_by(stage.config.model)
+        if stage.origin:
+            computed["origin"] = mapping.to_dict(stage.origin)
         folder.run.add_stage(entry | computed | more | {"goodput": timing.result()})
 
     processes.once(add)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,10 +13,24 @@ from rich.filesize import decimal
 
 from flm_jax.runtime import processes
 
-PLAIN_SECONDS = 10.0
+PLAIN_SECONDS = 5.0
+WINDOW_SECONDS = 30.0  # over which rates are averaged
+_LAST_LINE = [time.monotonic()]  # when this process printed its last line
 
 
 WIDE = 1000  # columns where there is no terminal: nothing is wrapped in a file or a pipe
+
+
+def short(number: float) -> str:
+    """A count in three digits, as people say it.
+
+    >>> short(77_700), short(17_129_920), short(1_595_360), short(52), short(1.2e12)
+    ('77.7k', '17.1M', '1.6M', '52', '1.2T')
+    """
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= 0.9995 * size:
+            return f"{number / size:.3g}{letter}"
+    return f"{number:.3g}"
 
 
 def open_console(*, stderr: bool = False, **options: Any) -> rich.console.Console:
@@ -29,6 +44,12 @@ def open_console(*, stderr: bool = False, **options: Any) -> rich.console.Consol
 def note(text: str) -> None:
     """Prints one line on standard error, by the first process."""
     open_console(stderr=True, quiet=not processes.first()).print(text, highlight=False)
+    _LAST_LINE[0] = time.monotonic()
+
+
+def silent_since() -> float:
+    """When `note` or a `Progress` printed their last line, by `time.monotonic`."""
+    return _LAST_LINE[0]
 
 
 class Progress:
@@ -58,9 +79,11 @@ class Progress:
         """
         self._console = console or open_console(stderr=True, quiet=not processes.first())
         self._clock, self._name, self._unit = clock, name, unit
-        self._first = self._done = done
+        self._done = done
         self._total = total
         self._began = self._last_line = clock()
+        # Time at work, units and tokens at some updates: the ends of the window of rates.
+        self._past: collections.deque[tuple[float, int, int]] = collections.deque([(0.0, done, 0)])
         amount: list[rich.progress.ProgressColumn] = [rich.progress.MofNCompleteColumn()]
         if unit == "bytes":
             amount = [rich.progress.DownloadColumn(), rich.progress.TransferSpeedColumn()]
@@ -83,7 +106,12 @@ class Progress:
         self._bar.stop()
 
     def update(
-        self, done: int, loss: float | None = None, tokens: int = 0, mask: float | None = None
+        self,
+        done: int,
+        loss: float | None = None,
+        tokens: int = 0,
+        mask: float | None = None,
+        busy: float | None = None,
     ) -> None:
         """Shows that `done` units are done.
 
@@ -92,17 +120,27 @@ class Progress:
           loss: loss of the last training step, in nats per token; None: nothing is trained.
           tokens: number of tokens trained since this display started.
           mask: value of the run-time masks; None: there are none.
+          busy: seconds of work since this display started, without what rates should leave out;
+            None: all of them.
         """
         self._done, now = done, self._clock()
-        seconds = max(now - self._began, 1e-9)
-        status = "" if loss is None else f"loss {loss:.3f}  {tokens / seconds:,.0f} tokens/s"
+        busy = now - self._began if busy is None else busy
+        self._past.append((busy, done, tokens))
+        while len(self._past) > 2 and busy - self._past[1][0] >= WINDOW_SECONDS:
+            self._past.popleft()
+        status = "" if loss is None else f"loss {loss:.3f}  {self.rate():,.0f} tokens/s"
         if mask is not None:
             status += f"  mask {mask:.2f}"
         self._bar.update(self._task, completed=done, total=self._total, status=status)
         due = now - self._last_line >= PLAIN_SECONDS or done == self._total
         if due and not self._console.is_terminal:
             self._last_line = now
-            self._console.print(self._line(status, seconds), highlight=False)
+            self.note(self._line(status))
+
+    def rate(self) -> float:
+        """Tokens per second of work, over the window."""
+        (then, _, before), (now, _, tokens) = self._past[0], self._past[-1]
+        return (tokens - before) / max(now - then, 1e-9)
 
     def add(self, units: int) -> None:
         """Shows that more units are done."""
@@ -116,10 +154,12 @@ class Progress:
     def note(self, text: str) -> None:
         """Prints a line of its own, above the bar."""
         self._console.print(text, highlight=False)
+        _LAST_LINE[0] = time.monotonic()
 
-    def _line(self, status: str, seconds: float) -> str:
+    def _line(self, status: str) -> str:
         total = self._total or 0
-        rate = (self._done - self._first) / seconds
+        (then, first, _), (now, done, _) = self._past[0], self._past[-1]
+        rate = (done - first) / max(now - then, 1e-9)
         if self._unit == "bytes":
             amount = f"{decimal(self._done)} of {decimal(total)}  {decimal(int(rate))}/s"
         else:

@@ -95,6 +95,11 @@ class SftConfig(Checked):
         )
         require_choice(self, "overlong", OVERLONG)
         require(
+            not self.eval.samples,
+            f"SftConfig.eval.samples is {self.eval.samples}; fine-tuning scores answers "
+            "(score_samples) and shows no sample texts: set it to 0",
+        )
+        require(
             0 < self.held_out < 1,
             f"SftConfig.held_out is {self.held_out}; it must be between 0 and 1",
         )

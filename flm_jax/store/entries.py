@@ -100,6 +100,7 @@ def _check_entry(entry: Any, place: int) -> None:
     require(isinstance(scores, dict), f"{path}.eval is no group of named values")
     for name in dict.fromkeys(("bpb_start", "bpb_end", *scores)):
         _check_number(scores, name, f"{path}.eval", null=True)
+    require(isinstance(entry.get("origin", {}), dict), f"{path}.origin is no group of values")
     require("receipt" in entry, f"{path}.receipt is missing; it is null or a group of values")
     receipt = entry["receipt"]
     if receipt is not None:

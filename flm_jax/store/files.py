@@ -144,7 +144,7 @@ class MetricsFile:
         Rows of the kind "damage" stay: they are of a checkpoint, not of a step.
         """
         kept = [row for row in self.rows() if row["step"] <= step or row["kind"] == "damage"]
-        self._write(kept)
+        self.write(kept)
         return kept
 
     def append(self, kind: str, step: int, **values: Any) -> None:
@@ -163,9 +163,10 @@ class MetricsFile:
     def publish(self) -> None:
         """Makes sure that the file has all rows; call it before a checkpoint that follows them."""
         if self._pending:
-            self._write(self.rows())
+            self.write(self.rows())
 
-    def _write(self, rows: list[dict[str, Any]]) -> None:
+    def write(self, rows: list[dict[str, Any]]) -> None:
+        """Replaces all rows."""
         write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         self._pending, self._published = [], time.monotonic()
 

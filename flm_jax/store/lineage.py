@@ -197,6 +197,7 @@ class RunFolder:
         """
         self.path = paths.of(path)
         self.lineage = self.path / "lineage.json"
+        self.experiment = self.path / "experiment.json"  # see `experiment_file`
         self.tensorboard = self.path / "tensorboard"
         self.report = self.path / "report"
         self.crashes = self.path / "crashes"  # tracebacks of bugs, and stacks of hangs
@@ -246,8 +247,9 @@ class RunFolder:
                 "you own",
                 argument="workdir",
             ) from error
+        files = (self.crashes, self.vocabulary, self.experiment)
         # Also what a process left that was killed before the run's first file.
-        own = (lock.NAME, _PROBE, self.crashes.name, self.vocabulary.name)
+        own = (lock.NAME, _PROBE, *(file.name for file in files))
         others = (path for path in paths.listed(self.path) if not path.name.startswith(own))
         if any(others) and not (self.path / "stages").is_dir():
             raise UserError(
@@ -351,7 +353,16 @@ class RunFolder:
         """Returns the entry of one finished stage; see `pick_stage`."""
         return pick_stage(self.stages(), stage, self.path)
 
-    def branch(self, other: RunFolder, stages: int | None = None) -> None:
+    def begun(self) -> list[StageFolder]:
+        """Returns the folders of the stages that have begun, by index."""
+        return [folder for folder in self.folders() if folder.config.is_file()]
+
+    def branch(
+        self,
+        other: RunFolder,
+        stages: int | None = None,
+        origins: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
         """Copies finished stages into a new run folder, where training can continue.
 
         Files are hard links where one disk has both: a complete checkpoint never changes.
@@ -359,6 +370,7 @@ class RunFolder:
         Args:
           other: the new run's folder; if it has finished stages already, nothing is done.
           stages: number of stages to copy, from the first one; None: all.
+          origins: for each copied entry of lineage.json, what it says as `origin`; (): nothing.
         """
         if other.lineage.exists():
             return
@@ -371,6 +383,8 @@ class RunFolder:
             link_tree(stage.path, copy.path)
             for step in paths.listed(copy.checkpoints):
                 mark_complete(step)
+        if origins:
+            copied = [s | {"origin": dict(o)} for s, o in zip(copied, origins, strict=True)]
         if self.vocabulary.exists():
             paths.copy(self.vocabulary, other.vocabulary)
         write_json(other.lineage, {"version": entries.VERSION, "stages": copied})
@@ -424,8 +438,8 @@ def identity(config: ExperimentConfig, index: int, fingerprint: str) -> dict[str
     """Returns the settings that affect a stage's results; they are compared on resume.
 
     These are the stage's own config, the settings that all stages share, and the data. Meshes,
-    layouts, and the settings of evaluation, checkpoints, watchdog and numerics are left out: they
-    may change on resume.
+    layouts, and the settings of evaluation, checkpoints, watchdog, numerics and tracker are left
+    out: they may change on resume.
 
     Args:
       config: the chain.
@@ -436,7 +450,8 @@ def identity(config: ExperimentConfig, index: int, fingerprint: str) -> dict[str
       JSON values, as they are written to config.json.
     """
     shared = mapping.to_dict(config)
-    for name in ("stages", "mesh", "eval", "checkpoint", "watchdog", "numerics"):
+    left_out = ("stages", "mesh", "eval", "checkpoint", "watchdog", "numerics", "tracker")
+    for name in left_out:
         shared.pop(name, None)
     shared["schedule"]["total_steps"] = config.schedule.total_steps or config.total_steps
     stage = mapping.to_dict(dataclasses.replace(config.stages[index], layouts=()))

@@ -44,11 +44,15 @@ class Trials:
           identity: JSON values of the fields that identify the result. One of them is a digest of
             everything that affects the result (`mapping.digest`).
         """
-        for row in self._rows:
-            # A failure is stored, but computed again.
-            if "failure" not in row and all(row.get(k) == v for k, v in identity.items()):
-                return row
-        return None
+        # A failure is stored, but computed again.
+        return next((row for row in self._of(identity) if "failure" not in row), None)
+
+    def failure(self, identity: Mapping[str, Any]) -> str:
+        """Returns the latest failure of the result with these values; "": there is none."""
+        return next((row["failure"] for row in self._of(identity)[::-1] if "failure" in row), "")
+
+    def _of(self, identity: Mapping[str, Any]) -> list[Row]:
+        return [row for row in self._rows if all(row.get(k) == v for k, v in identity.items())]
 
     def result(self, identity: Mapping[str, Any], compute: Callable[[], Mapping[str, Any]]) -> Row:
         """Returns the stored result with this identity; computes and stores it if there is none.

@@ -333,7 +333,7 @@ def _sizes_figure(
         panel.axhline(value(rows.base, over, "loss"), color=ACCENT, linewidth=1, linestyle=":")
         panel.set_xscale("log", base=2)
         panel.set_xticks(config.sizes, [str(size) for size in config.sizes])
-        panel.set(title=f"{name} categories (dotted: base)", xlabel="conversations")
+        panel.set(title=f"{name} categories (dotted: base)", xlabel="conversations (count)")
         clean(panel)
     panels[0][0].set_ylabel("held-out response loss (nats per token)")
     panels[0][-1].legend(fontsize=8, frameon=False)
@@ -363,7 +363,9 @@ def _mixes_figure(
             )  # fmt: skip
         panel.set_xticks(range(len(shown)), shown, rotation=35, ha="right", fontsize=8)
         panel.set_ylim(0, 1 if metric == "accuracy" else None)
-        panel.set_ylabel("nats per token" if metric == "loss" else "share right")
+        panel.set_ylabel(
+            "response loss (nats per token)" if metric == "loss" else "share right (0 to 1)"
+        )
         clean(panel)
     panels[0].legend(title="mix", fontsize=8, frameon=False)
     save(figure, path)

@@ -26,9 +26,10 @@ def draw_coordinates(found: dict[str, Any], axis: str, path: pathlib.Path) -> No
         panel.set_yscale("log", base=2)
         panel.set_xticks(result[f"{axis}s"], [str(size) for size in result[f"{axis}s"]])
         steepest = result["max_slope"]
-        panel.set(title=f"{_NAMES[parametrisation]}: steepest slope {steepest:+.2f}", xlabel=axis)
+        panel.set(title=f"{_NAMES[parametrisation]}: steepest slope {steepest:+.2f}")
+        panel.set_xlabel("width (d_model)" if axis == "width" else "depth (layers)")
         clean(panel)
-    panels[0].set_ylabel("root mean square of the change")
+    panels[0].set_ylabel("root mean square of the change (activation)")
     panels[1].legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     save(figure, path)
 
@@ -52,7 +53,9 @@ def draw_sweep(found: dict[str, Any], axis: str, path: pathlib.Path) -> None:
             best = result["grid"].index(result["best"][size])
             panel.plot(result["grid"][best], ys[best], "o", color=ACCENT, markersize=6)
         panel.set_xscale("log", base=2)
-        panel.set(title=f"{_NAMES[parametrisation]}: {name}", xlabel="times the proxy's")
+        panel.set(
+            title=f"{_NAMES[parametrisation]}: {name}", xlabel=f"{name} over the proxy's (ratio)"
+        )
         clean(panel)
     panels[0][0].set_ylabel("validation bits per byte")
     panels[0][0].legend(title=axis, fontsize=7, frameon=False)
@@ -77,6 +80,6 @@ def draw_growth(found: dict[str, Any], path: pathlib.Path) -> None:
         panel.set_yscale("log")
         panel.set(title=f"{kind}-like" if kind != "readout" else kind, xlabel="steps since growth")
         clean(panel)
-    panels[0].set_ylabel("root mean square of updates")
+    panels[0].set_ylabel("root mean square of updates (parameter)")
     panels[-1].legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     save(figure, path)

@@ -246,7 +246,7 @@ def draw(
         at = [p["x"] for p in predicted]
         panel.plot(at, measured, "x", color=ACCENT, markersize=8, label="measured afterwards")
     panel.set_xscale("log")
-    panel.set(xlabel="parameters or FLOPs", ylabel="loss")
+    panel.set(xlabel="parameters or FLOPs", ylabel="loss (nats per token)")
     panel.legend(fontsize=8, frameon=False)
     clean(panel)
     save(figure, path)

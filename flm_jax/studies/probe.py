@@ -23,7 +23,7 @@ from flm_jax.params import counts
 from flm_jax.runs import chain
 from flm_jax.runs.stage import plan_of
 from flm_jax.runtime import paths
-from flm_jax.runtime.figures import GUIDE, clean, plt, save
+from flm_jax.runtime.figures import ACCENT, GUIDE, LINE, clean, counted, plt, save
 from flm_jax.store.files import write_atomically, write_json, write_result
 from flm_jax.store.lineage import RunFolder
 from flm_jax.studies.config import ArmConfig, ProbeConfig
@@ -231,24 +231,36 @@ def markdown(arms: Sequence[dict[str, Any]]) -> str:
 
 
 def _probe_curves(arms: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
-    """Draws each arm's mean validation bits per byte against the FLOPs after the growth."""
-    figure, panel = plt.subplots(figsize=(8, 4.6))
-    colors = plt.get_cmap("viridis")
-    for n, arm in enumerate(arms):
-        curves = np.array(arm["curves"])  # [seed, evaluation, (FLOPs, bits per byte)]
-        color = GUIDE if arm["recipe"] is None else colors(0.9 * n / max(len(arms) - 1, 1))
-        xs, ys = curves[0, :, 0], curves[:, :, 1]
-        style = "--" if arm["recipe"] is None else "-"
-        panel.plot(xs, ys.mean(0), style, color=color, label=f"{n + 1}  {arm['name']}")
-        if len(ys) > 1:
-            panel.fill_between(xs, ys.min(0), ys.max(0), color=color, alpha=0.12, linewidth=0)
-    panel.set(xlabel="training FLOPs after the growth", ylabel="validation bits per byte")
-    panel.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    panel.set_xlim(left=0)
+    """Draws a panel for each arm: bits per byte against the FLOPs after the growth.
+
+    Thin lines are seeds, the thick one is their mean; grey is the mean of the best other arm.
+    """
+    columns = min(4, len(arms))
+    rows = -(-len(arms) // columns)
+    figure, panels = plt.subplots(
+        rows, columns, figsize=(2.9 * columns, 2.5 * rows), sharex=True, sharey=True, squeeze=False
+    )
+    for panel in panels.flat[len(arms) :]:
+        panel.set_axis_off()
+    means = [np.array(arm["curves"]).mean(0) for arm in arms]  # [evaluation, (FLOPs, bpb)]
+    for n, (panel, arm) in enumerate(zip(panels.flat, arms, strict=False)):
+        if len(arms) > 1:
+            other = 1 if n == 0 else 0
+            panel.plot(*means[other].T, color=GUIDE, linewidth=1.5, label=arms[other]["name"])
+        color = ACCENT if arm["recipe"] is None else LINE
+        for seed, curve in enumerate(arm["curves"]):
+            panel.plot(*np.array(curve).T, color=color, linewidth=0.6, label=f"seed {seed}")
+        panel.plot(*means[n].T, color=color, linewidth=1.8, label="mean")
+        panel.set_title(f"{n + 1}  {arm['name']}", fontsize=9)
+        panel.tick_params(labelbottom=n + columns >= len(arms))  # nothing is below it
+        counted(panel.xaxis)
+        clean(panel)
     lowest = min(arm["mean_end"] for arm in arms)
     highest = max(bpb for arm in arms for curve in arm["curves"] for _, bpb in curve)
-    panel.set_ylim(0.97 * lowest, min(1.35 * lowest, 1.02 * highest))  # cuts off extreme starts
-    clean(panel)
+    # Cuts off extreme starts.
+    panels[0][0].set(xlim=(0, None), ylim=(0.97 * lowest, min(1.35 * lowest, 1.02 * highest)))
+    figure.supxlabel("training FLOPs after the growth", fontsize=9)
+    figure.supylabel("validation bits per byte", fontsize=9)
     save(figure, path)
 
 
@@ -274,7 +286,7 @@ def write_report(arms: Sequence[dict[str, Any]], workdir: str) -> pathlib.Path:
 
 Validation bits per byte, mean of {seeds} seed(s); {arms[0]["flops"][0]:.2e} training FLOPs each
 after the growth, with LiGO's fit. Behind the best: pairs of the same seed, 95% interval (t).
-Shaded in the figure: from the lowest to the highest seed.
+In the figure: thin lines are seeds, grey is the best arm (in its own panel, the second one).
 
 {which(arms)}
 

@@ -6,24 +6,13 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 
-from flm_jax.runtime.figures import ACCENT, GUIDE, LINE, clean, plt
+from flm_jax.runtime.figures import ACCENT, GUIDE, LINE, clean, plt, save
 from flm_jax.studies.growth_study.analysis import Interval, Result
 from flm_jax.studies.growth_study.results import Results, Row
 
 STYLES = ("-", "--", ":", "-.")
-
-
-def _save(figure: Any, path: pathlib.Path) -> None:
-    """Writes PATH.svg and PATH.png; the same results give the same files."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.tight_layout()
-    with matplotlib.rc_context({"svg.hashsalt": path.name}):
-        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
-    figure.savefig(path.with_suffix(".png"), dpi=130)
-    plt.close(figure)
 
 
 def draw(results: Results, judged: Sequence[Result], folder: pathlib.Path) -> list[str]:
@@ -68,7 +57,7 @@ def _decayed(results: Results, path: pathlib.Path) -> None:
     panel.set(xscale="log", xlabel="training FLOPs", ylabel="validation bits per byte")
     panel.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     clean(panel)
-    _save(figure, path)
+    save(figure, path.with_suffix(".png"))
 
 
 def _forest(panel: Any, rows: Sequence[tuple[str, Interval]], null: float) -> None:
@@ -92,7 +81,7 @@ def _multipliers(judged: Sequence[Result], path: pathlib.Path) -> None:
     _forest(right, [(r.arm, r.versus[r.best]) for r in judged], 0.0)
     right.set(xlabel=f"bits per byte minus the best fixed size ({judged[0].best})")
     right.invert_yaxis()
-    _save(figure, path)
+    save(figure, path.with_suffix(".png"))
 
 
 def _curves(results: Results, path: pathlib.Path) -> None:
@@ -115,7 +104,7 @@ def _curves(results: Results, path: pathlib.Path) -> None:
     panel.set_ylim(low, min(high, 1.6 * max(low, 0.1)))
     panel.legend(frameon=False, fontsize=8)
     clean(panel)
-    _save(figure, path)
+    save(figure, path.with_suffix(".png"))
 
 
 def loss_curve(results: Results, trial: Row) -> tuple[list[float], list[float]]:
