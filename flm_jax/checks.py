@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from flm_jax.errors import UserError
+from flm_jax.version import __version__
 
 
 def require(condition: bool, message: str) -> None:
@@ -34,6 +35,35 @@ def require_choice(config: Any, name: str, choices: tuple[str, ...]) -> None:
     require(
         value in choices,
         f"{type(config).__name__}.{name} is {value!r}; choose one of {', '.join(choices)}",
+    )
+
+
+def require_version(what: str, data: dict[str, Any], known: int, first: int = 1) -> None:
+    """Takes the version of a file's format out of its content, and checks it.
+
+    Readers bring older versions forward: a new field has a default with the old behaviour
+    (`mapping.added`), and states are converted by `store/earlier.py`. A file of a later version
+    also says, as `flm_jax`, the version of the package that wrote it.
+
+    Args:
+      what: the file, for the error.
+      data: its content; `version` and `flm_jax` are removed.
+      known: the version that is written today, and the latest one that is read.
+      first: the version of a file that states none; 0: it must state one.
+
+    Raises:
+      UserError: the version is later, or is no version.
+    """
+    version, writer = data.pop("version", first), data.pop("flm_jax", None)
+    if isinstance(version, int) and version > known:
+        newer = f"flm_jax {writer}" if isinstance(writer, str) else "a later flm_jax"
+        raise UserError(
+            f"{what}: version {version} of its format, but flm_jax {__version__} reads up to "
+            f"{known}; install {newer} (pip install --upgrade flm_jax)"
+        )
+    require(
+        isinstance(version, int) and not isinstance(version, bool) and version >= 1,
+        f"{what}: version {version}, but it must be a number from 1 to {known}; restore the file",
     )
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import re
 import runpy
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 from flm_jax import extras
 from flm_jax.errors import UserError
+from flm_jax.version import __version__
 from tests.commands import ROOT
 
 # Refuses what the extra [train] installs, as if it were missing.
@@ -110,6 +112,12 @@ def test_setup_lists_every_package_that_is_imported(declared):
         else:
             assert listed in core | optional["train"], name
             assert name in WITH or listed in core or name == "scipy", name  # jax installs scipy
+
+
+def test_the_version_is_the_same_everywhere():
+    assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    assert re.search(rf"^## {re.escape(__version__)} - \d{{4}}-\d\d-\d\d$", changes, re.M)
 
 
 def test_the_versions_of_python_are_true(declared):

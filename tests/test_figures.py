@@ -39,7 +39,7 @@ def test_a_figure_has_its_data_and_is_the_same_every_time(tmp_path):
         assert one == two
     rows = rows_of(tmp_path / "one/plot.csv")
     assert {(r["panel"], r["x_label"], r["y_label"]) for r in rows if r["series"] == "loss"} == {
-        ("a panel", "steps", "nats")
+        ("0 a panel", "steps", "nats")
     }
     points = [(r["series"], float(r["x"]), float(r["y"]), r["low"], r["high"]) for r in rows]
     assert points == [

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from flm_jax import mapping
+from flm_jax.checks import require_version
 from flm_jax.config import BLOCK_FIELDS, MOMENTS, RATES, TransformerConfig
 from flm_jax.data import json_text
 from flm_jax.errors import UserError
@@ -236,11 +237,7 @@ class Plan:
             raise UserError(f"plan: not JSON ({error}); restore plan.json") from None
         if not isinstance(data, dict):
             raise UserError("plan: no JSON object; restore plan.json")
-        if (version := data.pop("version", None)) != VERSION:
-            raise UserError(
-                f"plan: version {version}, but this code reads version {VERSION}; use the version "
-                "of flm_jax that wrote it"
-            )
+        require_version("plan", data, VERSION, first=0)
         made = mapping.from_mapping(cls, data, "plan")
         _check_models(made.source, made.target)
         grown = dict(made.small.sizes)

@@ -22,7 +22,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from flm_jax.errors import RunStopped, within
 from flm_jax.params import counts, sharding
-from flm_jax.runs import numerics, recovery
+from flm_jax.runs import numerics, recovery, starts
 from flm_jax.runs.hooks import Dispatched, Evaluation, Log, Report, announce
 from flm_jax.runs.stage import Position, Stage, begin, finish, read_added, read_ramp
 from flm_jax.runs.timing import SaveTimer, StageTime
@@ -84,6 +84,8 @@ def _run_stage(
             grows = stage.parent and checkpoints.latest in (None, stage.start)
             with timing.spend("growth" if grows else "start"):
                 position = recovery.surviving(folder, checkpoints, started)
+            begun = position.step
+            processes.once(lambda: starts.note(folder, begun))
             while True:
                 timing.write(position.step)
                 try:

@@ -30,7 +30,7 @@ from flm_jax.params.sharding import Layout
 from flm_jax.runs import recovery
 from flm_jax.runs.entry import entry_of
 from flm_jax.runs.timing import StageTime
-from flm_jax.runtime import joints, processes, xla_flags
+from flm_jax.runtime import display, joints, phases, processes, xla_flags
 from flm_jax.store import audit, integrity
 from flm_jax.store.checkpoint import Checkpoints
 from flm_jax.store.experiment_file import Origin
@@ -346,7 +346,8 @@ def _grow(
     """
     start_time = time.monotonic()
     config = stage.config
-    batch, old = _measure_parent(stage, parent, before)
+    with phases.phase(f"{stage.name}  measuring the parent"):
+        batch, old = _measure_parent(stage, parent, before)
     key = jax.random.fold_in(jax.random.key(stage.experiment.seed), stage.index)
     plan = plan_of(parent.model, config, _floats(old["distances"]))
     if any(e.learned for e in plan.expansions):
@@ -357,9 +358,11 @@ def _grow(
     state = growth.grow_on_mesh(before.state, plan, key, parent.layout, stage.layout)
     claimed = unmeasured(plan, _floats(old["distances"]))
     processes.once(lambda: folder.keep_growth(plan.to_json(), claimed))
-    _save_start(Position(state, before.data, time.monotonic() - start_time), checkpoints)
+    with phases.phase(f"{stage.name}  saving the grown state"):
+        _save_start(Position(state, before.data, time.monotonic() - start_time), checkpoints)
     joints.check(f"after the growth of stage {stage.name}, before its receipt")
-    _write_receipt(stage, old, batch, state, plan, folder)
+    with phases.phase(f"{stage.name}  measuring the growth"):
+        _write_receipt(stage, old, batch, state, plan, folder)
     del state
     position = restore(stage, checkpoints)
     return dataclasses.replace(position, wall_s=time.monotonic() - start_time)
@@ -452,7 +455,12 @@ def finish(
     timing.write(stage.end)
 
     def add() -> None:
-        entry = entry_of(folder, parent, plan, position.step)
+        entry = entry_of(folder, parent, plan, stage.start, position.step)
+        if None in entry["eval"].values():
+            display.note(
+                f"note: {folder.metrics.path}: rows of evaluations are missing; lineage.json has "
+                "null for them"
+            )
         more = {"wall_s": wall_s, "params_digest": digest, "checkpoint": str(path)}
         computed = computed_by(stage.config.model)
         if stage.origin:

@@ -132,6 +132,8 @@ class Progress:
         if mask is not None:
             status += f"  mask {mask:.2f}"
         self._bar.update(self._task, completed=done, total=self._total, status=status)
+        if self._console.is_terminal:
+            _LAST_LINE[0] = time.monotonic()  # the bar has moved
         due = now - self._last_line >= PLAIN_SECONDS or done == self._total
         if due and not self._console.is_terminal:
             self._last_line = now

@@ -71,7 +71,7 @@ def _points(figure: Any) -> Iterator[tuple[Any, ...]]:
         panel, x_label, y_label = (
             " ".join(text.split())
             for text in (
-                axes.get_title() or str(number),
+                f"{number} {axes.get_title()}",
                 axes.get_xlabel() or figure.get_supxlabel(),
                 axes.get_ylabel() or figure.get_supylabel(),
             )

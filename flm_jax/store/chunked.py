@@ -22,10 +22,11 @@ import jax
 import numpy as np
 import tensorstore as ts
 
+from flm_jax.checks import require_version
 from flm_jax.data import json_text
 from flm_jax.errors import UserError
 from flm_jax.runtime import paths, regular
-from flm_jax.store import integrity
+from flm_jax.store import entries, integrity
 from flm_jax.store.checkpoint import DESCRIPTION, EMPTY, STATE, complete, empty_leaves
 
 # The part of a leaf to read or write: for each dimension a slice, or the indices of its entries.
@@ -191,6 +192,7 @@ class CheckpointReader:
         checksums = any(map(integrity.has_checksums, self._arrays.values()))
         self.progress = integrity.opened(self.path, metadata, self.leaves, checksums)
         self.progress.pop(EMPTY, None)
+        require_version(f"{self.path}, its position", self.progress, entries.VERSION)
         self.verifiable = checksums
 
     def _object(self, file: pathlib.Path) -> dict[str, Any]:

@@ -14,13 +14,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from flm_jax import mapping
-from flm_jax.checks import require
+from flm_jax.checks import require, require_version
 from flm_jax.data import json_text
 from flm_jax.errors import UserError
 from flm_jax.mapping import Checked
 from flm_jax.runtime import regular
 
-VERSION = 1
+VERSION = 1  # of lineage.json, config.json, receipt.json and a checkpoint's position
 _NAME = re.compile(r"[\w-]{1,60}")
 _MEASURED = (
     "max_abs_logit_diff", "logit_scale", "loss_before", "loss_after", "dead_slots", "locked_copies",
@@ -75,11 +75,7 @@ def read_lineage(path: pathlib.Path) -> list[dict[str, Any]]:
     """
     advice = "restore the file"
     data = json_text.read_object(path, advice)
-    if data.get("version") != VERSION:
-        raise UserError(
-            f"{path}: version {data.get('version')}, but this code reads version {VERSION}; use "
-            "the code that wrote it"
-        )
+    require_version(str(path), data, VERSION, first=0)
     entries = data.get("stages")
     if not isinstance(entries, list):
         raise UserError(f"{path}: stages is no list; {advice}")
@@ -190,6 +186,7 @@ def saved_config(path: pathlib.Path) -> dict[str, Any]:
         saved = json_text.read_object(path, "restore the file")
     except UserError as error:
         raise UserError(f"{path}: not the config of a stage ({error})") from None
+    require_version(str(path), saved, VERSION)
     stage, sft = saved.get("stage"), saved.get("sft", {})
     if not isinstance(stage, dict) or not isinstance(stage.get("source", ""), str):
         raise UserError(f"{path}: not the config of a stage; restore the file")
@@ -205,6 +202,7 @@ def saved_receipt(path: pathlib.Path) -> dict[str, Any]:
       UserError: it is not a growth's receipt.
     """
     receipt = json_text.read_object(path, "restore the file")
+    require_version(str(path), receipt, VERSION)
     try:
         receipt = {**dict.fromkeys(_MEASURED), **receipt}
         _check_receipt(receipt, "receipt", measured=False)

@@ -49,6 +49,7 @@ class StageFolder:
         self.receipt = self.path / "receipt.json"
         self.metrics = MetricsFile(self.path / "metrics.jsonl")
         self.time = MetricsFile(self.path / "time.jsonl")
+        self.starts = MetricsFile(self.path / "starts.jsonl")
 
     def steps(self) -> list[int]:
         """Returns the steps of the complete checkpoints, in their order."""
