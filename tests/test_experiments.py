@@ -56,10 +56,15 @@ def branched(given, config, path):
 
 
 @pytest.mark.slow
-def test_a_branch_without_changes_ends_with_the_same_bits(source, tmp_path):
+def test_a_branch_without_changes_ends_with_the_same_bits(source, tmp_path, monkeypatch):
     """From the middle of a stage: optimizer state and data position are kept."""
     config = experiment_file.config_of(RunFolder(source))
     expected = runs.lineage(source)
+    for place, name in ((RunFolder, "branch"), (branch, "_fingerprint")):  # killed twice
+        monkeypatch.setattr(place, name, lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            branch.prepare(branch.find(f"{source}:small:3"), config, tmp_path / "same")
+        monkeypatch.undo()
     origin, stages = branched(f"{source}:small:3", config, tmp_path / "same")
     assert digests(stages) == digests(expected)
     assert [s["config_digest"] for s in stages] == [s["config_digest"] for s in expected]
@@ -86,7 +91,7 @@ def test_a_branch_without_changes_ends_with_the_same_bits(source, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_branch_grows_otherwise_and_trains_on_other_data(source, tmp_path):
+def test_a_branch_grows_otherwise_and_trains_on_other_data(source, tmp_path, monkeypatch):
     config = experiment_file.config_of(RunFolder(source))
     grown = dataclasses.replace(config.stages[1], growth=dataclasses.replace(
         config.stages[1].growth, recipe="tile,identity"
@@ -94,6 +99,10 @@ def test_a_branch_grows_otherwise_and_trains_on_other_data(source, tmp_path):
     other = dataclasses.replace(
         config, stages=(config.stages[0], grown), data=dataclasses.replace(config.data, seed=7)
     )
+    monkeypatch.setattr("flm_jax.store.lineage.mark_complete", lambda path: 1 / 0)  # killed
+    with pytest.raises(ZeroDivisionError):
+        branch.prepare(branch.find(f"{source}:small"), other, tmp_path / "run")
+    monkeypatch.undo()
     origin, stages = branched(f"{source}:small", other, tmp_path / "run")
     first = runs.lineage(source)[0]
     assert origin.restarts_data
@@ -160,6 +169,10 @@ def test_an_extension_ends_with_the_bits_of_a_longer_run(schedule, step, tmp_pat
     config = experiment(steps=9, **schedule)
     longer = train(with_steps(config, 15), tmp_path / "longer")
     before = train(config, tmp_path / "run")
+    if step == 9:  # also where the stage is a copy, in a branch
+        branched(f"{tmp_path / 'run'}:small", config, tmp_path / "copy")
+        begun = extend.prepare(tmp_path / "copy", "small", 6)
+        assert digests(train(begun.config, tmp_path / "copy")) == digests(longer)
     # Killed between the change of the config and that of the stage, then called again.
     monkeypatch.setattr(extend, "_rewrite", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -229,6 +242,12 @@ def test_the_config_of_an_earlier_run_is_put_together(tmp_path):
     experiment_file.keep_config(folder, dataclasses.replace(config, seed=3))
     assert experiment_file.config_of(folder).seed == 3
     values = json.loads(folder.experiment.read_text())
+    # A folder that came from others names no code to run.
+    experiment_file.keep_config(folder, dataclasses.replace(config, tracker="shutil:rmtree"))
+    assert "rmtree" not in folder.experiment.read_text()
+    hostile = {**values, "config": {**values["config"], "tracker": "shutil:rmtree"}}
+    folder.experiment.write_text(json.dumps(hostile))
+    assert experiment_file.config_of(folder).tracker == ""
     for damage in ({"version": 9}, {"config": []}, {"origin": {"run": 1}}, {"origin": "x"}):
         folder.experiment.write_text(json.dumps(values | damage))
         with pytest.raises(UserError, match=r"experiment\.json: .*restore the file"):

@@ -212,6 +212,23 @@ def test_an_evaluation_that_a_signal_cuts_short_is_repeated(
     assert run.stages()[0]["params_digest"] == whole.stages()[0]["params_digest"]
 
 
+def test_a_lost_evaluation_is_null_and_said(whole, tmp_path, capsys):
+    """Not the next one that there is: the start of the curve would then be a later step."""
+    run = RunFolder(tmp_path / "run")
+    run.open()
+    with pytest.raises(RunStopped):
+        run_stages([a_stage(Measure((5.0, 4.0, 3.0, 2.0), signal_at=4))], run)
+    metrics = run.stage(0, "s").metrics.path
+    lines = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text("".join(line for line in lines if '"step": 0,' not in line))
+    run_stages([a_stage(Measure((2.0,)))], run)
+    (entry,) = run.stages()
+    assert entry["params_digest"] == whole.stages()[0]["params_digest"]
+    scores = {"bpb_start": None, "bpb_end": 1.0, "other_start": None, "other_end": 2.0}
+    assert entry["eval"] == scores
+    assert "rows of evaluations are missing" in " ".join(capsys.readouterr().err.split())
+
+
 class Signals(Stream):
     """A stream of which one batch comes with a signal."""
 

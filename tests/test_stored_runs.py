@@ -198,3 +198,31 @@ def test_the_stopped_run_resumes_to_the_recorded_end(stored, stopped):
     if rounds_as_recorded():
         assert earlier_digest(ended) == want["params_digest"]
         assert evaluations[0] == evaluations[1]
+
+
+@pytest.mark.slow
+def test_the_second_archive_resumes_to_its_recorded_end(tmp_path):
+    """Its checkpoints have checksums. The comparison is as in the test above."""
+    with tarfile.open(ROOT / "tests" / "stored" / "second.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    stopped, recorded = (RunFolder(tmp_path / name) for name in ("stopped", "run"))
+    assert [e["name"] for e in stopped.stages()] == ["small"]
+    large = stopped.stage(1, "large")
+    assert sorted(path.name for path in large.checkpoints.iterdir()) == ["16"]
+    status, _, err = run(*CHAIN, f"--workdir={stopped.path}")
+    assert status == 0, err
+    got, want = stopped.finished_stage("large"), recorded.stages()[1]
+    for key in ("steps", "tokens", "config_digest", "plan_digest", "receipt", "checkpoint"):
+        assert got[key] == want[key], key
+    evaluations = [
+        [
+            (row["step"], row["mask"], row["bpb"])
+            for row in folder.stage(1, "large").metrics.rows("eval")
+        ]
+        for folder in (stopped, recorded)
+    ]
+    np.testing.assert_allclose(*np.array(evaluations, float), rtol=1e-5)
+    assert [row["step"] for row in large.starts.rows("start")] == [12, 16]
+    if rounds_as_recorded():
+        assert got["params_digest"] == want["params_digest"]
+        assert evaluations[0] == evaluations[1]

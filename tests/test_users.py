@@ -30,7 +30,7 @@ from flm_jax.runs import limits
 from flm_jax.runtime import display
 from flm_jax.studies.config import ArmConfig, ProbeConfig
 from tests import tiny_chain
-from tests.commands import ROOT, mistake
+from tests.commands import ROOT, call, mistake
 from tests.models import TINY, TINY_GROWN, changed, random_params
 
 CHAIN = "--config=tests/tiny_chain.py"
@@ -54,6 +54,12 @@ OVERRIDES = {
     "optimizer.b1=1": ("config.optimizer.b1 is 1", "[0, 1)"),
     "data.sequence_length=999999999": ("stage small", "999999999", "TB", "memory"),
     "stages[0].batch_size=80000000": ("stage small", "80000000", "TB", "memory"),
+    "eval.batch_size=900000000": ("stage small", "eval.batch_size 900000000", "TB"),
+    "stages[1].growth.calibration_sequences=900000000": (
+        "stage large",
+        "growth.calibration_sequences 900000000",
+        "TB",
+    ),
     "stages[1].model.num_kv_heads=3": ("stage large", "stages[1].model.num_heads is 8", "3"),
     "stages[1].model.head_dim=3": ("stage large", "head_dim is 3", "even"),
     "stages[1].model.d_model=8": ("stage large", "d_model", "'embed'", "8", "16", "small"),
@@ -84,7 +90,9 @@ LINES = {
     "a chain given to fine-tuning": (f"sft {CHAIN} --workdir=x", ("flm train", "SftConfig")),
     "a chain given to a probe": (f"growth probe {CHAIN} --workdir=x", ("flm train",)),
     "a missing folder": ("inspect /nowhere/run", ("/nowhere/run", "no such folder")),
-    "a folder as a model": ("generate /nowhere/run --prompt=a", ("/nowhere/run",)),
+    "a folder as a model": ("generate /nowhere/run --prompt=a", ("/nowhere/run holds no model",)),
+    "two folders as a model": ("generate runs/a runs/b --prompt=a", ("unexpected", "--prompt")),
+    "two runs to inspect": ("inspect /nowhere/a /nowhere/b", ("flm compare",)),
     "a flag's other name": (
         "generate --checkpoint=x --prompt=a --max_tokens=5", ("max_tokens", "--max_new_tokens?")
     ),
@@ -305,6 +313,26 @@ def test_a_long_rewarmup_names_its_stage():
     large = dataclasses.replace(large, growth=dataclasses.replace(large.growth, rewarmup_steps=13))
     (line,) = limits.remarks(dataclasses.replace(config, stages=(small, large)))
     assert line.startswith("stage large") and "13" in line and "12" in line
+
+
+def test_help_lists_the_fields_of_the_commands_config():
+    status, text, _ = call("train", "--help")
+    lines = [line.strip() for line in text.splitlines()]
+    assert status == 0
+    assert "stages[0].learning_rate: float (required)  # peak, for vector-like parameters" in text
+    assert "schedule.kind: str = 'wsd'" in lines
+    assert "stages[0].growth.ramp_steps: int = 100" in text and "SftConfig" not in text
+    for command, field in {
+        "sft": "base: str (required)",
+        "growth probe": "arms[0].name: str (required)",
+        "mup sweep": "width_factors: tuple[int, ...] = (1, 2, 4)",
+    }.items():
+        status, text, _ = call(*command.split(), "--help")
+        assert status == 0 and field in text
+    _, text, _ = call("inspect", "--help")  # takes no config
+    assert "--config" not in text and "schedule.kind" not in text
+    _, text, _ = call("samples", "select", "--help")
+    assert "flm_jax/sft" not in text and text.count("docs/selection.md") < 4
 
 
 def test_nothing_is_wrapped_without_a_terminal(capsys, monkeypatch):

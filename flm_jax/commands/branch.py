@@ -46,7 +46,7 @@ def main(call: Call[Flags]) -> dict[str, Any]:
                 f"{call.workdir}: from step {origin.step} of stage {origin.stage} of {origin.run}, "
                 f"with its optimizer's state; the data {_data(origin)}"
             )
-            if not point.run.experiment.exists() and "--config" not in " ".join(call.argv):
+            if not (point.run.experiment.exists() or config_files.split(call.argv)[0]):
                 console.print(
                     f"{point.run.path} has no experiment.json (an earlier version wrote it): "
                     "evaluation, checkpoints and mesh have their defaults"

@@ -157,7 +157,7 @@ class Command(Generic[F]):
                 if override.startswith("config."):
                     config_files.check_field(config, override)
         arguments = _parse(values, [name, *rest], config)
-        if self.argument and len(arguments) == 1 and values[self.argument].value is None:
+        if self.argument and len(arguments) == 1 and not values[self.argument].value:
             values[self.argument].value = arguments.pop()
         own = self.flags(
             **{f.name: _value(values[f.name], hint) for f, hint in _fields(self.flags)}

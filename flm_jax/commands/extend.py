@@ -30,6 +30,7 @@ class Flags(GroupFlags):
 
     stage: str = flag("", "The stage, by index or name; it must be the last one.")
     steps: str = flag("", "Steps to add, as +400.", required="give the number to add, as +400")
+    tracker: str = flag("", "Tracker of the added steps, as package.module:function.")
 
 
 def main(call: Call[Flags]) -> dict[str, Any]:
@@ -44,7 +45,8 @@ def main(call: Call[Flags]) -> dict[str, Any]:
         assert extension is not None
         if processes.first():
             console.print(f"{run}: stage {extension.stage} continues from step {extension.step}")
-        trained = training.train(experiment.config, RunFolder(run), console)
+        config = dataclasses.replace(experiment.config, tracker=flags.tracker)
+        trained = training.train(config, RunFolder(run), console)
     return {"extension": mapping.to_dict(extension), **trained}
 
 

@@ -176,14 +176,15 @@ def _write(
     else:
         origin = _same(before, point, given, target)
     stage = target.stage(index, name)
-    if stage.config.exists() or len(target.stages()) > index:
-        return origin  # all was written
+    last = target.lineage if whole else stage.config  # what is written last
+    if last.exists():
+        return origin
     if not whole:
         _copy_part(point, stage)
     copied = point.run.stages()[: index + whole]
     origins = [_origin_of_copy(origin, entry, copied) for entry in copied]
     point.run.branch(target, len(copied), origins)
-    if not whole:  # last, because it says that all else is there
+    if not whole:
         write_json(stage.config, identity(config, index, _fingerprint(origin, point, config)))
     return origin
 
@@ -193,7 +194,8 @@ def _same(before: Experiment, point: Point, config: ExperimentConfig, target: Ru
     origin = before.origin
     here = f"{paths.absolute(point.run.path)}:{point.stage.index}:{point.step}"
     have = f"{origin.run}:{origin.index}:{origin.step}" if origin else "none"
-    differences = mapping.differences(mapping.to_dict(before.config), mapping.to_dict(config))
+    new = dataclasses.replace(config, tracker="")  # the file has none
+    differences = mapping.differences(mapping.to_dict(before.config), mapping.to_dict(new))
     if origin is None or have != here or differences:
         why = f"origin: {have} -> {here}" if origin is None or have != here else differences[0]
         raise UserError(

@@ -97,10 +97,10 @@ def run(
             return done
         if config.data.train_vocabulary:
             processes.once(lambda: _train_vocabulary(config.data, folder))
-        with phases.phase("opening data", phases.before_mistakes()):
+        with phases.before_mistakes("opening data"):
             corpus = corpus_of(dataclasses.replace(config, data=folder.data(config.data)))
-        stages = stages_of(config, corpus, folder, layouts)[len(done) :]
-        processes.once(lambda: _keep_config(given, stages, folder))
+            stages = stages_of(config, corpus, folder, layouts)[len(done) :]
+            processes.once(lambda: _keep_config(given, stages, folder))
         for line in announcement.lines(config, layouts, corpus):
             display.note(line)
         for remark in limits.remarks(config):
@@ -232,7 +232,7 @@ def check_finished(config: ExperimentConfig, folder: RunFolder, done: list[dict[
         expected = identity(config, index, entry["data_fingerprint"])
         stage = folder.stage(index, entry["name"])
         start += entry["steps"]
-        if origin and (index, start) <= (origin.index, origin.step):  # it was not trained here
+        if origin and origin.covers(index, start):
             expected = {**stage.saved(), "stage": expected["stage"]}
         folder.check_stage(stage, expected)
         if index:

@@ -10,7 +10,7 @@ from flm_jax.store.lineage import StageFolder
 
 
 def entry_of(
-    folder: StageFolder, parent: str | None, plan: growth.Plan | None, step: int
+    folder: StageFolder, parent: str | None, plan: growth.Plan | None, start: int, step: int
 ) -> dict[str, Any]:
     """Returns the entry, without what only the running process knows.
 
@@ -18,6 +18,7 @@ def entry_of(
       folder: the stage's folder, with config, metrics and receipt.
       parent: the name of the stage that it grew out of; None: none.
       plan: its growth; None: none.
+      start: the global step at which it started.
       step: the step of the checkpoint that is its result.
     """
     experiment, saved = folder.experiment(), folder.saved()
@@ -35,7 +36,7 @@ def entry_of(
         "tokens": tokens,
         "flops": tokens * counts.flops_per_token_train(stage.model, length),
         "steps": stage.steps,
-        "eval": _scores(folder, step),
+        "eval": _scores(folder, start, step),
         "receipt": folder.saved_receipt() if plan else None,
         "data_fingerprint": saved["data_fingerprint"],
         **({"damage": damage} if damage else {}),
@@ -43,15 +44,13 @@ def entry_of(
     }
 
 
-def _scores(folder: StageFolder, step: int) -> dict[str, float | None]:
-    """The measurements at the stage's start and at a step; None: it was not measured."""
-    evals = folder.metrics.rows("eval")
-    if not evals:
-        return {"bpb_start": None, "bpb_end": None}
-    ends = {"start": evals[0], "end": next(row for row in evals if row["step"] == step)}
+def _scores(folder: StageFolder, start: int, step: int) -> dict[str, float | None]:
+    """The measurements at the stage's start and at a step; None: metrics.jsonl has none."""
+    rows = {row["step"]: row for row in folder.metrics.rows("eval")}
+    names = dict.fromkeys(["bpb", *(name for row in rows.values() for name in row)])
     return {
-        f"{name}_{when}": row[name]
-        for name in evals[0]
+        f"{name}_{when}": rows.get(at, {}).get(name)
+        for name in names
         if name not in ("kind", "step", "mask")
-        for when, row in ends.items()
+        for when, at in (("start", start), ("end", step))
     }

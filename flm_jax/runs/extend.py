@@ -103,7 +103,7 @@ def _longer(run: RunFolder, stage: str, steps: int) -> Experiment:
         )
     point = branch.find(f"{run.path}:{index}")
     longer = _with_more_steps(before.config, index, steps)
-    step = _continues_from(point, before.config, longer, steps)
+    step = _continues_from(point, before, longer, steps)
     return dataclasses.replace(before, config=longer, extension=Extension(name, step, steps))
 
 
@@ -114,14 +114,14 @@ def _with_more_steps(config: ExperimentConfig, index: int, added: int) -> Experi
     return dataclasses.replace(config, stages=tuple(stages))
 
 
-def _continues_from(
-    point: Point, config: ExperimentConfig, longer: ExperimentConfig, added: int
-) -> int:
-    """The latest kept step up to which two configs have the same learning rates."""
+def _continues_from(point: Point, before: Experiment, longer: ExperimentConfig, added: int) -> int:
+    """The latest kept step of this run up to which two configs have the same learning rates."""
+    config, origin = before.config, before.origin
     index, name = point.stage.index, config.stages[point.stage.index].name
     kept, kind = point.stage.steps(), config.schedule.kind
     same = _same_rates(config, longer, index, point.step)
-    usable = [step for step in kept if step <= same]
+    first = origin.step if origin and origin.index == index else 0
+    usable = [step for step in kept if first <= step <= same]
     # A cosine changes from its first step on: what is left of the run is hardly anything.
     if usable and (kind != "cosine" or same == point.step):
         return usable[-1]
@@ -166,12 +166,15 @@ def _rewrite(run: RunFolder, experiment: Experiment) -> None:
         experiment_file.write(ended, Experiment(before, experiment.origin))
         run.branch(ended)
     config, _ = chain.on_devices(experiment.config, jax.devices())
+    start, origin = 0, experiment.origin
     for s in done[: entry["index"] + 1]:
+        start += s["steps"]
+        if origin and origin.covers(s["index"], start) and s is not entry:
+            continue  # it was trained in another run
         # Their steps had the same rates in the longer run, so this is how they were trained.
         folder = run.stage(s["index"], s["name"])
-        if "origin" not in s:
-            write_json(folder.config, identity(config, s["index"], s["data_fingerprint"]))
-            s["config_digest"] = mapping.digest(folder.saved())
+        write_json(folder.config, identity(config, s["index"], s["data_fingerprint"]))
+        s["config_digest"] = mapping.digest(folder.saved())
     stage.metrics.rewind(extension.step)
     for step in stage.steps():
         if step > extension.step:

@@ -28,16 +28,20 @@ def check_memory(config: ExperimentConfig, devices: Sequence[Any]) -> None:
     """
     memory = _memory(devices)
     for index, stage in enumerate(config.stages):
+        rows = {"eval.batch_size": config.eval.batch_size}
+        if index:
+            rows["growth.calibration_sequences"] = stage.growth.calibration_sequences
+        needed = {"batch_size": (stage.batch_size, least_bytes(config, index))}
+        needed |= {name: (n, measured_bytes(config, index, n)) for name, n in rows.items()}
         length = config.data_of(index).sequence_length
-        needed = least_bytes(config, index)
-        if memory and needed > memory:
-            raise UserError(
-                f"stage {stage.name}: batch_size {stage.batch_size} sequences of sequence_length "
-                f"{length} in {stage.accumulate} microbatch(es) with {counts.params(stage.model):,}"
-                f" parameters take at least {decimal(needed)}, and there are {decimal(memory)} of "
-                "memory; lower sequence_length or batch_size, raise accumulate, or take a smaller "
-                "model"
-            )
+        for name, (sequences, size) in needed.items():
+            if memory and size > memory:
+                raise UserError(
+                    f"stage {stage.name}: {name} {sequences} with sequence_length {length} and "
+                    f"{counts.params(stage.model):,} parameters takes at least {decimal(size)}, "
+                    f"and there are {decimal(memory)} of memory; lower sequence_length or {name}, "
+                    "raise accumulate, or take a smaller model"
+                )
 
 
 def least_bytes(config: ExperimentConfig, index: int) -> int:
@@ -53,6 +57,13 @@ def least_bytes(config: ExperimentConfig, index: int) -> int:
     layers = tokens * model.num_layers * model.d_model * jnp.dtype(model.dtype).itemsize
     logits = 0 if model.loss_chunks else 4 * tokens * model.vocab_size
     return state + layers + logits + 4 * _BATCH_ARRAYS * stage.batch_size * length
+
+
+def measured_bytes(config: ExperimentConfig, index: int, sequences: int) -> int:
+    """A lower bound of the bytes that measuring a stage on so many sequences at once needs."""
+    stage, length = config.stages[index], config.data_of(index).sequence_length
+    logits = 0 if stage.model.loss_chunks else 4 * stage.model.vocab_size
+    return sequences * length * (logits + 4 * _BATCH_ARRAYS)
 
 
 def _memory(devices: Sequence[Any]) -> int:

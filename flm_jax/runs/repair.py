@@ -168,7 +168,8 @@ def _entry(folder: StageFolder, before: list[dict[str, Any]]) -> dict[str, Any]:
     plan = growth.Plan.from_json(folder.plan_text()) if folder.plan.exists() else None
     reader = CheckpointReader(folder.checkpoints / str(step))
     model = folder.experiment().stages[0].model
-    return entry_of(folder, before[-1]["name"] if plan else None, plan, step) | {
+    start = sum(entry["steps"] for entry in before)
+    return entry_of(folder, before[-1]["name"] if plan else None, plan, start, step) | {
         "wall_s": reader.progress.get("wall_s", 0.0),
         "params_digest": digest_on_disk(reader, model, MEMORY),
         "checkpoint": _in_run(folder.run, reader.path),

@@ -30,7 +30,7 @@ from flm_jax.params.sharding import Layout
 from flm_jax.runs import recovery
 from flm_jax.runs.entry import entry_of
 from flm_jax.runs.timing import StageTime
-from flm_jax.runtime import joints, phases, processes, xla_flags
+from flm_jax.runtime import display, joints, phases, processes, xla_flags
 from flm_jax.store import audit, integrity
 from flm_jax.store.checkpoint import Checkpoints
 from flm_jax.store.experiment_file import Origin
@@ -455,7 +455,12 @@ def finish(
     timing.write(stage.end)
 
     def add() -> None:
-        entry = entry_of(folder, parent, plan, position.step)
+        entry = entry_of(folder, parent, plan, stage.start, position.step)
+        if None in entry["eval"].values():
+            display.note(
+                f"note: {folder.metrics.path}: rows of evaluations are missing; lineage.json has "
+                "null for them"
+            )
         more = {"wall_s": wall_s, "params_digest": digest, "checkpoint": str(path)}
         computed = computed_by(stage.config.model)
         if stage.origin:

@@ -86,14 +86,14 @@ def phase(name: str, patience: float = PATIENCE) -> contextlib.AbstractContextMa
     return _WATCH.phase(name, patience)
 
 
-def before_mistakes() -> float:
-    """The patience of a phase that may end in a mistake of the user.
+def before_mistakes(name: str) -> contextlib.AbstractContextManager[None]:
+    """Shows a block that may end in a mistake of the user as a phase: see `Watch.phase`.
 
     Such a mistake is one line, also for a program that reads standard error. So only a person at a
     terminal is told early what is going on.
     """
     terminal = display.open_console(stderr=True).is_terminal
-    return PATIENCE if terminal else 6 * PATIENCE
+    return phase(name, PATIENCE if terminal else 6 * PATIENCE)
 
 
 def _watch() -> None:

@@ -2,7 +2,8 @@
 
 A stage's config.json holds what affects its results. This file holds the rest too: stages that have
 not begun, evaluation, checkpoints, meshes. A run of an earlier version does not have it; its config
-is then put together from its stages.
+is then put together from its stages. The tracker is left out: a folder that came from others must
+not name code to run.
 """
 
 from __future__ import annotations
@@ -40,6 +41,10 @@ class Origin(Checked):
     step: int
     params_digest: str
     restarts_data: bool
+
+    def covers(self, index: int, end: int) -> bool:
+        """Whether a stage that ends at a global step came as it is: no step was trained here."""
+        return (index, end) <= (self.index, self.step)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +88,7 @@ def read(run: RunFolder) -> Experiment | None:
         if not isinstance(config, dict):
             raise UserError("config is no group of fields")
         return Experiment(
-            config_lib.experiment(config),
+            config_lib.experiment({**config, "tracker": ""}),
             _optional(Origin, values, "origin"),
             _optional(Extension, values, "extension"),
         )
@@ -102,6 +107,8 @@ def _optional(cls: type[mapping.T], values: dict[str, Any], name: str) -> mappin
 
 def write(run: RunFolder, experiment: Experiment) -> None:
     """Writes experiment.json, atomically."""
+    config = dataclasses.replace(experiment.config, tracker="")
+    experiment = dataclasses.replace(experiment, config=config)
     parts = {
         name: mapping.to_dict(value)
         for name in ("config", "origin", "extension")

@@ -26,7 +26,7 @@ from tests.faults.table import COLUMNS, Row, summed, text
 
 Job = Callable[[], Row]
 NAMES = ("kill", "crash", "torn", "disk", "size", "files", "tmpfs", "damage", "moved", "runners",
-         "json", "group", "hostile")  # fmt: skip
+         "nan", "core", "json", "group", "hostile")  # fmt: skip
 ALONE = {"json", "hostile"}  # they need no run
 
 
@@ -62,6 +62,8 @@ def jobs(home: Home, names: list[str], seed: int, share: float) -> Iterator[Job]
         for n, (file, kind) in enumerate(kinds.damages(half, seed, number(50))):
             yield functools.partial(kinds.damaged, home, 1000 * seed + n, half, file, kind)
     yield from some(kinds.moved, 4) if "moved" in names else ()
+    yield from some(kinds.not_finite, 6) if "nan" in names else ()
+    yield from some(kinds.one_core, 2) if "core" in names else ()
     yield from some(kinds.two_runners, 4) if "runners" in names else ()
     yield from some(outside.json_writers, 3) if "json" in names else ()
     if "hostile" in names:

@@ -163,7 +163,7 @@ def damaged(home: Home, seed: int, half: pathlib.Path, file: pathlib.Path, kind:
     ended = life.wait()
     trial.check(ended, 0, Exit.DAMAGE, Exit.MISTAKE)
     if ended.status == 0:
-        trial.compare()
+        trial.compare(ended.text)
     shutil.rmtree(trial.workdir)
     return trial.close(1)
 
@@ -180,6 +180,40 @@ def moved(home: Home, seed: int) -> Row:
         trial.workdir.rename(there)
     trial.workdir = there
     return trial.finish(1)
+
+
+def not_finite(home: Home, seed: int) -> Row:
+    """A loss of 0 / 0 in some step, of which half are saved; then the batches are as they were."""
+    trial = Trial(home, "a loss that is not finite", f"nan-{seed}")
+    at = seed % (2 * chain.STEPS)
+
+    def silence() -> None:
+        good = chain.Stream.__next__
+
+        def bad(stream: chain.Stream) -> dict:
+            place, batch = stream.get_state()["place"], good(stream)
+            return batch | {"weights": 0 * batch["weights"]} if place == at else batch
+
+        chain.Stream.__next__ = bad
+
+    trial.end(trial.begin(silence), Exit.NUMERICS)
+    if (newest := max(saved(trial.workdir).values(), default=0)) > at:
+        trial.bad("wrong", f"step {newest} was saved after the loss of step {at + 1}")
+    return trial.finish(1)
+
+
+def one_core(home: Home, seed: int) -> Row:
+    """A life with one core after others with all: it ends well. Its bits may be others."""
+    trial = Trial(home, "another number of threads (bits may differ)", f"core-{seed}")
+    life = trial.begin()
+    time.sleep(random.Random(f"core {seed}").uniform(0.3, 0.9) * home.seconds)
+    life.kill(signal.SIGKILL)
+    trial.end(life, 0, -signal.SIGKILL)
+    core = min(os.sched_getaffinity(0))
+    trial.end(trial.begin(lambda: os.sched_setaffinity(0, {core})), 0)
+    if [entry["name"] for entry in chain.result(trial.workdir)] != [e["name"] for e in home.want]:
+        trial.bad("wrong", "stages are missing")
+    return trial.close(1)
 
 
 def two_runners(home: Home, seed: int) -> Row:

@@ -34,6 +34,7 @@ from tests.faults import chain
 from tests.faults.table import Row
 
 PATIENCE_S = 120.0  # beyond this a life hangs; it takes about 5 s on a free core
+COMPILING = 10  # times as much for a life that fills the cache of programs
 _PIPE_BYTES = 1 << 20  # of a life's output; more would block it
 _F_SETPIPE_SZ = 1031
 
@@ -197,10 +198,19 @@ class Trial:
         self.compare()
         return self.close(faults)
 
-    def compare(self) -> None:
-        """Compares the result with that of the undisturbed run."""
+    def compare(self, told: str = "") -> None:
+        """Compares the result with that of the undisturbed run.
+
+        Args:
+          told: what a life printed. If it says that evaluations are missing, they may be.
+        """
         if not self._bad & {"wrong", "hang"}:
-            if (got := chain.result(self.workdir)) != self.home.want:
+            got, want = chain.result(self.workdir), self.home.want
+            if "rows of evaluations are missing" in told:
+                got, want = ([e | {"eval": None} for e in one] for one in (got, want))
+                if got != want:
+                    self.bad("wrong", f"another result: {got}")
+            elif got != want:
                 self.bad("wrong", f"another result: {got}")
             elif (got := chain.rows(self.workdir)) != self.home.rows:
                 self.bad("wrong", f"rows of metrics are lost or doubled: {got}")
@@ -218,7 +228,7 @@ def undisturbed(work: pathlib.Path) -> Home:
     for name in ("first", "undisturbed"):
         began = time.monotonic()
         life = Life(lambda name=name: chain.train(work / name, home.compiled))
-        ended = life.wait(10 * PATIENCE_S)
+        ended = life.wait(COMPILING * PATIENCE_S)
         assert ended.status == 0, ended.text
     results: Sequence[Any] = [chain.result(work / name) for name in ("first", "undisturbed")]
     assert results[0] == results[1], "the run is not deterministic here"

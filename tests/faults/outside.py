@@ -18,7 +18,7 @@ from flm_jax.runtime.processes import Group
 from flm_jax.store.files import write_json
 from tests.commands import ROOT
 from tests.faults import chain, points
-from tests.faults.lives import Home, Life, Trial
+from tests.faults.lives import COMPILING, PATIENCE_S, Home, Life, Trial
 from tests.faults.table import Row
 
 WRITES = 300
@@ -111,7 +111,7 @@ def group_jobs(home: Home, names: Sequence[str], numbers: range) -> Iterator[fun
     for count in (2, 3):
         first = GroupTrial(home, "", f"group-{count}-undisturbed", count)
         for life in first.lives():
-            first.check(life.wait(), 0)
+            first.check(life.wait(COMPILING * PATIENCE_S), 0)  # programs for this many devices
         assert not first.row.findings, first.row.findings
         want = home.work / f"group-{count}.json"
         want.write_text(json.dumps(chain.result(first.workdir)))
