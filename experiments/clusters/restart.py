@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 from flm_jax.errors import RESTARTABLE
-from flm_jax.runtime.stop import SIGNALS
+from flm_jax.runtime.stop import heeded
 
 
 def pause(failures: int, first: float, last: float) -> float:
@@ -44,9 +44,8 @@ def run(command: Sequence[str], most: int, first: float, last: float, steady: fl
         if number != signal.SIGINT and child is not None and child.poll() is None:
             child.send_signal(number)
 
-    for number in SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
-            signal.signal(number, stop)
+    for number in heeded():
+        signal.signal(number, stop)
     failures = 0
     while True:
         began = time.monotonic()

@@ -45,6 +45,14 @@ def read_request(number: int) -> tuple[int, bool]:
     return number >> 1, bool(number & 1)
 
 
+def heeded() -> list[signal.Signals]:
+    """Returns the signals that this process may handle: those that are not ignored.
+
+    Nor a signal with a handler that is not Python's, which could not be put back.
+    """
+    return [s for s in SIGNALS if signal.getsignal(s) not in (signal.SIG_IGN, None)]
+
+
 class StopRequest:
     """A context manager that records signals; a second SIGINT acts as if unhandled.
 
@@ -70,14 +78,7 @@ class StopRequest:
         self.step_s = math.inf
 
     def __enter__(self) -> StopRequest:
-        self._before = {
-            number: handler
-            for number in SIGNALS
-            # None: a handler that is not Python's, which could not be put back.
-            if (handler := signal.getsignal(number)) not in (signal.SIG_IGN, None)
-        }
-        for number in self._before:
-            signal.signal(number, self._handle)
+        self._before = {number: signal.signal(number, self._handle) for number in heeded()}
         _active.append(self)
         return self
 

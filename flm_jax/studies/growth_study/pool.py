@@ -20,7 +20,7 @@ from typing import Any
 from flm_jax import mapping
 from flm_jax.errors import RunStopped, UserError
 from flm_jax.runtime import host, paths
-from flm_jax.runtime.stop import SIGNALS, StopRequest
+from flm_jax.runtime.stop import SIGNALS, StopRequest, heeded
 from flm_jax.store.files import write_json
 from flm_jax.studies.growth_study import analysis, corpus, phases
 from flm_jax.studies.growth_study.config import GrowthStudyConfig
@@ -267,7 +267,7 @@ def run(study: Opened, processes: int, argv: Sequence[str], note: Note) -> None:
             if worker.poll() is None:
                 worker.send_signal(number)
 
-    before = {s: signal.signal(s, forward) for s in SIGNALS}
+    before = {s: signal.signal(s, forward) for s in heeded()}
     try:
         statuses = [worker.wait() for worker in workers]
     finally:
