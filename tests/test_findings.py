@@ -2,6 +2,7 @@
 
 import pytest
 
+from flm_jax.config import ScheduleConfig
 from flm_jax.runs.findings import sentences
 
 RECEIPT = {
@@ -19,11 +20,8 @@ def run(curve, receipt=None, *, dtype="float32", schedule=None, steps=90):
     rows = [
         {"step": step, "bpb": bpb, "mask": 0.5 if 10 <= step < 14 else None} for step, bpb in curve
     ]
-    config = {
-        "stage": {"model": {"dtype": dtype}},
-        "schedule": schedule or {"kind": "constant", "decay_steps": 0},
-    }
-    return sentences([first, second], [[], rows], [config, config])
+    schedule = ScheduleConfig(**(schedule or {"kind": "constant"}))
+    return sentences([first, second], [[], rows], [dtype, dtype], schedule)
 
 
 FALLING = [(10, 3.0), (50, 2.5), (100, 2.0)]

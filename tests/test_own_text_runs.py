@@ -37,12 +37,11 @@ def test_one_file_trains_a_vocabulary_and_two_stages(tmp_path):
     first = tmp_path / ".first"
     status, _, err = train(first)
     assert status == 0, err
-    lines = err.splitlines()
+    lines = [line for line in err.splitlines() if not line.startswith("opening data")]
     assert lines[0] == f"training a vocabulary of 300 tokens: {first}/vocabulary.model"
     assert lines[1].startswith("devices: 1 x cpu, ")
-    assert lines[2].startswith("text: 1 documents, ") and lines[3].startswith(
-        "passes: the run reads"
-    )
+    assert [line.split()[0] for line in lines[2:5]] == ["text:", "passes:", "not"]
+    assert lines[2].startswith("text: 1 documents, ")
     assert lines[4] == "not read: 1 other files: notes.pdf"
     assert not any(word in err for word in ("libtpu", "INVALID_ARGUMENT", "Failed to find"))
     saved = json.loads((first / "stages/0-small/config.json").read_text())

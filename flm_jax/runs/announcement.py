@@ -32,7 +32,8 @@ def lines(config: ExperimentConfig, layouts: Sequence[Layout], corpus: Corpus) -
 def devices(config: ExperimentConfig, layouts: Sequence[Layout]) -> str:
     """One line: devices, kind, memory, mesh, precision; of each stage where stages differ."""
     found = jax.devices()
-    stats = found[0].memory_stats() or {}
+    # Only a process's own devices tell their memory.
+    stats = jax.local_devices()[0].memory_stats() or {}
     if limit := stats.get("bytes_limit"):
         memory = f"{limit / 1e9:.1f} GB each"
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from flm_jax.config import ScheduleConfig
 from flm_jax.store import entries
 
 # The largest change of a logit, relative to their scale, that rounding of each dtype explains.
@@ -15,21 +16,23 @@ _EQUAL = 5e-4  # bits per byte: what the report's four digits can tell apart
 def sentences(
     stages: Sequence[Mapping[str, Any]],
     evals: Sequence[Sequence[Mapping[str, Any]]],
-    configs: Sequence[Mapping[str, Any]],
+    dtypes: Sequence[str],
+    schedule: ScheduleConfig,
 ) -> list[str]:
     """Says what happened at each growth and in each stage.
 
     Args:
       stages: the stages' entries in lineage.json.
       evals: the evaluations of each stage, as in its metrics.jsonl.
-      configs: the config of each stage, as in its config.json.
+      dtypes: of each stage's activations.
+      schedule: of the last stage's learning rate.
     """
     found = []
-    for stage, rows, config in zip(stages, evals, configs, strict=True):
+    for stage, rows, dtype in zip(stages, evals, dtypes, strict=True):
         if stage["receipt"]:
-            found.append(growth(stage, config["stage"]["model"].get("dtype", "float32")))
+            found.append(growth(stage, dtype))
         found += [text for text in (_bump(stage, rows), _trained(stage)) if text]
-    if decay := _decayed(stages[-1], configs[-1]):
+    if decay := _decayed(stages[-1], schedule):
         found.append(decay)
     return found
 
@@ -50,7 +53,7 @@ def growth(stage: Mapping[str, Any], dtype: str) -> str:
         f"logits moved by at most {moved:.2g} of their scale, and the loss by {change:+.2g} nats "
         "per token"
     )
-    rounding = _ROUNDING[dtype]
+    rounding = _ROUNDING.get(dtype, 1e-4)
     exact = receipt["exactness"] == "EXACT"
     if not moved < float("inf"):
         text = f"The growth to {name} ({receipt['operator']}) was not measured."
@@ -103,13 +106,12 @@ def _trained(stage: Mapping[str, Any]) -> str:
     return f"The validation loss did not change in {stage['name']}: {numbers}."
 
 
-def _decayed(stage: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+def _decayed(stage: Mapping[str, Any], schedule: ScheduleConfig) -> str:
     """Whether the decay of the learning rate may explain a part of the last stage's change."""
-    schedule = config["schedule"]
-    decays = schedule["kind"] == "cosine" or (schedule["kind"] == "wsd" and schedule["decay_steps"])
+    decays = schedule.kind == "cosine" or (schedule.kind == "wsd" and schedule.decay_steps)
     if not decays or not stage["steps"]:
         return ""
     return (
-        f"The learning rate decays at the end ({schedule['kind']}), which lowers the loss of "
+        f"The learning rate decays at the end ({schedule.kind}), which lowers the loss of "
         f"{stage['name']} by itself; the decay is not measured apart."
     )

@@ -70,7 +70,8 @@ def _memory(devices: Sequence[Any]) -> int:
     """Bytes of memory of all devices together; 0: not known."""
     if devices[0].platform == "cpu":  # they share the memory of their process's host
         return host.memory_bytes() * int(jax.process_count())
-    stats: dict[str, int] = devices[0].memory_stats() or {}
+    # Only a process's own devices tell their memory.
+    stats: dict[str, int] = jax.local_devices()[0].memory_stats() or {}
     return stats.get("bytes_limit", 0) * len(devices)
 
 

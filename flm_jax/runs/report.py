@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import rich.box
 import rich.table
 
 from flm_jax import mapping
-from flm_jax.config import GrowthConfig
+from flm_jax.config import GrowthConfig, ScheduleConfig
+from flm_jax.errors import UserError
 from flm_jax.runs import findings
 from flm_jax.runtime.display import short
 from flm_jax.runtime.figures import ACCENT, GUIDE, LINE, clean, counted, plt, save, whole
@@ -19,6 +20,7 @@ from flm_jax.store import entries
 from flm_jax.store.files import write_atomically
 from flm_jax.store.lineage import RunFolder, StageFolder, bits_per_byte
 
+T = TypeVar("T")
 _COLUMNS = (
     "stage",
     "params",
@@ -150,6 +152,14 @@ def _curves(folder: RunFolder, stages: Sequence[dict[str, Any]], path: pathlib.P
     save(figure, path)
 
 
+def _read(cls: type[T], saved: dict[str, Any], name: str, folder: StageFolder) -> T:
+    """A part of a stage's config.json. Raises UserError if it is not what it must be."""
+    values = saved.get(name)
+    if not isinstance(values, dict):
+        raise UserError(f"{folder.config}: {name} is {values!r}; restore the file")
+    return mapping.from_mapping(cls, values, name)
+
+
 def _ramps(folder: RunFolder, stages: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
     """Draws training loss and mask value over the first steps of each grown stage."""
     grown = _grown(stages)
@@ -157,7 +167,7 @@ def _ramps(folder: RunFolder, stages: Sequence[dict[str, Any]], path: pathlib.Pa
     for panel, stage in zip(panels[0], grown, strict=True):
         stage_folder = folder.stage(stage["index"], stage["name"])
         rows = stage_folder.metrics.rows("train")
-        settings = mapping.from_mapping(GrowthConfig, stage_folder.saved()["stage"]["growth"])
+        settings = _read(GrowthConfig, stage_folder.saved()["stage"], "growth", stage_folder)
         start = sum(s["steps"] for s in stages if s["index"] < stage["index"])
         masked = any(row["mask"] < 1 for row in rows)
         ramp = settings.ramp_steps if masked else 0
@@ -226,7 +236,11 @@ def write(folder: RunFolder) -> pathlib.Path:
         for name, caption, _ in figures
         for stem in [name.removesuffix(".png")]
     )
-    said = findings.sentences(stages, [f.metrics.rows("eval") for f in folders], configs)
+    models = [c["stage"].get("model") for c in configs]
+    dtypes = [m.get("dtype", "float32") if isinstance(m, dict) else "float32" for m in models]
+    schedule = _read(ScheduleConfig, configs[-1], "schedule", folders[-1])
+    evals = [f.metrics.rows("eval") for f in folders]
+    said = findings.sentences(stages, evals, dtypes, schedule)
     measured = "\n".join(f"- {sentence}" for sentence in said)
     text = f"""# {" -> ".join(s["name"] for s in stages)}
 
