@@ -46,8 +46,8 @@ def guarded(folder: RunFolder, name: str, watchdog: WatchdogConfig) -> Iterator[
             return None
         return path
 
-    told_once = logging.getLogger("absl")  # orbax logs there, from its threads
-    told_once.addFilter(_is_news)
+    # Orbax logs there, also from threads that outlast the run: the filter stays.
+    logging.getLogger("absl").addFilter(_is_news)
     try:
         with (
             StopRequest(bounded=True),
@@ -70,8 +70,6 @@ def guarded(folder: RunFolder, name: str, watchdog: WatchdogConfig) -> Iterator[
         if told is None or isinstance(error, RunStopped) or type(error) is type(told):
             raise
         raise told from error
-    finally:
-        told_once.removeFilter(_is_news)
 
 
 def _is_news(record: logging.LogRecord) -> bool:
