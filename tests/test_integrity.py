@@ -6,6 +6,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from flm_jax.errors import DamageError, Exit, UserError
@@ -139,6 +140,15 @@ def test_without_the_checks_a_flipped_bit_is_silently_wrong(tmp_path, monkeypatc
     data = max(damage.files_of(path), key=lambda file: file.stat().st_size)
     damage.inflict(data, "bit", 1)
     assert not same(read(path, None), state)
+
+
+def test_empty_nodes_of_a_state_have_no_arrays(tmp_path):
+    """As the state of optax.sgd without momentum has."""
+    state = a_state() | {"none": (), "nested": [{}, optax.sgd(0.1).init(jnp.ones(2))]}
+    by_orbax(tmp_path / "3", state)
+    leaves, _ = read(tmp_path / "3", as_structs(state))
+    assert sorted(leaves) == sorted(by_name(a_state()))
+    assert sorted(restored(tmp_path / "3", as_structs(state))[0]) == sorted(leaves)
 
 
 def test_the_error_names_the_array(tmp_path):

@@ -105,9 +105,14 @@ def _open(state: pathlib.Path, name: str, driver: str) -> ts.TensorStore:
     return ts.open(spec, context=context(), open=True).result()
 
 
+# Types of value in orbax's _METADATA that have no array: leaves without entries, and empty nodes,
+# such as the state of an optimizer that has none.
+_NO_ARRAY = ("None", "Dict", "List", "Tuple", "NamedTuple")
+
+
 def _is_array(leaf: Any) -> bool:
-    """Whether a leaf in orbax's _METADATA has an array: leaves without entries have none."""
-    return str(leaf["value_metadata"]["value_type"]) != "None"
+    """Whether a leaf in orbax's _METADATA has an array."""
+    return str(leaf["value_metadata"]["value_type"]) not in _NO_ARRAY
 
 
 def _name(leaf: Any) -> str:
