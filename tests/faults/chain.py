@@ -148,11 +148,16 @@ def result(workdir: pathlib.Path) -> list:
 
 
 def rows(workdir: pathlib.Path) -> list:
-    """The steps of all rows of metrics, which must not be lost or doubled."""
+    """The steps of the evaluations, and of rows that are there twice.
+
+    Which steps have a row of training losses depends on where lives begin.
+    """
     run = RunFolder(workdir)
-    return [
-        (row["kind"], row["step"])
+    found = [
+        (entry["name"], row["kind"], row["step"])
         for entry in run.stages()
         for row in run.stage(entry["index"], entry["name"]).metrics.rows()
-        if row["kind"] in ("eval", "train")
     ]
+    losses = [row for row in found if row[1] == "train"]
+    twice = [row for row in dict.fromkeys(losses) if losses.count(row) > 1]
+    return [row for row in found if row[1] == "eval"] + twice
