@@ -108,8 +108,8 @@ def test_negative_control_a_stream_that_forgets_its_position_is_wrong():
 
 @pytest.mark.slow
 def test_a_short_form_runs_clean():
-    names = "kill,crash,torn,disk,size,damage,runners,json"
-    status, out, err = python("-m", "tests.faults", "--share=0.02", "--json", f"--only={names}")
+    names = "kill,torn,disk,damage,json"
+    status, out, err = python("-m", "tests.faults", "--share=0.01", "--json", f"--only={names}")
     assert status == 0, err + out
     faults = json.loads(out)["faults"]
-    assert len(faults) >= 8 and all(row["injected"] for row in faults.values())
+    assert len(faults) >= 5 and all(row["injected"] for row in faults.values())

@@ -14,13 +14,14 @@ import safetensors.numpy
 
 from flm_jax import growth, interop
 from flm_jax.errors import UserError
+from flm_jax.growth.receipt import unmeasured
 from flm_jax.interop import names, tensor_files
 from flm_jax.interop.converter import write_hf
 from flm_jax.interop.tokenizer_files import Vocabulary
 from flm_jax.interop.weights import Tree
 from flm_jax.params import axes, trees
 from flm_jax.store.chunk_writer import CheckpointWriter
-from flm_jax.store.files import write_atomically, write_json
+from flm_jax.store.files import write_json
 from flm_jax.store.lineage import RunFolder, identity
 from tests.commands import json_of, mistake
 from tests.interop_models import (
@@ -305,7 +306,7 @@ def test_a_ramp_is_folded_by_its_step(folder, tmp_path):
     chain = dataclasses.replace(experiment, stages=(*experiment.stages, grown))
     stage = run.stage(1, "grown")
     write_json(stage.config, identity(chain, 1, ""))
-    write_atomically(stage.plan, plan.to_json())
+    stage.keep_growth(plan.to_json(), unmeasured(plan, None))
     params = random_params(plan.target, 0)
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     for step in (4, 10):

@@ -313,13 +313,16 @@ GRID = less_is_more.LessIsMoreConfig(
             lambda: SftConfig(base="x", made="4"),
             "SftConfig.made is '4' of type str; it must be int",
         ),
-        (lambda: SftConfig(base="x", paths="a.jsonl"), "SftConfig.paths is 'a.jsonl'; it must be"),
+        (
+            lambda: SftConfig(base="x", paths="a.jsonl"),
+            "SftConfig.paths is 'a.jsonl' of type str; it must be",
+        ),
         (lambda: Quota("lists", "half"), "Quota.share is 'half' of type str; it must be float"),
         (lambda: SelectionConfig(size=1.5), "SelectionConfig.size is 1.5 of type float; it must"),
         (lambda: ArmConfig(7), "ArmConfig.name is 7 of type int; it must be str"),
         (
             lambda: ProbeConfig({"stages": 1}, (ArmConfig("a"),)),
-            "ProbeConfig.experiment.stages is 1; it must be a list or tuple",
+            "ProbeConfig.experiment.stages is 1 of type int; it must be a list or tuple",
         ),
         (
             lambda: MupStudyConfig("mup_study"),
@@ -327,7 +330,7 @@ GRID = less_is_more.LessIsMoreConfig(
         ),
         (
             lambda: less_is_more.MixConfig("even", more="lists"),
-            "MixConfig.more is 'lists'; it must be a list or tuple",
+            "MixConfig.more is 'lists' of type str; it must be a list or tuple of str",
         ),
         (
             lambda: dataclasses.replace(GRID, sizes=(8, "16")),
