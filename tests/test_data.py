@@ -206,6 +206,7 @@ def test_the_context_grows_in_the_middle_of_the_stream(small):
     np.testing.assert_array_equal(next(after)["targets"], stream["targets"][2:3])
 
 
+@pytest.mark.slow
 def test_a_fresh_process_resumes_and_ends_in_the_middle_of_an_epoch(large):
     iterator = large.train(4)
     take(iterator, 3)

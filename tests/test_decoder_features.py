@@ -91,6 +91,7 @@ def test_exact_operators_keep_function_and_map_gradients(family, recipe):
 
 @pytest.mark.filterwarnings("ignore::flm_jax.growth.LockedCopiesWarning")
 @pytest.mark.parametrize("family", EACH)
+@pytest.mark.slow
 def test_a_tiled_model_follows_the_small_ones_adamw(family):
     """20 steps of AdamW with decay to 1e-10, with carried rates; without them it departs."""
     with jax.enable_x64(True):

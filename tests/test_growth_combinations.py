@@ -88,6 +88,7 @@ def _without_multipliers(adam):
 
 @pytest.mark.parametrize("rates", ["carry", "ramp"])
 @pytest.mark.parametrize("recipe", ["zero_pad", pytest.param("msg", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_tiled_growth_of_a_padded_one_follows_it(start, recipe, rates):
     with jax.enable_x64(True):
         wider = {"d_model": 18, "d_ff": 32}
@@ -96,6 +97,7 @@ def test_a_tiled_growth_of_a_padded_one_follows_it(start, recipe, rates):
         assert_follows(state, model, {"d_model": 36, "num_heads": 8, "num_kv_heads": 4})
 
 
+@pytest.mark.slow
 def test_three_growths_follow_the_last_but_one(start):
     """msg, then zero_pad, then tile: 20 steps of AdamW."""
     with jax.enable_x64(True):
@@ -189,6 +191,7 @@ FROM_NONE = [
 
 
 @pytest.mark.parametrize(("recipe", "moments", "rates"), FROM_NONE)
+@pytest.mark.slow
 def test_a_train_state_grows_from_no_layers(recipe, moments, rates):
     with jax.enable_x64(True):
         none = changed(SMALL, num_layers=0)

@@ -90,6 +90,7 @@ def check(seed):
 
 
 @pytest.mark.parametrize("seed", range(4))
+@pytest.mark.slow
 def test_a_growth_on_a_mesh_is_that_on_one_device(seed):
     check(seed)
 

@@ -47,6 +47,7 @@ def trajectory():
 
 @pytest.mark.filterwarnings("ignore::flm_jax.growth.LockedCopiesWarning")
 @pytest.mark.parametrize("mup", MUP)
+@pytest.mark.slow
 def test_a_tiled_model_follows_the_small_ones_adamw(trajectory, mup):
     """Width x3, units and heads x2, gradients with a large eps, decay: 20 steps to 1e-10."""
     start, end, batches = trajectory[mup]
@@ -110,6 +111,7 @@ def _update_sizes(model, adam, stage, growth_, seeds):
 
 @pytest.mark.filterwarnings("ignore::flm_jax.growth.LockedCopiesWarning")
 @pytest.mark.parametrize("recipe", ["msg", "zero_pad", "tile"])
+@pytest.mark.slow
 def test_update_sizes_go_from_the_sources_to_the_target_widths(recipe):
     """With rates "ramp", old entries first take the mapped steps of the source. After the ramp, the
     updates of every role are as large as in a model that always had the target's width."""

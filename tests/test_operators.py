@@ -98,6 +98,7 @@ def test_exact_operators_keep_the_function(recipe, attention, mup):
 
 
 @pytest.mark.parametrize("recipe", EXACT_RECIPES)
+@pytest.mark.slow
 def test_exact_operators_keep_the_function_in_float32(recipe):
     small, big = pair_of(recipe, dtype="float32")
     plan = growth.plan(small, big, recipe)
@@ -216,6 +217,7 @@ def test_gradients_follow_the_dual_map(recipe):
         ({"moments": "dual", "noise_db": 10.0}, 0),
     ],
 )
+@pytest.mark.slow
 def test_copies_that_nothing_separates_are_warned_of_and_counted(how, locked):
     small, big = pair_of("tile", dtype="float32")
     source = source_of(small)
@@ -334,6 +336,7 @@ def both_ways(recipe, first, second):
 
 @pytest.mark.filterwarnings("ignore::flm_jax.growth.LockedCopiesWarning")
 @pytest.mark.parametrize("recipe", ["tile", "net2net,embed=tile"])
+@pytest.mark.slow
 def test_hidden_then_ffn_is_ffn_then_hidden(recipe):
     with jax.enable_x64(True):
         once, hidden_first, ffn_first = both_ways(recipe, {"d_model": 36}, {"d_ff": 40})
@@ -372,6 +375,7 @@ def test_padding_in_either_order_keeps_function_and_old_entries():
         ("repeat", ({"num_kv_heads": 2}, {"num_kv_heads": 4})),
     ],
 )
+@pytest.mark.slow
 def test_one_step_equals_two_where_the_operator_says_so(recipe, steps):
     assert OPERATORS[recipe].two_steps
     small = changed(SMALL, num_kv_heads=1) if recipe == "repeat" else SMALL
@@ -452,6 +456,7 @@ def test_the_docs_table_is_the_codes():
     assert operators.markdown() in text, "run: flm growth check --list"
 
 
+@pytest.mark.slow
 def test_a_claim_that_does_not_hold_is_contradicted(monkeypatch):
     source = source_of(changed(SMALL, dtype="float32"))
     assert check_operators.check("stack", "stack", source)["ok"]

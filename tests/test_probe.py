@@ -15,6 +15,7 @@ from tests.commands import call, json_of, mistake, run
 PROBE = ("growth", "probe", "--config=configs/probe_growth.py:smoke")
 
 
+@pytest.mark.slow
 def test_locked_copies_contradict_the_claim_and_a_wrong_recipe_is_refused():
     status, out, err = call("growth", "check", "--operator=mlp=tile", "--moments=dual", "--json")
     (row,) = json.loads(out)["operators"]
@@ -38,6 +39,7 @@ def test_locked_copies_contradict_the_claim_and_a_wrong_recipe_is_refused():
     assert "no lineage.json" in mistake("growth", "check", "--run=runs/nowhere")
 
 
+@pytest.mark.slow
 def test_a_familys_block_is_checked_and_an_unknown_family_is_refused():
     args = ("growth", "check", "--operator=tile,embed=zero_pad,kv_heads=msg", "--family=olmo2")
     (row,) = json_of(*args)["operators"]

@@ -47,6 +47,7 @@ def chain_of(*growths, model=MODEL, **values):
 
 
 @pytest.mark.parametrize("seed", FAST)
+@pytest.mark.slow
 def test_a_random_chain(seed):
     check(random_chains.draw(seed))
 

@@ -171,6 +171,7 @@ def test_inspect_reads_an_earlier_run(stored):
     assert "config.stage.model.d_model: 4 -> 8" in printed["compare"]["config"]
 
 
+@pytest.mark.slow
 def test_the_stopped_run_resumes_to_the_recorded_end(stored, stopped):
     """Bit-identically where XLA rounds as in the recording; elsewhere up to float32 rounding.
 

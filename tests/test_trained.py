@@ -111,6 +111,7 @@ def source():
 @pytest.mark.parametrize(
     ("recipe", "accumulate"), [*((recipe, 1) for recipe in GROWTHS), ("msg", 2)]
 )
+@pytest.mark.slow
 def test_old_entries_keep_their_bits_and_added_ones_train(recipe, accumulate):
     with jax.enable_x64(True):
         plan = planned(recipe, old_rate=0.0)
