@@ -66,8 +66,8 @@ def repair(run: RunFolder) -> list[Repair]:
                     done.append(_attempt(run, path, functools.partial(rebuild, folder, entry)))
         if lineage:
             done.append(_attempt(run, run.lineage, lambda: _lineage(run)))
-        mended = {each.file for each in done}
-        for file in sorted(bad - mended):
+        rebuilt = {each.file for each in done}
+        for file in sorted(bad - rebuilt):
             detail = "arrays cannot be rebuilt; restore them from a copy, or resume the run, which "
             done.append(Repair(file, False, f"{detail}uses an earlier checkpoint"))
     return done

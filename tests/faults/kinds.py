@@ -168,13 +168,18 @@ def damaged(home: Home, seed: int, half: pathlib.Path, file: pathlib.Path, kind:
     return trial.close(1)
 
 
+def _killed_on_the_way(trial: Trial, home: Home, draw: random.Random) -> None:
+    """A life that is killed somewhere between its first steps and its end."""
+    life = trial.begin()
+    time.sleep(draw.uniform(0.3, 0.9) * home.seconds)
+    life.kill(signal.SIGKILL)
+    trial.end(life, 0, -signal.SIGKILL)
+
+
 def moved(home: Home, seed: int) -> Row:
     """A run folder that is moved between two lives."""
     trial = Trial(home, "a moved folder", f"moved-{seed}")
-    life = trial.begin()
-    time.sleep(random.Random(f"moved {seed}").uniform(0.3, 0.9) * home.seconds)
-    life.kill(signal.SIGKILL)
-    trial.end(life, 0, -signal.SIGKILL)
+    _killed_on_the_way(trial, home, random.Random(f"moved {seed}"))
     there = trial.workdir.with_name(f"elsewhere-{seed}")
     if trial.workdir.exists():
         trial.workdir.rename(there)
@@ -205,10 +210,7 @@ def not_finite(home: Home, seed: int) -> Row:
 def one_core(home: Home, seed: int) -> Row:
     """A life with one core after others with all: it ends well. Its bits may be others."""
     trial = Trial(home, "another number of threads (bits may differ)", f"core-{seed}")
-    life = trial.begin()
-    time.sleep(random.Random(f"core {seed}").uniform(0.3, 0.9) * home.seconds)
-    life.kill(signal.SIGKILL)
-    trial.end(life, 0, -signal.SIGKILL)
+    _killed_on_the_way(trial, home, random.Random(f"core {seed}"))
     core = min(os.sched_getaffinity(0))
     trial.end(trial.begin(lambda: os.sched_setaffinity(0, {core})), 0)
     if [entry["name"] for entry in chain.result(trial.workdir)] != [e["name"] for e in home.want]:
